@@ -1,0 +1,143 @@
+"""The numerical care that several losses share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kdjax._typing import Scalar
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def widen(*arrays: Array | np.ndarray) -> tuple[Array, ...]:
+    """All in float64 if one of them is, else in float32."""
+    widest = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
+    dtype = jax.dtypes.canonicalize_dtype(max(widest, np.dtype(np.float32), key=lambda dtype: dtype.itemsize))
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def positive(name: str, value: Scalar, like: Array) -> Scalar:
+    """`value` if it is finite and above 0; an array cannot raise under `jit`, so a bad one becomes NaN."""
+    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < np.inf))
+
+
+def non_negative(name: str, value: Scalar, like: Array) -> Scalar:
+    return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < np.inf))
+
+
+def fraction(name: str, value: Scalar, like: Array) -> Scalar:
+    return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
+
+
+def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable) -> Scalar:
+    if isinstance(value, Array | np.ndarray):
+        value = jax.lax.stop_gradient(jnp.asarray(value, like.dtype))
+        return jnp.where(test(value), value, jnp.nan)
+    if not test(value):
+        raise ValueError(f"`{name}` must be {expected}, got {value}")
+    return float(value)
+
+
+def check_classes(logits: Array) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
+
+
+def valid_index(index: Array, size: int) -> tuple[Array, Array]:
+    """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
+    valid = (index >= 0) & (index < size)
+    return jnp.where(valid, index, 0), jnp.where(valid, 1.0, jnp.nan)
+
+
+def take_class(x: Array, labels: Array) -> Array:
+    """`x[..., labels]`, one class an example."""
+    return jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
+
+
+def is_class(x: Array, labels: Array) -> Array:
+    """True at each example's label."""
+    return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)
+
+
+def logsumexp(x: Array) -> Array:
+    """Over the last axis; -inf, with gradient 0, where every entry is -inf."""
+    _, peak, log_total = _softmax(x)
+    return jnp.where(jnp.max(x, -1) == -jnp.inf, -jnp.inf, peak[..., 0] + log_total[..., 0])
+
+
+def log_softmax(x: Array) -> Array:
+    """Over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
+    _, peak, log_total = _softmax(x)
+    return x - peak - log_total
+
+
+def cross_entropy(q: Array, log_p: Array) -> Array:
+    """-sum q log p over the last axis, where a class with q = 0 adds nothing, even at log p = -inf."""
+    return -jnp.sum(jnp.where(q == 0, 0, q * log_p), -1)
+
+
+def _softmax(x: Array) -> tuple[Array, Array, Array]:
+    """softmax, and the two parts of its log normaliser: the largest entry and log sum exp(x - largest)."""
+    peak = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+    weight = jnp.exp(x - peak)
+    total = jnp.sum(weight, -1, keepdims=True)
+    total = jnp.where(total == 0, 1, total)
+    return weight / total, peak, jnp.log(total)
+
+
+def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]]) -> Callable[..., Array]:
+    """A function of rows from one that returns its value and its gradient with respect to its first argument.
+
+    The value of a row depends on that row alone; every other argument is constant. The gradient is itself made of
+    differentiable operations, so the result can be differentiated again.
+    """
+
+    @jax.custom_jvp
+    def value(x: Array, *constants: Array) -> Array:
+        return value_and_gradient(x, *constants)[0]
+
+    @value.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+        result, gradient = value_and_gradient(*primals)
+        return result, jnp.sum(gradient * tangents[0], -1)
+
+    return value
+
+
+def log_ratio(x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """p = softmax(x), q = softmax(y) and log(p / q), which is taken from x - y so that close rows keep their digits."""
+    p, peak_x, log_total_x = _softmax(x)
+    q, peak_y, log_total_y = _softmax(y)
+    shift = (peak_x - peak_y) + (log_total_x - log_total_y)
+    both = jnp.isneginf(x) & jnp.isneginf(y)
+    return p, q, jnp.where(both, 0, x - y) - jnp.where(both, 0, shift)
+
+
+@rowwise
+def kl_divergence(x: Array, y: Array) -> tuple[Array, Array]:
+    """KL(softmax(y) || softmax(x)) over the last axis, with its gradient p - q.
+
+    Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
+    sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
+    """
+    p, q, r = log_ratio(x, y)
+    near = (q > 0) & (r < 1)
+    growth = jnp.expm1(jnp.where(near, r, 0))
+    used = jnp.where(q > 0, r, 0)
+    terms = jnp.where(near, q * (growth - used), (p - q) - q * used)
+    return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q)
+
+
+def unit(x: Array) -> Array:
+    """x / |x| along the last axis, for any finite x; a zero row stays zero and has gradient 0."""
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
+    zero = scale == 0
+    x = x / jnp.where(zero, 1, jnp.maximum(scale, jnp.finfo(x.dtype).tiny))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    return jnp.where(zero, 0, x / jnp.sqrt(jnp.where(zero, 1, square)))

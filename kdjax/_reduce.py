@@ -1,0 +1,40 @@
+"""From one value an example to the answer, and how masked examples leave a computation."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kdjax._typing import Reduction
+
+
+def keep(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
+    """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
+    if where is None:
+        return arrays
+    return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
+
+
+def reduce(values: Array, where: Array | None, reduction: Reduction) -> Array:
+    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example."""
+    check_reduction(reduction)
+    (values,) = keep(where, values)
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    return total / (max(values.size, 1) if where is None else count(where, values.dtype))
+
+
+def count(kept: Array, dtype: DTypeLike) -> Array:
+    """The number of kept examples, at least one."""
+    return jnp.maximum(kept.sum(dtype=dtype), 1)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f'`reduction` must be one of "mean", "sum", "none", got {reduction!r}')

@@ -1,0 +1,79 @@
+"""What the public functions take, and the check of it at their boundary."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import jax
+import numpy as np
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from jaxtyping import Bool, Float, Integer, jaxtyped
+
+__all__ = ["Array", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked"]
+
+Array = jax.Array | np.ndarray
+Reduction = Literal["mean", "sum", "none"]
+Scalar = float | Float[Array, ""]
+
+_CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
+_FOREIGN = {"torch": "give kdjax jnp.asarray(x.detach().cpu().numpy())"}
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def checked(function: _F) -> _F:
+    """Check every argument against its annotation, one after the other; under `jit` this costs nothing."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
+        with jaxtyped("context"):  # binds the names of the axes from one argument to the next
+            for name, (value, hint, _) in given.items():
+                if not is_bearable(value, hint, conf=_CONF):
+                    raise TypeError(_explain(function.__name__, name, given))
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@functools.cache
+def _hints(annotated: Any) -> dict[str, tuple[Any, str]]:
+    evaluated = get_type_hints(annotated)
+    return {name: (evaluated[name], str(text)) for name, text in inspect.get_annotations(annotated).items()}
+
+
+def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:
+    """The arguments, and the fields of those that are states, each with its annotation."""
+    for name, value in arguments.items():
+        hint, text = _hints(function)[name]
+        if get_origin(hint) is Sequence and isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                yield f"{name}[{i}]", (item, get_args(hint)[0], text.removeprefix("Sequence[").removesuffix("]"))
+            continue
+        yield name, (value, hint, text)
+        if isinstance(value, tuple) and isinstance(hint, type) and isinstance(value, hint):
+            for field, (inner, inner_text) in _hints(hint).items():
+                yield f"{name}.{field}", (getattr(value, field), inner, inner_text)
+
+
+def _explain(function: str, name: str, given: dict[str, tuple[Any, Any, str]]) -> str:
+    value, _, text = given[name]
+    if "float | " in text or text == "float":
+        return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {_describe(value)}"
+    message = f"{function}: `{name}` must be {text}, got {_describe(value)}"
+    before = list(given)[: list(given).index(name)]
+    beside = [f"{k} {_describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
+    message += f" beside {', '.join(beside)}" if beside else ""
+    mend = _FOREIGN.get(type(value).__module__.partition(".")[0])
+    return message + (f"; {mend}" if mend else "")
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        text = f"{value.dtype}[{', '.join(map(str, value.shape))}]".replace("torch.", "")
+        return text if isinstance(value, Array) else f"{type(value).__module__.partition('.')[0]} {text}"
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__

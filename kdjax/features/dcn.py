@@ -1,0 +1,63 @@
+"""Dynamic centre norm: the student's feature along its class's centre."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import unit, valid_index, widen
+from kdjax._reduce import keep, reduce
+from kdjax._typing import Array, Bool, Float, Integer, Reduction, checked
+
+
+@checked
+def dcn_loss(
+    student: Float[Array, "*batch dim"],
+    teacher: Float[Array, "*batch dim"],
+    labels: Integer[Array, "*batch"],
+    centers: Float[Array, "classes dim"],
+    *,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Dynamic centre norm: the student's feature should lie along its class's learned centre, no shorter than the teacher's.
+
+    $$1-\frac{s\cdot\hat c_y}{\max(\|s\|,\|t\|)},\qquad\hat c_y=c_y/\|c_y\|$$
+
+    Args:
+        student: `[*batch, dim]`.
+        teacher: the same shape; constant, its gradient is 0. Only its norm is used.
+        labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` gives NaN for that example.
+        centers: `[classes, dim]`, learned with the student (`kdjax.nn.DynamicCenterNormLoss` holds them).
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
+        two zero features give 1, and so does a zero centre.
+
+    Raises:
+        ValueError: an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    The founding repository's DynamicCenterNormLoss, after Wang et al., *Improving Knowledge Distillation via
+    Regularizing Feature Norm and Direction*, 2023, https://arxiv.org/abs/2305.17007, where the centres are the
+    teacher's class means. The released code loops over the batch and is NaN at a zero feature or centre.
+
+    >>> s, t = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]])
+    >>> print(f"{dcn_loss(s, t, jnp.array([1]), jnp.array([[0.0, 1.0], [3.0, 0.0]])):.4f}")
+    0.5000
+    """
+    student, teacher, centers = widen(student, teacher, centers)
+    student, teacher, labels = keep(where, student, teacher, labels)
+    labels, factor = valid_index(labels, centers.shape[0])
+    center = unit(jnp.take(centers, labels, axis=0))
+
+    # the value depends on s/scale and t/scale alone, which neither overflow nor vanish when squared
+    scale = jnp.maximum(jnp.abs(student), jnp.abs(teacher)).max(-1, keepdims=True)
+    scale = jax.lax.stop_gradient(jnp.maximum(scale, jnp.finfo(student.dtype).tiny))
+    student, teacher = student / scale, jax.lax.stop_gradient(teacher) / scale
+    student_square, teacher_square = jnp.square(student).sum(-1), jnp.square(teacher).sum(-1)
+    square = jnp.where(student_square >= teacher_square, student_square, teacher_square)
+    cosine = (student * center).sum(-1) / jnp.sqrt(jnp.where(square > 0, square, 1))
+    return reduce(factor * (1 - cosine), where, reduction)

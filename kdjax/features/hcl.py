@@ -1,0 +1,96 @@
+"""Hierarchical context loss, the loss of ReviewKD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax._numerics import HIGHEST, widen
+from kdjax._reduce import keep, reduce
+from kdjax._typing import Array, Bool, Float, Reduction, checked
+
+
+@checked
+def hcl_loss(
+    student_maps: Sequence[Float[Array, "batch _ _ _"]],
+    teacher_maps: Sequence[Float[Array, "batch _ _ _"]],
+    *,
+    channel_axis: int = -1,
+    where: Bool[Array, "batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
+
+    $$\sum_{\text{maps}}\frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s),\mathrm{pool}_l(t)\big)}{\sum_l w_l},
+    \qquad w=1,\tfrac12,\tfrac14,\tfrac18$$
+
+    The full map weighs 1; a pooled level that is not smaller than the map's height is dropped, and the weights of
+    those that remain are halved in turn. The MSE is over channels and positions.
+
+    Args:
+        student_maps: maps `[batch, height, width, channels]`, any number of them, of any sizes.
+        teacher_maps: as many, of the same shapes; constant, their gradient is 0.
+        channel_axis: where the channels are, -1 here (1 in kdtorch).
+        where: `[batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: no maps, numbers or shapes of maps that differ, a channel axis other than 1, 2, 3 or its negative,
+            an unknown reduction.
+        TypeError: maps that are not a list of four-axis floating-point arrays.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> s, t = jnp.ones((2, 8, 8, 3)), jnp.zeros((2, 8, 8, 3))
+    >>> print(f"{hcl_loss([s], [t]):.4f}")
+    1.0000
+    """
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(
+            "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
+            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
+        )
+    if channel_axis not in (-3, -2, -1, 1, 2, 3):
+        raise ValueError(f"`channel_axis` must be one of -3, -2, -1, 1, 2, 3, got {channel_axis}")
+    for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
+                f"and {list(teacher.shape)}; ReviewKD's connectors bring a student's maps to the teacher's shapes"
+            )
+    total = sum(
+        _one_map(*keep(where, *widen(student, teacher)), channel_axis)
+        for student, teacher in zip(student_maps, teacher_maps, strict=True)
+    )
+    return reduce(total, where, reduction)
+
+
+def _one_map(student: Array, teacher: Array, channel_axis: int) -> Array:
+    # pooling is linear, so the difference is pooled
+    difference = jnp.moveaxis(student - jax.lax.stop_gradient(teacher), channel_axis, -1)
+    height, width = difference.shape[1:3]
+    weight, weights = 1.0, 1.0
+    total = jnp.square(difference).mean((1, 2, 3))
+    for size in (4, 2, 1):
+        if size < height:
+            weight /= 2
+            weights += weight
+            rows, columns = _pooling(size, height, difference.dtype), _pooling(size, width, difference.dtype)
+            pooled = jnp.einsum("rh,bhwc,qw->brqc", rows, difference, columns, precision=HIGHEST)
+            total += weight * jnp.square(pooled).mean((1, 2, 3))
+    return total / weights
+
+
+def _pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
+    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
+    start = np.arange(bins) * length // bins
+    stop = -(-(np.arange(bins) + 1) * length // bins)
+    position = np.arange(length)
+    inside = (position >= start[:, None]) & (position < stop[:, None])
+    return (inside / inside.sum(1, keepdims=True)).astype(dtype)

@@ -1,0 +1,107 @@
+"""Kullback-Leibler divergence between teacher and student: Hinton's distillation, and its symmetric form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import check_classes, kl_divergence, log_ratio, positive, rowwise, widen
+from kdjax._reduce import keep, reduce
+from kdjax._typing import Array, Bool, Float, Reduction, Scalar, checked
+
+
+@checked
+def kl_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: Scalar = 1.0,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Knowledge distillation by KL divergence: the student's softened distribution is drawn to the teacher's.
+
+    $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}(s/T),\quad q=\mathrm{softmax}(t/T)$$
+
+    Args:
+        student_logits: `[*batch, classes]`; leading axes are free, so `[batch, tokens, vocabulary]` works.
+        teacher_logits: the same shape; constant, its gradient is 0.
+        temperature: T > 0. The factor T² keeps the gradient's size as T grows.
+        where: `[*batch]`, False for examples (or tokens) that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`; float32 for half-precision inputs. 0 where student and
+        teacher agree, never below; inf where the student gives -inf to a class that the teacher uses.
+
+    Raises:
+        ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
+    Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too unless told
+    `batchmean`. Here T² is always there and the mean is over examples.
+
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
+    0.3042
+    """
+    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    check_classes(student)
+    temperature = positive("temperature", temperature, student)
+    divergence = kl_divergence(student / temperature, jax.lax.stop_gradient(teacher) / temperature)
+    return reduce(temperature**2 * divergence, where, reduction)
+
+
+@checked
+def symmetric_kl_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: Scalar = 1.0,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Symmetric KL divergence (Jeffreys), the mean of the two directions.
+
+    $$\tfrac{T^2}{2}\left[\mathrm{KL}(q\,\|\,p)+\mathrm{KL}(p\,\|\,q)\right],\qquad
+    p=\mathrm{softmax}(s/T),\quad q=\mathrm{softmax}(t/T)$$
+
+    Args:
+        student_logits: `[*batch, classes]`.
+        teacher_logits: the same shape; constant, its gradient is 0.
+        temperature: T > 0.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below; inf where one
+        of them gives -inf to a class that the other uses.
+
+    Raises:
+        ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    The README of the founding repository calls this SKLD; its code computes KL(q‖p) alone, averaged over batch and
+    classes (`make_loss(..., conventions="founding")` gives that number).
+
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> print(f"{symmetric_kl_loss(s, t):.4f}")
+    0.3382
+    """
+    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    check_classes(student)
+    temperature = positive("temperature", temperature, student)
+    divergence = _jeffreys(student / temperature, jax.lax.stop_gradient(teacher) / temperature)
+    return reduce(temperature**2 / 2 * divergence, where, reduction)
+
+
+@rowwise
+def _jeffreys(x: Array, y: Array) -> tuple[Array, Array]:
+    """sum (p - q) r with r = log(p / q); the gradient is (p - q) + p (r - KL(p || q))."""
+    p, q, r = log_ratio(x, y)
+    near = (q > 0) & (r < 1)
+    difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), p - q)
+    reverse = jnp.where(p > 0, p * r, 0)
+    gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
+    return jnp.where(difference == 0, 0, difference * r).sum(-1), gradient

@@ -1,0 +1,77 @@
+"""Normalised knowledge distillation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import (
+    check_classes,
+    cross_entropy,
+    is_class,
+    log_softmax,
+    non_negative,
+    positive,
+    take_class,
+    valid_index,
+    widen,
+)
+from kdjax._reduce import keep, reduce
+from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+
+
+@checked
+def nkd_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch classes"],
+    *,
+    gamma: Scalar = 1.5,
+    temperature: Scalar = 1.0,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Normalised knowledge distillation: cross-entropies on the label and on the normalised other classes.
+
+    $$-q_y\log p_y-\gamma\,T^2\sum_{k\ne y}\hat q_k\log\hat p_k$$
+
+    p and q are the softmaxes of student and teacher at temperature 1; hats are softmaxes over the classes other than
+    the label y at temperature T. These are cross-entropies: at student = teacher the loss is not 0.
+
+    Args:
+        student_logits: `[*batch, classes]`.
+        teacher_logits: the same shape; constant, its gradient is 0.
+        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` gives NaN for that example), or
+            a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
+        gamma: weight of the non-target part, ≥ 0.
+        temperature: T > 0, of the non-target part alone.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: a temperature that is not positive, a negative weight, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
+    https://arxiv.org/abs/2303.13005. The released code hides the label by subtracting 1000; here it is masked.
+
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> print(f"{nkd_loss(s, t, jnp.array([0])):.4f}")
+    0.7278
+    """
+    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    teacher = jax.lax.stop_gradient(teacher)
+    check_classes(student)
+    gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
+    (labels,) = keep(where, labels if labels.ndim < student.ndim else jnp.argmax(labels, -1))
+    labels, factor = valid_index(labels, student.shape[-1])
+    label = is_class(student, labels)
+
+    target = -jnp.exp(take_class(log_softmax(teacher), labels)) * take_class(log_softmax(student), labels)
+    log_p = log_softmax(jnp.where(label, -jnp.inf, student / temperature))
+    log_q = log_softmax(jnp.where(label, -jnp.inf, teacher / temperature))
+    others = cross_entropy(jnp.exp(log_q), log_p)
+    return reduce(factor * (target + gamma * temperature**2 * others), where, reduction)

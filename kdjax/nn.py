@@ -1,0 +1,428 @@
+"""The losses that own parameters or state, as modules: thin holders that call the functions.
+
+State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax._numerics import widen
+from kdjax._typing import Array
+from kdjax.features.dcn import dcn_loss
+from kdjax.logits.uskd import uskd_loss
+from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+
+__all__ = [
+    "ABF",
+    "CRCDLoss",
+    "CombinedLoss",
+    "DINOLoss",
+    "DynamicCenterNormLoss",
+    "FunctionLoss",
+    "LossState",
+    "ReviewKD",
+    "USKDLoss",
+]
+
+_CONV_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+class LossState(nnx.Variable):
+    """What a loss carries from step to step and no optimiser touches."""
+
+
+class DINOLoss(nnx.Module):
+    """`dino_loss` with its centre and the teacher's warm-up, on views stacked along the batch axis.
+
+    Args:
+        dim: the width of the outputs.
+        views: the number of student views.
+        teacher_views: the number of teacher views, the first of the student's.
+        warmup_temperature: the teacher's temperature at epoch 0.
+        teacher_temperature: the teacher's temperature from epoch `warmup_epochs - 1` on.
+        warmup_epochs: how many epochs the warm-up takes.
+        student_temperature: the student's temperature.
+        center_momentum: of the centre.
+
+    >>> from kdjax.nn import DINOLoss
+    >>> loss = DINOLoss(3)
+    >>> print(f"{loss(jnp.eye(4, 3), jnp.eye(4, 3), epoch=0):.4f}")
+    6.2501
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        views: int = 2,
+        teacher_views: int = 2,
+        warmup_temperature: float = 0.04,
+        teacher_temperature: float = 0.04,
+        warmup_epochs: int = 30,
+        student_temperature: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        self.views, self.teacher_views = views, teacher_views
+        self.warmup_temperature, self.teacher_temperature = warmup_temperature, teacher_temperature
+        self.warmup_epochs, self.student_temperature = warmup_epochs, student_temperature
+        self.center_momentum = center_momentum
+        self.center = LossState(dino_init(dim).center)
+        self.use_running_average = False
+
+    def __call__(self, student: Array, teacher: Array, epoch: int | Array = 0, **options: Any) -> jax.Array:
+        """The loss for `student [views * batch, dim]` and `teacher [teacher_views * batch, dim]`.
+
+        Raises:
+            ValueError: a batch axis that is not so many views.
+        """
+        temperature = dino_teacher_temperature(
+            epoch, warmup=self.warmup_temperature, final=self.teacher_temperature, warmup_epochs=self.warmup_epochs
+        )
+        loss, state = dino_loss(
+            _unstack("student", student, self.views),
+            _unstack("teacher", teacher, self.teacher_views),
+            DINOState(self.center[...]),
+            teacher_temperature=temperature,
+            student_temperature=self.student_temperature,
+            center_momentum=self.center_momentum,
+            **options,
+        )
+        if not self.use_running_average:
+            self.center[...] = state.center
+        return loss
+
+
+def _unstack(name: str, x: Array, views: int) -> Array:
+    if x.ndim != 2 or x.shape[0] % views:
+        raise ValueError(
+            f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}"
+        )
+    return x.reshape(views, -1, x.shape[1])
+
+
+class DynamicCenterNormLoss(nnx.Module):
+    """`dcn_loss` with its learned class centres, drawn from a normal distribution.
+
+    Args:
+        num_classes: the number of classes.
+        dim: the width of the features.
+        rngs: of Flax.
+
+    >>> from kdjax.nn import DynamicCenterNormLoss
+    >>> DynamicCenterNormLoss(10, 4, rngs=nnx.Rngs(0)).centers.shape
+    (10, 4)
+    """
+
+    def __init__(self, num_classes: int, dim: int, *, rngs: nnx.Rngs) -> None:
+        self.centers = nnx.Param(jax.random.normal(rngs.params(), (num_classes, dim), jnp.float32))
+
+    def __call__(self, student: Array, teacher: Array, labels: Array, **options: Any) -> jax.Array:
+        """The loss for `student [*batch, dim]`, `teacher [*batch, dim]` and `labels [*batch]`."""
+        return dcn_loss(student, teacher, labels, self.centers[...], **options)
+
+
+class USKDLoss(nnx.Module):
+    """`uskd_loss` with its weak head, a linear layer on an intermediate feature of the student.
+
+    Args:
+        feature_dim: the width of the feature.
+        num_classes: the number of classes.
+        alpha: weight of the target part.
+        beta: weight of the non-target part.
+        mu: weight of the weak head's own cross-entropy.
+        rngs: of Flax.
+
+    >>> from kdjax.nn import USKDLoss
+    >>> loss = USKDLoss(8, 10, rngs=nnx.Rngs(0))
+    >>> loss(jnp.ones((2, 8)), jnp.zeros((2, 10)), jnp.array([3, 4])).shape
+    ()
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_classes: int,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        mu: float = 0.005,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.head = nnx.Linear(feature_dim, num_classes, rngs=rngs)
+        self.alpha, self.beta, self.mu = alpha, beta, mu
+
+    def __call__(self, features: Array, student_logits: Array, labels: Array, **options: Any) -> jax.Array:
+        """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
+        weak_logits = self.head(*widen(features))
+        return uskd_loss(
+            student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options
+        )
+
+
+class CRCDLoss(nnx.Module):
+    """`crcd_loss` with its two heads and its two memories; negatives are drawn at each call.
+
+    Args:
+        student_dim: the width of the student's features.
+        teacher_dim: the width of the teacher's features.
+        dim: the width of the embeddings.
+        num_data: the number of samples in the data set.
+        num_negatives: K, the negatives of each sample.
+        embed: the heads: `"linear"`, `"nonlinear"` (three linear layers with ReLU between), or `"none"`.
+        temperature: τ.
+        momentum: of the memories.
+        rngs: of Flax, for heads, memories and negatives.
+
+    Raises:
+        ValueError: an unknown `embed`; `"none"` with widths that differ.
+
+    >>> from kdjax.nn import CRCDLoss
+    >>> loss = CRCDLoss(8, 6, 4, num_data=50, num_negatives=10, rngs=nnx.Rngs(0))
+    >>> loss(jnp.ones((2, 8)), jnp.ones((2, 6)), jnp.array([7, 30])).shape
+    ()
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        dim: int,
+        num_data: int,
+        *,
+        num_negatives: int = 500,
+        embed: Literal["linear", "nonlinear", "none"] = "linear",
+        temperature: float = 0.05,
+        momentum: float = 0.5,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.student_head = _head("student_dim", student_dim, dim, embed, rngs)
+        self.teacher_head = _head("teacher_dim", teacher_dim, dim, embed, rngs)
+        state = crcd_init(rngs.params(), num_data, dim)
+        self.student_memory, self.teacher_memory = LossState(state.student_memory), LossState(state.teacher_memory)
+        self.student_normalizer = LossState(state.student_normalizer)
+        self.teacher_normalizer = LossState(state.teacher_normalizer)
+        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+        self.negatives = rngs.negatives.fork()
+        self.use_running_average = False
+
+    def __call__(
+        self, student: Array, teacher: Array, index: Array, negatives: Array | None = None, **options: Any
+    ) -> jax.Array:
+        """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
+        held = self.student_memory, self.teacher_memory, self.student_normalizer, self.teacher_normalizer
+        if negatives is None:
+            negatives = crcd_negatives(self.negatives(), len(index), self.num_negatives, len(held[0][...]))
+        loss, state = crcd_loss(
+            self.student_head(*widen(student)),
+            self.teacher_head(*widen(jax.lax.stop_gradient(teacher))),
+            index,
+            negatives,
+            CRCDState(*(x[...] for x in held)),
+            temperature=self.temperature,
+            momentum=self.momentum,
+            **options,
+        )
+        if not self.use_running_average:
+            for variable, value in zip(held, state, strict=True):
+                variable[...] = value
+        return loss
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _head(name: str, in_dim: int, dim: int, embed: str, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    if embed == "linear":
+        return nnx.Linear(in_dim, dim, rngs=rngs)
+    if embed == "nonlinear":
+        first, second = nnx.Linear(in_dim, in_dim, rngs=rngs), nnx.Linear(in_dim, dim, rngs=rngs)
+        return nnx.Sequential(first, nnx.relu, second, nnx.relu, nnx.Linear(dim, dim, rngs=rngs))
+    if embed != "none":
+        raise ValueError(f'`embed` must be one of "linear", "nonlinear", "none", got {embed!r}')
+    if in_dim != dim:
+        raise ValueError(f'`{name}` must equal `dim` (={dim}) with embed="none", got {in_dim}')
+    return _identity
+
+
+class ABF(nnx.Module):
+    """Attention-based fusion, ReviewKD's connector from one level of the student to the teacher's width.
+
+    Args:
+        in_channels: of the student's map.
+        mid_channels: of the map that is handed on to the next level.
+        out_channels: of the teacher's map.
+        fuse: whether a map of the deeper level is fused in.
+        rngs: of Flax.
+
+    >>> from kdjax.nn import ABF
+    >>> output, fused = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 4, 8)))
+    >>> output.shape, fused.shape
+    ((2, 4, 4, 32), (2, 4, 4, 16))
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool, *, rngs: nnx.Rngs) -> None:
+        self.conv1 = nnx.Conv(in_channels, mid_channels, (1, 1), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
+        self.norm1 = nnx.BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
+        self.conv2 = nnx.Conv(mid_channels, out_channels, (3, 3), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(out_channels, momentum=0.9, rngs=rngs)
+        self.attention = nnx.Conv(2 * mid_channels, 2, (1, 1), rngs=rngs) if fuse else None
+
+    def __call__(self, x: Array, deeper: Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The map for the teacher, and the map to hand on; `deeper` is what the deeper level handed on."""
+        x = self.norm1(self.conv1(x))
+        if self.attention is not None:
+            if deeper is None:
+                raise ValueError("`deeper` must be given to a connector with `fuse=True`, got None")
+            deeper = _resize(deeper, x.shape[1], x.shape[2])
+            weight = nnx.sigmoid(self.attention(jnp.concatenate([x, deeper], -1)))
+            x = x * weight[..., :1] + deeper * weight[..., 1:]
+        return self.norm2(self.conv2(x)), x
+
+
+def _resize(x: Array, height: int, width: int) -> jax.Array:
+    """Nearest neighbour, each position taking the one at or before it."""
+    rows, columns = (jnp.arange(n) * m // n for n, m in ((height, x.shape[1]), (width, x.shape[2])))
+    return jnp.take(jnp.take(x, rows, axis=1), columns, axis=2)
+
+
+class ReviewKD(nnx.Module):
+    """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
+
+    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes.
+
+    Args:
+        in_channels: of the student's maps, from the first to the deepest.
+        out_channels: of the teacher's maps, in the same order.
+        mid_channels: the width of the fused maps.
+        rngs: of Flax.
+
+    Raises:
+        ValueError: numbers of channels that differ in length.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> from kdjax.nn import ReviewKD
+    >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
+    >>> [x.shape for x in review([jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))])]
+    [(2, 8, 8, 16), (2, 4, 4, 32)]
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: Sequence[int], mid_channels: int, *, rngs: nnx.Rngs
+    ) -> None:
+        if not in_channels or len(in_channels) != len(out_channels):
+            raise ValueError(
+                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                f"{list(in_channels)} and {list(out_channels)}"
+            )
+        deepest = len(in_channels) - 1
+        self.connectors = nnx.List(
+            ABF(i, mid_channels, o, level < deepest, rngs=rngs)
+            for level, (i, o) in enumerate(zip(in_channels, out_channels, strict=True))
+        )
+
+    def __call__(self, maps: Sequence[Array]) -> list[jax.Array]:
+        """The student's maps, from the first to the deepest, as the teacher's should be."""
+        if len(maps) != len(self.connectors):
+            raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
+        outputs: list[jax.Array] = []
+        fused = None
+        for connector, x in zip(reversed(self.connectors), reversed(maps), strict=True):
+            output, fused = connector(x, fused)
+            outputs.insert(0, output)
+        return outputs
+
+
+class FunctionLoss(nnx.Module):
+    """A loss without parameters or state, with its options.
+
+    >>> from kdjax.nn import FunctionLoss
+    >>> from kdjax import mse_loss
+    >>> print(FunctionLoss(mse_loss)(jnp.ones((2, 3)), jnp.zeros((2, 3))))
+    1.0
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function, self.options = function, tuple(options.items())
+
+    def __call__(self, *inputs: Any) -> jax.Array:
+        """The function's value."""
+        return self.function(*inputs, **dict(self.options))
+
+
+class CombinedLoss(nnx.Module):
+    """A weighted sum of losses over one batch; `make_loss` builds it from a configuration.
+
+    Args:
+        losses: the modules by name.
+        weights: one number a loss.
+        reads: for each loss where its inputs come from: keys of `feat`, `"target"`, `"epoch"`, or functions of a
+            mapping of all these.
+
+    Attributes:
+        losses: the modules by name.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, nnx.Module],
+        weights: Sequence[float],
+        reads: Sequence[Sequence[str | Callable[[Mapping[str, Any]], Any]]],
+    ) -> None:
+        self.losses = nnx.Dict(losses)
+        self.names, self.weights, self.reads = tuple(losses), tuple(weights), tuple(map(tuple, reads))
+
+    def __call__(
+        self,
+        score: Array | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Array | None = None,
+        target: Array | None = None,
+        epoch: int | Array = 0,
+    ) -> jax.Array:
+        """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
+        return self.weigh(self.terms(score, feat, fea, target, epoch))
+
+    def terms(
+        self,
+        score: Array | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Array | None = None,
+        target: Array | None = None,
+        epoch: int | Array = 0,
+    ) -> dict[str, jax.Array]:
+        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
+        inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
+        return {
+            name: self.losses[name](*(_read(name, source, inputs) for source in reads))
+            for name, reads in zip(self.names, self.reads, strict=True)
+        }
+
+    def weigh(self, terms: Mapping[str, Any]) -> jax.Array:
+        """The weighted sum of `terms`."""
+        return sum(weight * terms[name] for name, weight in zip(self.names, self.weights, strict=True))
+
+
+class _Inputs(dict):
+    """The inputs of one loss, which say what is missing."""
+
+    def __init__(self, name: str, inputs: Mapping[str, Any]) -> None:
+        super().__init__(inputs)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        where = "`target`" if key == "target" else f"`feat[{key!r}]`"
+        raise ValueError(f"the loss {self.name!r} reads {where}, which is absent; given are {sorted(self)}")
+
+
+def _read(name: str, source: str | Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+    named = _Inputs(name, inputs)
+    return named[source] if isinstance(source, str) else source(named)

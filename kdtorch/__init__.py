@@ -1,0 +1,38 @@
+"""Knowledge-distillation losses as pure PyTorch functions; `kdjax` holds the same in JAX."""
+
+from kdtorch.features.dcn import dcn_loss
+from kdtorch.features.hcl import hcl_loss
+from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdtorch.logits.difference_kl import difference_kl_loss
+from kdtorch.logits.dkd import dkd_loss
+from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
+from kdtorch.logits.nkd import nkd_loss
+from kdtorch.logits.uskd import uskd_loss
+from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdtorch.relations.euclidean_mse import euclidean_mse_loss
+from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRCDState",
+    "DINOState",
+    "bce_loss",
+    "crcd_init",
+    "crcd_loss",
+    "crcd_negatives",
+    "dcn_loss",
+    "difference_kl_loss",
+    "dino_init",
+    "dino_loss",
+    "dino_teacher_temperature",
+    "dkd_loss",
+    "euclidean_mse_loss",
+    "hcl_loss",
+    "kl_loss",
+    "mse_loss",
+    "nkd_loss",
+    "smooth_l1_loss",
+    "symmetric_kl_loss",
+    "uskd_loss",
+]

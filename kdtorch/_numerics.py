@@ -1,0 +1,218 @@
+"""The numerical care that several losses share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtorch._typing import Scalar
+
+
+def widen(*arrays: Tensor) -> tuple[Tensor, ...]:
+    """All in float64 if one of them is, else in float32."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
+    return tuple(x.to(dtype) for x in arrays)
+
+
+def positive(name: str, value: Scalar, like: Tensor) -> Scalar:
+    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN."""
+    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf))
+
+
+def non_negative(name: str, value: Scalar, like: Tensor) -> Scalar:
+    return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
+
+
+def fraction(name: str, value: Scalar, like: Tensor) -> Scalar:
+    return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
+
+
+def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callable[[Any], Any]) -> Scalar:
+    if isinstance(value, Tensor):
+        value = value.detach().to(like)
+        return torch.where(test(value), value, math.nan)
+    if not test(value):
+        raise ValueError(f"`{name}` must be {expected}, got {value}")
+    return float(value)
+
+
+def check_classes(logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
+
+
+def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """Make an operator of a function whose course depends on the values, so that `torch.compile` and `vmap` take it whole.
+
+    `shapes` makes empty results of the right shape; `vmap` calls the function once an example. The operator has no
+    gradient of its own.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"kdlosses::{function.__module__.rpartition('.')[2]}{function.__name__}"
+        operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        operator.register_fake(shapes)
+
+        def each(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+            def example(i: int) -> Any:
+                return operator(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+
+            results = [example(i) for i in range(info.batch_size)]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+        operator.register_vmap(each)
+        return operator
+
+    return decorate
+
+
+@opaque("(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64))
+def _in_range(index: Tensor, size: int, name: str) -> Tensor:
+    wrong = (index < 0) | (index >= size)
+    if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
+        raise IndexError(f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`")
+    return index.long().clone()
+
+
+def valid_index(name: str, index: Tensor, size: int) -> Tensor:
+    """The index as int64; an error that names it if it is out of range."""
+    return _in_range(index, size, name)
+
+
+def take_class(x: Tensor, labels: Tensor) -> Tensor:
+    """`x[..., labels]`, one class an example."""
+    return x.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def is_class(x: Tensor, labels: Tensor) -> Tensor:
+    """True at each example's label."""
+    return labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """Over the last axis; -inf, with gradient 0, where every entry is -inf."""
+    _, peak, log_total = _softmax(x)
+    return torch.where(x.amax(-1) == -math.inf, -math.inf, (peak + log_total).squeeze(-1))
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
+    _, peak, log_total = _softmax(x)
+    return x - peak - log_total
+
+
+def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
+    """-sum q log p over the last axis, where a class with q = 0 adds nothing, even at log p = -inf."""
+    return -torch.where(q == 0, 0, q * log_p).sum(-1)
+
+
+def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax, and the two parts of its log normaliser: the largest entry and log sum exp(x - largest)."""
+    peak = x.detach().amax(-1, keepdim=True)
+    peak = torch.where(torch.isneginf(peak), 0, peak)
+    weight = (x - peak).exp()
+    total = weight.sum(-1, keepdim=True)
+    total = torch.where(total == 0, 1, total)
+    return weight / total, peak, total.log()
+
+
+def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """A function of rows from one that returns its value and its gradient with respect to its first argument.
+
+    The value of a row depends on that row alone; every other argument is constant. The result can be differentiated
+    again if the gradient is made of differentiable operations; if it comes from an opaque operator, PyTorch refuses.
+    """
+
+    class Rowwise(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return value_and_gradient(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            ctx.mark_non_differentiable(output[1])
+            ctx.save_for_backward(*inputs, output[1])
+            ctx.save_for_forward(*inputs, output[1])
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+            *inputs, gradient = ctx.saved_tensors
+            if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+                gradient = value_and_gradient(*inputs)[1]
+            return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+            return (ctx.saved_tensors[-1] * tangent).sum(-1), None
+
+    def value(x: Tensor, *constants: Tensor) -> Tensor:
+        return Rowwise.apply(x, *(c.detach() for c in constants))[0]
+
+    return value
+
+
+def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function whose gradient with respect to its first argument is `pull(cotangent, *inputs)`, both opaque.
+
+    It cannot be differentiated twice: PyTorch refuses.
+    """
+
+    class PulledBack(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Tensor) -> Tensor:
+            return value(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+            return pull(cotangent, *ctx.saved_tensors), *(None for _ in ctx.saved_tensors[1:])
+
+    return lambda x, *constants: PulledBack.apply(x, *(c.detach() for c in constants))
+
+
+def log_ratio(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(x), q = softmax(y) and log(p / q), which is taken from x - y so that close rows keep their digits."""
+    p, peak_x, log_total_x = _softmax(x)
+    q, peak_y, log_total_y = _softmax(y)
+    shift = (peak_x - peak_y) + (log_total_x - log_total_y)
+    both = torch.isneginf(x) & torch.isneginf(y)
+    return p, q, torch.where(both, 0, x - y) - torch.where(both, 0, shift)
+
+
+def kl_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(y) || softmax(x)) over the last axis, and its gradient p - q.
+
+    Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
+    sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
+    """
+    p, q, r = log_ratio(x, y)
+    near = (q > 0) & (r < 1)
+    growth = torch.where(near, r, 0).expm1()
+    used = torch.where(q > 0, r, 0)
+    terms = torch.where(near, q * (growth - used), (p - q) - q * used)
+    return terms.clamp(min=0).sum(-1), torch.where(near, q * growth, p - q)
+
+
+kl_divergence = rowwise(kl_and_gradient)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last axis, for any finite x; a zero row stays zero and has gradient 0."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    zero = scale == 0
+    x = x / torch.where(zero, 1, scale.clamp(min=torch.finfo(x.dtype).tiny))
+    square = (x * x).sum(-1, keepdim=True)
+    return torch.where(zero, 0, x / torch.where(zero, 1, square).sqrt())

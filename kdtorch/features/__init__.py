@@ -1,0 +1,1 @@
+"""What the student sees: losses between features."""

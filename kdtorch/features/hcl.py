@@ -1,0 +1,85 @@
+"""Hierarchical context loss, the loss of ReviewKD."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdtorch._numerics import widen
+from kdtorch._reduce import keep, reduce
+from kdtorch._typing import Bool, Float, Reduction, checked
+
+
+@checked
+def hcl_loss(
+    student_maps: Sequence[Float[Tensor, "batch _ _ _"]],
+    teacher_maps: Sequence[Float[Tensor, "batch _ _ _"]],
+    *,
+    channel_axis: int = 1,
+    where: Bool[Tensor, "batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
+
+    $$\sum_{\text{maps}}\frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s),\mathrm{pool}_l(t)\big)}{\sum_l w_l},
+    \qquad w=1,\tfrac12,\tfrac14,\tfrac18$$
+
+    The full map weighs 1; a pooled level that is not smaller than the map's height is dropped, and the weights of
+    those that remain are halved in turn. The MSE is over channels and positions.
+
+    Args:
+        student_maps: maps `[batch, channels, height, width]`, any number of them, of any sizes.
+        teacher_maps: as many, of the same shapes; constant, their gradient is 0.
+        channel_axis: where the channels are, 1 here (-1 in kdjax).
+        where: `[batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: no maps, numbers or shapes of maps that differ, a channel axis other than 1, 2, 3 or its negative,
+            an unknown reduction.
+        TypeError: maps that are not a list of four-axis floating-point arrays.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> s, t = torch.ones((2, 3, 8, 8)), torch.zeros((2, 3, 8, 8))
+    >>> print(f"{hcl_loss([s], [t]):.4f}")
+    1.0000
+    """
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(
+            "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
+            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
+        )
+    if channel_axis not in (-3, -2, -1, 1, 2, 3):
+        raise ValueError(f"`channel_axis` must be one of -3, -2, -1, 1, 2, 3, got {channel_axis}")
+    for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
+                f"and {list(teacher.shape)}; ReviewKD's connectors bring a student's maps to the teacher's shapes"
+            )
+    total = sum(
+        _one_map(*keep(where, *widen(student, teacher)), channel_axis)
+        for student, teacher in zip(student_maps, teacher_maps, strict=True)
+    )
+    return reduce(total, where, reduction)
+
+
+def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:
+    # pooling is linear, so the difference is pooled
+    difference = (student - teacher.detach()).movedim(channel_axis, 1)
+    weight, weights = 1.0, 1.0
+    total = difference.square().mean((1, 2, 3))
+    for size in (4, 2, 1):
+        if size < difference.shape[2]:
+            weight /= 2
+            weights += weight
+            pooled = functional.adaptive_avg_pool2d(difference, size)
+            total = total + weight * pooled.square().mean((1, 2, 3))
+    return total / weights

@@ -1,0 +1,118 @@
+"""Feature regression: the student's features are drawn to the teacher's, entry by entry."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from kdtorch._numerics import positive, widen
+from kdtorch._reduce import keep, reduce
+from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
+
+
+@checked
+def bce_loss(
+    student: Float[Tensor, "*batch features"],
+    teacher: Float[Tensor, "*batch features"],
+    *,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Sigmoid cross-entropy between features, the teacher's taken as targets.
+
+    $$-\tfrac1D\sum_d t_d\log\sigma(s_d)+(1-t_d)\log(1-\sigma(s_d))$$
+
+    Args:
+        student: `[*batch, features]`, logits.
+        teacher: the same shape, constant. Targets in [0, 1] (after a sigmoid) bound the loss from below; with any
+            other target it is linear in s without a minimum, which is allowed because the founding code does it.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    >>> print(f"{bce_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 1.0]])):.4f}")
+    0.4100
+    """
+    student, teacher = keep(where, *widen(student, teacher))
+    entries = functional.binary_cross_entropy_with_logits(student, teacher.detach(), reduction="none")
+    return reduce(entries.mean(-1), where, reduction)
+
+
+@checked
+def mse_loss(
+    student: Float[Tensor, "*batch features"],
+    teacher: Float[Tensor, "*batch features"],
+    *,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Mean squared error between features.
+
+    $$\tfrac1D\sum_d(s_d-t_d)^2$$
+
+    Args:
+        student: `[*batch, features]`.
+        teacher: the same shape; constant, its gradient is 0.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, https://arxiv.org/abs/1412.6550 (whose hint is half
+    of this, summed).
+
+    >>> print(f"{mse_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 4.0]])):.4f}")
+    2.5000
+    """
+    student, teacher = keep(where, *widen(student, teacher))
+    entries = functional.mse_loss(student, teacher.detach(), reduction="none")
+    return reduce(entries.mean(-1), where, reduction)
+
+
+@checked
+def smooth_l1_loss(
+    student: Float[Tensor, "*batch features"],
+    teacher: Float[Tensor, "*batch features"],
+    *,
+    beta: Scalar = 1.0,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Smooth L1 error between features: quadratic below β, linear above.
+
+    $$\tfrac1D\sum_d\begin{cases}(s_d-t_d)^2/2\beta&|s_d-t_d|<\beta\\|s_d-t_d|-\beta/2&\text{otherwise}\end{cases}$$
+
+    Args:
+        student: `[*batch, features]`.
+        teacher: the same shape; constant, its gradient is 0.
+        beta: β > 0, where the two pieces meet. It is Huber's loss with δ = β, divided by β.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: a β that is not positive, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Girshick, *Fast R-CNN*, ICCV 2015, https://arxiv.org/abs/1504.08083 (β = 1).
+
+    >>> print(f"{smooth_l1_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 4.0]])):.4f}")
+    0.8125
+    """
+    student, teacher = keep(where, *widen(student, teacher))
+    beta = positive("beta", beta, student)
+    scaled = functional.smooth_l1_loss(student / beta, teacher.detach() / beta, reduction="none")
+    return reduce(beta * scaled.mean(-1), where, reduction)

@@ -1,0 +1,1 @@
+"""What the student says: losses between logits."""

@@ -1,0 +1,79 @@
+"""Normalised knowledge distillation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import (
+    check_classes,
+    cross_entropy,
+    is_class,
+    log_softmax,
+    non_negative,
+    positive,
+    take_class,
+    valid_index,
+    widen,
+)
+from kdtorch._reduce import keep, reduce
+from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+
+
+@checked
+def nkd_loss(
+    student_logits: Float[Tensor, "*batch classes"],
+    teacher_logits: Float[Tensor, "*batch classes"],
+    labels: Integer[Tensor, "*batch"] | Float[Tensor, "*batch classes"],
+    *,
+    gamma: Scalar = 1.5,
+    temperature: Scalar = 1.0,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Normalised knowledge distillation: cross-entropies on the label and on the normalised other classes.
+
+    $$-q_y\log p_y-\gamma\,T^2\sum_{k\ne y}\hat q_k\log\hat p_k$$
+
+    p and q are the softmaxes of student and teacher at temperature 1; hats are softmaxes over the classes other than
+    the label y at temperature T. These are cross-entropies: at student = teacher the loss is not 0.
+
+    Args:
+        student_logits: `[*batch, classes]`.
+        teacher_logits: the same shape; constant, its gradient is 0.
+        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` is an error), or
+            a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
+        gamma: weight of the non-target part, ≥ 0.
+        temperature: T > 0, of the non-target part alone.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: a temperature that is not positive, a negative weight, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
+    https://arxiv.org/abs/2303.13005. The released code hides the label by subtracting 1000; here it is masked.
+
+    >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    >>> print(f"{nkd_loss(s, t, torch.tensor([0])):.4f}")
+    0.7278
+    """
+    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    teacher = teacher.detach()
+    check_classes(student)
+    gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
+    (labels,) = keep(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
+    labels = valid_index("labels", labels, student.shape[-1])
+    label = is_class(student, labels)
+
+    target = -take_class(log_softmax(teacher), labels).exp() * take_class(log_softmax(student), labels)
+    log_p = log_softmax(torch.where(label, -math.inf, student / temperature))
+    log_q = log_softmax(torch.where(label, -math.inf, teacher / temperature))
+    others = cross_entropy(log_q.exp(), log_p)
+    return reduce(target + gamma * temperature**2 * others, where, reduction)

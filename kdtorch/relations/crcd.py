@@ -1,0 +1,293 @@
+"""Complementary relation contrastive distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdtorch._numerics import fraction, opaque, positive, rowwise, unit, valid_index, widen
+from kdtorch._reduce import count, keep, reduce
+from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+
+
+class CRCDState(NamedTuple):
+    """One remembered embedding for every sample of the data set, of student and teacher.
+
+    Attributes:
+        student_memory: `[num_data, dim]`, unit rows.
+        teacher_memory: `[num_data, dim]`, unit rows.
+        student_normalizer: a scalar, 0 until the first step sets it.
+        teacher_normalizer: a scalar, 0 until the first step sets it.
+    """
+
+    student_memory: Float[Tensor, "num_data dim"]
+    teacher_memory: Float[Tensor, "num_data dim"]
+    student_normalizer: Float[Tensor, ""]
+    teacher_normalizer: Float[Tensor, ""]
+
+
+def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRCDState:
+    """Memories of uniformly distributed entries, normalised to unit rows; normalisers unset.
+
+    Args:
+        generator: a `torch.Generator`, or None for PyTorch's global one.
+        num_data: the number of samples in the data set.
+        dim: the width of the embeddings.
+
+    Raises:
+        ValueError: `num_data` or `dim` below 1.
+
+    >>> crcd_init(None, 50, 8).student_memory.shape
+    (50, 8)
+    """
+    _at_least_one(num_data=num_data, dim=dim)
+    device = None if generator is None else generator.device
+    student, teacher = (
+        unit(2 * torch.rand(num_data, dim, generator=generator, device=device, dtype=torch.float32) - 1)
+        for _ in range(2)
+    )
+    return CRCDState(student, teacher, student.new_zeros(()), teacher.new_zeros(()))
+
+
+def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives: int, num_data: int) -> Tensor:
+    """Places in the data set, uniform and with replacement, `[batch, num_negatives]`.
+
+    Args:
+        generator: a `torch.Generator`, or None for PyTorch's global one.
+        batch: the number of rows.
+        num_negatives: the number of negatives of each.
+        num_data: the number of samples in the data set.
+
+    Raises:
+        ValueError: a number below 1.
+
+    >>> crcd_negatives(None, 4, 10, 50).shape
+    (4, 10)
+    """
+    _at_least_one(batch=batch, num_negatives=num_negatives, num_data=num_data)
+    device = None if generator is None else generator.device
+    return torch.randint(num_data, (batch, num_negatives), generator=generator, device=device)
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+@checked
+def crcd_loss(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    index: Integer[Tensor, "batch"],
+    negatives: Integer[Tensor, "batch num_negatives"],
+    state: CRCDState,
+    *,
+    temperature: Scalar = 0.05,
+    momentum: Scalar = 0.5,
+    where: Bool[Tensor, "batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> tuple[Tensor, CRCDState]:
+    r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
+
+    For the student's side, with v the unit student embedding, anchors a_j = teacher_memory[index_j] (those of the
+    whole batch) and w_ik = teacher_memory[(index_i, negatives_i)_k],
+
+    $$\rho_{ij}=\mathrm{unit}(v_i-a_j+10^{-6}),\quad r_{ijk}=\mathrm{unit}(w_{ik}-a_j+10^{-6}),\quad
+    x_{ijk}=\frac{e^{r_{ijk}\cdot\rho_{ij}/\tau}}{Z}$$
+
+    $$-\frac1B\sum_j\left[\log\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}+\sum_{k\ge1}\log\frac{c}{x_{ijk}+c+10^{-7}}\right],
+    \qquad c=K/\mathrm{num\_data}$$
+
+    for sample i; the teacher's side is the same with its embedding and student_memory, and the loss is their sum. An
+    unset Z becomes mean(exp)·num_data. Afterwards memory[index] ← unit(m·memory[index] + (1−m)·embedding).
+
+    Args:
+        student: `[batch, dim]`, normalised here.
+        teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
+            the teacher's features.
+        index: `[batch]`, the samples' places in the data set; one out of range is an error.
+        negatives: `[batch, num_negatives]`, places too, from `crcd_negatives`; the same holds.
+        state: from `crcd_init` or the step before; constant to the gradient.
+        temperature: τ > 0.
+        momentum: m in [0, 1].
+        where: `[batch]`, False for examples that count for nothing, neither as example nor as anchor, and are not
+            remembered.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over anchors of each.
+
+    Returns:
+        The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
+        would leave no direction to remember (zero, or not finite) leaves the row as it was.
+
+    Raises:
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
+    the released code Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`; here
+    r·ρ comes from products of matrices, a row at a time, and where two remembered rows are so close that this would
+    lose its digits, from their differences.
+
+    >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> state = crcd_init(None, 5, 2)
+    >>> loss, state = crcd_loss(s, t, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]]), state)
+    >>> loss.shape, bool(state.student_normalizer > 0)
+    ((), True)
+    """
+    student, teacher = widen(student, teacher)
+    state = CRCDState(*(x.detach().to(student.device) for x in state))
+    temperature = positive("temperature", temperature, student)
+    momentum = fraction("momentum", momentum, state.student_memory)
+    if negatives.shape[1] < 1:
+        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
+    student, teacher, index, negatives = keep(where, student, teacher, index, negatives)
+    index = valid_index("index", index, len(state.student_memory))
+    negatives = valid_index("negatives", negatives, len(state.student_memory))
+    valid = torch.ones_like(index, dtype=torch.bool) if where is None else where
+
+    student, teacher = unit(student), unit(teacher)
+    places = torch.cat([index[:, None], negatives], 1)
+    on_student, student_normalizer = _side(
+        student, places, valid, state.teacher_memory, state.student_normalizer, temperature
+    )
+    on_teacher, teacher_normalizer = _side(
+        teacher, places, valid, state.student_memory, state.teacher_normalizer, temperature
+    )
+    last = _last_of_equals(index, valid)
+    state = CRCDState(
+        _remember(state.student_memory, index, last, student.detach(), momentum),
+        _remember(state.teacher_memory, index, last, teacher.detach(), momentum),
+        student_normalizer,
+        teacher_normalizer,
+    )
+    return reduce(on_student + on_teacher, where, reduction), state
+
+
+def _side(
+    embedding: Tensor, places: Tensor, valid: Tensor, memory: Tensor, normalizer: Tensor, temperature: Scalar
+) -> tuple[Tensor, Tensor]:
+    """The loss of one side for each example, and its normaliser."""
+    bank = memory.to(embedding.dtype)
+    temperature = torch.as_tensor(temperature, dtype=embedding.dtype, device=embedding.device)
+    unset = normalizer == 0
+    log_mean = _log_mean(embedding.detach(), places, valid, bank, temperature, unset)
+    fresh = log_mean.exp().to(normalizer.dtype) * len(memory)
+    usable = unset & valid.any() & torch.isfinite(fresh)
+    normalizer = torch.where(usable, fresh, normalizer)
+    log_z = torch.where(unset, fresh, normalizer).log().to(embedding.dtype)
+    return _contrast(embedding, places, valid, bank, log_z, temperature), normalizer
+
+
+@opaque(
+    "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor temperature, Tensor unset) -> Tensor",
+    lambda embedding, *_: embedding.new_empty(()),
+)
+def _log_mean(
+    embedding: Tensor, places: Tensor, valid: Tensor, bank: Tensor, temperature: Tensor, unset: Tensor
+) -> Tensor:
+    """log of the mean of exp(r.rho/tau) over the kept triples."""
+    if not unset:
+        return embedding.new_zeros(())
+    rows = [
+        (_relations(*inputs, places[:, 0], bank)[0][valid] / temperature).flatten()
+        for inputs in zip(embedding[valid], places[valid], strict=True)
+    ]
+    logs = torch.stack([row.logsumexp(0) for row in rows]) if rows else embedding.new_full((1,), -math.inf)
+    return logs.logsumexp(0) - (2 * count(valid, embedding.dtype).log() + math.log(places.shape[1]))
+
+
+@rowwise
+@opaque(
+    "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor log_z, Tensor temperature) -> (Tensor, Tensor)",
+    lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),
+)
+def _contrast(
+    embedding: Tensor, places: Tensor, valid: Tensor, bank: Tensor, log_z: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""
+    number = count(valid, embedding.dtype)
+    noise = (places.shape[1] - 1) / len(bank)
+    log_noise, log_shifted = math.log(noise), math.log(noise + 1e-7)
+
+    def row(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        relation, pull = _relations(*inputs, places[:, 0], bank)
+        log_x = relation / temperature - log_z
+        positive, negative = log_x[:, :1], log_x[:, 1:]
+        terms = -functional.logsigmoid(positive - log_shifted).sum(1)
+        terms -= (functional.logsigmoid(log_shifted - negative) + (log_noise - log_shifted)).sum(1)
+        slope = torch.cat([-(log_shifted - positive).sigmoid(), (negative - log_shifted).sigmoid()], 1)
+        slope = torch.where(valid[:, None], slope, 0) / temperature
+        return torch.where(valid, terms, 0).sum() / number, pull(slope) / number
+
+    if not len(embedding):
+        return embedding.new_empty(0), torch.empty_like(embedding)
+    values, gradients = zip(*map(row, zip(embedding, places, strict=True)), strict=True)
+    return torch.stack(values), torch.stack(gradients)
+
+
+def _relations(
+    embedding: Tensor, places: Tensor, anchor_places: Tensor, bank: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """r.rho of one example for every anchor and place, `[batch, K + 1]`, and the function that takes a slope on it back.
+
+    With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
+    """
+    anchors, w = bank[anchor_places], bank[places]
+    middle = anchors.mean(0)  # what is common to all rows only costs digits
+    a, w, v = anchors - 1e-6 - middle, w - middle, embedding - middle
+    rho, rho_length = _unit_and_length(v - a)
+
+    same = anchor_places[:, None] == places
+    a_square, w_square = a.square().sum(1), w.square().sum(1)
+    square = a_square[:, None] + w_square - 2 * a @ w.T
+    close = square < math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())
+    clear = not (close & ~same).any()
+
+    def by_products(weight: Tensor) -> Tensor:
+        """sum_k weight_jk (w_k - a'_j)"""
+        return weight @ w - weight.sum(1, keepdim=True) * a
+
+    def by_differences(weight: Tensor) -> Tensor:
+        return torch.stack([weights @ (w - anchor) for weights, anchor in zip(weight, a, strict=True)])
+
+    def dot_by_differences() -> tuple[Tensor, Tensor]:
+        differences = [w - anchor for anchor in a]
+        square = torch.stack([difference.square().sum(1) for difference in differences])
+        return square, torch.stack([d @ direction for d, direction in zip(differences, rho, strict=True)])
+
+    square, dot = (square, rho @ w.T - (rho * a).sum(1, keepdim=True)) if clear else dot_by_differences()
+    length = torch.where(same | (square <= 0), 1, square).sqrt()
+    ones = 1 / math.sqrt(w.shape[1])
+    relation = torch.where(same, rho.sum(1, keepdim=True) * ones, dot / length)
+
+    def pull(slope: Tensor) -> Tensor:
+        apart = torch.where(same, 0, slope / length)
+        towards = by_products(apart) if clear else by_differences(apart)
+        towards = towards + torch.where(same, slope, 0).sum(1, keepdim=True) * ones
+        across = towards - (towards * rho).sum(1, keepdim=True) * rho
+        return (across / torch.where(rho_length == 0, 1, rho_length)).sum(0)
+
+    return relation, pull
+
+
+def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    length = x.square().sum(1, keepdim=True).sqrt()
+    return x / torch.where(length == 0, 1, length), length
+
+
+def _last_of_equals(index: Tensor, valid: Tensor) -> Tensor:
+    """For each example the last valid one with the same index, -1 if there is none."""
+    order = torch.arange(len(index), device=index.device)
+    return torch.where((index[:, None] == index) & valid, order, -1).amax(1)
+
+
+def _remember(memory: Tensor, index: Tensor, last: Tensor, embedding: Tensor, momentum: Scalar) -> Tensor:
+    old = memory[index]
+    new = unit(momentum * old + (1 - momentum) * embedding[last].to(memory.dtype))
+    usable = (last >= 0) & torch.isfinite(new).all(1) & (new != 0).any(1)
+    return memory.index_copy(0, index, torch.where(usable[:, None], new, old))

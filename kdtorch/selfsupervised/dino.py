@@ -1,0 +1,146 @@
+"""DINO: self-distillation with no labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import cross_entropy, fraction, log_softmax, positive, widen
+from kdtorch._reduce import keep, reduce
+from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
+
+
+class DINOState(NamedTuple):
+    """The running centre of the teacher's outputs.
+
+    Attributes:
+        center: `[dim]`, subtracted from the teacher's outputs.
+    """
+
+    center: Float[Tensor, "dim"]
+
+
+def dino_init(dim: int, dtype: torch.dtype = torch.float32) -> DINOState:
+    """A centre of zeros.
+
+    Args:
+        dim: the width of the outputs.
+        dtype: of the centre, float32 or wider.
+
+    Raises:
+        ValueError: a `dim` below 1, a dtype narrower than float32.
+
+    >>> dino_init(3).center.shape
+    (3,)
+    """
+    if dim < 1:
+        raise ValueError(f"`dim` must be at least 1, got {dim}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`dtype` must be float32 or float64, got {str(dtype).removeprefix('torch.')}")
+    return DINOState(torch.zeros(dim, dtype=dtype))
+
+
+def dino_teacher_temperature(
+    epoch: int | Tensor, *, warmup: float = 0.04, final: float = 0.04, warmup_epochs: int = 0
+) -> Tensor:
+    """The teacher's temperature: linear from `warmup` at epoch 0 to `final` at `warmup_epochs - 1`, then `final`.
+
+    Args:
+        epoch: any epoch ≥ 0, an integer or a tensor.
+        warmup: the first temperature.
+        final: the last one.
+        warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+
+    Raises:
+        ValueError: a temperature that is not positive, negative `warmup_epochs`.
+
+    >>> [round(float(dino_teacher_temperature(e, warmup=0.04, final=0.07, warmup_epochs=4)), 3) for e in range(5)]
+    [0.04, 0.05, 0.06, 0.07, 0.07]
+    """
+    epoch = torch.as_tensor(epoch, dtype=torch.get_default_dtype())
+    for name, value in (("warmup", warmup), ("final", final)):
+        positive(name, value, epoch)
+    if warmup_epochs < 0:
+        raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}")
+    if warmup_epochs < 2:
+        return torch.full_like(epoch, final)
+    return warmup + (final - warmup) * (epoch / (warmup_epochs - 1)).clamp(0, 1)
+
+
+@checked
+def dino_loss(
+    student: Float[Tensor, "student_views batch dim"],
+    teacher: Float[Tensor, "teacher_views batch dim"],
+    state: DINOState,
+    *,
+    teacher_temperature: Scalar = 0.04,
+    student_temperature: Scalar = 0.1,
+    center_momentum: Scalar = 0.9,
+    where: Bool[Tensor, "batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> tuple[Tensor, DINOState]:
+    r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
+
+    $$\frac1{N}\sum_{u\ne v}-\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
+    p_v=\mathrm{softmax}(s_v/\tau_s)$$
+
+    over the N = U·V − U pairs of different views. The centre c is used first, and then becomes
+    m·c + (1 − m)·mean(t), the mean over views and kept examples. A cross-entropy: not 0 at student = teacher.
+
+    Args:
+        student: `[student_views, batch, dim]`; the first teacher_views of them are the teacher's views.
+        teacher: `[teacher_views, batch, dim]`, constant.
+        state: the centre, from `dino_init(dim)` or the step before.
+        teacher_temperature: τ_t > 0; `dino_teacher_temperature` gives its warm-up.
+        student_temperature: τ_s > 0.
+        center_momentum: m in [0, 1].
+        where: `[batch]`, False for examples that count for nothing, in the centre too.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
+
+    Returns:
+        The loss and the next state, of the state's dtype. A batch that would make the centre non-finite, or one with
+        no kept example, leaves it as it was.
+
+    Raises:
+        ValueError: views that do not fit, a temperature that is not positive, a momentum outside [0, 1], an unknown
+            reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021,
+    https://arxiv.org/abs/2104.14294. The sum over pairs is taken as Σ_v (Σ_{u≠v} q_u)·log p_v: as many
+    log-softmaxes as views, where the released code has one a pair.
+
+    >>> views = torch.tensor([[[2.0, 0.0, -1.0]], [[1.0, 1.0, -1.0]]])
+    >>> loss, state = dino_loss(views, views, dino_init(3))
+    >>> print(f"{loss:.4f}", state.center.round(2))
+    5.0001 [ 0.15  0.05 -0.1 ]
+    """
+    views, teacher_views = student.shape[0], teacher.shape[0]
+    if not 1 <= teacher_views <= views or views < 2:
+        raise ValueError(
+            "the views must fit: at least 1 teacher view, at least 2 student views, the first of them the teacher's, "
+            f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
+        )
+    student, teacher = widen(student, teacher)
+    kept = torch.ones_like(student[0, :, 0], dtype=torch.bool) if where is None else where
+    student, teacher = (torch.where(kept[None, :, None], x, 0) for x in (student, teacher))
+    teacher, old = teacher.detach(), state.center.detach().to(teacher.device)
+    teacher_temperature = positive("teacher_temperature", teacher_temperature, student)
+    student_temperature = positive("student_temperature", student_temperature, student)
+    momentum = fraction("center_momentum", center_momentum, old)
+
+    q = log_softmax((teacher - old.to(teacher.dtype)) / teacher_temperature).exp()
+    log_p = log_softmax(student / student_temperature)
+    every = q.sum(0)
+    others = (every - q).clamp(min=0)
+    pairs = cross_entropy(others, log_p[:teacher_views]).sum(0) + cross_entropy(every, log_p[teacher_views:].sum(0))
+    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
+
+    number = kept.sum(dtype=teacher.dtype).clamp(min=1) * teacher_views
+    mean = (teacher.sum((0, 1)) / number).to(old.dtype)
+    padding = torch.isneginf(mean)
+    center = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
+    usable = torch.isfinite(center).all() & kept.any()
+    return loss, DINOState(torch.where(usable, center, old))
