@@ -13,8 +13,6 @@ from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CRCDState",
     "DINOState",

@@ -51,7 +51,7 @@ def check_classes(logits: Array) -> None:
 def valid_index(index: Array, size: int) -> tuple[Array, Array]:
     """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
     valid = (index >= 0) & (index < size)
-    return jnp.where(valid, index, 0), jnp.where(valid, 1.0, jnp.nan)
+    return jnp.where(valid, index, 0).astype(jnp.int32), jnp.where(valid, 1.0, jnp.nan)
 
 
 def take_class(x: Array, labels: Array) -> Array:

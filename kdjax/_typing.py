@@ -20,7 +20,7 @@ Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Array, ""]
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
-_FOREIGN = {"torch": "give kdjax jnp.asarray(x.detach().cpu().numpy())"}
+_MEND = {"torch": "give kdjax jnp.from_dlpack(x.detach())"}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -62,13 +62,13 @@ def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple
 
 def _explain(function: str, name: str, given: dict[str, tuple[Any, Any, str]]) -> str:
     value, _, text = given[name]
-    if "float | " in text or text == "float":
+    if text == "Scalar":
         return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {_describe(value)}"
     message = f"{function}: `{name}` must be {text}, got {_describe(value)}"
     before = list(given)[: list(given).index(name)]
     beside = [f"{k} {_describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
     message += f" beside {', '.join(beside)}" if beside else ""
-    mend = _FOREIGN.get(type(value).__module__.partition(".")[0])
+    mend = None if isinstance(value, Array) else _MEND.get(type(value).__module__.partition(".")[0])
     return message + (f"; {mend}" if mend else "")
 
 

@@ -142,7 +142,7 @@ def make_loss(
         options = {**term.options, **_options(name, term.loss, settings.get(name, {}))}
         arguments = [known[path] if path in known else _get(config, path, name) for path in term.arguments]
         if inspect.isclass(term.loss):
-            source = {"rngs": rngs} if "rngs" in inspect.signature(term.loss).parameters else {}
+            source = {"rngs": rngs} if "rngs" in _parameters(term.loss) else {}
             losses[name] = term.loss(*arguments, **options, **source)
         else:
             losses[name] = FunctionLoss(term.loss, **options)
@@ -181,8 +181,15 @@ def _get(config: Any, path: str, needed_by: str | None = None, **default: Any) -
 
 
 def _options(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(loss).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("rngs", "where", "reduction")]
+    known = [
+        name
+        for name, parameter in _parameters(loss).items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("rngs", "where", "reduction")
+    ]
     if stray := sorted(set(given) - set(known)):
         raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must have settings of {known}, got {stray}")
     return dict(given)
+
+
+def _parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(loss.__init__ if inspect.isclass(loss) else loss).parameters

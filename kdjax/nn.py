@@ -35,7 +35,11 @@ _CONV_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class LossState(nnx.Variable):
-    """What a loss carries from step to step and no optimiser touches."""
+    """What a loss carries from step to step and no optimiser touches.
+
+    A step puts a new one in the place of the old, so that a module merged inside `jax.grad` from a state outside of it
+    can move its state.
+    """
 
 
 class DINOLoss(nnx.Module):
@@ -95,7 +99,7 @@ class DINOLoss(nnx.Module):
             **options,
         )
         if not self.use_running_average:
-            self.center[...] = state.center
+            self.center = LossState(state.center)
         return loss
 
 
@@ -204,34 +208,33 @@ class CRCDLoss(nnx.Module):
     ) -> None:
         self.student_head = _head("student_dim", student_dim, dim, embed, rngs)
         self.teacher_head = _head("teacher_dim", teacher_dim, dim, embed, rngs)
-        state = crcd_init(rngs.params(), num_data, dim)
-        self.student_memory, self.teacher_memory = LossState(state.student_memory), LossState(state.teacher_memory)
-        self.student_normalizer = LossState(state.student_normalizer)
-        self.teacher_normalizer = LossState(state.teacher_normalizer)
+        for field, value in crcd_init(rngs.params(), num_data, dim)._asdict().items():
+            setattr(self, field, LossState(value))
+        self.key = LossState(rngs.negatives())
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
-        self.negatives = rngs.negatives.fork()
         self.use_running_average = False
 
     def __call__(
         self, student: Array, teacher: Array, index: Array, negatives: Array | None = None, **options: Any
     ) -> jax.Array:
         """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
-        held = self.student_memory, self.teacher_memory, self.student_normalizer, self.teacher_normalizer
+        key, used = jax.random.split(self.key[...])
         if negatives is None:
-            negatives = crcd_negatives(self.negatives(), len(index), self.num_negatives, len(held[0][...]))
+            negatives = crcd_negatives(used, len(index), self.num_negatives, self.student_memory.shape[0])
         loss, state = crcd_loss(
             self.student_head(*widen(student)),
             self.teacher_head(*widen(jax.lax.stop_gradient(teacher))),
             index,
             negatives,
-            CRCDState(*(x[...] for x in held)),
+            CRCDState(*(getattr(self, field)[...] for field in CRCDState._fields)),
             temperature=self.temperature,
             momentum=self.momentum,
             **options,
         )
         if not self.use_running_average:
-            for variable, value in zip(held, state, strict=True):
-                variable[...] = value
+            self.key = LossState(key)
+            for field, value in zip(CRCDState._fields, state, strict=True):
+                setattr(self, field, LossState(value))
         return loss
 
 

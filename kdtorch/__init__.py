@@ -8,11 +8,10 @@ from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.uskd import uskd_loss
+from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CRCDState",
@@ -30,6 +29,7 @@ __all__ = [
     "euclidean_mse_loss",
     "hcl_loss",
     "kl_loss",
+    "make_loss",
     "mse_loss",
     "nkd_loss",
     "smooth_l1_loss",

@@ -53,9 +53,10 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
     """
 
     def decorate(function: Callable) -> Callable:
-        name = f"kdlosses::{function.__module__.rpartition('.')[2]}{function.__name__}"
-        operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        operator.register_fake(shapes)
+        name = function.__module__.rpartition(".")[2] + function.__name__
+        definition = torch.library.custom_op(f"kdlosses::{name}", function, mutates_args=(), schema=schema)
+        definition.register_fake(shapes)
+        operator = getattr(torch.ops.kdlosses, name).default
 
         def each(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
             def example(i: int) -> Any:
@@ -66,7 +67,7 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
                 return torch.stack(results), 0
             return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
-        operator.register_vmap(each)
+        definition.register_vmap(each)
         return operator
 
     return decorate
@@ -122,11 +123,31 @@ def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight / total, peak, total.log()
 
 
-def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+class _Refused(torch.autograd.Function):
+    """A value whose derivative with respect to the inputs is not written down, so that it is refused and not 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
+
+
+def rowwise(
+    value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: bool = True
+) -> Callable[..., Tensor]:
     """A function of rows from one that returns its value and its gradient with respect to its first argument.
 
-    The value of a row depends on that row alone; every other argument is constant. The result can be differentiated
-    again if the gradient is made of differentiable operations; if it comes from an opaque operator, PyTorch refuses.
+    The value of a row depends on that row alone; every other argument is constant. With `twice` the gradient is made of
+    differentiable operations, so that the result can be differentiated again; without, that is refused.
     """
 
     class Rowwise(torch.autograd.Function):
@@ -140,21 +161,17 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]]) -> Callabl
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
             ctx.mark_non_differentiable(output[1])
             ctx.save_for_backward(*inputs, output[1])
-            ctx.save_for_forward(*inputs, output[1])
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             *inputs, gradient = ctx.saved_tensors
-            if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
-                gradient = value_and_gradient(*inputs)[1]
+            if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
+                gradient = value_and_gradient(*inputs)[1] if twice else _Refused.apply(gradient, inputs[0])
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
-        @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-            return (ctx.saved_tensors[-1] * tangent).sum(-1), None
-
     def value(x: Tensor, *constants: Tensor) -> Tensor:
-        return Rowwise.apply(x, *(c.detach() for c in constants))[0]
+        constants = tuple(c.detach() for c in constants)
+        return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
 
@@ -162,7 +179,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]]) -> Callabl
 def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function whose gradient with respect to its first argument is `pull(cotangent, *inputs)`, both opaque.
 
-    It cannot be differentiated twice: PyTorch refuses.
+    A second derivative is refused.
     """
 
     class PulledBack(torch.autograd.Function):
@@ -178,9 +195,22 @@ def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Ca
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-            return pull(cotangent, *ctx.saved_tensors), *(None for _ in ctx.saved_tensors[1:])
+            inputs = ctx.saved_tensors
+            gradient = pull(cotangent.detach(), *(x.detach() for x in inputs))
+            if torch.is_grad_enabled():
+                gradient = _Refused.apply(gradient, cotangent, inputs[0])
+            return gradient, *(None for _ in inputs[1:])
 
-    return lambda x, *constants: PulledBack.apply(x, *(c.detach() for c in constants))
+    def pulled(x: Tensor, *constants: Tensor) -> Tensor:
+        constants = tuple(c.detach() for c in constants)
+        return (PulledBack.apply if _differentiated(x) else value)(x, *constants)
+
+    return pulled
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether a gradient may be asked for; `torch.compile` cannot trace an `autograd.Function` where none is."""
+    return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
 
 
 def log_ratio(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

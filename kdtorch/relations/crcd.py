@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -201,7 +202,7 @@ def _log_mean(
     return logs.logsumexp(0) - (2 * count(valid, embedding.dtype).log() + math.log(places.shape[1]))
 
 
-@rowwise
+@functools.partial(rowwise, twice=False)
 @opaque(
     "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor log_z, Tensor temperature) -> (Tensor, Tensor)",
     lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),

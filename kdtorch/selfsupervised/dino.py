@@ -59,7 +59,7 @@ def dino_teacher_temperature(
     >>> [round(float(dino_teacher_temperature(e, warmup=0.04, final=0.07, warmup_epochs=4)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    epoch = torch.as_tensor(epoch, dtype=torch.get_default_dtype())
+    epoch = torch.as_tensor(epoch, dtype=torch.float64)
     for name, value in (("warmup", warmup), ("final", final)):
         positive(name, value, epoch)
     if warmup_epochs < 0:

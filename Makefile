@@ -1,0 +1,23 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else; each makes .venv on its first call.
+PYTHON ?= python3
+BIN = .venv/bin
+export MPLBACKEND = Agg
+
+.PHONY: demo test check
+
+demo: .venv/installed
+	$(BIN)/python examples/digits.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
+	touch $@

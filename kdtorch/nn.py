@@ -1,0 +1,420 @@
+"""The losses that own parameters or state, as modules: thin holders that call the functions.
+
+State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdtorch._numerics import widen
+from kdtorch.features.dcn import dcn_loss
+from kdtorch.logits.uskd import uskd_loss
+from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+
+__all__ = [
+    "ABF",
+    "CRCDLoss",
+    "CombinedLoss",
+    "DINOLoss",
+    "DynamicCenterNormLoss",
+    "FunctionLoss",
+    "ReviewKD",
+    "USKDLoss",
+]
+
+
+class DINOLoss(nn.Module):
+    """`dino_loss` with its centre and the teacher's warm-up, on views stacked along the batch axis.
+
+    Args:
+        dim: the width of the outputs.
+        views: the number of student views.
+        teacher_views: the number of teacher views, the first of the student's.
+        warmup_temperature: the teacher's temperature at epoch 0.
+        teacher_temperature: the teacher's temperature from epoch `warmup_epochs - 1` on.
+        warmup_epochs: how many epochs the warm-up takes.
+        student_temperature: the student's temperature.
+        center_momentum: of the centre.
+
+    >>> from kdtorch.nn import DINOLoss
+    >>> loss = DINOLoss(3)
+    >>> print(f"{loss(torch.eye(4, 3), torch.eye(4, 3), epoch=0):.4f}")
+    6.2501
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        views: int = 2,
+        teacher_views: int = 2,
+        warmup_temperature: float = 0.04,
+        teacher_temperature: float = 0.04,
+        warmup_epochs: int = 30,
+        student_temperature: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.views, self.teacher_views = views, teacher_views
+        self.warmup_temperature, self.teacher_temperature = warmup_temperature, teacher_temperature
+        self.warmup_epochs, self.student_temperature = warmup_epochs, student_temperature
+        self.center_momentum = center_momentum
+        self.register_buffer("center", dino_init(dim).center)
+
+    def forward(self, student: Tensor, teacher: Tensor, epoch: int | Tensor = 0, **options: Any) -> Tensor:
+        """The loss for `student [views * batch, dim]` and `teacher [teacher_views * batch, dim]`.
+
+        Raises:
+            ValueError: a batch axis that is not so many views.
+        """
+        temperature = dino_teacher_temperature(
+            epoch, warmup=self.warmup_temperature, final=self.teacher_temperature, warmup_epochs=self.warmup_epochs
+        )
+        loss, state = dino_loss(
+            _unstack("student", student, self.views),
+            _unstack("teacher", teacher, self.teacher_views),
+            DINOState(self.center),
+            teacher_temperature=temperature,
+            student_temperature=self.student_temperature,
+            center_momentum=self.center_momentum,
+            **options,
+        )
+        if self.training:
+            self.center = state.center
+        return loss
+
+
+def _unstack(name: str, x: Tensor, views: int) -> Tensor:
+    if x.ndim != 2 or x.shape[0] % views:
+        raise ValueError(
+            f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}"
+        )
+    return x.reshape(views, -1, x.shape[1])
+
+
+class DynamicCenterNormLoss(nn.Module):
+    """`dcn_loss` with its learned class centres, drawn from a normal distribution.
+
+    Args:
+        num_classes: the number of classes.
+        dim: the width of the features.
+
+    >>> from kdtorch.nn import DynamicCenterNormLoss
+    >>> DynamicCenterNormLoss(10, 4).centers.shape
+    (10, 4)
+    """
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.randn(num_classes, dim))
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """The loss for `student [*batch, dim]`, `teacher [*batch, dim]` and `labels [*batch]`."""
+        return dcn_loss(student, teacher, labels, self.centers, **options)
+
+
+class USKDLoss(nn.Module):
+    """`uskd_loss` with its weak head, a linear layer on an intermediate feature of the student.
+
+    Args:
+        feature_dim: the width of the feature.
+        num_classes: the number of classes.
+        alpha: weight of the target part.
+        beta: weight of the non-target part.
+        mu: weight of the weak head's own cross-entropy.
+
+    >>> from kdtorch.nn import USKDLoss
+    >>> loss = USKDLoss(8, 10)
+    >>> loss(torch.ones((2, 8)), torch.zeros((2, 10)), torch.tensor([3, 4])).shape
+    ()
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_classes: int,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        mu: float = 0.005,
+    ) -> None:
+        super().__init__()
+        self.head = nn.Linear(feature_dim, num_classes)
+        self.alpha, self.beta, self.mu = alpha, beta, mu
+
+    def forward(self, features: Tensor, student_logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
+        weak_logits = self.head(*widen(features))
+        return uskd_loss(
+            student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options
+        )
+
+
+class CRCDLoss(nn.Module):
+    """`crcd_loss` with its two heads and its two memories; negatives are drawn at each call.
+
+    Args:
+        student_dim: the width of the student's features.
+        teacher_dim: the width of the teacher's features.
+        dim: the width of the embeddings.
+        num_data: the number of samples in the data set.
+        num_negatives: K, the negatives of each sample.
+        embed: the heads: `"linear"`, `"nonlinear"` (three linear layers with ReLU between), or `"none"`.
+        temperature: τ.
+        momentum: of the memories.
+        generator: for memories and negatives; None is PyTorch's global one.
+
+    Raises:
+        ValueError: an unknown `embed`; `"none"` with widths that differ.
+
+    >>> from kdtorch.nn import CRCDLoss
+    >>> loss = CRCDLoss(8, 6, 4, num_data=50, num_negatives=10)
+    >>> loss(torch.ones((2, 8)), torch.ones((2, 6)), torch.tensor([7, 30])).shape
+    ()
+    """
+
+    student_memory: Tensor
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        dim: int,
+        num_data: int,
+        *,
+        num_negatives: int = 500,
+        embed: Literal["linear", "nonlinear", "none"] = "linear",
+        temperature: float = 0.05,
+        momentum: float = 0.5,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_head = _head("student_dim", student_dim, dim, embed)
+        self.teacher_head = _head("teacher_dim", teacher_dim, dim, embed)
+        for field, value in crcd_init(generator, num_data, dim)._asdict().items():
+            self.register_buffer(field, value)
+        self.generator = generator
+        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
+        if negatives is None:
+            negatives = crcd_negatives(self.generator, len(index), self.num_negatives, len(self.student_memory))
+            negatives = negatives.to(index.device)
+        loss, state = crcd_loss(
+            self.student_head(*widen(student)),
+            self.teacher_head(*widen(teacher.detach())),
+            index,
+            negatives,
+            CRCDState(*(getattr(self, field) for field in CRCDState._fields)),
+            temperature=self.temperature,
+            momentum=self.momentum,
+            **options,
+        )
+        if self.training:
+            for field, value in zip(CRCDState._fields, state, strict=True):
+                setattr(self, field, value)
+        return loss
+
+
+def _head(name: str, in_dim: int, dim: int, embed: str) -> nn.Module:
+    if embed == "linear":
+        return nn.Linear(in_dim, dim)
+    if embed == "nonlinear":
+        first, second = nn.Linear(in_dim, in_dim), nn.Linear(in_dim, dim)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(dim, dim))
+    if embed != "none":
+        raise ValueError(f'`embed` must be one of "linear", "nonlinear", "none", got {embed!r}')
+    if in_dim != dim:
+        raise ValueError(f'`{name}` must equal `dim` (={dim}) with embed="none", got {in_dim}')
+    return nn.Identity()
+
+
+class ABF(nn.Module):
+    """Attention-based fusion, ReviewKD's connector from one level of the student to the teacher's width.
+
+    Args:
+        in_channels: of the student's map.
+        mid_channels: of the map that is handed on to the next level.
+        out_channels: of the teacher's map.
+        fuse: whether a map of the deeper level is fused in.
+
+    >>> from kdtorch.nn import ABF
+    >>> output, fused = ABF(8, 16, 32, False)(torch.ones((2, 8, 4, 4)))
+    >>> output.shape, fused.shape
+    (torch.Size([2, 32, 4, 4]), torch.Size([2, 16, 4, 4]))
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(mid_channels)
+        self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The map for the teacher, and the map to hand on; `deeper` is what the deeper level handed on."""
+        x = self.norm1(self.conv1(x))
+        if self.attention is not None:
+            if deeper is None:
+                raise ValueError("`deeper` must be given to a connector with `fuse=True`, got None")
+            deeper = _resize(deeper, x.shape[2], x.shape[3])
+            weight = self.attention(torch.cat([x, deeper], 1)).sigmoid()
+            x = x * weight[:, :1] + deeper * weight[:, 1:]
+        return self.norm2(self.conv2(x)), x
+
+
+def _resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Nearest neighbour, each position taking the one at or before it."""
+    rows, columns = (
+        torch.arange(n, device=x.device) * m // n for n, m in ((height, x.shape[2]), (width, x.shape[3]))
+    )
+    return x[:, :, rows][..., columns]
+
+
+class ReviewKD(nn.Module):
+    """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
+
+    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes.
+
+    Args:
+        in_channels: of the student's maps, from the first to the deepest.
+        out_channels: of the teacher's maps, in the same order.
+        mid_channels: the width of the fused maps.
+
+    Raises:
+        ValueError: numbers of channels that differ in length.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> from kdtorch.nn import ReviewKD
+    >>> review = ReviewKD([4, 8], [16, 32], 8)
+    >>> [x.shape for x in review([torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))])]
+    [torch.Size([2, 16, 8, 8]), torch.Size([2, 32, 4, 4])]
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int], mid_channels: int) -> None:
+        super().__init__()
+        if not in_channels or len(in_channels) != len(out_channels):
+            raise ValueError(
+                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                f"{list(in_channels)} and {list(out_channels)}"
+            )
+        deepest = len(in_channels) - 1
+        self.connectors = nn.ModuleList(
+            ABF(i, mid_channels, o, level < deepest)
+            for level, (i, o) in enumerate(zip(in_channels, out_channels, strict=True))
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The student's maps, from the first to the deepest, as the teacher's should be."""
+        if len(maps) != len(self.connectors):
+            raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
+        outputs: list[Tensor] = []
+        fused = None
+        for connector, x in zip(reversed(self.connectors), reversed(maps), strict=True):
+            output, fused = connector(x, fused)
+            outputs.insert(0, output)
+        return outputs
+
+
+class FunctionLoss(nn.Module):
+    """A loss without parameters or state, with its options.
+
+    >>> from kdtorch.nn import FunctionLoss
+    >>> from kdtorch import mse_loss
+    >>> print(FunctionLoss(mse_loss)(torch.ones((2, 3)), torch.zeros((2, 3))))
+    1.0
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__()
+        self.function, self.options = function, tuple(options.items())
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The function's value."""
+        return self.function(*inputs, **dict(self.options))
+
+
+class CombinedLoss(nn.Module):
+    """A weighted sum of losses over one batch; `make_loss` builds it from a configuration.
+
+    Args:
+        losses: the modules by name.
+        weights: one number a loss.
+        reads: for each loss where its inputs come from: keys of `feat`, `"target"`, `"epoch"`, or functions of a
+            mapping of all these.
+
+    Attributes:
+        losses: the modules by name.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, nn.Module],
+        weights: Sequence[float],
+        reads: Sequence[Sequence[str | Callable[[Mapping[str, Any]], Any]]],
+    ) -> None:
+        super().__init__()
+        self.losses = nn.ModuleDict(losses)
+        self.names, self.weights, self.reads = tuple(losses), tuple(weights), tuple(map(tuple, reads))
+
+    def forward(
+        self,
+        score: Tensor | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Tensor | None = None,
+        target: Tensor | None = None,
+        epoch: int | Tensor = 0,
+    ) -> Tensor:
+        """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
+        return self.weigh(self.terms(score, feat, fea, target, epoch))
+
+    def terms(
+        self,
+        score: Tensor | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Tensor | None = None,
+        target: Tensor | None = None,
+        epoch: int | Tensor = 0,
+    ) -> dict[str, Tensor]:
+        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
+        inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
+        return {
+            name: self.losses[name](*(_read(name, source, inputs) for source in reads))
+            for name, reads in zip(self.names, self.reads, strict=True)
+        }
+
+    def weigh(self, terms: Mapping[str, Any]) -> Tensor:
+        """The weighted sum of `terms`."""
+        return sum(weight * terms[name] for name, weight in zip(self.names, self.weights, strict=True))
+
+
+class _Inputs(dict):
+    """The inputs of one loss, which say what is missing."""
+
+    def __init__(self, name: str, inputs: Mapping[str, Any]) -> None:
+        super().__init__(inputs)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        where = "`target`" if key == "target" else f"`feat[{key!r}]`"
+        raise ValueError(f"the loss {self.name!r} reads {where}, which is absent; given are {sorted(self)}")
+
+
+def _read(name: str, source: str | Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+    named = _Inputs(name, inputs)
+    return named[source] if isinstance(source, str) else source(named)

@@ -1,0 +1,60 @@
+"""What the oracles share: elementary functions of plain lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def constant(x: Any) -> Any:
+    """x without its derivative."""
+    return np.real(x)
+
+
+def is_left_out(logit: Any) -> bool:
+    return np.isneginf(np.real(logit))
+
+
+def over(logits: Iterable[Any], temperature: Any) -> list[Any]:
+    return [x if is_left_out(x) else x / temperature for x in logits]
+
+
+def log_softmax(logits: Sequence[Any]) -> list[Any]:
+    """A class at -inf stays there and adds nothing."""
+    largest = max(np.real(x) for x in logits)
+    if np.isneginf(largest):
+        return list(logits)
+    total = sum(np.exp(x - largest) for x in logits if not is_left_out(x))
+    return [-np.inf if is_left_out(x) else x - largest - np.log(total) for x in logits]
+
+
+def softmax(logits: Sequence[Any]) -> list[Any]:
+    return [0.0 if is_left_out(x) else np.exp(x) for x in log_softmax(logits)]
+
+
+def kl(teacher_logits: Sequence[Any], student_logits: Sequence[Any]) -> Any:
+    """KL(softmax(teacher) || softmax(student))."""
+    total = 0.0
+    for log_q, log_p in zip(log_softmax(teacher_logits), log_softmax(student_logits), strict=True):
+        if not is_left_out(log_q):
+            total = total + np.exp(log_q) * (log_q - log_p)
+    return total
+
+
+def without(values: Iterable[Any], places: Iterable[int]) -> list[Any]:
+    left_out = set(places)
+    return [x for k, x in enumerate(values) if k not in left_out]
+
+
+def norm(x: Any) -> Any:
+    """Euclidean; 0, with derivative 0, at 0."""
+    square = sum(v * v for v in x)
+    return np.sqrt(square) if np.real(square) > 0 else 0.0 * square
+
+
+def unit(x: Any) -> Any:
+    """x / |x|, or x where that is 0."""
+    length = norm(x)
+    return np.array([v / length for v in x]) if np.real(length) > 0 else np.array(constant(x))
