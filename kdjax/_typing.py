@@ -33,7 +33,7 @@ def checked(function: _F) -> _F:
         given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
         with jaxtyped("context"):  # binds the names of the axes from one argument to the next
             for name, (value, hint, _) in given.items():
-                if not is_bearable(value, hint, conf=_CONF):
+                if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
         return function(*args, **kwargs)
 
@@ -43,7 +43,8 @@ def checked(function: _F) -> _F:
 @functools.cache
 def _hints(annotated: Any) -> dict[str, tuple[Any, str]]:
     evaluated = get_type_hints(annotated)
-    return {name: (evaluated[name], str(text)) for name, text in inspect.get_annotations(annotated).items()}
+    texts = inspect.get_annotations(annotated).items()
+    return {name: (evaluated[name], getattr(text, "__forward_arg__", text)) for name, text in texts}
 
 
 def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:

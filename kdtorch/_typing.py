@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -38,13 +39,13 @@ def checked(function: _F) -> _F:
         given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
         with jaxtyped("context"):  # binds the names of the axes from one argument to the next
             for name, (value, hint, _) in given.items():
-                if not is_bearable(value, hint, conf=_CONF):
+                if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
-        device = next(value for value, _, _ in given.values() if isinstance(value, Tensor)).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+        devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}
+        with contextlib.ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, devices):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
@@ -52,7 +53,8 @@ def checked(function: _F) -> _F:
 @functools.cache
 def _hints(annotated: Any) -> dict[str, tuple[Any, str]]:
     evaluated = get_type_hints(annotated)
-    return {name: (evaluated[name], str(text)) for name, text in inspect.get_annotations(annotated).items()}
+    texts = inspect.get_annotations(annotated).items()
+    return {name: (evaluated[name], getattr(text, "__forward_arg__", text)) for name, text in texts}
 
 
 def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:

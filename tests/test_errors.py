@@ -1,0 +1,224 @@
+"""Every mistake gets the same error in both packages: the argument, what was expected, what came, how to mend it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from frameworks import BOTH, JAX, TORCH
+
+both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+LOGITS, LABELS, MAP = np.zeros((4, 10)), np.zeros(4, int), np.zeros((2, 8, 8, 3))
+VIEWS = np.zeros((2, 4, 6))
+
+
+def crcd(f, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, **options):
+    given = f.arrays([np.ones((2, dim)), np.ones((2, dim)), np.array(index), np.array(negatives)])
+    state = f.kd.CRCDState(*f.arrays([np.ones((6, state_dim)), np.ones((6, state_dim)), np.zeros(()), np.zeros(())]))
+    return f.kd.crcd_loss(*given, state, **options)
+
+
+def call(name, *arrays, **options):
+    def run(f):
+        where = {"where": f.array(options["where"])} if "where" in options else {}
+        return getattr(f.kd, name)(*f.arrays(list(arrays)), **{**options, **where})
+
+    return run
+
+
+def dino(*arrays, dim=6, **options):
+    return lambda f: f.kd.dino_loss(*f.arrays(list(arrays)), f.kd.dino_init(dim), **options)
+
+
+def key(f):
+    import jax
+
+    return jax.random.key(0) if f is JAX else None
+
+
+MISTAKES = {
+    "temperature 0": (
+        call("kl_loss", LOGITS, LOGITS, temperature=0),
+        ValueError,
+        "`temperature` must be finite and greater than 0, got 0",
+    ),
+    "temperature negative": (call("dkd_loss", LOGITS, LOGITS, LABELS, temperature=-4.0), ValueError, "`temperature` .* got -4.0"),
+    "temperature NaN": (call("nkd_loss", LOGITS, LOGITS, LABELS, temperature=float("nan")), ValueError, "`temperature` .* got nan"),
+    "temperature a word": (
+        call("kl_loss", LOGITS, LOGITS, temperature="4"),
+        TypeError,
+        r"kl_loss: `temperature` must be a number or a floating-point array of shape \[\], got '4'",
+    ),
+    "negative weight": (
+        call("dkd_loss", LOGITS, LOGITS, LABELS, beta=-1.0),
+        ValueError,
+        "`beta` must be finite and at least 0, got -1.0",
+    ),
+    "smooth l1 beta": (call("smooth_l1_loss", LOGITS, LOGITS, beta=0.0), ValueError, "`beta` must be finite and greater than 0"),
+    "momentum": (dino(VIEWS, VIEWS, center_momentum=1.5), ValueError, "`center_momentum` must be between 0 and 1, got 1.5"),
+    "reduction": (
+        call("mse_loss", LOGITS, LOGITS, reduction="batchmean"),
+        ValueError,
+        "`reduction` must be one of \"mean\", \"sum\", \"none\", got 'batchmean'",
+    ),
+    "one class": (call("kl_loss", LOGITS[:, :1], LOGITS[:, :1]), ValueError, r"at least 2 classes .* got shape \[4, 1\]"),
+    "classes differ": (
+        call("kl_loss", LOGITS, np.zeros((4, 12))),
+        TypeError,
+        r"kl_loss: `teacher_logits` must be Float\[Array, '\*batch classes'\], got float64\[4, 12\] beside "
+        r"student_logits float64\[4, 10\]",
+    ),
+    "batches differ": (call("mse_loss", LOGITS, LOGITS[:3]), TypeError, r"`teacher` must be .*got float64\[3, 10\] beside student"),
+    "rank": (call("difference_kl_loss", LOGITS[None], LOGITS[None]), TypeError, r"`student_logits` .*got float64\[1, 4, 10\]"),
+    "integer logits": (call("kl_loss", LABELS, LABELS), TypeError, r"`student_logits` must be Float.*got int(32|64)\[4\]"),
+    "float labels": (
+        call("dkd_loss", LOGITS, LOGITS, np.zeros(4)),
+        TypeError,
+        r"dkd_loss: `labels` must be Integer\[Array, '\*batch'\], got float64\[4\] beside",
+    ),
+    "labels in a column": (call("dkd_loss", LOGITS, LOGITS, LABELS[:, None]), TypeError, r"`labels` must be .*got int(32|64)\[4, 1\]"),
+    "mask of the wrong shape": (
+        call("kl_loss", LOGITS, LOGITS, where=np.ones((4, 1), bool)),
+        TypeError,
+        r"`where` must be Bool\[Array, .* got bool\[4, 1\]",
+    ),
+    "mask of numbers": (call("kl_loss", LOGITS, LOGITS, where=np.ones(4)), TypeError, r"`where` must be Bool.* got float64\[4\]"),
+    "width of the centres": (
+        call("dcn_loss", LOGITS, LOGITS, LABELS, np.zeros((5, 7))),
+        TypeError,
+        r"`centers` must be .*got float64\[5, 7\] beside student float64\[4, 10\]",
+    ),
+    "no maps": (call("hcl_loss", [], []), ValueError, "must hold the same number of maps, at least one, got 0 and 0"),
+    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; take the teacher's maps that"),
+    "shapes of maps": (
+        call("hcl_loss", [MAP, MAP], [MAP, MAP[:, :4]]),
+        ValueError,
+        r"`student_maps\[1\]` and `teacher_maps\[1\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 4, 8, 3\]; "
+        "ReviewKD's connectors",
+    ),
+    "a flat map": (call("hcl_loss", [LOGITS], [LOGITS]), TypeError, r"`student_maps\[0\]` must be .*got float64\[4, 10\]"),
+    "one map, no list": (call("hcl_loss", MAP, MAP), TypeError, "`student_maps` must be Sequence"),
+    "channel axis": (call("hcl_loss", [MAP], [MAP], channel_axis=0), ValueError, "`channel_axis` must be one of .*got 0"),
+    "one view": (dino(VIEWS[:1], VIEWS[:1]), ValueError, r"views must fit: .*student \[1, 4, 6\] and teacher \[1, 4, 6\]"),
+    "more teacher views": (dino(VIEWS, np.zeros((3, 4, 6))), ValueError, r"student \[2, 4, 6\] and teacher \[3, 4, 6\]"),
+    "a centre of another width": (
+        dino(VIEWS, VIEWS, dim=5),
+        TypeError,
+        r"dino_loss: `state.center` must be Float\[Array, 'dim'\], got float32\[5\] beside student",
+    ),
+    "no state": (
+        lambda f: f.kd.dino_loss(*f.arrays([VIEWS, VIEWS]), None),
+        TypeError,
+        "`state` must be DINOState, got None",
+    ),
+    "width of a state": (lambda f: f.kd.dino_init(0), ValueError, "`dim` must be at least 1, got 0"),
+    "a half-precision state": (
+        lambda f: f.kd.dino_init(3, jnp.bfloat16 if f is JAX else torch.bfloat16),
+        ValueError,
+        "`dtype` must be float32 or float64, got bfloat16",
+    ),
+    "warm-up": (
+        lambda f: f.kd.dino_teacher_temperature(0, warmup_epochs=-1),
+        ValueError,
+        "`warmup_epochs` must be at least 0, got -1",
+    ),
+    "final temperature": (lambda f: f.kd.dino_teacher_temperature(0, final=0.0), ValueError, "`final` must be finite and greater"),
+    "a memory of another width": (
+        lambda f: crcd(f, state_dim=5),
+        TypeError,
+        r"crcd_loss: `state.student_memory` must be .*got float64\[6, 5\] beside student float64\[2, 4\]",
+    ),
+    "no negatives": (
+        lambda f: crcd(f, negatives=np.zeros((2, 0), int)),
+        ValueError,
+        r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
+    ),
+    "an empty memory": (lambda f: f.kd.crcd_init(key(f), 0, 4), ValueError, "`num_data` must be at least 1, got 0"),
+    "no negatives drawn": (lambda f: f.kd.crcd_negatives(key(f), 4, 0, 9), ValueError, "`num_negatives` must be at least 1"),
+    "an unknown argument": (call("kl_loss", LOGITS, LOGITS, T=4.0), TypeError, "unexpected keyword argument 'T'"),
+    "a missing argument": (call("dkd_loss", LOGITS, LOGITS), TypeError, "missing a required argument: 'labels'"),
+}
+
+
+@both
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(f, mistake):
+    run, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        run(f)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_both_packages_say_the_same(mistake):
+    run, error, _ = MISTAKES[mistake]
+    said = []
+    for f in BOTH:
+        with pytest.raises(error) as raised:
+            run(f)
+        said.append((type(raised.value), str(raised.value).replace("int64", "int32")))
+    assert said[0] == said[1]
+
+
+def module(name, *arguments, **options):
+    def build(f):
+        import importlib
+
+        from flax import nnx
+
+        source = {"rngs": nnx.Rngs(0)} if f is JAX else {}
+        return getattr(importlib.import_module(f"kd{f.name}.nn"), name)(*arguments, **options, **source)
+
+    return build
+
+
+@both
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (module("CRCDLoss", 4, 4, 4, 9, embed="mlp"), '`embed` must be one of "linear", "nonlinear", "none", got \'mlp\''),
+        (module("CRCDLoss", 4, 5, 4, 9, embed="none"), r'`teacher_dim` must equal `dim` \(=4\) with embed="none", got 5'),
+        (module("ReviewKD", [4, 8], [4], 6), r"must have one entry a map, at least one, got \[4, 8\] and \[4\]"),
+        (lambda f: module("ReviewKD", [4], [4], 6)(f)([]), "`maps` must hold 1 maps, got 0"),
+        (lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")), "`deeper` must be given"),
+    ],
+)
+def test_mistakes_with_modules(f, build, message):
+    with pytest.raises(ValueError, match=message):
+        build(f)
+
+
+OUT_OF_RANGE = {
+    "dkd": (call("dkd_loss", LOGITS, LOGITS, np.array([0, 10, 2, 3]), reduction="none"), "labels", 9, 10),
+    "nkd": (call("nkd_loss", LOGITS, LOGITS, np.array([0, -1, 2, 3]), reduction="none"), "labels", 9, -1),
+    "uskd": (call("uskd_loss", LOGITS, LOGITS, np.array([0, 99, 2, 3]), reduction="none"), "labels", 9, 99),
+    "dcn": (call("dcn_loss", LOGITS, LOGITS, np.array([0, 5, 2, 3]), np.ones((5, 10)), reduction="none"), "labels", 4, 5),
+    "crcd index": (lambda f: crcd(f, index=(0, 6), reduction="none"), "index", 5, 6),
+    "crcd negatives": (lambda f: crcd(f, negatives=((2, 3), (4, -7)), reduction="none"), "negatives", 5, -7),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_an_index_out_of_range(name):
+    """PyTorch raises; JAX, which cannot under `jit`, gives NaN for that example and no other."""
+    run, argument, last, got = OUT_OF_RANGE[name]
+    with pytest.raises(IndexError, match=rf"`{argument}` must lie in 0 .. {last}, got {got}; mask what has none by `where`"):
+        run(TORCH)
+    value = run(JAX)
+    value = value[0] if isinstance(value, tuple) else value
+    assert np.array_equal(np.isnan(value), np.arange(len(value)) == 1)
+
+
+def test_arrays_of_the_other_framework():
+    x = np.zeros((2, 3), np.float32)
+    with pytest.raises(TypeError, match=r"got torch float32\[2, 3\]; give kdjax jnp.from_dlpack\(x.detach\(\)\)"):
+        JAX.kd.mse_loss(torch.from_numpy(x), torch.from_numpy(x))
+    with pytest.raises(TypeError, match=r"got (jax|jaxlib) float32\[2, 3\]; give kdtorch torch.from_dlpack\(x\)"):
+        TORCH.kd.mse_loss(jnp.asarray(x), jnp.asarray(x))
+    with pytest.raises(TypeError, match=r"got numpy float32\[2, 3\]; give kdtorch torch.as_tensor\(x\)"):
+        TORCH.kd.mse_loss(x, x)
+    assert JAX.kd.mse_loss(x, x) == 0  # JAX takes NumPy arrays
+
+
+@both
+def test_an_array_of_a_bad_temperature_is_nan(f):
+    """An array is not asked, which under `jit` is impossible and elsewhere a wait."""
+    assert np.isnan(f.numpy(f.kd.kl_loss(*f.arrays([LOGITS, LOGITS]), temperature=f.array(np.array(-1.0)))))

@@ -1,0 +1,352 @@
+"""Laws that every loss of the table obeys, in both packages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from frameworks import BOTH, JAX, TORCH
+
+from parity.cases import KINDS, LOSSES, Case, Sizes, along, cases, draw
+from parity.compare import assert_close, ulps
+from parity.run import run
+
+
+def named(loss):
+    return str(Case(loss, "", ())).rstrip("-")
+
+
+every = pytest.mark.parametrize("loss", LOSSES, ids=named)
+framework = pytest.mark.parametrize("name", ["jax", "torch"])
+
+
+def ordinary(loss):
+    return next(cases(loss))
+
+
+def values(name, case, **changes):
+    return run(name, dataclasses.replace(case, **changes), gradients=False).values
+
+
+@every
+@framework
+def test_reductions(name, loss):
+    case = ordinary(loss)
+    none, total, mean = (values(name, case, reduction=r) for r in ("none", "sum", "mean"))
+    for each, a, b in zip(none, total, mean, strict=True):
+        assert ulps(a, each.sum(), "float64") <= 8
+        assert ulps(b, each.mean(), "float64") <= 8
+
+
+@every
+@framework
+def test_permutation_of_examples(name, loss):
+    case = dataclasses.replace(ordinary(loss), reduction="none")
+    order = np.array([3, 0, 4, 2, 1])
+    moved = tuple(along(loss, inputs, lambda x, axis: np.take(x, order, axis)) for inputs in case.steps)
+    for a, b in zip(values(name, case), values(name, case, steps=moved), strict=True):
+        assert ulps(b, a[order], "float64") <= 64
+
+
+@framework
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.shift], ids=named)
+def test_shift_of_logits(name, loss):
+    case = ordinary(loss)
+    kinds = ("logits", "views", "teacher_views")
+    if loss.state:  # a centre is no shift of one example
+        kinds, case = ("views",), dataclasses.replace(case, steps=case.steps[:1])
+    shifted = tuple(
+        {k: v + 8.0 if loss.inputs[k] in kinds else v for k, v in inputs.items()} for inputs in case.steps
+    )
+    for a, b in zip(values(name, case), values(name, case, steps=shifted), strict=True):
+        assert ulps(b, a, "float64") <= 1024
+
+
+@framework
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.divergence], ids=named)
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-4, 1.0, 1e4])
+def test_divergences(name, loss, distance):
+    """0 at student == teacher, and never below, however close the two are."""
+    student, teacher = loss.learns[0], loss.constant[0]
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        (inputs,) = draw(loss, Sizes(), seed)
+
+        def near(x):
+            return [near(y) for y in x] if isinstance(x, list) else x + distance * rng.normal(size=x.shape)
+
+        case = Case(loss, "near", ({**inputs, student: near(inputs[teacher])},), reduction="none")
+        for dtype in ("float32", "float64"):
+            (value,) = run(name, case, dtype, gradients=False).values
+            assert (value == 0).all() if distance == 0 else (value >= 0).all()
+
+
+@every
+@framework
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(name, loss, dtype):
+    """Computed and returned in float32, as if the inputs had been cast; gradients in the input's dtype."""
+    case = ordinary(loss)
+    case = dataclasses.replace(
+        case, steps=tuple({k: v if "State" in loss.inputs[k] else rounded(v, dtype) for k, v in x.items()} for x in case.steps)
+    )
+    half, full = run(name, case, dtype), run(name, case, "float32")
+    for a, b in zip(half.values, full.values, strict=True):
+        assert a.dtype == np.float32
+        assert ulps(a, b, "float32") <= 4
+    for a, b in zip(half.states, full.states, strict=True):
+        for key in b:
+            assert a[key].dtype == np.float32
+            assert ulps(a[key], b[key], "float32") <= 4
+    limit = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    for key in loss.learns:
+        for a, b in zip(leaves(half.gradients[0][key]), leaves(full.gradients[0][key]), strict=True):
+            assert str(a.dtype) == dtype or name == "torch"
+            assert np.abs(a.astype(np.float32) - b).max() <= limit * np.abs(b).max()
+
+
+def leaves(x):
+    return x if isinstance(x, list) else [x]
+
+
+def rounded(x, dtype):
+    if isinstance(x, list):
+        return [rounded(y, dtype) for y in x]
+    return np.asarray(jnp.asarray(x, dtype), "float64") if x.dtype.kind == "f" else x
+
+
+def called(f, loss, dtype="float64", sizes=None, seed=0):
+    """A function of the first learned input alone, and that input."""
+    (inputs,) = draw(loss, sizes or Sizes(), seed)
+    inputs = f.arrays(inputs, dtype)
+    if loss.state:
+        inputs["state"] = getattr(f.kd, loss.inputs["state"])(**inputs["state"])
+    function, first = getattr(f.kd, loss.name), loss.learns[0]
+
+    def value(x, **options):
+        result = function(*(x if k == first else inputs[k] for k in loss.inputs), **options)
+        return result[0] if loss.state else result
+
+    return value, inputs[first]
+
+
+def close(a, b, limit=256):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        assert ulps(x, y, "float64") <= limit
+
+
+@every
+def test_jit_is_eager(loss):
+    function, x = called(JAX, loss)
+    with jax.disable_jit(False):
+        close(jax.tree.map(np.asarray, jax.grad(function)(x)), jax.tree.map(np.asarray, jax.jit(jax.grad(function))(x)))
+
+
+@every
+def test_vmap_is_a_loop(loss):
+    for f, vmap in ((JAX, jax.vmap), (TORCH, torch.func.vmap)):
+        function, x = called(f, loss)
+        _, other = called(f, loss, seed=1)
+        stack = jnp.stack if f is JAX else torch.stack
+        both = [stack(pair) for pair in zip(x, other, strict=True)] if isinstance(x, list) else stack([x, other])
+        got = vmap(f.grad(function))(both)
+        for i, one in enumerate((x, other)):
+            want = f.grad(function)(one)
+            close([f.numpy(y[i]) for y in leaves(got)], [f.numpy(y) for y in leaves(want)])
+
+
+@every
+def test_second_derivative(loss):
+    """That of kdjax is right; kdtorch's is the same, or refused."""
+    function, x = called(JAX, loss)
+    direction = jax.tree.map(jnp.cos, x)
+
+    def along_direction(f, function, direction):
+        def slope(x):
+            return sum((a * b).sum() for a, b in zip(leaves(f.grad(function)(x)), leaves(direction), strict=True))
+
+        return slope
+
+    slope = along_direction(JAX, function, direction)
+    got = jax.grad(slope)(x)
+    step = 1e-6
+    moved = [jax.tree.map(lambda a, d, s=s: a + s * step * jnp.sin(d * 3), x, direction) for s in (1, -1)]
+    difference = float(slope(moved[0]) - slope(moved[1])) / (2 * step)
+    product = sum((a * jnp.sin(d * 3)).sum() for a, d in zip(leaves(got), leaves(direction), strict=True))
+    assert float(product) == pytest.approx(difference, rel=1e-5, abs=1e-8)
+
+    function, x = called(TORCH, loss)
+    slope = along_direction(TORCH, function, [TORCH.array(d) for d in leaves(direction)])
+    try:
+        theirs = torch.func.grad(slope)(x)
+    except NotImplementedError as error:
+        assert loss.name in ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")
+        assert "no second derivative" in str(error)
+        return
+    close([TORCH.numpy(y) for y in leaves(theirs)], [np.asarray(y) for y in leaves(got)], 4096)
+
+
+@every
+def test_second_call_compiles_nothing(loss):
+    function, x = called(JAX, loss)
+    numbers = [k for k in loss.options[-1] if "temperature" in k or k in ("alpha", "beta", "gamma", "mu", "momentum")]
+
+    @jax.jit
+    def step(x, numbers):
+        return function(x, **numbers)
+
+    first = {k: jnp.asarray(loss.options[-1][k]) for k in numbers}
+    a = step(x, first)
+    b = step(jax.tree.map(lambda y: y * 1.5, x), {k: v * 1.5 for k, v in first.items()})
+    assert step._cache_size() == 1
+    assert float(a) != float(b)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_torch_compile(loss):
+    function, x = called(TORCH, loss)
+    torch._dynamo.reset()
+    results = []
+    for run_it in (function, torch.compile(function, fullgraph=True)):
+        given = [y.clone().requires_grad_() for y in leaves(x)]
+        run_it(given if isinstance(x, list) else given[0]).backward()
+        results.append([y.grad.numpy() for y in given])
+    close(*results)
+
+
+@every
+@framework
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["1e4", "largest", "subnormal", "zero", "equal rows"])
+def test_finite(name, loss, kind, dtype):
+    """For every finite input, value, gradient and state are finite."""
+    limits = np.finfo(dtype)
+    rng = np.random.default_rng(0)
+    make = {
+        "1e4": lambda x: np.sign(rng.normal(size=x.shape)) * 1e4,
+        "largest": lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.max) / 1e4,
+        "subnormal": lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.smallest_subnormal) * 3,
+        "zero": np.zeros_like,
+        "equal rows": lambda x: np.ones_like(x) * x.ravel()[0],
+    }[kind]
+    squares = ("mse_loss", "hcl_loss")  # whose value itself is beyond the largest number
+    if kind == "largest" and loss.name in squares:
+        make = lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.max) ** 0.5 / 1e4  # noqa: E731
+    change = loss.learns + loss.constant
+    (inputs,) = draw(loss, Sizes(), 0)
+    for k in change:
+        if loss.inputs[k] != "fractions":
+            inputs[k] = [make(x) for x in inputs[k]] if isinstance(inputs[k], list) else make(inputs[k])
+    result = run(name, Case(loss, kind, (inputs,), reduction="none"), dtype)
+    assert np.isfinite(result.values[0]).all()
+    for key, gradient in result.gradients[0].items():
+        assert all(np.isfinite(x).all() for x in leaves(gradient)), key
+    for key, state in (result.states or [{}])[0].items():
+        assert np.isfinite(state).all(), key
+
+
+@framework
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name in ("kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss")], ids=named)
+def test_infinite_where_the_student_excludes_a_class(name, loss):
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs["student_logits"][2, (np.argmax(inputs["labels"][2]) if "labels" in inputs and inputs["labels"].ndim == 2 else 0)] = -np.inf
+    result = run(name, Case(loss, "excluded", (inputs,), reduction="none"))
+    assert np.array_equal(np.isinf(result.values[0]), np.arange(5) == 2)
+    assert np.isfinite(result.gradients[0]["student_logits"]).all()
+
+
+@framework
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.constant], ids=named)
+def test_nan_is_not_hidden(name, loss):
+    for key in (loss.learns[0], loss.constant[0]):
+        (inputs,) = draw(loss, Sizes(), 0)
+        leaf = leaves(inputs[key])[0]
+        np.moveaxis(leaf, KINDS[loss.inputs[key]].axis, 0)[1] = np.nan
+        result = run(name, Case(loss, "nan", (inputs,)))
+        assert np.isnan(result.values[0])
+        for state in result.states:  # and does not poison the state
+            assert all(np.isfinite(x).all() for x in state.values())
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=named)
+def test_state_goes_through_scan(loss):
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs = JAX.arrays(inputs, "float32")
+    state = getattr(JAX.kd, loss.inputs["state"])(**inputs.pop("state"))
+    function = getattr(JAX.kd, loss.name)
+
+    def step(state, _):
+        value, state = function(*inputs.values(), state)
+        return state, value
+
+    last, losses = jax.lax.scan(step, state, None, length=100)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), last) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert np.isfinite(losses).all()
+
+
+def test_one_hot_labels_are_labels():
+    for loss in (x for x in LOSSES if "distribution" in x.inputs.values()):
+        for f in BOTH:
+            function = getattr(f.kd, loss.name)
+            (inputs,) = draw(loss, Sizes(), 0)
+            labels = inputs["labels"].argmax(-1)
+            logits = [f.array(inputs[k]) for k in list(loss.inputs)[:2]]
+            hot = function(*logits, f.array(np.eye(Sizes().classes)[labels]))
+            assert ulps(f.numpy(hot), f.numpy(function(*logits, f.array(labels))), "float64") <= 4
+
+
+def test_close_memories_keep_their_digits():
+    """CRCD on rows that nearly coincide, float32 against the oracle, where products of matrices would lose everything."""
+    loss = next(x for x in LOSSES if x.name == "crcd_loss")
+    (inputs,) = draw(loss, Sizes(), 0)
+    for memory in ("student_memory", "teacher_memory"):
+        x = inputs["state"][memory]
+        x[1:6] = x[0] + 1e-3 * x[1:6]
+        inputs["state"][memory] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
+    case = Case(loss, "close", (inputs,))
+    want = run("oracle", case, "float32")
+    for name in ("jax", "torch"):
+        assert_close(run(name, case, "float32"), want, "float32")
+
+
+def test_close_rows_keep_their_digits():
+    """Distances of rows that nearly coincide, in the student alone and in both."""
+    loss = next(x for x in LOSSES if x.name == "euclidean_mse_loss")
+    (inputs,) = draw(loss, Sizes(), 0)
+    close_rows = {k: (x[:1] + 1e-3 * x).astype(np.float32).astype(np.float64) for k, x in inputs.items()}
+    for steps in ({**inputs, "student": close_rows["student"]}, close_rows):
+        case = Case(loss, "close", (steps,))
+        for dtype in ("float32", "float64"):
+            want = run("oracle", case, dtype)
+            for name in ("jax", "torch"):
+                got = run(name, case, dtype)
+                # unit rows are rounded to eps, so that a difference of 1e-3 keeps 1e-3 of it
+                assert ulps(got.values[0], want.values[0], dtype) <= 4096
+                assert ulps(got.gradients[0]["student"], want.gradients[0]["student"], dtype) <= 8192
+
+
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+def test_of_two_rows_with_one_index_the_later_is_remembered(f):
+    loss = next(x for x in LOSSES if x.name == "crcd_loss")
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs["index"] = np.array([4, 7, 4, 7, 4])
+    given = f.arrays(inputs)
+    state = f.kd.CRCDState(**given.pop("state"))
+    _, after = f.kd.crcd_loss(*given.values(), state)
+    for row, index in ((4, 4), (3, 7)):
+        unit = inputs["student"][row] / np.linalg.norm(inputs["student"][row])
+        want = (inputs["state"]["student_memory"][index] + unit) / 2
+        want /= np.linalg.norm(want)
+        assert f.numpy(after.student_memory[index]) == pytest.approx(want, rel=1e-12)
+
+
+def test_autocast_does_not_round():
+    """A loss called under PyTorch's autocast gives what it gives outside."""
+    for loss in LOSSES:
+        function, x = called(TORCH, loss, "float32")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = function(x)
+        assert inside.dtype == torch.float32
+        assert torch.equal(inside, function(x))
