@@ -14,27 +14,27 @@ from kdjax._typing import Scalar
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def widen(*arrays: Array | np.ndarray) -> tuple[Array, ...]:
+def widen(*arrays: Array) -> tuple[Array, ...]:
     """All in float64 if one of them is, else in float32."""
     widest = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
     dtype = jax.dtypes.canonicalize_dtype(max(widest, np.dtype(np.float32), key=lambda dtype: dtype.itemsize))
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
-def positive(name: str, value: Scalar, like: Array) -> Scalar:
+def positive(name: str, value: Scalar, like: Array) -> float | Array:
     """`value` if it is finite and above 0; an array cannot raise under `jit`, so a bad one becomes NaN."""
     return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < np.inf))
 
 
-def non_negative(name: str, value: Scalar, like: Array) -> Scalar:
+def non_negative(name: str, value: Scalar, like: Array) -> float | Array:
     return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < np.inf))
 
 
-def fraction(name: str, value: Scalar, like: Array) -> Scalar:
+def fraction(name: str, value: Scalar, like: Array) -> float | Array:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
-def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable) -> Scalar:
+def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable) -> float | Array:
     if isinstance(value, Array | np.ndarray):
         value = jax.lax.stop_gradient(jnp.asarray(value, like.dtype))
         return jnp.where(test(value), value, jnp.nan)
@@ -64,16 +64,10 @@ def is_class(x: Array, labels: Array) -> Array:
     return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)
 
 
-def logsumexp(x: Array) -> Array:
-    """Over the last axis; -inf, with gradient 0, where every entry is -inf."""
-    _, peak, log_total = _softmax(x)
-    return jnp.where(jnp.max(x, -1) == -jnp.inf, -jnp.inf, peak[..., 0] + log_total[..., 0])
-
-
-def log_softmax(x: Array) -> Array:
-    """Over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
-    _, peak, log_total = _softmax(x)
-    return x - peak - log_total
+def log_softmax(x: Array, temperature: Scalar = 1.0) -> Array:
+    """Of x / temperature over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
+    _, _, z, log_total = _softmax(x, temperature)
+    return z - log_total
 
 
 def cross_entropy(q: Array, log_p: Array) -> Array:
@@ -81,14 +75,19 @@ def cross_entropy(q: Array, log_p: Array) -> Array:
     return -jnp.sum(jnp.where(q == 0, 0, q * log_p), -1)
 
 
-def _softmax(x: Array) -> tuple[Array, Array, Array]:
-    """softmax, and the two parts of its log normaliser: the largest entry and log sum exp(x - largest)."""
+def _softmax(x: Array, temperature: Scalar) -> tuple[Array, Array, Array, Array]:
+    """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z.
+
+    The largest entry is taken off before the division: XLA may compute x / T twice, rounded to find the largest and
+    unrounded inside a multiply-add, and the largest would then not be 0 above itself.
+    """
     peak = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     peak = jnp.where(jnp.isneginf(peak), 0, peak)
-    weight = jnp.exp(x - peak)
+    z = (x - peak) / temperature
+    weight = jnp.exp(z)
     total = jnp.sum(weight, -1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
-    return weight / total, peak, jnp.log(total)
+    return weight / total, peak, z, jnp.log(total)
 
 
 def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]]) -> Callable[..., Array]:
@@ -110,34 +109,45 @@ def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]]) -> Callable[
     return value
 
 
-def log_ratio(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """p = softmax(x), q = softmax(y) and log(p / q), which is taken from x - y so that close rows keep their digits."""
-    p, peak_x, log_total_x = _softmax(x)
-    q, peak_y, log_total_y = _softmax(y)
-    shift = (peak_x - peak_y) + (log_total_x - log_total_y)
+def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Array]:
+    """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
+    p, peak_x, _, log_total_x = _softmax(x, temperature)
+    q, peak_y, _, log_total_y = _softmax(y, temperature)
     both = jnp.isneginf(x) & jnp.isneginf(y)
-    return p, q, jnp.where(both, 0, x - y) - jnp.where(both, 0, shift)
+    r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
+    return p, q, jnp.where(both, 0, r)
 
 
 @rowwise
-def kl_divergence(x: Array, y: Array) -> tuple[Array, Array]:
-    """KL(softmax(y) || softmax(x)) over the last axis, with its gradient p - q.
+def kl_divergence(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:
+    """KL(softmax(y / T) || softmax(x / T)) over the last axis, with its gradient (p - q) / T.
 
     Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
     sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    p, q, r = log_ratio(x, y)
+    p, q, r = log_ratio(x, y, temperature)
     near = (q > 0) & (r < 1)
     growth = jnp.expm1(jnp.where(near, r, 0))
     used = jnp.where(q > 0, r, 0)
     terms = jnp.where(near, q * (growth - used), (p - q) - q * used)
-    return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q)
+    return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q) / temperature
+
+
+def binary_and_others(x: Array, label: Array, temperature: Scalar) -> tuple[Array, Array]:
+    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
+    others = jnp.where(label, -jnp.inf, x)
+    _, peak, _, log_total = _softmax(others, temperature)
+    largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+    target = jnp.sum(jnp.where(label, x, 0), -1, keepdims=True)
+    rest = (peak - largest) / temperature + log_total
+    rest = jnp.where(jnp.isneginf(others).all(-1, keepdims=True), -jnp.inf, rest)
+    return jnp.concatenate([(target - largest) / temperature, rest], -1), others
 
 
 def unit(x: Array) -> Array:
-    """x / |x| along the last axis, for any finite x; a zero row stays zero and has gradient 0."""
+    """x / |x| along the last axis, for any finite x; a row of zeros (or subnormals) becomes zeros, with gradient 0."""
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
-    zero = scale == 0
-    x = x / jnp.where(zero, 1, jnp.maximum(scale, jnp.finfo(x.dtype).tiny))
+    zero = scale < jnp.finfo(x.dtype).tiny
+    x = x / jnp.where(zero, 1, scale)
     square = jnp.sum(x * x, -1, keepdims=True)
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.where(zero, 1, square)))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
 
-from kdjax._typing import Reduction
+from kdjax._typing import Array, Reduction
 
 
-def keep(where: Array | None, *arrays: Array) -> tuple[Array, ...]:
+def keep(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
-        return arrays
+        return tuple(map(jnp.asarray, arrays))
     return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
-def reduce(values: Array, where: Array | None, reduction: Reduction) -> Array:
+def reduce(values: Array, where: Array | None, reduction: Reduction) -> jax.Array:
     """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example."""
     check_reduction(reduction)
     (values,) = keep(where, values)
@@ -30,7 +30,7 @@ def reduce(values: Array, where: Array | None, reduction: Reduction) -> Array:
     return total / (max(values.size, 1) if where is None else count(where, values.dtype))
 
 
-def count(kept: Array, dtype: DTypeLike) -> Array:
+def count(kept: Array, dtype: DTypeLike) -> jax.Array:
     """The number of kept examples, at least one."""
     return jnp.maximum(kept.sum(dtype=dtype), 1)
 

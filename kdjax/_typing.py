@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -15,7 +15,10 @@ from jaxtyping import Bool, Float, Integer, jaxtyped
 
 __all__ = ["Array", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked"]
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    Array = jax.Array
+else:  # as JAX's own functions do, take NumPy arrays too
+    Array = jax.Array | np.ndarray
 Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Array, ""]
 
@@ -44,7 +47,7 @@ def checked(function: _F) -> _F:
 def _hints(annotated: Any) -> dict[str, tuple[Any, str]]:
     evaluated = get_type_hints(annotated)
     texts = inspect.get_annotations(annotated).items()
-    return {name: (evaluated[name], getattr(text, "__forward_arg__", text)) for name, text in texts}
+    return {name: (evaluated[name], str(getattr(text, "__forward_arg__", text))) for name, text in texts}
 
 
 def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:

@@ -119,7 +119,7 @@ def make_loss(
     >>> loss = make_loss(config, num_classes=3, num_data=100)
     >>> scores = {"score_stu": jnp.array([[2.0, 0.0, -1.0]]), "score_tea": jnp.array([[1.0, 1.0, -1.0]])}
     >>> print(f"{loss(feat=scores, target=jnp.array([0])):.4f}")
-    0.5448
+    0.6326
     """
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
@@ -136,7 +136,7 @@ def make_loss(
 
     rngs = nnx.Rngs(0) if rngs is None else rngs
     known = {"num_classes": num_classes, "num_data": num_data}
-    losses = {}
+    losses: dict[str, Any] = {}
     for name in names:
         term = table[name]
         options = {**term.options, **_options(name, term.loss, settings.get(name, {}))}
@@ -154,7 +154,9 @@ def _names(text: str, table: Mapping[str, Term]) -> list[str]:
     if prefix != "kd":
         raise ValueError(f"MODEL.METRIC_LOSS_TYPE must begin with 'kd-', as in 'kd-dino-bce-dkd', got {text!r}")
     if not any(names):
-        raise ValueError(f"MODEL.METRIC_LOSS_TYPE must name at least one loss after 'kd-', of {sorted(table)}, got {text!r}")
+        raise ValueError(
+            f"MODEL.METRIC_LOSS_TYPE must name at least one loss after 'kd-', of {sorted(table)}, got {text!r}"
+        )
     for name in names:
         if name not in table:
             near = difflib.get_close_matches(name, table, 1, 0)
@@ -162,7 +164,9 @@ def _names(text: str, table: Mapping[str, Term]) -> list[str]:
                 f"MODEL.METRIC_LOSS_TYPE names an unknown loss {name!r}; did you mean {near[0]!r}? known are {sorted(table)}"
             )
         if names.count(name) > 1:
-            raise ValueError(f"MODEL.METRIC_LOSS_TYPE names {name!r} more than once: {text!r}; give it one weight instead")
+            raise ValueError(
+                f"MODEL.METRIC_LOSS_TYPE names {name!r} more than once: {text!r}; give it one weight instead"
+            )
     return names
 
 

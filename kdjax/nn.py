@@ -55,10 +55,11 @@ class DINOLoss(nnx.Module):
         student_temperature: the student's temperature.
         center_momentum: of the centre.
 
+    >>> import jax.numpy as jnp
     >>> from kdjax.nn import DINOLoss
     >>> loss = DINOLoss(3)
     >>> print(f"{loss(jnp.eye(4, 3), jnp.eye(4, 3), epoch=0):.4f}")
-    6.2501
+    6.9414
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class DynamicCenterNormLoss(nnx.Module):
         dim: the width of the features.
         rngs: of Flax.
 
+    >>> from flax import nnx
     >>> from kdjax.nn import DynamicCenterNormLoss
     >>> DynamicCenterNormLoss(10, 4, rngs=nnx.Rngs(0)).centers.shape
     (10, 4)
@@ -143,6 +145,8 @@ class USKDLoss(nnx.Module):
         mu: weight of the weak head's own cross-entropy.
         rngs: of Flax.
 
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from kdjax.nn import USKDLoss
     >>> loss = USKDLoss(8, 10, rngs=nnx.Rngs(0))
     >>> loss(jnp.ones((2, 8)), jnp.zeros((2, 10)), jnp.array([3, 4])).shape
@@ -165,9 +169,7 @@ class USKDLoss(nnx.Module):
     def __call__(self, features: Array, student_logits: Array, labels: Array, **options: Any) -> jax.Array:
         """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
         weak_logits = self.head(*widen(features))
-        return uskd_loss(
-            student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options
-        )
+        return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
 
 
 class CRCDLoss(nnx.Module):
@@ -187,6 +189,8 @@ class CRCDLoss(nnx.Module):
     Raises:
         ValueError: an unknown `embed`; `"none"` with widths that differ.
 
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from kdjax.nn import CRCDLoss
     >>> loss = CRCDLoss(8, 6, 4, num_data=50, num_negatives=10, rngs=nnx.Rngs(0))
     >>> loss(jnp.ones((2, 8)), jnp.ones((2, 6)), jnp.array([7, 30])).shape
@@ -211,7 +215,8 @@ class CRCDLoss(nnx.Module):
         for field, value in crcd_init(rngs.params(), num_data, dim)._asdict().items():
             setattr(self, field, LossState(value))
         self.key = LossState(rngs.negatives())
-        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+        self.num_data, self.num_negatives = num_data, num_negatives
+        self.temperature, self.momentum = temperature, momentum
         self.use_running_average = False
 
     def __call__(
@@ -220,7 +225,7 @@ class CRCDLoss(nnx.Module):
         """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
         key, used = jax.random.split(self.key[...])
         if negatives is None:
-            negatives = crcd_negatives(used, len(index), self.num_negatives, self.student_memory.shape[0])
+            negatives = crcd_negatives(used, len(index), self.num_negatives, self.num_data)
         loss, state = crcd_loss(
             self.student_head(*widen(student)),
             self.teacher_head(*widen(jax.lax.stop_gradient(teacher))),
@@ -265,6 +270,8 @@ class ABF(nnx.Module):
         fuse: whether a map of the deeper level is fused in.
         rngs: of Flax.
 
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from kdjax.nn import ABF
     >>> output, fused = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 4, 8)))
     >>> output.shape, fused.shape
@@ -312,6 +319,8 @@ class ReviewKD(nnx.Module):
 
     Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
 
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from kdjax.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
     >>> [x.shape for x in review([jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))])]
@@ -347,6 +356,7 @@ class ReviewKD(nnx.Module):
 class FunctionLoss(nnx.Module):
     """A loss without parameters or state, with its options.
 
+    >>> import jax.numpy as jnp
     >>> from kdjax.nn import FunctionLoss
     >>> from kdjax import mse_loss
     >>> print(FunctionLoss(mse_loss)(jnp.ones((2, 3)), jnp.zeros((2, 3))))

@@ -73,11 +73,15 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
     return decorate
 
 
-@opaque("(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64))
+@opaque(
+    "(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64)
+)
 def _in_range(index: Tensor, size: int, name: str) -> Tensor:
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
-        raise IndexError(f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`")
+        raise IndexError(
+            f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
+        )
     return index.long().clone()
 
 
@@ -96,16 +100,10 @@ def is_class(x: Tensor, labels: Tensor) -> Tensor:
     return labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
 
 
-def logsumexp(x: Tensor) -> Tensor:
-    """Over the last axis; -inf, with gradient 0, where every entry is -inf."""
-    _, peak, log_total = _softmax(x)
-    return torch.where(x.amax(-1) == -math.inf, -math.inf, (peak + log_total).squeeze(-1))
-
-
-def log_softmax(x: Tensor) -> Tensor:
-    """Over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
-    _, peak, log_total = _softmax(x)
-    return x - peak - log_total
+def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
+    """Of x / temperature over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
+    _, _, z, log_total = _softmax(x, temperature)
+    return z - log_total
 
 
 def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
@@ -113,14 +111,15 @@ def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
     return -torch.where(q == 0, 0, q * log_p).sum(-1)
 
 
-def _softmax(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax, and the two parts of its log normaliser: the largest entry and log sum exp(x - largest)."""
+def _softmax(x: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z."""
     peak = x.detach().amax(-1, keepdim=True)
     peak = torch.where(torch.isneginf(peak), 0, peak)
-    weight = (x - peak).exp()
+    z = (x - peak) / temperature
+    weight = z.exp()
     total = weight.sum(-1, keepdim=True)
     total = torch.where(total == 0, 1, total)
-    return weight / total, peak, total.log()
+    return weight / total, peak, z, total.log()
 
 
 class _Refused(torch.autograd.Function):
@@ -141,9 +140,7 @@ class _Refused(torch.autograd.Function):
         raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
 
 
-def rowwise(
-    value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: bool = True
-) -> Callable[..., Tensor]:
+def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: bool = True) -> Callable[..., Tensor]:
     """A function of rows from one that returns its value and its gradient with respect to its first argument.
 
     The value of a row depends on that row alone; every other argument is constant. With `twice` the gradient is made of
@@ -169,8 +166,8 @@ def rowwise(
                 gradient = value_and_gradient(*inputs)[1] if twice else _Refused.apply(gradient, inputs[0])
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
-    def value(x: Tensor, *constants: Tensor) -> Tensor:
-        constants = tuple(c.detach() for c in constants)
+    def value(x: Tensor, *constants: Tensor | float) -> Tensor:
+        constants = _constants(x, constants)
         return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
@@ -201,11 +198,15 @@ def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Ca
                 gradient = _Refused.apply(gradient, cotangent, inputs[0])
             return gradient, *(None for _ in inputs[1:])
 
-    def pulled(x: Tensor, *constants: Tensor) -> Tensor:
-        constants = tuple(c.detach() for c in constants)
+    def pulled(x: Tensor, *constants: Tensor | float) -> Tensor:
+        constants = _constants(x, constants)
         return (PulledBack.apply if _differentiated(x) else value)(x, *constants)
 
     return pulled
+
+
+def _constants(x: Tensor, values: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:
+    return tuple(v.detach() if isinstance(v, Tensor) else x.new_full((), v) for v in values)
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -213,36 +214,47 @@ def _differentiated(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
 
 
-def log_ratio(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p = softmax(x), q = softmax(y) and log(p / q), which is taken from x - y so that close rows keep their digits."""
-    p, peak_x, log_total_x = _softmax(x)
-    q, peak_y, log_total_y = _softmax(y)
-    shift = (peak_x - peak_y) + (log_total_x - log_total_y)
+def log_ratio(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
+    p, peak_x, _, log_total_x = _softmax(x, temperature)
+    q, peak_y, _, log_total_y = _softmax(y, temperature)
     both = torch.isneginf(x) & torch.isneginf(y)
-    return p, q, torch.where(both, 0, x - y) - torch.where(both, 0, shift)
+    r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
+    return p, q, torch.where(both, 0, r)
 
 
-def kl_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(softmax(y) || softmax(x)) over the last axis, and its gradient p - q.
+def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T.
 
     Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
     sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    p, q, r = log_ratio(x, y)
+    p, q, r = log_ratio(x, y, temperature)
     near = (q > 0) & (r < 1)
     growth = torch.where(near, r, 0).expm1()
     used = torch.where(q > 0, r, 0)
     terms = torch.where(near, q * (growth - used), (p - q) - q * used)
-    return terms.clamp(min=0).sum(-1), torch.where(near, q * growth, p - q)
+    return terms.clamp(min=0).sum(-1), torch.where(near, q * growth, p - q) / temperature
 
 
 kl_divergence = rowwise(kl_and_gradient)
 
 
+def binary_and_others(x: Tensor, label: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
+    others = torch.where(label, -math.inf, x)
+    _, peak, _, log_total = _softmax(others, temperature)
+    largest = x.detach().amax(-1, keepdim=True)
+    target = torch.where(label, x, 0).sum(-1, keepdim=True)
+    rest = (peak - largest) / temperature + log_total
+    rest = torch.where(torch.isneginf(others).all(-1, keepdim=True), -math.inf, rest)
+    return torch.cat([(target - largest) / temperature, rest], -1), others
+
+
 def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last axis, for any finite x; a zero row stays zero and has gradient 0."""
+    """x / |x| along the last axis, for any finite x; a row of zeros (or subnormals) becomes zeros, with gradient 0."""
     scale = x.detach().abs().amax(-1, keepdim=True)
-    zero = scale == 0
-    x = x / torch.where(zero, 1, scale.clamp(min=torch.finfo(x.dtype).tiny))
+    zero = scale < torch.finfo(x.dtype).tiny
+    x = x / torch.where(zero, 1, scale)
     square = (x * x).sum(-1, keepdim=True)
     return torch.where(zero, 0, x / torch.where(zero, 1, square).sqrt())

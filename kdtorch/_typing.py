@@ -54,7 +54,7 @@ def checked(function: _F) -> _F:
 def _hints(annotated: Any) -> dict[str, tuple[Any, str]]:
     evaluated = get_type_hints(annotated)
     texts = inspect.get_annotations(annotated).items()
-    return {name: (evaluated[name], getattr(text, "__forward_arg__", text)) for name, text in texts}
+    return {name: (evaluated[name], str(getattr(text, "__forward_arg__", text))) for name, text in texts}
 
 
 def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:

@@ -42,10 +42,11 @@ class DINOLoss(nn.Module):
         student_temperature: the student's temperature.
         center_momentum: of the centre.
 
+    >>> import torch
     >>> from kdtorch.nn import DINOLoss
     >>> loss = DINOLoss(3)
     >>> print(f"{loss(torch.eye(4, 3), torch.eye(4, 3), epoch=0):.4f}")
-    6.2501
+    6.9414
     """
 
     center: Tensor
@@ -108,7 +109,7 @@ class DynamicCenterNormLoss(nn.Module):
         dim: the width of the features.
 
     >>> from kdtorch.nn import DynamicCenterNormLoss
-    >>> DynamicCenterNormLoss(10, 4).centers.shape
+    >>> tuple(DynamicCenterNormLoss(10, 4).centers.shape)
     (10, 4)
     """
 
@@ -131,9 +132,10 @@ class USKDLoss(nn.Module):
         beta: weight of the non-target part.
         mu: weight of the weak head's own cross-entropy.
 
+    >>> import torch
     >>> from kdtorch.nn import USKDLoss
     >>> loss = USKDLoss(8, 10)
-    >>> loss(torch.ones((2, 8)), torch.zeros((2, 10)), torch.tensor([3, 4])).shape
+    >>> tuple(loss(torch.ones((2, 8)), torch.zeros((2, 10)), torch.tensor([3, 4])).shape)
     ()
     """
 
@@ -153,9 +155,7 @@ class USKDLoss(nn.Module):
     def forward(self, features: Tensor, student_logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
         weak_logits = self.head(*widen(features))
-        return uskd_loss(
-            student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options
-        )
+        return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
 
 
 class CRCDLoss(nn.Module):
@@ -175,13 +175,12 @@ class CRCDLoss(nn.Module):
     Raises:
         ValueError: an unknown `embed`; `"none"` with widths that differ.
 
+    >>> import torch
     >>> from kdtorch.nn import CRCDLoss
     >>> loss = CRCDLoss(8, 6, 4, num_data=50, num_negatives=10)
-    >>> loss(torch.ones((2, 8)), torch.ones((2, 6)), torch.tensor([7, 30])).shape
+    >>> tuple(loss(torch.ones((2, 8)), torch.ones((2, 6)), torch.tensor([7, 30])).shape)
     ()
     """
-
-    student_memory: Tensor
 
     def __init__(
         self,
@@ -202,14 +201,15 @@ class CRCDLoss(nn.Module):
         for field, value in crcd_init(generator, num_data, dim)._asdict().items():
             self.register_buffer(field, value)
         self.generator = generator
-        self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
+        self.num_data, self.num_negatives = num_data, num_negatives
+        self.temperature, self.momentum = temperature, momentum
 
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor | None = None, **options: Any
     ) -> Tensor:
         """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
         if negatives is None:
-            negatives = crcd_negatives(self.generator, len(index), self.num_negatives, len(self.student_memory))
+            negatives = crcd_negatives(self.generator, len(index), self.num_negatives, self.num_data)
             negatives = negatives.to(index.device)
         loss, state = crcd_loss(
             self.student_head(*widen(student)),
@@ -249,6 +249,7 @@ class ABF(nn.Module):
         out_channels: of the teacher's map.
         fuse: whether a map of the deeper level is fused in.
 
+    >>> import torch
     >>> from kdtorch.nn import ABF
     >>> output, fused = ABF(8, 16, 32, False)(torch.ones((2, 8, 4, 4)))
     >>> output.shape, fused.shape
@@ -279,9 +280,7 @@ class ABF(nn.Module):
 
 def _resize(x: Tensor, height: int, width: int) -> Tensor:
     """Nearest neighbour, each position taking the one at or before it."""
-    rows, columns = (
-        torch.arange(n, device=x.device) * m // n for n, m in ((height, x.shape[2]), (width, x.shape[3]))
-    )
+    rows, columns = (torch.arange(n, device=x.device) * m // n for n, m in ((height, x.shape[2]), (width, x.shape[3])))
     return x[:, :, rows][..., columns]
 
 
@@ -300,6 +299,7 @@ class ReviewKD(nn.Module):
 
     Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
 
+    >>> import torch
     >>> from kdtorch.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8)
     >>> [x.shape for x in review([torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))])]
@@ -334,9 +334,10 @@ class ReviewKD(nn.Module):
 class FunctionLoss(nn.Module):
     """A loss without parameters or state, with its options.
 
+    >>> import torch
     >>> from kdtorch.nn import FunctionLoss
     >>> from kdtorch import mse_loss
-    >>> print(FunctionLoss(mse_loss)(torch.ones((2, 3)), torch.zeros((2, 3))))
+    >>> print(FunctionLoss(mse_loss)(torch.ones((2, 3)), torch.zeros((2, 3))).item())
     1.0
     """
 

@@ -6,6 +6,7 @@ A new loss is a row of `LOSSES`; every law and every comparison then tests it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -270,7 +271,9 @@ def draw(loss: Loss, sizes: Sizes, seed: int, steps: int = 1) -> tuple[dict[str,
         inputs = {name: KINDS[kind].draw(rng, sizes) for name, kind in loss.inputs.items()}
         if step and loss.state:
             del inputs[loss.state]
-        result.append(_each_array(inputs, lambda x: x.astype(np.float32).astype(np.float64) if x.dtype.kind == "f" else x))
+        result.append(
+            _each_array(inputs, lambda x: x.astype(np.float32).astype(np.float64) if x.dtype.kind == "f" else x)
+        )
     return tuple(result)
 
 
@@ -288,8 +291,12 @@ def along(loss: Loss, inputs: dict[str, Any], function: Callable[[np.ndarray, in
     for name in inputs:
         axis = KINDS[loss.inputs[name]].axis
         if axis is not None:
-            result[name] = _each_array(inputs[name], lambda x, axis=axis: function(x, axis))
+            result[name] = _each_array(inputs[name], functools.partial(_on, function, axis))
     return result
+
+
+def _on(function: Callable[[np.ndarray, int], np.ndarray], axis: int, x: np.ndarray) -> np.ndarray:
+    return function(x, axis)
 
 
 def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:

@@ -37,8 +37,8 @@ def errors(got: Result, want: Result, dtype: str, scale: float = 0.0) -> dict[st
     result = {}
     if len(got.values) != len(want.values) or len(got.states) != len(want.states):
         return {"number of steps": np.inf}
-    for i, (a, b) in enumerate(zip(got.values, want.values, strict=True)):
-        result[f"value[{i}]"] = ulps(a, b, dtype) if a.dtype == dtype else np.inf
+    for i, (value, wanted) in enumerate(zip(got.values, want.values, strict=True)):
+        result[f"value[{i}]"] = ulps(value, wanted, dtype) if value.dtype == dtype else np.inf
     for part, ours, theirs in (("gradient", got.gradients, want.gradients), ("state", got.states, want.states)):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if set(a) != set(b):

@@ -80,7 +80,7 @@ def _jax(case: Case, dtype: str, gradients: bool) -> Callable:
     evaluate = jax.jit(jax.value_and_grad(objective, has_aux=True) if gradients else objective)
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
-        inputs = {**inputs, **({} if state is None else {case.loss.state: state})}
+        inputs = {**inputs, **_given(case, state)}
         given = {k: _each_array(v, functools.partial(array, kind=case.loss.inputs[k])) for k, v in inputs.items()}
         if case.loss.state:
             given[case.loss.state] = getattr(package, case.loss.inputs[case.loss.state])(**given[case.loss.state])
@@ -103,33 +103,38 @@ def _torch(case: Case, dtype: str, gradients: bool) -> Callable:
     where = None if case.where is None else torch.from_numpy(case.where)
 
     def array(x: np.ndarray, kind: str, learned: bool) -> Any:
-        x = torch.from_numpy(np.array(x))
-        if not x.is_floating_point():
-            return x
-        x = x.to(getattr(torch, state_dtype if kind.endswith("State") else dtype))
-        return x.requires_grad_() if learned and gradients else x
+        tensor = torch.from_numpy(np.array(x))
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(getattr(torch, state_dtype if kind.endswith("State") else dtype))
+        return tensor.requires_grad_() if learned and gradients else tensor
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
-        inputs = {**inputs, **({} if state is None else {case.loss.state: state})}
+        inputs = {**inputs, **_given(case, state)}
         given = {
             k: _each_array(v, functools.partial(array, kind=case.loss.inputs[k], learned=k in learns))
             for k, v in inputs.items()
         }
         if case.loss.state:
             given[case.loss.state] = getattr(package, case.loss.inputs[case.loss.state])(**given[case.loss.state])
-        value = function(
-            *(given[k] for k in case.loss.inputs), **case.options, where=where, reduction=case.reduction
-        )
+        value = function(*(given[k] for k in case.loss.inputs), **case.options, where=where, reduction=case.reduction)
         value, state = value if case.loss.state else (value, None)
         slopes = {}
         if gradients:
             cotangent = torch.from_numpy(upstream(case, _value_shape(case)))
             (value * cotangent.to(value.dtype)).sum().backward()
-            slopes = {k: _each_leaf(given[k], lambda x: torch.zeros_like(x) if x.grad is None else x.grad) for k in learns}
+            slopes = {
+                k: _each_leaf(given[k], lambda x: torch.zeros_like(x) if x.grad is None else x.grad) for k in learns
+            }
         state = None if state is None else {k: v.numpy() for k, v in state._asdict().items()}
         return value.detach().numpy(), {k: _back(v, case.loss.inputs[k], 1) for k, v in slopes.items()}, state
 
     return step
+
+
+def _given(case: Case, state: Any) -> dict[str, Any]:
+    """The state of the step before, under its name."""
+    return {} if state is None or case.loss.state is None else {case.loss.state: state}
 
 
 def _each_leaf(x: Any, function: Callable) -> Any:
@@ -166,7 +171,7 @@ def _oracle(case: Case, dtype: str, gradients: bool) -> Callable:
 
     def values(inputs: dict[str, Any]) -> tuple[Any, Any]:
         value = function(*(inputs[k] for k in case.loss.inputs), **options) if len(kept) else []
-        value, state = value if case.loss.state and len(kept) else (value, inputs.get(case.loss.state))
+        value, state = value if case.loss.state and len(kept) else (value, inputs.get(str(case.loss.state)))
         if case.reduction == "none":
             full = np.zeros(number, dtype=np.result_type(np.longdouble, *map(np.asarray, value)))
             full[kept] = value
@@ -175,21 +180,23 @@ def _oracle(case: Case, dtype: str, gradients: bool) -> Callable:
         return total / max(len(kept), 1) if case.reduction == "mean" else total, state
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
-        inputs = {**inputs, **({} if state is None else {case.loss.state: state})}
-        dropped = {k: _each_array(v, lambda x, k=k: _examples(case, k, x, kept)) for k, v in inputs.items()}
+        inputs = {**inputs, **_given(case, state)}
+        dropped = {k: _each_array(v, functools.partial(_examples, case, k, kept)) for k, v in inputs.items()}
         value, state = values(dropped)
         slopes: dict[str, Any] = {k: _each_leaf(inputs[k], np.zeros_like) for k in case.loss.constant}
         for k in case.loss.learns if gradients else ():
             slopes[k] = _complex_step(dropped, k, lambda x: np.sum(cotangent * values(x)[0]))
-            slopes[k] = [
-                _undrop(case, k, g, x, kept) for g, x in zip(slopes[k], inputs[k], strict=True)
-            ] if isinstance(inputs[k], list) else _undrop(case, k, slopes[k], inputs[k], kept)
+            slopes[k] = (
+                [_undrop(case, k, g, x, kept) for g, x in zip(slopes[k], inputs[k], strict=True)]
+                if isinstance(inputs[k], list)
+                else _undrop(case, k, slopes[k], inputs[k], kept)
+            )
         return np.asarray(value), slopes, state
 
     return step
 
 
-def _examples(case: Case, name: str, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def _examples(case: Case, name: str, kept: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The kept examples, on one axis, in extended precision."""
     x = x.astype(np.longdouble) if x.dtype.kind == "f" else x
     axis = KINDS[case.loss.inputs[name]].axis

@@ -41,8 +41,16 @@ MISTAKES = {
         ValueError,
         "`temperature` must be finite and greater than 0, got 0",
     ),
-    "temperature negative": (call("dkd_loss", LOGITS, LOGITS, LABELS, temperature=-4.0), ValueError, "`temperature` .* got -4.0"),
-    "temperature NaN": (call("nkd_loss", LOGITS, LOGITS, LABELS, temperature=float("nan")), ValueError, "`temperature` .* got nan"),
+    "temperature negative": (
+        call("dkd_loss", LOGITS, LOGITS, LABELS, temperature=-4.0),
+        ValueError,
+        "`temperature` .* got -4.0",
+    ),
+    "temperature NaN": (
+        call("nkd_loss", LOGITS, LOGITS, LABELS, temperature=float("nan")),
+        ValueError,
+        "`temperature` .* got nan",
+    ),
     "temperature a word": (
         call("kl_loss", LOGITS, LOGITS, temperature="4"),
         TypeError,
@@ -53,35 +61,67 @@ MISTAKES = {
         ValueError,
         "`beta` must be finite and at least 0, got -1.0",
     ),
-    "smooth l1 beta": (call("smooth_l1_loss", LOGITS, LOGITS, beta=0.0), ValueError, "`beta` must be finite and greater than 0"),
-    "momentum": (dino(VIEWS, VIEWS, center_momentum=1.5), ValueError, "`center_momentum` must be between 0 and 1, got 1.5"),
+    "smooth l1 beta": (
+        call("smooth_l1_loss", LOGITS, LOGITS, beta=0.0),
+        ValueError,
+        "`beta` must be finite and greater than 0",
+    ),
+    "momentum": (
+        dino(VIEWS, VIEWS, center_momentum=1.5),
+        ValueError,
+        "`center_momentum` must be between 0 and 1, got 1.5",
+    ),
     "reduction": (
         call("mse_loss", LOGITS, LOGITS, reduction="batchmean"),
         ValueError,
-        "`reduction` must be one of \"mean\", \"sum\", \"none\", got 'batchmean'",
+        '`reduction` must be one of "mean", "sum", "none", got \'batchmean\'',
     ),
-    "one class": (call("kl_loss", LOGITS[:, :1], LOGITS[:, :1]), ValueError, r"at least 2 classes .* got shape \[4, 1\]"),
+    "one class": (
+        call("kl_loss", LOGITS[:, :1], LOGITS[:, :1]),
+        ValueError,
+        r"at least 2 classes .* got shape \[4, 1\]",
+    ),
     "classes differ": (
         call("kl_loss", LOGITS, np.zeros((4, 12))),
         TypeError,
         r"kl_loss: `teacher_logits` must be Float\[Array, '\*batch classes'\], got float64\[4, 12\] beside "
         r"student_logits float64\[4, 10\]",
     ),
-    "batches differ": (call("mse_loss", LOGITS, LOGITS[:3]), TypeError, r"`teacher` must be .*got float64\[3, 10\] beside student"),
-    "rank": (call("difference_kl_loss", LOGITS[None], LOGITS[None]), TypeError, r"`student_logits` .*got float64\[1, 4, 10\]"),
-    "integer logits": (call("kl_loss", LABELS, LABELS), TypeError, r"`student_logits` must be Float.*got int(32|64)\[4\]"),
+    "batches differ": (
+        call("mse_loss", LOGITS, LOGITS[:3]),
+        TypeError,
+        r"`teacher` must be .*got float64\[3, 10\] beside student",
+    ),
+    "rank": (
+        call("difference_kl_loss", LOGITS[None], LOGITS[None]),
+        TypeError,
+        r"`student_logits` .*got float64\[1, 4, 10\]",
+    ),
+    "integer logits": (
+        call("kl_loss", LABELS, LABELS),
+        TypeError,
+        r"`student_logits` must be Float.*got int(32|64)\[4\]",
+    ),
     "float labels": (
         call("dkd_loss", LOGITS, LOGITS, np.zeros(4)),
         TypeError,
         r"dkd_loss: `labels` must be Integer\[Array, '\*batch'\], got float64\[4\] beside",
     ),
-    "labels in a column": (call("dkd_loss", LOGITS, LOGITS, LABELS[:, None]), TypeError, r"`labels` must be .*got int(32|64)\[4, 1\]"),
+    "labels in a column": (
+        call("dkd_loss", LOGITS, LOGITS, LABELS[:, None]),
+        TypeError,
+        r"`labels` must be .*got int(32|64)\[4, 1\]",
+    ),
     "mask of the wrong shape": (
         call("kl_loss", LOGITS, LOGITS, where=np.ones((4, 1), bool)),
         TypeError,
         r"`where` must be Bool\[Array, .* got bool\[4, 1\]",
     ),
-    "mask of numbers": (call("kl_loss", LOGITS, LOGITS, where=np.ones(4)), TypeError, r"`where` must be Bool.* got float64\[4\]"),
+    "mask of numbers": (
+        call("kl_loss", LOGITS, LOGITS, where=np.ones(4)),
+        TypeError,
+        r"`where` must be Bool.* got float64\[4\]",
+    ),
     "width of the centres": (
         call("dcn_loss", LOGITS, LOGITS, LABELS, np.zeros((5, 7))),
         TypeError,
@@ -95,11 +135,27 @@ MISTAKES = {
         r"`student_maps\[1\]` and `teacher_maps\[1\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 4, 8, 3\]; "
         "ReviewKD's connectors",
     ),
-    "a flat map": (call("hcl_loss", [LOGITS], [LOGITS]), TypeError, r"`student_maps\[0\]` must be .*got float64\[4, 10\]"),
+    "a flat map": (
+        call("hcl_loss", [LOGITS], [LOGITS]),
+        TypeError,
+        r"`student_maps\[0\]` must be .*got float64\[4, 10\]",
+    ),
     "one map, no list": (call("hcl_loss", MAP, MAP), TypeError, "`student_maps` must be Sequence"),
-    "channel axis": (call("hcl_loss", [MAP], [MAP], channel_axis=0), ValueError, "`channel_axis` must be one of .*got 0"),
-    "one view": (dino(VIEWS[:1], VIEWS[:1]), ValueError, r"views must fit: .*student \[1, 4, 6\] and teacher \[1, 4, 6\]"),
-    "more teacher views": (dino(VIEWS, np.zeros((3, 4, 6))), ValueError, r"student \[2, 4, 6\] and teacher \[3, 4, 6\]"),
+    "channel axis": (
+        call("hcl_loss", [MAP], [MAP], channel_axis=0),
+        ValueError,
+        "`channel_axis` must be one of .*got 0",
+    ),
+    "one view": (
+        dino(VIEWS[:1], VIEWS[:1]),
+        ValueError,
+        r"views must fit: .*student \[1, 4, 6\] and teacher \[1, 4, 6\]",
+    ),
+    "more teacher views": (
+        dino(VIEWS, np.zeros((3, 4, 6))),
+        ValueError,
+        r"student \[2, 4, 6\] and teacher \[3, 4, 6\]",
+    ),
     "a centre of another width": (
         dino(VIEWS, VIEWS, dim=5),
         TypeError,
@@ -121,7 +177,11 @@ MISTAKES = {
         ValueError,
         "`warmup_epochs` must be at least 0, got -1",
     ),
-    "final temperature": (lambda f: f.kd.dino_teacher_temperature(0, final=0.0), ValueError, "`final` must be finite and greater"),
+    "final temperature": (
+        lambda f: f.kd.dino_teacher_temperature(0, final=0.0),
+        ValueError,
+        "`final` must be finite and greater",
+    ),
     "a memory of another width": (
         lambda f: crcd(f, state_dim=5),
         TypeError,
@@ -133,7 +193,11 @@ MISTAKES = {
         r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
     ),
     "an empty memory": (lambda f: f.kd.crcd_init(key(f), 0, 4), ValueError, "`num_data` must be at least 1, got 0"),
-    "no negatives drawn": (lambda f: f.kd.crcd_negatives(key(f), 4, 0, 9), ValueError, "`num_negatives` must be at least 1"),
+    "no negatives drawn": (
+        lambda f: f.kd.crcd_negatives(key(f), 4, 0, 9),
+        ValueError,
+        "`num_negatives` must be at least 1",
+    ),
     "an unknown argument": (call("kl_loss", LOGITS, LOGITS, T=4.0), TypeError, "unexpected keyword argument 'T'"),
     "a missing argument": (call("dkd_loss", LOGITS, LOGITS), TypeError, "missing a required argument: 'labels'"),
 }
@@ -174,11 +238,20 @@ def module(name, *arguments, **options):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (module("CRCDLoss", 4, 4, 4, 9, embed="mlp"), '`embed` must be one of "linear", "nonlinear", "none", got \'mlp\''),
-        (module("CRCDLoss", 4, 5, 4, 9, embed="none"), r'`teacher_dim` must equal `dim` \(=4\) with embed="none", got 5'),
+        (
+            module("CRCDLoss", 4, 4, 4, 9, embed="mlp"),
+            '`embed` must be one of "linear", "nonlinear", "none", got \'mlp\'',
+        ),
+        (
+            module("CRCDLoss", 4, 5, 4, 9, embed="none"),
+            r'`teacher_dim` must equal `dim` \(=4\) with embed="none", got 5',
+        ),
         (module("ReviewKD", [4, 8], [4], 6), r"must have one entry a map, at least one, got \[4, 8\] and \[4\]"),
         (lambda f: module("ReviewKD", [4], [4], 6)(f)([]), "`maps` must hold 1 maps, got 0"),
-        (lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")), "`deeper` must be given"),
+        (
+            lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")),
+            "`deeper` must be given",
+        ),
     ],
 )
 def test_mistakes_with_modules(f, build, message):
@@ -190,7 +263,12 @@ OUT_OF_RANGE = {
     "dkd": (call("dkd_loss", LOGITS, LOGITS, np.array([0, 10, 2, 3]), reduction="none"), "labels", 9, 10),
     "nkd": (call("nkd_loss", LOGITS, LOGITS, np.array([0, -1, 2, 3]), reduction="none"), "labels", 9, -1),
     "uskd": (call("uskd_loss", LOGITS, LOGITS, np.array([0, 99, 2, 3]), reduction="none"), "labels", 9, 99),
-    "dcn": (call("dcn_loss", LOGITS, LOGITS, np.array([0, 5, 2, 3]), np.ones((5, 10)), reduction="none"), "labels", 4, 5),
+    "dcn": (
+        call("dcn_loss", LOGITS, LOGITS, np.array([0, 5, 2, 3]), np.ones((5, 10)), reduction="none"),
+        "labels",
+        4,
+        5,
+    ),
     "crcd index": (lambda f: crcd(f, index=(0, 6), reduction="none"), "index", 5, 6),
     "crcd negatives": (lambda f: crcd(f, negatives=((2, 3), (4, -7)), reduction="none"), "negatives", 5, -7),
 }
@@ -200,7 +278,9 @@ OUT_OF_RANGE = {
 def test_an_index_out_of_range(name):
     """PyTorch raises; JAX, which cannot under `jit`, gives NaN for that example and no other."""
     run, argument, last, got = OUT_OF_RANGE[name]
-    with pytest.raises(IndexError, match=rf"`{argument}` must lie in 0 .. {last}, got {got}; mask what has none by `where`"):
+    with pytest.raises(
+        IndexError, match=rf"`{argument}` must lie in 0 .. {last}, got {got}; mask what has none by `where`"
+    ):
         run(TORCH)
     value = run(JAX)
     value = value[0] if isinstance(value, tuple) else value

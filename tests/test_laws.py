@@ -57,9 +57,7 @@ def test_shift_of_logits(name, loss):
     kinds = ("logits", "views", "teacher_views")
     if loss.state:  # a centre is no shift of one example
         kinds, case = ("views",), dataclasses.replace(case, steps=case.steps[:1])
-    shifted = tuple(
-        {k: v + 8.0 if loss.inputs[k] in kinds else v for k, v in inputs.items()} for inputs in case.steps
-    )
+    shifted = tuple({k: v + 8.0 if loss.inputs[k] in kinds else v for k, v in inputs.items()} for inputs in case.steps)
     for a, b in zip(values(name, case), values(name, case, steps=shifted), strict=True):
         assert ulps(b, a, "float64") <= 1024
 
@@ -87,10 +85,13 @@ def test_divergences(name, loss, distance):
 @framework
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(name, loss, dtype):
-    """Computed and returned in float32, as if the inputs had been cast; gradients in the input's dtype."""
+    """Computed and returned in float32, as if the inputs had been cast."""
     case = ordinary(loss)
     case = dataclasses.replace(
-        case, steps=tuple({k: v if "State" in loss.inputs[k] else rounded(v, dtype) for k, v in x.items()} for x in case.steps)
+        case,
+        steps=tuple(
+            {k: v if "State" in loss.inputs[k] else rounded(v, dtype) for k, v in x.items()} for x in case.steps
+        ),
     )
     half, full = run(name, case, dtype), run(name, case, "float32")
     for a, b in zip(half.values, full.values, strict=True):
@@ -103,7 +104,6 @@ def test_half_precision(name, loss, dtype):
     limit = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     for key in loss.learns:
         for a, b in zip(leaves(half.gradients[0][key]), leaves(full.gradients[0][key]), strict=True):
-            assert str(a.dtype) == dtype or name == "torch"
             assert np.abs(a.astype(np.float32) - b).max() <= limit * np.abs(b).max()
 
 
@@ -121,12 +121,14 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
     """A function of the first learned input alone, and that input."""
     (inputs,) = draw(loss, sizes or Sizes(), seed)
     inputs = f.arrays(inputs, dtype)
+    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
     if loss.state:
+        inputs["state"] = {k: v if v.ndim else v + 5.0 for k, v in inputs["state"].items()}  # normalisers are set
         inputs["state"] = getattr(f.kd, loss.inputs["state"])(**inputs["state"])
     function, first = getattr(f.kd, loss.name), loss.learns[0]
 
-    def value(x, **options):
-        result = function(*(x if k == first else inputs[k] for k in loss.inputs), **options)
+    def value(x, **more):
+        result = function(*(x if k == first else inputs[k] for k in loss.inputs), **options, **more)
         return result[0] if loss.state else result
 
     return value, inputs[first]
@@ -175,16 +177,16 @@ def test_second_derivative(loss):
     moved = [jax.tree.map(lambda a, d, s=s: a + s * step * jnp.sin(d * 3), x, direction) for s in (1, -1)]
     difference = float(slope(moved[0]) - slope(moved[1])) / (2 * step)
     product = sum((a * jnp.sin(d * 3)).sum() for a, d in zip(leaves(got), leaves(direction), strict=True))
-    assert float(product) == pytest.approx(difference, rel=1e-5, abs=1e-8)
+    if loss.name != "uskd_loss":  # whose soft labels move with x but are constant to the gradient
+        assert float(product) == pytest.approx(difference, rel=1e-5, abs=1e-8)
 
     function, x = called(TORCH, loss)
     slope = along_direction(TORCH, function, [TORCH.array(d) for d in leaves(direction)])
-    try:
-        theirs = torch.func.grad(slope)(x)
-    except NotImplementedError as error:
-        assert loss.name in ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")
-        assert "no second derivative" in str(error)
+    if loss.name in ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss"):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.func.grad(slope)(x)
         return
+    theirs = torch.func.grad(slope)(x)
     close([TORCH.numpy(y) for y in leaves(theirs)], [np.asarray(y) for y in leaves(got)], 4096)
 
 
@@ -204,7 +206,8 @@ def test_second_call_compiles_nothing(loss):
     assert float(a) != float(b)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=named)
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@every
 def test_torch_compile(loss):
     function, x = called(TORCH, loss)
     torch._dynamo.reset()
@@ -248,10 +251,14 @@ def test_finite(name, loss, kind, dtype):
 
 
 @framework
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name in ("kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss")], ids=named)
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if x.name in ("kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss")], ids=named
+)
 def test_infinite_where_the_student_excludes_a_class(name, loss):
     (inputs,) = draw(loss, Sizes(), 0)
-    inputs["student_logits"][2, (np.argmax(inputs["labels"][2]) if "labels" in inputs and inputs["labels"].ndim == 2 else 0)] = -np.inf
+    inputs["student_logits"][
+        2, (np.argmax(inputs["labels"][2]) if "labels" in inputs and inputs["labels"].ndim == 2 else 0)
+    ] = -np.inf
     result = run(name, Case(loss, "excluded", (inputs,), reduction="none"))
     assert np.array_equal(np.isinf(result.values[0]), np.arange(5) == 2)
     assert np.isfinite(result.gradients[0]["student_logits"]).all()

@@ -206,7 +206,10 @@ def lacking(key, names):
 
 
 MISTAKES = {
-    "unknown name": (changed(METRIC_LOSS_TYPE="kd-kld-dkf"), r"unknown loss 'dkf'; did you mean 'dkd'\? known are \['bce'"),
+    "unknown name": (
+        changed(METRIC_LOSS_TYPE="kd-kld-dkf"),
+        r"unknown loss 'dkf'; did you mean 'dkd'\? known are \['bce'",
+    ),
     "name twice": (changed(METRIC_LOSS_TYPE="kd-kld-kld"), "names 'kld' more than once"),
     "no prefix": (changed(METRIC_LOSS_TYPE="kld-dkd"), "must begin with 'kd-', as in 'kd-dino-bce-dkd', got 'kld-dkd'"),
     "no name": (changed(METRIC_LOSS_TYPE="kd"), "must name at least one loss after 'kd-', of .*, got 'kd'"),
@@ -242,7 +245,11 @@ def test_unknown_conventions(f):
 @pytest.mark.parametrize(
     ("names", "missing", "message"),
     [
-        ("kd-kld", "score_tea", r"the loss 'kld' reads `feat\['score_tea'\]`, which is absent; given are \['epoch', 'fea_stu'"),
+        (
+            "kd-kld",
+            "score_tea",
+            r"the loss 'kld' reads `feat\['score_tea'\]`, which is absent; given are \['epoch', 'fea_stu'",
+        ),
         ("kd-crcd", "index", r"the loss 'crcd' reads `feat\['index'\]`, which is absent"),
         ("kd-rkd", "feats_tea", r"the loss 'rkd' reads `feat\['feats_tea'\]`, which is absent"),
         ("kd-uskd_tea", "score_tea", r"the loss 'uskd_tea' reads `feat\['score_tea'\]`, which is absent"),
@@ -260,5 +267,7 @@ def test_missing_inputs(f, names, missing, message):
 def test_an_odd_batch_is_not_two_views(f):
     feat, target = batch(f)
     feat |= {"stu": feat["stu"][:5], "tea": feat["tea"][:5]}
-    with pytest.raises(ValueError, match=r"`student` must be \[views \* batch, dim\] with 2 views stacked .*got \[5, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"`student` must be \[views \* batch, dim\] with 2 views stacked .*got \[5, 8\]"
+    ):
         f.kd.make_loss(configuration("kd-dino"), CLASSES, 20)(feat=feat, target=target)

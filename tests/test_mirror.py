@@ -17,7 +17,12 @@ import kdtorch.nn
 ROOT = pathlib.Path(kdjax.__file__).parent.parent
 RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group"}
 ONLY_JAX = {"LossState"}  # PyTorch calls it a buffer
-WITHOUT_GENERATOR = {"DynamicCenterNormLoss", "USKDLoss", "ABF", "ReviewKD"}  # PyTorch's own layers draw from its global one
+WITHOUT_GENERATOR = {
+    "DynamicCenterNormLoss",
+    "USKDLoss",
+    "ABF",
+    "ReviewKD",
+}  # PyTorch's own layers draw from its global one
 
 
 def files(package):
@@ -51,10 +56,7 @@ def callables(ours, theirs):
 
 
 def parameters(function):
-    return [
-        (RENAMED.get(p.name, p.name), p.kind, default(p))
-        for p in inspect.signature(function).parameters.values()
-    ]
+    return [(RENAMED.get(p.name, p.name), p.kind, default(p)) for p in inspect.signature(function).parameters.values()]
 
 
 def default(parameter):

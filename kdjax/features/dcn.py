@@ -34,7 +34,7 @@ def dcn_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
-        two zero features give 1, and so does a zero centre.
+        two zero features give 1, with gradient 0, and so does a zero centre.
 
     Raises:
         ValueError: an unknown reduction.
@@ -44,6 +44,8 @@ def dcn_loss(
     Regularizing Feature Norm and Direction*, 2023, https://arxiv.org/abs/2305.17007, where the centres are the
     teacher's class means. The released code loops over the batch and is NaN at a zero feature or centre.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import dcn_loss
     >>> s, t = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]])
     >>> print(f"{dcn_loss(s, t, jnp.array([1]), jnp.array([[0.0, 1.0], [3.0, 0.0]])):.4f}")
     0.5000
@@ -54,10 +56,10 @@ def dcn_loss(
     center = unit(jnp.take(centers, labels, axis=0))
 
     # the value depends on s/scale and t/scale alone, which neither overflow nor vanish when squared
-    scale = jnp.maximum(jnp.abs(student), jnp.abs(teacher)).max(-1, keepdims=True)
-    scale = jax.lax.stop_gradient(jnp.maximum(scale, jnp.finfo(student.dtype).tiny))
-    student, teacher = student / scale, jax.lax.stop_gradient(teacher) / scale
-    student_square, teacher_square = jnp.square(student).sum(-1), jnp.square(teacher).sum(-1)
-    square = jnp.where(student_square >= teacher_square, student_square, teacher_square)
-    cosine = (student * center).sum(-1) / jnp.sqrt(jnp.where(square > 0, square, 1))
+    scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(student), jnp.abs(teacher)).max(-1, keepdims=True))
+    zero = scale < jnp.finfo(student.dtype).tiny
+    student, teacher = (jnp.where(zero, 0, x / jnp.where(zero, 1, scale)) for x in (student, teacher))
+    student_square, teacher_square = jnp.square(student).sum(-1), jnp.square(jax.lax.stop_gradient(teacher)).sum(-1)
+    square = jnp.where(student_square < teacher_square, teacher_square, student_square)
+    cosine = (student * center).sum(-1) / jnp.sqrt(jnp.where(square == 0, 1, square))
     return reduce(factor * (1 - cosine), where, reduction)

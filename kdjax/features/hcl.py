@@ -19,7 +19,7 @@ def hcl_loss(
     teacher_maps: Sequence[Float[Array, "batch _ _ _"]],
     *,
     channel_axis: int = -1,
-    where: Bool[Array, "batch"] | None = None,
+    where: Bool[Array, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
@@ -47,6 +47,8 @@ def hcl_loss(
 
     Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import hcl_loss
     >>> s, t = jnp.ones((2, 8, 8, 3)), jnp.zeros((2, 8, 8, 3))
     >>> print(f"{hcl_loss([s], [t]):.4f}")
     1.0000
@@ -64,14 +66,14 @@ def hcl_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
                 f"and {list(teacher.shape)}; ReviewKD's connectors bring a student's maps to the teacher's shapes"
             )
-    total = sum(
-        _one_map(*keep(where, *widen(student, teacher)), channel_axis)
-        for student, teacher in zip(student_maps, teacher_maps, strict=True)
-    )
-    return reduce(total, where, reduction)
+    maps = []
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        student, teacher = keep(where, *widen(student, teacher))
+        maps.append(_one_map(student, teacher, channel_axis))
+    return reduce(jnp.stack(maps).sum(0), where, reduction)
 
 
-def _one_map(student: Array, teacher: Array, channel_axis: int) -> Array:
+def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.Array:
     # pooling is linear, so the difference is pooled
     difference = jnp.moveaxis(student - jax.lax.stop_gradient(teacher), channel_axis, -1)
     height, width = difference.shape[1:3]

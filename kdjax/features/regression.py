@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from kdjax._numerics import positive, widen
@@ -37,6 +36,8 @@ def bce_loss(
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import bce_loss
     >>> print(f"{bce_loss(jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 1.0]])):.4f}")
     0.4100
     """
@@ -73,6 +74,8 @@ def mse_loss(
     Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, https://arxiv.org/abs/1412.6550 (whose hint is half
     of this, summed).
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import mse_loss
     >>> print(f"{mse_loss(jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 4.0]])):.4f}")
     2.5000
     """
@@ -110,6 +113,8 @@ def smooth_l1_loss(
 
     Girshick, *Fast R-CNN*, ICCV 2015, https://arxiv.org/abs/1504.08083 (β = 1).
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import smooth_l1_loss
     >>> print(f"{smooth_l1_loss(jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 4.0]])):.4f}")
     0.8125
     """

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from kdjax._numerics import (
+    binary_and_others,
     check_classes,
     is_class,
     kl_divergence,
-    logsumexp,
     non_negative,
     positive,
-    take_class,
     valid_index,
     widen,
 )
@@ -59,9 +57,11 @@ def dkd_loss(
     hides the label by subtracting 1000 and takes the logarithm of a sum of probabilities, which is NaN once logits
     are about 100·T apart in float32; the mathematics is the same.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import dkd_loss
     >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
     >>> print(f"{dkd_loss(s, t, jnp.array([0])):.4f}")
-    0.8786
+    1.2644
     """
     student, teacher, labels = keep(where, *widen(student_logits, teacher_logits), labels)
     check_classes(student)
@@ -69,14 +69,8 @@ def dkd_loss(
     temperature = positive("temperature", temperature, student)
     labels, factor = valid_index(labels, student.shape[-1])
     label = is_class(student, labels)
-
-    def split(logits: Array) -> tuple[Array, Array]:
-        """Logits of (label, any other class), and logits of the others alone."""
-        others = jnp.where(label, -jnp.inf, logits)
-        return jnp.stack([take_class(logits, labels), logsumexp(others)], -1), others
-
-    student_binary, student_others = split(student / temperature)
-    teacher_binary, teacher_others = split(jax.lax.stop_gradient(teacher) / temperature)
-    target = kl_divergence(student_binary, teacher_binary)
-    others = kl_divergence(student_others, teacher_others)
+    student_binary, student_others = binary_and_others(student, label, temperature)
+    teacher_binary, teacher_others = binary_and_others(jax.lax.stop_gradient(teacher), label, temperature)
+    target = kl_divergence(student_binary, teacher_binary, 1.0)
+    others = kl_divergence(student_others, teacher_others, temperature)
     return reduce(factor * temperature**2 * (alpha * target + beta * others), where, reduction)

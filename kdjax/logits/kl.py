@@ -42,14 +42,16 @@ def kl_loss(
     Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too unless told
     `batchmean`. Here T² is always there and the mean is over examples.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import kl_loss
     >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
-    0.3042
+    0.4095
     """
     student, teacher = keep(where, *widen(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
-    divergence = kl_divergence(student / temperature, jax.lax.stop_gradient(teacher) / temperature)
+    divergence = kl_divergence(student, jax.lax.stop_gradient(teacher), temperature)
     return reduce(temperature**2 * divergence, where, reduction)
 
 
@@ -85,23 +87,25 @@ def symmetric_kl_loss(
     The README of the founding repository calls this SKLD; its code computes KL(q‖p) alone, averaged over batch and
     classes (`make_loss(..., conventions="founding")` gives that number).
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import symmetric_kl_loss
     >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
-    0.3382
+    0.3648
     """
     student, teacher = keep(where, *widen(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
-    divergence = _jeffreys(student / temperature, jax.lax.stop_gradient(teacher) / temperature)
+    divergence = _jeffreys(student, jax.lax.stop_gradient(teacher), temperature)
     return reduce(temperature**2 / 2 * divergence, where, reduction)
 
 
 @rowwise
-def _jeffreys(x: Array, y: Array) -> tuple[Array, Array]:
-    """sum (p - q) r with r = log(p / q); the gradient is (p - q) + p (r - KL(p || q))."""
-    p, q, r = log_ratio(x, y)
+def _jeffreys(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+    """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
+    p, q, r = log_ratio(x, y, temperature)
     near = (q > 0) & (r < 1)
     difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), p - q)
     reverse = jnp.where(p > 0, p * r, 0)
     gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
-    return jnp.where(difference == 0, 0, difference * r).sum(-1), gradient
+    return jnp.where(difference == 0, 0, difference * r).sum(-1), gradient / temperature

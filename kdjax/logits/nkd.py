@@ -58,9 +58,11 @@ def nkd_loss(
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
     https://arxiv.org/abs/2303.13005. The released code hides the label by subtracting 1000; here it is masked.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import nkd_loss
     >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
     >>> print(f"{nkd_loss(s, t, jnp.array([0])):.4f}")
-    0.7278
+    0.7282
     """
     student, teacher = keep(where, *widen(student_logits, teacher_logits))
     teacher = jax.lax.stop_gradient(teacher)
@@ -71,7 +73,7 @@ def nkd_loss(
     label = is_class(student, labels)
 
     target = -jnp.exp(take_class(log_softmax(teacher), labels)) * take_class(log_softmax(student), labels)
-    log_p = log_softmax(jnp.where(label, -jnp.inf, student / temperature))
-    log_q = log_softmax(jnp.where(label, -jnp.inf, teacher / temperature))
+    log_p = log_softmax(jnp.where(label, -jnp.inf, student), temperature)
+    log_q = log_softmax(jnp.where(label, -jnp.inf, teacher), temperature)
     others = cross_entropy(jnp.exp(log_q), log_p)
     return reduce(factor * (target + gamma * temperature**2 * others), where, reduction)

@@ -65,9 +65,11 @@ def uskd_loss(
     https://arxiv.org/abs/2303.13005. The paper ranks by probabilities; the released code, followed here, takes the
     logarithm of the student's. A class at -inf in both logits is padding: it has no place, and C does not count it.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import uskd_loss
     >>> s, w = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
     >>> print(f"{uskd_loss(s, w, jnp.array([0])):.4f}")
-    0.2353
+    0.2453
     """
     student, weak = keep(where, *widen(student_logits, weak_logits))
     check_classes(student)
@@ -77,7 +79,8 @@ def uskd_loss(
     log_p, log_w = log_softmax(student), log_softmax(weak)
 
     if labels.ndim < student.ndim:
-        labels, factor = valid_index(*keep(where, labels), student.shape[-1])
+        (labels,) = keep(where, labels)
+        labels, factor = valid_index(labels, student.shape[-1])
         factor = factor.astype(student.dtype)
         classes, probabilities = labels[None], jnp.ones_like(factor)[None]
         distribution = is_class(student, labels).astype(student.dtype)
@@ -113,6 +116,6 @@ def uskd_loss(
     return reduce(factor * (alpha * target + beta * others + mu * head), where, reduction)
 
 
-def _place(score: Array) -> Array:
+def _place(score: jax.Array) -> jax.Array:
     """The place of each class, 0 for the largest score; equal scores in the order of the classes."""
     return jnp.argsort(jnp.argsort(-score, axis=-1, stable=True), axis=-1)

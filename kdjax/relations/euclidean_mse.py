@@ -17,7 +17,7 @@ def euclidean_mse_loss(
     student: Float[Array, "batch student_dim"],
     teacher: Float[Array, "batch teacher_dim"],
     *,
-    where: Bool[Array, "batch"] | None = None,
+    where: Bool[Array, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.
@@ -44,6 +44,8 @@ def euclidean_mse_loss(
     one product of matrices; where some pair is so close that this would lose its digits, from the differences
     themselves, a row at a time. Under `vmap` both are computed.
 
+    >>> import jax.numpy as jnp
+    >>> from kdjax import euclidean_mse_loss
     >>> s, t = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
@@ -57,20 +59,20 @@ def euclidean_mse_loss(
     return reduce(pairs.sum(1) / count(kept, student.dtype), where, reduction)
 
 
-def _distances(x: Array, partners: Array) -> Array:
+def _distances(x: jax.Array, partners: jax.Array) -> jax.Array:
     """|x_i - x_j| of partners, 0 elsewhere, in [batch, batch]."""
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
     length = jnp.square(centered).sum(-1)
     square = length[:, None] + length[None] - 2 * jnp.matmul(centered, centered.T, precision=HIGHEST)
     clear = (~partners | (square * 64 > length.max())).all()
 
-    def by_row(row: tuple[Array, Array]) -> Array:
+    def by_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _root(jnp.square(row[0][None] - x).sum(-1), row[1])
 
     rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (x, partners))  # noqa: E731
     return jax.lax.cond(clear, lambda: _root(square, partners), rows)
 
 
-def _root(square: Array, partners: Array) -> Array:
-    apart = partners & (square > 0)
+def _root(square: jax.Array, partners: jax.Array) -> jax.Array:
+    apart = partners & ~(square <= 0)
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)

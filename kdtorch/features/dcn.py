@@ -34,7 +34,7 @@ def dcn_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
-        two zero features give 1, and so does a zero centre.
+        two zero features give 1, with gradient 0, and so does a zero centre.
 
     Raises:
         ValueError: an unknown reduction.
@@ -44,6 +44,8 @@ def dcn_loss(
     Regularizing Feature Norm and Direction*, 2023, https://arxiv.org/abs/2305.17007, where the centres are the
     teacher's class means. The released code loops over the batch and is NaN at a zero feature or centre.
 
+    >>> import torch
+    >>> from kdtorch import dcn_loss
     >>> s, t = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     >>> print(f"{dcn_loss(s, t, torch.tensor([1]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])):.4f}")
     0.5000
@@ -55,9 +57,9 @@ def dcn_loss(
 
     # the value depends on s/scale and t/scale alone, which neither overflow nor vanish when squared
     scale = torch.maximum(student.detach().abs(), teacher.detach().abs()).amax(-1, keepdim=True)
-    scale = scale.clamp(min=torch.finfo(student.dtype).tiny)
-    student, teacher = student / scale, teacher.detach() / scale
-    student_square, teacher_square = student.square().sum(-1), teacher.square().sum(-1)
-    square = torch.where(student_square >= teacher_square, student_square, teacher_square)
-    cosine = (student * center).sum(-1) / torch.where(square > 0, square, 1).sqrt()
+    zero = scale < torch.finfo(student.dtype).tiny
+    student, teacher = (torch.where(zero, 0, x / torch.where(zero, 1, scale)) for x in (student, teacher))
+    student_square, teacher_square = student.square().sum(-1), teacher.detach().square().sum(-1)
+    square = torch.where(student_square < teacher_square, teacher_square, student_square)
+    cosine = (student * center).sum(-1) / torch.where(square == 0, 1, square).sqrt()
     return reduce(1 - cosine, where, reduction)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,7 +18,7 @@ def hcl_loss(
     teacher_maps: Sequence[Float[Tensor, "batch _ _ _"]],
     *,
     channel_axis: int = 1,
-    where: Bool[Tensor, "batch"] | None = None,
+    where: Bool[Tensor, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
@@ -47,6 +46,8 @@ def hcl_loss(
 
     Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
 
+    >>> import torch
+    >>> from kdtorch import hcl_loss
     >>> s, t = torch.ones((2, 3, 8, 8)), torch.zeros((2, 3, 8, 8))
     >>> print(f"{hcl_loss([s], [t]):.4f}")
     1.0000
@@ -64,11 +65,11 @@ def hcl_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
                 f"and {list(teacher.shape)}; ReviewKD's connectors bring a student's maps to the teacher's shapes"
             )
-    total = sum(
-        _one_map(*keep(where, *widen(student, teacher)), channel_axis)
-        for student, teacher in zip(student_maps, teacher_maps, strict=True)
-    )
-    return reduce(total, where, reduction)
+    maps = []
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        student, teacher = keep(where, *widen(student, teacher))
+        maps.append(_one_map(student, teacher, channel_axis))
+    return reduce(torch.stack(maps).sum(0), where, reduction)
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:

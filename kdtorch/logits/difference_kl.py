@@ -18,7 +18,7 @@ def difference_kl_loss(
     teacher_logits: Float[Tensor, "batch classes"],
     *,
     temperature: Scalar = 1.0,
-    where: Bool[Tensor, "batch"] | None = None,
+    where: Bool[Tensor, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Difference KL: how one sample's logits differ from another's is drawn to how the teacher's do.
@@ -47,18 +47,20 @@ def difference_kl_loss(
     about 60 in float32 (500 in float64) once the column means, which cancel, are taken out; beyond, the differences
     are formed a row at a time.
 
+    >>> import torch
+    >>> from kdtorch import difference_kl_loss
     >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> print(f"{difference_kl_loss(s, t):.4f}")
-    0.0360
+    0.0204
     """
     student, teacher = keep(where, *widen(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else where
-    x = _center(student / temperature, kept)
-    y = _center(teacher.detach() / temperature, kept)
+    x = _center(student, kept)
+    y = _center(teacher.detach(), kept)
     diagonal = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    pairs = torch.where(kept[None] & ~diagonal, _divergences(x, y), 0)
+    pairs = torch.where(kept[None] & ~diagonal, _divergences(x, y, temperature), 0)
     return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction)
 
 
@@ -69,22 +71,25 @@ def _center(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept[:, None], x - finite.sum(0).detach() / number, 0)
 
 
-@opaque("(Tensor x, Tensor y) -> Tensor", lambda x, y: x.new_empty(len(x), len(x)))
-def _forward(x: Tensor, y: Tensor) -> Tensor:
+@opaque("(Tensor x, Tensor y, Tensor temperature) -> Tensor", lambda x, *_: x.new_empty(len(x), len(x)))
+def _forward(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     """KL of all pairs, `[batch, batch]`."""
-    if _narrow(x, y):
-        return _by_products(x, y)
-    return torch.stack([kl_and_gradient(_differences(a, x), _differences(b, y))[0] for a, b in zip(x, y, strict=True)])
+    if _narrow(x, y, temperature):
+        return _by_products(x, y, temperature)
+    return _by_rows(x, y, temperature)
 
 
-@opaque("(Tensor cotangent, Tensor x, Tensor y) -> Tensor", lambda cotangent, x, y: torch.empty_like(x))
-def _backward(cotangent: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """sum_j c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji), p and q the softmaxes of the pair's differences."""
-    if _narrow(x, y):
-        return _pulled_products(cotangent, x) - _pulled_products(cotangent, y)
+@opaque(
+    "(Tensor cotangent, Tensor x, Tensor y, Tensor temperature) -> Tensor", lambda cotangent, x, *_: torch.empty_like(x)
+)
+def _backward(cotangent: Tensor, x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+    """sum_j [c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji)] / T, p and q the softmaxes of the pair's differences by T."""
+    if _narrow(x, y, temperature):
+        cotangent = cotangent / temperature
+        return _pulled_products(cotangent, x, temperature) - _pulled_products(cotangent, y, temperature)
     result = torch.zeros_like(x)
     for i, (a, b) in enumerate(zip(x, y, strict=True)):
-        _, gradient = kl_and_gradient(_differences(a, x), _differences(b, y))
+        _, gradient = kl_and_gradient(_differences(a, x), _differences(b, y), temperature)
         gradient *= cotangent[i, :, None]
         result[i] += gradient.sum(0)
         result -= gradient
@@ -94,8 +99,8 @@ def _backward(cotangent: Tensor, x: Tensor, y: Tensor) -> Tensor:
 _divergences = pulled_back(_forward, _backward)
 
 
-def _narrow(x: Tensor, y: Tensor) -> bool:
-    limit = -0.7 * math.log(torch.finfo(x.dtype).tiny)
+def _narrow(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
+    limit = -0.7 * math.log(torch.finfo(x.dtype).tiny) * temperature
     left_out = torch.isneginf(x) & ~torch.isneginf(y)
     return bool((_span(x) < limit).all() & (_span(y) < limit).all() & ~left_out.any())
 
@@ -104,34 +109,43 @@ def _span(x: Tensor) -> Tensor:
     return x.amax(-1) - torch.where(torch.isneginf(x), x.amax(-1, keepdim=True), x).amin(-1)
 
 
-def _by_products(x: Tensor, y: Tensor) -> Tensor:
+def _by_products(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     """KL of all pairs from products of matrices: log Z_ij is a product of exponentials of the two rows.
 
-    KL_ij = sum_k q_ijk (d_ik - d_jk) - log Z^t_ij + log Z^s_ij with d = y - x.
+    KL_ij = sum_k q_ijk (d_ik - d_jk) - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
-    e_x, f_x, offset_x = _exponentials(x)
-    e_y, f_y, offset_y = _exponentials(y)
+    e_x, f_x, offset_x = _exponentials(x, temperature)
+    e_y, f_y, offset_y = _exponentials(y, temperature)
     z_x, z_y = e_x @ f_x.T, e_y @ f_y.T
-    d = torch.where(torch.isneginf(y), 0, y - torch.where(torch.isneginf(x), 0, x))
+    d = torch.where(torch.isneginf(y), 0, y - torch.where(torch.isneginf(x), 0, x)) / temperature
     mean = ((e_y * d) @ f_y.T - e_y @ (f_y * d).T) / z_y
     divergence = mean + (z_x.log() - z_y.log()) + (offset_x - offset_y)
     return divergence.clamp(min=0)
 
 
-def _pulled_products(cotangent: Tensor, x: Tensor) -> Tensor:
+def _pulled_products(cotangent: Tensor, x: Tensor, temperature: Tensor) -> Tensor:
     """sum_j c_ij p_ij - c_ji p_ji, where p_ijk = e_ik f_jk / z_ij."""
-    e, f, _ = _exponentials(x)
+    e, f, _ = _exponentials(x, temperature)
     weight = cotangent / (e @ f.T)
     return e * (weight @ f) - f * (weight.T @ e)
 
 
-def _exponentials(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(x - max), exp(min - x) and max_i - min_j; a class at -inf is 0 in both."""
+def _exponentials(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp((x - max)/T), exp((min - x)/T) and (max_i - min_j)/T; a class at -inf is 0 in both."""
     left_out = torch.isneginf(x)
     largest = x.amax(-1, keepdim=True)
     smallest = torch.where(left_out, largest, x).amin(-1, keepdim=True)
-    fall = torch.where(left_out, 0, (smallest - torch.where(left_out, smallest, x)).exp())
-    return (x - largest).exp(), fall, largest - smallest.T
+    fall = torch.where(left_out, 0, ((smallest - torch.where(left_out, smallest, x)) / temperature).exp())
+    return ((x - largest) / temperature).exp(), fall, (largest - smallest.T) / temperature
+
+
+def _by_rows(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+    """KL of all pairs from the differences themselves, a row at a time."""
+
+    def row(a: Tensor, b: Tensor) -> Tensor:
+        return kl_and_gradient(_differences(a, x), _differences(b, y), temperature)[0]
+
+    return torch.stack(list(map(row, x, y)))
 
 
 def _differences(row: Tensor, rows: Tensor) -> Tensor:

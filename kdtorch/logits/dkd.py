@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
+    binary_and_others,
     check_classes,
     is_class,
     kl_divergence,
-    logsumexp,
     non_negative,
     positive,
-    take_class,
     valid_index,
     widen,
 )
@@ -61,9 +57,11 @@ def dkd_loss(
     hides the label by subtracting 1000 and takes the logarithm of a sum of probabilities, which is NaN once logits
     are about 100·T apart in float32; the mathematics is the same.
 
+    >>> import torch
+    >>> from kdtorch import dkd_loss
     >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, -1.0]])
     >>> print(f"{dkd_loss(s, t, torch.tensor([0])):.4f}")
-    0.8786
+    1.2644
     """
     student, teacher, labels = keep(where, *widen(student_logits, teacher_logits), labels)
     check_classes(student)
@@ -71,14 +69,8 @@ def dkd_loss(
     temperature = positive("temperature", temperature, student)
     labels = valid_index("labels", labels, student.shape[-1])
     label = is_class(student, labels)
-
-    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of (label, any other class), and logits of the others alone."""
-        others = torch.where(label, -math.inf, logits)
-        return torch.stack([take_class(logits, labels), logsumexp(others)], -1), others
-
-    student_binary, student_others = split(student / temperature)
-    teacher_binary, teacher_others = split(teacher.detach() / temperature)
-    target = kl_divergence(student_binary, teacher_binary)
-    others = kl_divergence(student_others, teacher_others)
+    student_binary, student_others = binary_and_others(student, label, temperature)
+    teacher_binary, teacher_others = binary_and_others(teacher.detach(), label, temperature)
+    target = kl_divergence(student_binary, teacher_binary, 1.0)
+    others = kl_divergence(student_others, teacher_others, temperature)
     return reduce(temperature**2 * (alpha * target + beta * others), where, reduction)

@@ -67,9 +67,11 @@ def uskd_loss(
     https://arxiv.org/abs/2303.13005. The paper ranks by probabilities; the released code, followed here, takes the
     logarithm of the student's. A class at -inf in both logits is padding: it has no place, and C does not count it.
 
+    >>> import torch
+    >>> from kdtorch import uskd_loss
     >>> s, w = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, -1.0]])
     >>> print(f"{uskd_loss(s, w, torch.tensor([0])):.4f}")
-    0.2353
+    0.2453
     """
     student, weak = keep(where, *widen(student_logits, weak_logits))
     check_classes(student)
@@ -79,7 +81,8 @@ def uskd_loss(
     log_p, log_w = log_softmax(student), log_softmax(weak)
 
     if labels.ndim < student.ndim:
-        labels = valid_index("labels", *keep(where, labels), student.shape[-1])
+        (labels,) = keep(where, labels)
+        labels = valid_index("labels", labels, student.shape[-1])
         distribution = is_class(student, labels).to(student.dtype)
         classes, probabilities = [labels], [torch.ones_like(student[..., 0])]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRC
     Raises:
         ValueError: `num_data` or `dim` below 1.
 
-    >>> crcd_init(None, 50, 8).student_memory.shape
+    >>> from kdtorch import crcd_init
+    >>> tuple(crcd_init(None, 50, 8).student_memory.shape)
     (50, 8)
     """
     _at_least_one(num_data=num_data, dim=dim)
@@ -67,7 +68,8 @@ def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives:
     Raises:
         ValueError: a number below 1.
 
-    >>> crcd_negatives(None, 4, 10, 50).shape
+    >>> from kdtorch import crcd_negatives
+    >>> tuple(crcd_negatives(None, 4, 10, 50).shape)
     (4, 10)
     """
     _at_least_one(batch=batch, num_negatives=num_negatives, num_data=num_data)
@@ -85,13 +87,13 @@ def _at_least_one(**numbers: int) -> None:
 def crcd_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],
-    index: Integer[Tensor, "batch"],
+    index: Integer[Tensor, batch],
     negatives: Integer[Tensor, "batch num_negatives"],
     state: CRCDState,
     *,
     temperature: Scalar = 0.05,
     momentum: Scalar = 0.5,
-    where: Bool[Tensor, "batch"] | None = None,
+    where: Bool[Tensor, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
@@ -134,11 +136,13 @@ def crcd_loss(
     r·ρ comes from products of matrices, a row at a time, and where two remembered rows are so close that this would
     lose its digits, from their differences.
 
+    >>> import torch
+    >>> from kdtorch import crcd_init, crcd_loss
     >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     >>> state = crcd_init(None, 5, 2)
     >>> loss, state = crcd_loss(s, t, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]]), state)
-    >>> loss.shape, bool(state.student_normalizer > 0)
-    ((), True)
+    >>> bool(loss > 0), bool(state.student_normalizer > 0)
+    (True, True)
     """
     student, teacher = widen(student, teacher)
     state = CRCDState(*(x.detach().to(student.device) for x in state))
@@ -174,7 +178,8 @@ def _side(
 ) -> tuple[Tensor, Tensor]:
     """The loss of one side for each example, and its normaliser."""
     bank = memory.to(embedding.dtype)
-    temperature = torch.as_tensor(temperature, dtype=embedding.dtype, device=embedding.device)
+    if not isinstance(temperature, Tensor):
+        temperature = embedding.new_full((), temperature)
     unset = normalizer == 0
     log_mean = _log_mean(embedding.detach(), places, valid, bank, temperature, unset)
     fresh = log_mean.exp().to(normalizer.dtype) * len(memory)
@@ -238,10 +243,10 @@ def _relations(
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
     """
-    anchors, w = bank[anchor_places], bank[places]
+    anchors, remembered = bank[anchor_places], bank[places]
+    rho, rho_length = _unit_and_length((embedding - anchors) + 1e-6)
     middle = anchors.mean(0)  # what is common to all rows only costs digits
-    a, w, v = anchors - 1e-6 - middle, w - middle, embedding - middle
-    rho, rho_length = _unit_and_length(v - a)
+    a, w = anchors - 1e-6 - middle, remembered - middle
 
     same = anchor_places[:, None] == places
     a_square, w_square = a.square().sum(1), w.square().sum(1)
@@ -254,12 +259,14 @@ def _relations(
         return weight @ w - weight.sum(1, keepdim=True) * a
 
     def by_differences(weight: Tensor) -> Tensor:
-        return torch.stack([weights @ (w - anchor) for weights, anchor in zip(weight, a, strict=True)])
+        return torch.stack([row @ difference for row, difference in zip(weight, differences(), strict=True)])
+
+    def differences() -> Iterator[Tensor]:  # one anchor at a time
+        return ((remembered - anchor) + 1e-6 for anchor in anchors)
 
     def dot_by_differences() -> tuple[Tensor, Tensor]:
-        differences = [w - anchor for anchor in a]
-        square = torch.stack([difference.square().sum(1) for difference in differences])
-        return square, torch.stack([d @ direction for d, direction in zip(differences, rho, strict=True)])
+        square = torch.stack([difference.square().sum(1) for difference in differences()])
+        return square, torch.stack([difference @ row for difference, row in zip(differences(), rho, strict=True)])
 
     square, dot = (square, rho @ w.T - (rho * a).sum(1, keepdim=True)) if clear else dot_by_differences()
     length = torch.where(same | (square <= 0), 1, square).sqrt()

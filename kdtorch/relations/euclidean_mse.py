@@ -15,7 +15,7 @@ def euclidean_mse_loss(
     student: Float[Tensor, "batch student_dim"],
     teacher: Float[Tensor, "batch teacher_dim"],
     *,
-    where: Bool[Tensor, "batch"] | None = None,
+    where: Bool[Tensor, batch] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.
@@ -42,6 +42,8 @@ def euclidean_mse_loss(
     one product of matrices; where some pair is so close that this would lose its digits, from the differences
     themselves, a row at a time.
 
+    >>> import torch
+    >>> from kdtorch import euclidean_mse_loss
     >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
@@ -61,7 +63,7 @@ def _forward(x: Tensor, partners: Tensor) -> Tensor:
     square, clear = _squares(x, partners)
     if not clear:
         square = torch.stack([(row - x).square().sum(-1) for row in x])
-    return torch.where(partners & (square > 0), square, 0).sqrt()
+    return torch.where(partners & ~(square <= 0), square, 0).sqrt()
 
 
 @opaque("(Tensor cotangent, Tensor x, Tensor partners) -> Tensor", lambda cotangent, x, partners: torch.empty_like(x))
@@ -77,7 +79,7 @@ def _backward(cotangent: Tensor, x: Tensor, partners: Tensor) -> Tensor:
     for row, weight in zip(x, cotangent, strict=True):
         difference = row - x
         length = difference.square().sum(-1).sqrt()
-        rows.append(torch.where(length > 0, weight / length, 0) @ difference)
+        rows.append(torch.where(length == 0, 0, weight / length) @ difference)
     return torch.stack(rows)
 
 

@@ -9,5 +9,5 @@ def dcn_loss(student, teacher, labels, centers):
         length, other = norm(s), norm(constant(t))
         largest = length if np.real(length) >= other else other
         value = sum(a * b for a, b in zip(s, unit(centers[y]), strict=True))
-        values.append(1 - (value / largest if np.real(largest) > 0 else 0.0 * value))
+        values.append(1 - (value / largest if np.real(largest) > 0 else 0.0))
     return values

@@ -10,11 +10,15 @@ def uskd_loss(student_logits, weak_logits, labels, alpha=1.0, beta=0.1, mu=0.005
         if np.ndim(label) == 0:
             chosen.append([(int(label), 1.0)])
         else:
-            ranked = sorted(range(classes), key=lambda k: (-label[k], k))[:2]  # noqa: B023
+            ranked = sorted(range(classes), key=lambda k: (-label[k], k))[:2]
             chosen.append([(k, label[k]) for k in ranked if label[k] > 0])
 
     squares = [
-        [constant(softmax(student_logits[i])[chosen[i][place][0]]) ** 2 for i in range(number) if len(chosen[i]) > place]
+        [
+            constant(softmax(student_logits[i])[chosen[i][place][0]]) ** 2
+            for i in range(number)
+            if len(chosen[i]) > place
+        ]
         for place in range(2)
     ]
 
@@ -31,7 +35,7 @@ def uskd_loss(student_logits, weak_logits, labels, alpha=1.0, beta=0.1, mu=0.005
         over_w = 1 - sum(constant(p_weak[y]) for y in label_classes) + 1e-6
         over_p = 1 - sum(constant(log_p[y]) for y in label_classes) + 1e-6
         score = [constant(p_weak[k]) / over_w + constant(log_p[k]) / over_p for k in range(classes)]
-        ranked = sorted(range(classes), key=lambda k: (-score[k], k))  # noqa: B023
+        ranked = sorted(range(classes), key=lambda k: (-score[k], k))
         padding = [k for k in range(classes) if is_left_out(s[k]) and is_left_out(w[k])]
         zipf = [1 / (1 + ranked.index(k)) for k in range(classes)]
         gone = {*label_classes, *padding}

@@ -1,0 +1,454 @@
+"""Distillation on real data: scikit-learn's handwritten digits, in JAX and in PyTorch.
+
+A teacher (110,826 parameters) learns from 1,000 labelled images of 8×8 pixels and from copies shifted by a pixel. A
+student (5,026 parameters) is told 50 labels, 5 a class; on the other 950 images only the teacher speaks. The student
+alone learns from its 50 labels, by cross-entropy; every other row of the table adds one loss, or a mixture `a+b`, to
+that same cross-entropy, on the same batches. A loss that reads labels takes the teacher's class where the label is
+not known, if the teacher is at least 90% sure, and `where=` leaves out the rest. The weights of the losses and the
+learning rates were chosen on the 297 validation images; the table gives the accuracy on the 500 test images.
+
+    python examples/digits.py                            # both frameworks, three seeds, about two minutes
+    python examples/digits.py --quick
+    python examples/digits.py --framework torch --losses kl dkd "kl+hcl" --seeds 5
+    python examples/digits.py --teacher-logits mine.npz  # `logits`, [1000, 10]: see --help
+
+With both frameworks one training is run twice, from the same weights on the same batches, and the two loss curves are
+compared. `_digits_jax.py` and `_digits_torch.py`, of the same build, show how each loss is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+Array = np.ndarray
+Mixture = dict[str, float]
+
+
+class Loss(NamedTuple):
+    """What must be known of a loss before a framework is imported: its weight, and what it reads of the teacher."""
+
+    weight: float
+    reads: str
+
+
+LOGITS, FEATURES = "logits", "feature maps, embeddings or outputs on shifted images"
+LOSSES = {
+    "kl": Loss(1.0, LOGITS),
+    "skl": Loss(1.0, LOGITS),
+    "diff": Loss(1.0, LOGITS),
+    "dkd": Loss(0.2, LOGITS),
+    "nkd": Loss(1.0, LOGITS),
+    "uskd": Loss(1.0, LOGITS),
+    "mse": Loss(3.0, FEATURES),
+    "sml": Loss(10.0, FEATURES),
+    "bce": Loss(20.0, FEATURES),
+    "eu_mse": Loss(10.0, FEATURES),
+    "dcn": Loss(20.0, FEATURES),
+    "hcl": Loss(5.0, FEATURES),
+    "crcd": Loss(0.1, FEATURES),
+    "dino": Loss(1.0, FEATURES),
+}
+DEFAULT = ["kl", "diff", "dkd", "nkd", "uskd", "mse", "dcn", "dino", "kl+mse", "kl+hcl"]
+QUICK = ["kl", "dkd", "dino", "kl+hcl"]
+SAME = "kl+hcl+dcn+dino"  # the training that is run in both frameworks: parameters, state, maps and logits
+FRAMEWORKS = {"jax": ["jax"], "torch": ["torch"], "both": ["jax", "torch"]}
+SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+
+
+class Setting(NamedTuple):
+    """What is trained, and how."""
+
+    teacher: tuple[tuple[int, int], int] = ((24, 48), 128)  # the channels of the two maps, the width of the embedding
+    student: tuple[tuple[int, int], int] = ((8, 12), 20)
+    classes: int = 10
+    images: int = 1000
+    labels: int = 50
+    steps: int = 300
+    batch: int = 64
+    labelled: int = 16  # rows of a batch that are drawn from the labelled images; the rest from all
+    negatives: int = 16
+    teacher_rate: float = 0.05
+    student_rate: float = 0.02
+    sure: float = 0.9
+
+
+class Data(NamedTuple):
+    """All images, the places of each part of the split in them, and where the student is told the label."""
+
+    views: Array  # [shifts, 1797, 8, 8], the first not shifted
+    labels: Array
+    train: Array
+    validation: Array
+    test: Array
+    labelled: Array  # [train], True where the student is told the label
+
+
+class Plan(NamedTuple):
+    """The batches of one training: places in the training set, two shifts of each image, negatives for crcd."""
+
+    index: Array  # [steps, batch]
+    shifts: Array  # [steps, 2, batch]
+    negatives: Array  # [steps, batch, negatives]
+
+
+class Teacher(NamedTuple):
+    """The teacher's outputs on the training images; only the logits where it comes from outside."""
+
+    logits: Array  # [train, classes]
+    embedding: Array | None = None  # [train, width], each entry of mean 0 and variance 1
+    maps: list[Array] | None = None  # [train, height, width, channels]
+    views: Array | None = None  # [shifts, train, classes], the logits
+
+
+def load_data(setting: Setting) -> Data:
+    """The digits with their fixed split; the training set is in the order of `load_digits`."""
+    digits = load_digits()
+    labels, places = digits.target.astype(np.int32), np.arange(len(digits.target))
+    train, rest = train_test_split(places, train_size=setting.images, stratify=labels, random_state=0)
+    validation, test = train_test_split(rest, test_size=500, stratify=labels[rest], random_state=0)
+    train = np.sort(train)
+    told, _ = train_test_split(np.arange(len(train)), train_size=setting.labels, stratify=labels[train], random_state=0)
+    padded = np.pad(digits.images.astype(np.float32) / 16, ((0, 0), (1, 1), (1, 1)))
+    views = np.stack([padded[:, 1 + y : 9 + y, 1 + x : 9 + x] for y, x in SHIFTS])
+    return Data(views, labels, train, validation, test, np.isin(np.arange(len(train)), told))
+
+
+def make_plan(data: Data, setting: Setting, seed: int, labelled: int, steps: int) -> Plan:
+    """The batches, of which the first `labelled` rows have labels; the same for both frameworks."""
+    draw = np.random.default_rng(seed)
+    told, rest = np.flatnonzero(data.labelled), setting.batch - labelled
+    index = np.concatenate(
+        [draw.choice(told, (steps, labelled)), draw.integers(0, setting.images, (steps, rest))], axis=1
+    )
+    first = draw.integers(0, len(SHIFTS), (steps, 1, setting.batch))
+    second = (first + draw.integers(1, len(SHIFTS), first.shape)) % len(SHIFTS)
+    negatives = draw.integers(0, setting.images, (steps, setting.batch, setting.negatives))
+    return Plan(*(x.astype(np.int32) for x in (index, np.concatenate([first, second], axis=1), negatives)))
+
+
+def training_set(data: Data, setting: Setting, teacher: Teacher) -> dict[str, Any]:
+    """All that a step gathers its batch from, by name: the images, what is known of them, the teacher's outputs."""
+    labels = data.labels[data.train]
+    odds = np.exp(teacher.logits - teacher.logits.max(1, keepdims=True))
+    confident = odds.max(1) >= setting.sure * odds.sum(1)
+    return {
+        "views": data.views[:, data.train],
+        "labels": np.where(data.labelled, labels, teacher.logits.argmax(1).astype(np.int32)),
+        "labelled": data.labelled,
+        "known": data.labelled | confident,
+        "teacher": {name: x for name, x in teacher._asdict().items() if x is not None},
+    }
+
+
+def train_teacher(half: ModuleType, data: Data, setting: Setting) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher, told every label, and its outputs on the training images."""
+    told = data._replace(labelled=np.ones_like(data.labelled))
+    plan = make_plan(told, setting, 0, 0, setting.steps)
+    images = {"views": data.views[:, data.train], "labels": data.labels[data.train]}
+    run = half.train_teacher(images, plan, setting, data.views)
+    embedding = run["embedding"][data.train]
+    teacher = Teacher(
+        run["logits"][0, data.train],
+        (embedding - embedding.mean(0)) / embedding.std(0),
+        [x[data.train] for x in run["maps"]],
+        run["logits"][:, data.train],
+    )
+    return teacher, {"parameters": run["parameters"], **accuracies(run["logits"][0], data)}
+
+
+def outside_teacher(file: str, data: Data, setting: Setting) -> Teacher:
+    """The teacher of a file.
+
+    Raises:
+        ValueError: a file that cannot be read, lacks the array, or holds another shape or numbers that are not finite.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise ValueError("it is not an .npz archive")
+            arrays = dict(content)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file}: expected a readable .npz file with the array `logits`, got an error: {reason}"
+        ) from error
+    if "logits" not in arrays:
+        raise ValueError(f"{file}: expected the array `logits`, got {sorted(arrays) or 'no array'}")
+    logits, shape = arrays["logits"], (setting.images, setting.classes)
+    if logits.shape != shape or not np.issubdtype(logits.dtype, np.floating):
+        raise ValueError(
+            f"{file}: expected `logits` of floating-point numbers and shape {list(shape)}, one row a training image, "
+            f"got {logits.dtype} {list(logits.shape)}"
+        )
+    if bad := int((~np.isfinite(logits)).sum()):
+        raise ValueError(f"{file}: expected finite `logits`, got {bad} of {logits.size} that are NaN or infinite")
+    return Teacher(logits.astype(np.float32))
+
+
+def accuracies(logits: Array, data: Data) -> dict[str, float]:
+    """Shares of right answers on the validation and test images."""
+    right = logits.argmax(1) == data.labels
+    return {
+        "validation_accuracy": float(right[data.validation].mean()),
+        "test_accuracy": float(right[data.test].mean()),
+    }
+
+
+def mixture(text: str) -> Mixture:
+    """The weights by name of `"a+b"`.
+
+    Raises:
+        ValueError: an unknown name, or one given twice.
+    """
+    names = [name.strip() for name in text.split("+")]
+    for name in names:
+        if name not in LOSSES:
+            raise ValueError(f"--losses: unknown loss {name!r} in {text!r}; there are {', '.join(LOSSES)}")
+        if names.count(name) > 1:
+            raise ValueError(f"--losses: {name!r} is more than once in {text!r}")
+    return {name: LOSSES[name].weight for name in names}
+
+
+def train_students(
+    half: ModuleType,
+    mixtures: dict[str, Mixture],
+    data: Data,
+    teacher: Teacher,
+    setting: Setting,
+    seeds: int,
+    tick: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """The student alone and with each mixture: the rows of the table."""
+    plans = [make_plan(data, setting, 1 + seed, setting.labelled, setting.steps) for seed in range(seeds)]
+    inputs = training_set(data, setting, teacher)
+    rows: list[dict[str, Any]] = []
+    for name, weights in {"alone": {}, **mixtures}.items():
+        runs = half.train_students(weights, inputs, plans, setting, data.views[0])
+        scores = [accuracies(run["logits"], data) for run in runs]
+        test = np.array([score["test_accuracy"] for score in scores])
+        row = {
+            "losses": name,
+            "weights": weights,
+            "parameters": runs[0]["parameters"],
+            "parameters_of_losses": runs[0]["parameters_of_losses"],
+            "validation_accuracies": [score["validation_accuracy"] for score in scores],
+            "test_accuracies": test.tolist(),
+            "test_accuracy": float(test.mean()),
+            "spread": float(test.std(ddof=1)) if seeds > 1 else None,
+            "seconds_per_step": float(np.mean([run["seconds"] for run in runs]) / setting.steps),
+        }
+        row["gain"] = row["test_accuracy"] - rows[0]["test_accuracy"] if rows else 0.0
+        rows.append(row)
+        tick()
+    return rows
+
+
+def compare(
+    halves: dict[str, ModuleType], weights: Mixture, data: Data, teacher: Teacher, setting: Setting
+) -> dict[str, Any]:
+    """One training in both frameworks, from the same weights on the same batches, in float64 and in float32."""
+    setting = setting._replace(steps=200)
+    plan = make_plan(data, setting, 1, setting.labelled, setting.steps)
+    inputs = training_set(data, setting, teacher)
+    start = halves["torch"].initial_weights(weights, setting)
+    result: dict[str, Any] = {"losses": "+".join(weights), "steps": setting.steps}
+    for dtype in ("float64", "float32"):
+        curves = {
+            name: half.train_students(weights, inputs, [plan], setting, data.views[0], dtype, start)[0]["losses"]
+            for name, half in halves.items()
+        }
+        difference = np.abs(curves["jax"] - curves["torch"]) / np.abs(curves["torch"])
+        result[dtype] = {
+            "largest_relative_difference": float(difference.max()),
+            "relative_difference": difference.tolist(),
+        }
+        result[dtype] |= {name: curve.tolist() for name, curve in curves.items()}
+    return result
+
+
+def describe(setting: Setting, outside: str | None) -> str:
+    """The setting in words."""
+    return (
+        f"{setting.images:,} training images; the student is told {setting.labels} labels, "
+        f"{'a teacher from ' + outside if outside else 'the teacher'} speaks on all. 297 images for validation, 500 for "
+        f"the test. {setting.steps} steps of SGD with momentum, {setting.batch} images each, {setting.labelled} of them labelled. "
+        f"Losses that read labels take the teacher's class where the label is not known and the teacher at least "
+        f"{setting.sure:.0%} sure."
+    )
+
+
+def table(framework: str, teacher: dict[str, Any] | None, rows: list[dict[str, Any]]) -> Table:
+    """One framework's results."""
+    result = Table(title=f"{framework}: test accuracy in %, mean ± standard deviation over seeds")
+    result.add_column("", no_wrap=True)
+    for column in ("parameters", "test accuracy", "gain", "seconds a step"):
+        result.add_column(column, justify="right")
+    if teacher:
+        result.add_row(
+            "teacher", f"{teacher['parameters']:,}", f"{teacher['test_accuracy']:.1%}", "", "", end_section=True
+        )
+    for row in rows:
+        spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
+        result.add_row(
+            "student alone" if row["losses"] == "alone" else row["losses"],
+            f"{row['parameters']:,}",
+            f"{100 * row['test_accuracy']:.1f}{spread}",
+            "" if row["losses"] == "alone" else f"{100 * row['gain']:+.1f}",
+            f"{row['seconds_per_step']:.4f}",
+        )
+    return result
+
+
+def picture(results: dict[str, Any], file: Path) -> None:
+    """The accuracies, and beside them the two loss curves and their difference."""
+    parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(12 if parity else 6.5, 5.5), layout="constrained")
+        left, right = figure.subfigures(1, 2) if parity else (figure, None)
+        axes = left.subplots()
+        for i, (framework, rows) in enumerate(results["students"].items()):
+            height = np.arange(len(rows)) + 0.3 * (i - (len(results["students"]) - 1) / 2)
+            spread = [100 * (row["spread"] or 0) for row in rows]
+            accuracy = [100 * row["test_accuracy"] for row in rows]
+            axes.errorbar(accuracy, height, xerr=spread, fmt="o", capsize=3, color=colours[framework], label=framework)
+        teachers = [100 * teacher["test_accuracy"] for teacher in results["teachers"].values()]
+        if teachers:
+            axes.axvline(np.mean(teachers), color="grey", linestyle="--", label="teacher")
+        axes.axhline(0.5, color="lightgrey", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), ["student alone", *(row["losses"] for row in rows[1:])])
+        axes.invert_yaxis()
+        axes.set_xlabel("test accuracy in %, mean ± standard deviation over seeds")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3)
+        if right is not None:
+            upper, lower = right.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+            for framework, style in (("jax", {"linewidth": 4, "alpha": 0.4}), ("torch", {"linewidth": 1})):
+                upper.plot(parity["float64"][framework], color=colours[framework], label=framework, **style)
+            upper.set_ylabel("loss, float64")
+            upper.set_title(f"one training in two frameworks: {parity['losses']}", fontsize="medium")
+            upper.legend()
+            for dtype, colour in (("float32", "tab:red"), ("float64", "tab:green")):
+                difference = np.array(parity[dtype]["relative_difference"])
+                lower.semilogy(np.where(difference > 0, difference, np.nan), color=colour, label=dtype, linewidth=1)
+            lower.set_ylabel("relative difference")
+            lower.set_xlabel("step")
+            lower.legend(ncols=2)
+        figure.savefig(file, dpi=120)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    begin = time.perf_counter()
+    parser = Parser(prog="digits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="both")
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}, or mixtures like kl+hcl")
+    parser.add_argument("--seeds", type=at_least_one, help="how many students a row (3; with --quick 2)")
+    parser.add_argument("--steps", type=at_least_one, help="of each training (300; with --quick 150)")
+    parser.add_argument("--quick", action="store_true", help="fewer losses, seeds and steps")
+    parser.add_argument(
+        "--teacher-logits",
+        metavar="FILE.npz",
+        help="a teacher from outside: the array `logits`, [1000, 10], a row an image of the training set, whose places "
+        "in load_digits() are `train` of digits.json",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for digits.json and digits.png")
+    options = parser.parse_args(arguments)
+
+    quick = options.quick
+    setting = Setting(steps=options.steps or (150 if quick else 300))
+    seeds = options.seeds or (2 if quick else 3)
+    data = load_data(setting)
+    outside = None
+    try:
+        if options.teacher_logits:
+            outside = outside_teacher(options.teacher_logits, data, setting)
+        readable = [name for name, loss in LOSSES.items() if not outside or loss.reads == LOGITS]
+        default = [text for text in (QUICK if quick else DEFAULT) if set(mixture(text)) <= set(readable)]
+        mixtures = {text: mixture(text) for text in options.losses or default}
+        if refused := sorted({name for weights in mixtures.values() for name in weights} - set(readable)):
+            raise ValueError(
+                f"--losses: {', '.join(refused)} cannot be had with --teacher-logits, because they read the teacher's "
+                f"{FEATURES}, and the file holds logits alone; left are {', '.join(readable)}"
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    same = {name: weight for name, weight in mixture(SAME).items() if name in readable}
+    try:
+        halves = {name: importlib.import_module(f"_digits_{name}") for name in FRAMEWORKS[options.framework]}
+    except ModuleNotFoundError as error:
+        parser.error(f"--framework {options.framework}: {error.name} is not installed")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    console = Console()
+    console.print(describe(setting, options.teacher_logits))
+    results: dict[str, Any] = {
+        "setting": setting._asdict(), "teacher_logits": options.teacher_logits, "seeds": seeds,
+        "train": data.train.tolist(), "labelled": data.train[data.labelled].tolist(),
+        "teachers": {}, "students": {}, "same_training": None,
+    }  # fmt: skip
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(halves) * (2 + len(mixtures)) + len(halves) - 1)
+
+        def tick() -> None:
+            progress.advance(task)
+
+        teacher = outside
+        for name, half in reversed(halves.items()):
+            progress.update(task, description=name)
+            if outside is None:
+                teacher, results["teachers"][name] = train_teacher(half, data, setting)
+            tick()
+            results["students"][name] = train_students(half, mixtures, data, teacher, setting, seeds, tick)
+        if len(halves) > 1:
+            progress.update(task, description="one training in both")
+            results["same_training"] = compare(halves, same, data, teacher, setting)
+            tick()
+    results["wall_seconds"] = time.perf_counter() - begin
+
+    for name in halves:
+        console.print(table(name, results["teachers"].get(name), results["students"][name]))
+    if results["same_training"]:
+        console.print(
+            f"One training ({'+'.join(same)}, {results['same_training']['steps']} steps, the same weights and batches), "
+            "largest relative difference of the two losses: "
+            + ", ".join(
+                f"{dtype} {results['same_training'][dtype]['largest_relative_difference']:.1e}"
+                for dtype in ("float64", "float32")
+            )
+        )
+    (options.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
+    picture(results, options.out / "digits.png")
+    console.print(
+        f"{options.out / 'digits.json'} and {options.out / 'digits.png'}, {results['wall_seconds']:.0f} seconds"
+    )
+
+
+if __name__ == "__main__":
+    main()
