@@ -19,7 +19,7 @@ def hcl_loss(
     teacher_maps: Sequence[Float[Array, "batch _ _ _"]],
     *,
     channel_axis: int = -1,
-    where: Bool[Array, batch] | None = None,
+    where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.

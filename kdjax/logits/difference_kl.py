@@ -16,7 +16,7 @@ def difference_kl_loss(
     teacher_logits: Float[Array, "batch classes"],
     *,
     temperature: Scalar = 1.0,
-    where: Bool[Array, batch] | None = None,
+    where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Difference KL: how one sample's logits differ from another's is drawn to how the teacher's do.

@@ -81,13 +81,13 @@ def _at_least_one(**numbers: int) -> None:
 def crcd_loss(
     student: Float[Array, "batch dim"],
     teacher: Float[Array, "batch dim"],
-    index: Integer[Array, batch],
+    index: Integer[Array, "batch"],
     negatives: Integer[Array, "batch num_negatives"],
     state: CRCDState,
     *,
     temperature: Scalar = 0.05,
     momentum: Scalar = 0.5,
-    where: Bool[Array, batch] | None = None,
+    where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[jax.Array, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.

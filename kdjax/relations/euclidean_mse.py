@@ -17,7 +17,7 @@ def euclidean_mse_loss(
     student: Float[Array, "batch student_dim"],
     teacher: Float[Array, "batch teacher_dim"],
     *,
-    where: Bool[Array, batch] | None = None,
+    where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.

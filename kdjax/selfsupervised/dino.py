@@ -20,7 +20,7 @@ class DINOState(NamedTuple):
         center: `[dim]`, subtracted from the teacher's outputs.
     """
 
-    center: Float[Array, dim]
+    center: Float[Array, "dim"]
 
 
 def dino_init(dim: int, dtype: Any = jnp.float32) -> DINOState:
@@ -80,7 +80,7 @@ def dino_loss(
     teacher_temperature: Scalar = 0.04,
     student_temperature: Scalar = 0.1,
     center_momentum: Scalar = 0.9,
-    where: Bool[Array, batch] | None = None,
+    where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[jax.Array, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ def hcl_loss(
     teacher_maps: Sequence[Float[Tensor, "batch _ _ _"]],
     *,
     channel_axis: int = 1,
-    where: Bool[Tensor, batch] | None = None,
+    where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.

@@ -18,7 +18,7 @@ def difference_kl_loss(
     teacher_logits: Float[Tensor, "batch classes"],
     *,
     temperature: Scalar = 1.0,
-    where: Bool[Tensor, batch] | None = None,
+    where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Difference KL: how one sample's logits differ from another's is drawn to how the teacher's do.

@@ -87,13 +87,13 @@ def _at_least_one(**numbers: int) -> None:
 def crcd_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],
-    index: Integer[Tensor, batch],
+    index: Integer[Tensor, "batch"],
     negatives: Integer[Tensor, "batch num_negatives"],
     state: CRCDState,
     *,
     temperature: Scalar = 0.05,
     momentum: Scalar = 0.5,
-    where: Bool[Tensor, batch] | None = None,
+    where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.

@@ -15,7 +15,7 @@ def euclidean_mse_loss(
     student: Float[Tensor, "batch student_dim"],
     teacher: Float[Tensor, "batch teacher_dim"],
     *,
-    where: Bool[Tensor, batch] | None = None,
+    where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.

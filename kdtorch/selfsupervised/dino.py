@@ -19,7 +19,7 @@ class DINOState(NamedTuple):
         center: `[dim]`, subtracted from the teacher's outputs.
     """
 
-    center: Float[Tensor, dim]
+    center: Float[Tensor, "dim"]
 
 
 def dino_init(dim: int, dtype: torch.dtype = torch.float32) -> DINOState:
@@ -80,7 +80,7 @@ def dino_loss(
     teacher_temperature: Scalar = 0.04,
     student_temperature: Scalar = 0.1,
     center_momentum: Scalar = 0.9,
-    where: Bool[Tensor, batch] | None = None,
+    where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
