@@ -154,7 +154,7 @@ class Distiller(nn.Module):
         labelled, labels = batch.known("labelled"), batch.known("labels")
         loss = functional.cross_entropy(batch.student.logits[labelled], labels[labelled])
         for name, weight in self.weights:
-            module = self.extras[name] if name in self.extras else None  # noqa: SIM401
+            module = dict(self.extras).get(name)  # noqa: SIM401
             loss = loss + weight * LOSSES[name].value(module, batch)
         return loss
 

@@ -1,6 +1,6 @@
 """Distillation on real data: scikit-learn's handwritten digits, in JAX and in PyTorch.
 
-A teacher (110,826 parameters) learns from 1,000 labelled images of 8×8 pixels and from copies shifted by a pixel. A
+A teacher (110,378 parameters) learns from 1,000 labelled images of 8×8 pixels and from copies shifted by a pixel. A
 student (5,026 parameters) is told 50 labels, 5 a class; on the other 950 images only the teacher speaks. The student
 alone learns from its 50 labels, by cross-entropy; every other row of the table adds one loss, or a mixture `a+b`, to
 that same cross-entropy, on the same batches. A loss that reads labels takes the teacher's class where the label is
@@ -22,6 +22,7 @@ import argparse
 import importlib
 import json
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -51,20 +52,20 @@ LOGITS, FEATURES = "logits", "feature maps, embeddings or outputs on shifted ima
 LOSSES = {
     "kl": Loss(1.0, LOGITS),
     "skl": Loss(1.0, LOGITS),
-    "diff": Loss(1.0, LOGITS),
+    "diff": Loss(2.0, LOGITS),
     "dkd": Loss(0.2, LOGITS),
     "nkd": Loss(1.0, LOGITS),
-    "uskd": Loss(1.0, LOGITS),
-    "mse": Loss(3.0, FEATURES),
-    "sml": Loss(10.0, FEATURES),
-    "bce": Loss(20.0, FEATURES),
-    "eu_mse": Loss(10.0, FEATURES),
-    "dcn": Loss(20.0, FEATURES),
+    "uskd": Loss(3.0, LOGITS),
+    "mse": Loss(10.0, FEATURES),
+    "sml": Loss(30.0, FEATURES),
+    "bce": Loss(50.0, FEATURES),
+    "eu_mse": Loss(3.0, FEATURES),
+    "dcn": Loss(30.0, FEATURES),
     "hcl": Loss(5.0, FEATURES),
     "crcd": Loss(0.1, FEATURES),
-    "dino": Loss(1.0, FEATURES),
+    "dino": Loss(2.0, FEATURES),
 }
-DEFAULT = ["kl", "diff", "dkd", "nkd", "uskd", "mse", "dcn", "dino", "kl+mse", "kl+hcl"]
+DEFAULT = ["kl", "diff", "dkd", "nkd", "uskd", "mse", "dcn", "dino", "kl+dcn", "kl+hcl"]
 QUICK = ["kl", "dkd", "dino", "kl+hcl"]
 SAME = "kl+hcl+dcn+dino"  # the training that is run in both frameworks: parameters, state, maps and logits
 FRAMEWORKS = {"jax": ["jax"], "torch": ["torch"], "both": ["jax", "torch"]}
@@ -172,33 +173,34 @@ def train_teacher(half: ModuleType, data: Data, setting: Setting) -> tuple[Teach
     return teacher, {"parameters": run["parameters"], **accuracies(run["logits"][0], data)}
 
 
-def outside_teacher(file: str, data: Data, setting: Setting) -> Teacher:
+def outside_teacher(file: str, setting: Setting) -> Teacher:
     """The teacher of a file.
 
     Raises:
         ValueError: a file that cannot be read, lacks the array, or holds another shape or numbers that are not finite.
     """
     try:
-        with np.load(file, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an .npz archive")
-            arrays = dict(content)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{file}: expected a readable .npz file with the array `logits`, got an error: {reason}"
-        ) from error
+        with open(file, "rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("a file of another kind")
+            stream.seek(0)
+            arrays = dict(np.load(stream))
+    except Exception as error:  # whatever a broken archive may raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{file}: expected an .npz file that can be read, got: {reason}") from error
     if "logits" not in arrays:
         raise ValueError(f"{file}: expected the array `logits`, got {sorted(arrays) or 'no array'}")
     logits, shape = arrays["logits"], (setting.images, setting.classes)
     if logits.shape != shape or not np.issubdtype(logits.dtype, np.floating):
         raise ValueError(
-            f"{file}: expected `logits` of floating-point numbers and shape {list(shape)}, one row a training image, "
+            f"{file}: expected `logits` of floating-point numbers, a row a training image, {list(shape)}, "
             f"got {logits.dtype} {list(logits.shape)}"
         )
+    with np.errstate(over="ignore"):
+        logits = logits.astype(np.float32)
     if bad := int((~np.isfinite(logits)).sum()):
         raise ValueError(f"{file}: expected finite `logits`, got {bad} of {logits.size} that are NaN or infinite")
-    return Teacher(logits.astype(np.float32))
+    return Teacher(logits)
 
 
 def accuracies(logits: Array, data: Data) -> dict[str, float]:
@@ -282,14 +284,14 @@ def compare(
     return result
 
 
-def describe(setting: Setting, outside: str | None) -> str:
+def describe(setting: Setting, data: Data, seeds: int) -> str:
     """The setting in words."""
     return (
-        f"{setting.images:,} training images; the student is told {setting.labels} labels, "
-        f"{'a teacher from ' + outside if outside else 'the teacher'} speaks on all. 297 images for validation, 500 for "
-        f"the test. {setting.steps} steps of SGD with momentum, {setting.batch} images each, {setting.labelled} of them labelled. "
-        f"Losses that read labels take the teacher's class where the label is not known and the teacher at least "
-        f"{setting.sure:.0%} sure."
+        f"The student is told {setting.labels} labels of {setting.images:,} training images; on all of them the "
+        f"teacher speaks. Losses that read labels take the teacher's class where the label is not known, if the "
+        f"teacher is at least {setting.sure:.0%} sure. {setting.steps} steps of {setting.batch} images, "
+        f"{setting.labelled} of them labelled; {seeds} seeds; {len(data.validation)} images for validation, "
+        f"{len(data.test)} for the test."
     )
 
 
@@ -301,7 +303,7 @@ def table(framework: str, teacher: dict[str, Any] | None, rows: list[dict[str, A
         result.add_column(column, justify="right")
     if teacher:
         result.add_row(
-            "teacher", f"{teacher['parameters']:,}", f"{teacher['test_accuracy']:.1%}", "", "", end_section=True
+            "teacher", f"{teacher['parameters']:,}", f"{100 * teacher['test_accuracy']:.1f}", "", "", end_section=True
         )
     for row in rows:
         spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
@@ -327,7 +329,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
             spread = [100 * (row["spread"] or 0) for row in rows]
             accuracy = [100 * row["test_accuracy"] for row in rows]
             axes.errorbar(accuracy, height, xerr=spread, fmt="o", capsize=3, color=colours[framework], label=framework)
-        teachers = [100 * teacher["test_accuracy"] for teacher in results["teachers"].values()]
+        teachers = [100 * x["test_accuracy"] for x in results["teachers"].values() if "test_accuracy" in x]
         if teachers:
             axes.axvline(np.mean(teachers), color="grey", linestyle="--", label="teacher")
         axes.axhline(0.5, color="lightgrey", linewidth=0.8)
@@ -381,48 +383,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for digits.json and digits.png")
     options = parser.parse_args(arguments)
 
-    quick = options.quick
-    setting = Setting(steps=options.steps or (150 if quick else 300))
-    seeds = options.seeds or (2 if quick else 3)
-    data = load_data(setting)
-    outside = None
+    setting = Setting(steps=options.steps or (150 if options.quick else 300))
+    seeds = options.seeds or (2 if options.quick else 3)
+    data, outside = load_data(setting), None
     try:
         if options.teacher_logits:
-            outside = outside_teacher(options.teacher_logits, data, setting)
-        readable = [name for name, loss in LOSSES.items() if not outside or loss.reads == LOGITS]
-        default = [text for text in (QUICK if quick else DEFAULT) if set(mixture(text)) <= set(readable)]
-        mixtures = {text: mixture(text) for text in options.losses or default}
-        if refused := sorted({name for weights in mixtures.values() for name in weights} - set(readable)):
+            outside = outside_teacher(options.teacher_logits, setting)
+        names = [name for name, loss in LOSSES.items() if not outside or loss.reads == LOGITS]
+        usual = [text for text in (QUICK if options.quick else DEFAULT) if set(mixture(text)) <= set(names)]
+        mixtures = {text: mixture(text) for text in options.losses or usual}
+        if refused := sorted(set().union(*mixtures.values()) - set(names)):
             raise ValueError(
-                f"--losses: {', '.join(refused)} cannot be had with --teacher-logits, because they read the teacher's "
-                f"{FEATURES}, and the file holds logits alone; left are {', '.join(readable)}"
+                f"--losses: {', '.join(refused)} cannot be had with --teacher-logits, for the file holds logits alone "
+                f"and they read the teacher's {FEATURES}; there are {', '.join(names)}"
             )
-    except ValueError as error:
-        parser.error(str(error))
-    same = {name: weight for name, weight in mixture(SAME).items() if name in readable}
-    try:
+        same = {name: weight for name, weight in mixture(SAME).items() if name in names}
         halves = {name: importlib.import_module(f"_digits_{name}") for name in FRAMEWORKS[options.framework]}
+        options.out.mkdir(parents=True, exist_ok=True)
     except ModuleNotFoundError as error:
         parser.error(f"--framework {options.framework}: {error.name} is not installed")
-    options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: cannot make the folder {options.out}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
 
     console = Console()
-    console.print(describe(setting, options.teacher_logits))
-    results: dict[str, Any] = {
-        "setting": setting._asdict(), "teacher_logits": options.teacher_logits, "seeds": seeds,
-        "train": data.train.tolist(), "labelled": data.train[data.labelled].tolist(),
-        "teachers": {}, "students": {}, "same_training": None,
-    }  # fmt: skip
+    console.print(describe(setting, data, seeds))
+    results: dict[str, Any] = {"setting": setting._asdict(), "seeds": seeds, "teacher_logits": options.teacher_logits}
+    results |= {"train": data.train.tolist(), "labelled": data.train[data.labelled].tolist()}
+    results |= {"teachers": {}, "students": {}, "same_training": None}
+    if outside:
+        right = (outside.logits.argmax(1) == data.labels[data.train]).mean()
+        results["teachers"]["outside"] = {"train_accuracy": float(right)}
+        console.print(f"The teacher of {options.teacher_logits} is right on {right:.1%} of the training images.")
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(halves) * (2 + len(mixtures)) + len(halves) - 1)
+        task = progress.add_task("", total=len(halves) * (2 + len(mixtures)) + (len(halves) > 1))
 
         def tick() -> None:
             progress.advance(task)
 
         teacher = outside
-        for name, half in reversed(halves.items()):
+        for name, half in halves.items():
             progress.update(task, description=name)
-            if outside is None:
+            if not outside:
                 teacher, results["teachers"][name] = train_teacher(half, data, setting)
             tick()
             results["students"][name] = train_students(half, mixtures, data, teacher, setting, seeds, tick)
@@ -430,24 +433,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.update(task, description="one training in both")
             results["same_training"] = compare(halves, same, data, teacher, setting)
             tick()
-    results["wall_seconds"] = time.perf_counter() - begin
 
     for name in halves:
         console.print(table(name, results["teachers"].get(name), results["students"][name]))
-    if results["same_training"]:
+    if comparison := results["same_training"]:
+        largest = [
+            f"{dtype} {comparison[dtype]['largest_relative_difference']:.1e}" for dtype in ("float64", "float32")
+        ]
         console.print(
-            f"One training ({'+'.join(same)}, {results['same_training']['steps']} steps, the same weights and batches), "
-            "largest relative difference of the two losses: "
-            + ", ".join(
-                f"{dtype} {results['same_training'][dtype]['largest_relative_difference']:.1e}"
-                for dtype in ("float64", "float32")
-            )
+            f"One training in both frameworks, {comparison['losses']}, {comparison['steps']} steps: the largest "
+            f"relative difference of the losses is {', '.join(largest)}."
         )
-    (options.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     picture(results, options.out / "digits.png")
-    console.print(
-        f"{options.out / 'digits.json'} and {options.out / 'digits.png'}, {results['wall_seconds']:.0f} seconds"
-    )
+    results["wall_seconds"] = time.perf_counter() - begin
+    (options.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"digits.json and digits.png are in {options.out}, after {results['wall_seconds']:.0f} seconds.")
 
 
 if __name__ == "__main__":

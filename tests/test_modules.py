@@ -1,0 +1,113 @@
+"""The modules of the two packages, with the same weights, give the same numbers."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from frameworks import JAX, TORCH, set_parameter
+
+import kdjax.nn
+import kdtorch.nn
+from parity.compare import ulps
+
+RNG = np.random.default_rng(0)
+
+
+def copy_weights(ours, theirs):
+    """From a module of Flax to its PyTorch twin, both in float64."""
+    for path, value in nnx.to_flat_state(nnx.state(ours, nnx.Param)):
+        value = np.asarray(value[...], np.float64)
+        *names, last = (str(key) for key in path if key != "layers")
+        module = theirs.get_submodule(".".join(names))
+        if last == "kernel":
+            value = value.T if value.ndim == 2 else np.transpose(value, (3, 2, 0, 1))
+        set_parameter(getattr(module, {"kernel": "weight", "scale": "weight"}.get(last, last)), value)
+    theirs.double()
+    nnx.update(ours, jax.tree.map(lambda x: x.astype("float64"), nnx.state(ours, nnx.Param)))
+    nnx.update(ours, jax.tree.map(lambda x: x.astype("float64"), nnx.state(ours, nnx.BatchStat)))
+
+
+@pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2)), ((7, 10), (5, 3), (2, 2)), ((6, 6), (6, 6), (3, 1))])
+def test_review_connectors(sizes):
+    channels, wanted = (3, 4, 6), (5, 7, 8)
+    ours = kdjax.nn.ReviewKD(channels, wanted, 6, rngs=nnx.Rngs(0))
+    theirs = kdtorch.nn.ReviewKD(channels, wanted, 6)
+    copy_weights(ours, theirs)
+    maps = [RNG.normal(size=(2, c, *size)) for c, size in zip(channels, sizes, strict=True)]
+    teacher = [RNG.normal(size=(2, c, *size)) for c, size in zip(wanted, sizes, strict=True)]
+
+    def last(x):
+        return jnp.asarray(np.moveaxis(x, 1, -1))
+
+    def objective(module, maps):
+        return JAX.kd.hcl_loss(module(maps), [last(x) for x in teacher])
+
+    with jax.numpy_dtype_promotion("standard"):  # Flax's batch norm asks for a type of float64 and float32
+        value, slopes = nnx.value_and_grad(objective, argnums=1)(ours, [last(x) for x in maps])
+    given = [torch.from_numpy(x).requires_grad_() for x in maps]
+    outputs = theirs(given)
+    assert [tuple(x.shape) for x in outputs] == [x.shape for x in teacher]
+    got = TORCH.kd.hcl_loss(outputs, [torch.from_numpy(x) for x in teacher])
+    got.backward()
+    assert ulps(got.detach().numpy(), np.asarray(value), "float64") <= 256
+    for a, b in zip(given, slopes, strict=True):
+        assert ulps(a.grad.numpy(), np.moveaxis(np.asarray(b), -1, 1), "float64") <= 2**16
+
+
+@pytest.mark.parametrize("embed", ["linear", "nonlinear", "none"])
+def test_crcd(embed):
+    """Three steps from the same weights, memories and negatives."""
+    dims = (4, 4, 4) if embed == "none" else (5, 6, 4)
+    ours = kdjax.nn.CRCDLoss(*dims, 20, num_negatives=7, embed=embed, rngs=nnx.Rngs(0))
+    theirs = kdtorch.nn.CRCDLoss(*dims, 20, num_negatives=7, embed=embed)
+    copy_weights(ours, theirs)
+    for field in kdjax.CRCDState._fields:
+        value = np.asarray(getattr(ours, field)[...], np.float64)
+        setattr(ours, field, kdjax.nn.LossState(jnp.asarray(value)))
+        setattr(theirs, field, torch.from_numpy(value.copy()))
+    for _ in range(3):
+        student, teacher = RNG.normal(size=(6, dims[0])), RNG.normal(size=(6, dims[1]))
+        index, negatives = RNG.choice(20, 6, replace=False), RNG.integers(20, size=(6, 7))
+        want = ours(*(JAX.array(x) for x in (student, teacher, index, negatives)))
+        got = theirs(*(TORCH.array(x) for x in (student, teacher, index, negatives)))
+        assert ulps(got.detach().numpy(), np.asarray(want), "float64") <= 4096
+    for field in kdjax.CRCDState._fields:
+        assert ulps(getattr(theirs, field).numpy(), np.asarray(getattr(ours, field)[...]), "float64") <= 4096
+
+
+def test_crcd_stops_at_the_teachers_features():
+    ours = kdjax.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
+    student, index = jnp.ones((3, 5), "float32"), jnp.arange(3)
+    teacher = jax.random.normal(jax.random.key(0), (3, 6), "float32")
+    ours.eval()
+    assert not np.any(jax.grad(lambda t: ours(student, t, index))(teacher))
+    heads = nnx.grad(lambda module: module(student, teacher, index))(ours)
+    assert np.any(np.asarray(heads["teacher_head"]["kernel"][...]) != 0)
+
+    theirs = kdtorch.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7)
+    features = torch.from_numpy(np.array(teacher)).requires_grad_()
+    theirs(torch.ones(3, 5), features, torch.arange(3)).backward()
+    assert features.grad is None
+    assert theirs.teacher_head.weight.grad.any()
+
+
+def test_negatives_are_drawn_anew():
+    ours = kdjax.nn.CRCDLoss(4, 4, 4, 50, num_negatives=5, rngs=nnx.Rngs(0))
+    x, index = jax.random.normal(jax.random.key(0), (3, 4), "float32"), jnp.arange(3)
+    before = copy.deepcopy(jax.random.key_data(ours.key[...]))
+    ours(x, x, index)
+    assert not np.array_equal(before, jax.random.key_data(ours.key[...]))
+
+
+def test_half_precision_features():
+    for module, array in (
+        (kdjax.nn.USKDLoss(8, 10, rngs=nnx.Rngs(0)), lambda x: jnp.asarray(x, "bfloat16")),
+        (kdtorch.nn.USKDLoss(8, 10), lambda x: torch.from_numpy(x).bfloat16()),
+    ):
+        labels = jnp.array([1, 2]) if isinstance(module, nnx.Module) else torch.tensor([1, 2])
+        loss = module(array(RNG.normal(size=(2, 8))), array(RNG.normal(size=(2, 10))), labels)
+        assert str(loss.dtype).endswith("float32")
