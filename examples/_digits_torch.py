@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.embed = nn.Linear(16 * channels[1], width)
         self.head = nn.Linear(width, classes)
         for layer in self.children():
-            nn.init.kaiming_normal_(layer.weight)
+            nn.init.kaiming_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Output:
@@ -64,7 +64,7 @@ class Batch:
         self.net, self.data, self.index, self.shifts, self.negatives = net, data, *plan
         self.student = net(data["views"][0, self.index])
 
-    def known(self, name: str) -> Tensor:
+    def given(self, name: str) -> Tensor:
         return self.data[name][self.index]
 
     def teacher(self, name: str) -> Any:
@@ -112,22 +112,16 @@ LOSSES = {
     "kl": Loss(lambda _, b: kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
     "skl": Loss(lambda _, b: symmetric_kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
     "diff": Loss(lambda _, b: difference_kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
-    "dkd": Loss(
-        lambda _, b: dkd_loss(b.student.logits, b.teacher("logits"), b.known("labels"), where=b.known("known"))
-    ),
-    "nkd": Loss(
-        lambda _, b: nkd_loss(b.student.logits, b.teacher("logits"), b.known("labels"), where=b.known("known"))
-    ),
-    "uskd": Loss(
-        lambda m, b: m(b.student.embedding, b.student.logits, b.known("labels"), where=b.known("known")), uskd
-    ),
+    "dkd": Loss(lambda _, b: dkd_loss(b.student.logits, b.teacher("logits"), b.given("labels"), where=b.given("sure"))),
+    "nkd": Loss(lambda _, b: nkd_loss(b.student.logits, b.teacher("logits"), b.given("labels"), where=b.given("sure"))),
+    "uskd": Loss(lambda m, b: m(b.student.embedding, b.student.logits, b.given("labels"), where=b.given("sure")), uskd),
     "mse": Loss(lambda m, b: mse_loss(m(b.student.embedding), b.teacher("embedding")), projection),
     "sml": Loss(lambda m, b: smooth_l1_loss(m(b.student.embedding), b.teacher("embedding")), projection),
     "bce": Loss(lambda m, b: bce_loss(m(b.student.embedding), b.teacher("embedding").sigmoid()), projection),
     "eu_mse": Loss(lambda _, b: euclidean_mse_loss(b.student.embedding, b.teacher("embedding"))),
     "dcn": Loss(
         lambda m, b: m["loss"](
-            m["projection"](b.student.embedding), b.teacher("embedding"), b.known("labels"), where=b.known("known")
+            m["projection"](b.student.embedding), b.teacher("embedding"), b.given("labels"), where=b.given("sure")
         ),
         projection_and_centers,
     ),
@@ -151,10 +145,10 @@ class Distiller(nn.Module):
     def forward(self, data: Mapping[str, Any], plan: Plan) -> Tensor:
         """The cross-entropy of labelled images, and the weighted losses."""
         batch = Batch(self.student, data, plan)
-        labelled, labels = batch.known("labelled"), batch.known("labels")
+        labelled, labels = batch.given("labelled"), batch.given("labels")
         loss = functional.cross_entropy(batch.student.logits[labelled], labels[labelled])
         for name, weight in self.weights:
-            module = dict(self.extras).get(name)  # noqa: SIM401
+            module = dict(self.extras).get(name)
             loss = loss + weight * LOSSES[name].value(module, batch)
         return loss
 
@@ -203,11 +197,12 @@ def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: 
     torch.manual_seed(0)
     teacher = Net(*setting.teacher, setting.classes)
     fit([teacher], label_loss, tensors(data, torch.float32), [plan], setting.teacher_rate)
-    outputs = [predict(teacher, images) for images in views]
+    shifts, images, *shape = views.shape
+    output = predict(teacher, views.reshape(-1, *shape))
     return {
-        "logits": np.stack([output.logits for output in outputs]),
-        "embedding": outputs[0].embedding,
-        "maps": outputs[0].maps,
+        "logits": output.logits.reshape(shifts, images, -1),
+        "embedding": output.embedding[:images],
+        "maps": [x[:images] for x in output.maps],
         "parameters": count(teacher),
     }
 

@@ -130,16 +130,14 @@ def load_data(setting: Setting) -> Data:
     return Data(views, labels, train, validation, test, np.isin(np.arange(len(train)), told))
 
 
-def make_plan(data: Data, setting: Setting, seed: int, labelled: int, steps: int) -> Plan:
-    """The batches, of which the first `labelled` rows have labels; the same for both frameworks."""
-    draw = np.random.default_rng(seed)
-    told, rest = np.flatnonzero(data.labelled), setting.batch - labelled
-    index = np.concatenate(
-        [draw.choice(told, (steps, labelled)), draw.integers(0, setting.images, (steps, rest))], axis=1
-    )
-    first = draw.integers(0, len(SHIFTS), (steps, 1, setting.batch))
+def make_plan(data: Data, setting: Setting, seed: int) -> Plan:
+    """The batches of one training, the same in both frameworks."""
+    draw, steps, batch, labelled = np.random.default_rng(seed), setting.steps, setting.batch, setting.labelled
+    told = draw.choice(np.flatnonzero(data.labelled), (steps, labelled))
+    index = np.concatenate([told, draw.integers(0, setting.images, (steps, batch - labelled))], axis=1)
+    first = draw.integers(0, len(SHIFTS), (steps, 1, batch))
     second = (first + draw.integers(1, len(SHIFTS), first.shape)) % len(SHIFTS)
-    negatives = draw.integers(0, setting.images, (steps, setting.batch, setting.negatives))
+    negatives = draw.integers(0, setting.images, (steps, batch, setting.negatives))
     return Plan(*(x.astype(np.int32) for x in (index, np.concatenate([first, second], axis=1), negatives)))
 
 
@@ -152,15 +150,14 @@ def training_set(data: Data, setting: Setting, teacher: Teacher) -> dict[str, An
         "views": data.views[:, data.train],
         "labels": np.where(data.labelled, labels, teacher.logits.argmax(1).astype(np.int32)),
         "labelled": data.labelled,
-        "known": data.labelled | confident,
+        "sure": data.labelled | confident,  # whether that label can be relied on
         "teacher": {name: x for name, x in teacher._asdict().items() if x is not None},
     }
 
 
 def train_teacher(half: ModuleType, data: Data, setting: Setting) -> tuple[Teacher, dict[str, Any]]:
     """The teacher, told every label, and its outputs on the training images."""
-    told = data._replace(labelled=np.ones_like(data.labelled))
-    plan = make_plan(told, setting, 0, 0, setting.steps)
+    plan = make_plan(data, setting._replace(labelled=0), seed=0)
     images = {"views": data.views[:, data.train], "labels": data.labels[data.train]}
     run = half.train_teacher(images, plan, setting, data.views)
     embedding = run["embedding"][data.train]
@@ -184,13 +181,14 @@ def outside_teacher(file: str, setting: Setting) -> Teacher:
             if not zipfile.is_zipfile(stream):
                 raise ValueError("a file of another kind")
             stream.seek(0)
-            arrays = dict(np.load(stream))
+            with np.load(stream) as content:
+                names, logits = content.files, np.asarray(content.get("logits"))
     except Exception as error:  # whatever a broken archive may raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{file}: expected an .npz file that can be read, got: {reason}") from error
-    if "logits" not in arrays:
-        raise ValueError(f"{file}: expected the array `logits`, got {sorted(arrays) or 'no array'}")
-    logits, shape = arrays["logits"], (setting.images, setting.classes)
+    if "logits" not in names:
+        raise ValueError(f"{file}: expected the array `logits`, got {names or 'no array'}")
+    shape = (setting.images, setting.classes)
     if logits.shape != shape or not np.issubdtype(logits.dtype, np.floating):
         raise ValueError(
             f"{file}: expected `logits` of floating-point numbers, a row a training image, {list(shape)}, "
@@ -237,7 +235,7 @@ def train_students(
     tick: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """The student alone and with each mixture: the rows of the table."""
-    plans = [make_plan(data, setting, 1 + seed, setting.labelled, setting.steps) for seed in range(seeds)]
+    plans = [make_plan(data, setting, 1 + seed) for seed in range(seeds)]
     inputs = training_set(data, setting, teacher)
     rows: list[dict[str, Any]] = []
     for name, weights in {"alone": {}, **mixtures}.items():
@@ -266,7 +264,7 @@ def compare(
 ) -> dict[str, Any]:
     """One training in both frameworks, from the same weights on the same batches, in float64 and in float32."""
     setting = setting._replace(steps=200)
-    plan = make_plan(data, setting, 1, setting.labelled, setting.steps)
+    plan = make_plan(data, setting, 1)
     inputs = training_set(data, setting, teacher)
     start = halves["torch"].initial_weights(weights, setting)
     result: dict[str, Any] = {"losses": "+".join(weights), "steps": setting.steps}
@@ -321,13 +319,14 @@ def picture(results: dict[str, Any], file: Path) -> None:
     """The accuracies, and beside them the two loss curves and their difference."""
     parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
-        figure = Figure(figsize=(12 if parity else 6.5, 5.5), layout="constrained")
+        rows = next(iter(results["students"].values()))
+        figure = Figure(figsize=(12 if parity else 6.5, max(5.5, 0.45 * len(rows))), layout="constrained")
         left, right = figure.subfigures(1, 2) if parity else (figure, None)
         axes = left.subplots()
-        for i, (framework, rows) in enumerate(results["students"].items()):
-            height = np.arange(len(rows)) + 0.3 * (i - (len(results["students"]) - 1) / 2)
-            spread = [100 * (row["spread"] or 0) for row in rows]
-            accuracy = [100 * row["test_accuracy"] for row in rows]
+        for i, (framework, students) in enumerate(results["students"].items()):
+            height = np.arange(len(students)) + 0.3 * (i - (len(results["students"]) - 1) / 2)
+            spread = [100 * (student["spread"] or 0) for student in students]
+            accuracy = [100 * student["test_accuracy"] for student in students]
             axes.errorbar(accuracy, height, xerr=spread, fmt="o", capsize=3, color=colours[framework], label=framework)
         teachers = [100 * x["test_accuracy"] for x in results["teachers"].values() if "test_accuracy" in x]
         if teachers:
@@ -347,9 +346,9 @@ def picture(results: dict[str, Any], file: Path) -> None:
             for dtype, colour in (("float32", "tab:red"), ("float64", "tab:green")):
                 difference = np.array(parity[dtype]["relative_difference"])
                 lower.semilogy(np.where(difference > 0, difference, np.nan), color=colour, label=dtype, linewidth=1)
-            lower.set_ylabel("relative difference")
+            lower.set_ylabel("relative difference\n(gaps: none)")
             lower.set_xlabel("step")
-            lower.legend(ncols=2)
+            lower.legend(loc="center right")
         figure.savefig(file, dpi=120)
 
 
@@ -391,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             outside = outside_teacher(options.teacher_logits, setting)
         names = [name for name, loss in LOSSES.items() if not outside or loss.reads == LOGITS]
         usual = [text for text in (QUICK if options.quick else DEFAULT) if set(mixture(text)) <= set(names)]
-        mixtures = {text: mixture(text) for text in options.losses or usual}
+        mixtures = {"+".join(weights): weights for weights in map(mixture, options.losses or usual)}
         if refused := sorted(set().union(*mixtures.values()) - set(names)):
             raise ValueError(
                 f"--losses: {', '.join(refused)} cannot be had with --teacher-logits, for the file holds logits alone "
@@ -401,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         halves = {name: importlib.import_module(f"_digits_{name}") for name in FRAMEWORKS[options.framework]}
         options.out.mkdir(parents=True, exist_ok=True)
     except ModuleNotFoundError as error:
-        parser.error(f"--framework {options.framework}: {error.name} is not installed")
+        parser.error(f"--framework {options.framework}: {error.name} is not installed; pip install '.[all]' has all")
     except OSError as error:
         parser.error(f"--out: cannot make the folder {options.out}: {error.strerror}")
     except ValueError as error:

@@ -56,11 +56,9 @@ def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _jax(case: Case, dtype: str, gradients: bool) -> Callable:
-    import jax
     import jax.numpy as jnp
 
-    package = importlib.import_module("kdjax")
-    function, learns = getattr(package, case.loss.name), case.loss.learns + case.loss.constant
+    package, learns = importlib.import_module("kdjax"), case.loss.learns + case.loss.constant
     state_dtype = "float64" if dtype == "float64" else "float32"
 
     def array(x: np.ndarray, kind: str) -> Any:
@@ -69,15 +67,8 @@ def _jax(case: Case, dtype: str, gradients: bool) -> Callable:
             return jnp.asarray(x, state_dtype if kind.endswith("State") else dtype)
         return jnp.asarray(x, "int32")
 
-    def objective(free: Any, fixed: Any, cotangent: Any) -> Any:
-        inputs = {**free, **fixed}
-        value = function(
-            *(inputs[k] for k in case.loss.inputs), **case.options, where=case.where, reduction=case.reduction
-        )
-        value, state = value if case.loss.state else (value, None)
-        return jnp.sum(value * cotangent.astype(value.dtype)), (value, state)
-
-    evaluate = jax.jit(jax.value_and_grad(objective, has_aux=True) if gradients else objective)
+    options = tuple(case.options.items())
+    evaluate = _jax_program(case.loss.name, tuple(case.loss.inputs), options, case.reduction, gradients)
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
         inputs = {**inputs, **_given(case, state)}
@@ -86,12 +77,29 @@ def _jax(case: Case, dtype: str, gradients: bool) -> Callable:
             given[case.loss.state] = getattr(package, case.loss.inputs[case.loss.state])(**given[case.loss.state])
         free = {k: v for k, v in given.items() if k in learns}
         fixed = {k: v for k, v in given.items() if k not in learns}
-        result = evaluate(free, fixed, jnp.asarray(upstream(case, _value_shape(case))))
+        result = evaluate(free, fixed, case.where, jnp.asarray(upstream(case, _value_shape(case))))
         (_, (value, state)), slopes = result if gradients else (result, {})
         state = None if state is None else {k: np.asarray(v) for k, v in state._asdict().items()}
         return np.asarray(value), {k: _back(v, case.loss.inputs[k], -1) for k, v in slopes.items()}, state
 
     return step
+
+
+@functools.cache
+def _jax_program(name: str, order: tuple[str, ...], options: tuple, reduction: str, gradients: bool) -> Callable:
+    """One jitted function for all cases that differ in arrays alone."""
+    import jax
+    import jax.numpy as jnp
+
+    function = getattr(importlib.import_module("kdjax"), name)
+
+    def objective(free: Any, fixed: Any, where: Any, cotangent: Any) -> Any:
+        inputs = {**free, **fixed}
+        value = function(*(inputs[k] for k in order), **dict(options), where=where, reduction=reduction)
+        value, state = value if isinstance(value, tuple) else (value, None)
+        return jnp.sum(value * cotangent.astype(value.dtype)), (value, state)
+
+    return jax.jit(jax.value_and_grad(objective, has_aux=True) if gradients else objective)
 
 
 def _torch(case: Case, dtype: str, gradients: bool) -> Callable:
