@@ -65,7 +65,9 @@ PUBLISHED = [step for path in FILES if "make_loss" not in path.stem for step in 
 @pytest.mark.parametrize("framework", ["jax", "torch", "oracle"])
 @pytest.mark.parametrize(("case", "want"), PUBLISHED, ids=lambda x: x.name if isinstance(x, Case) else "")
 def test_losses(case, want, framework, dtype):
-    got = run(framework, case, dtype)
+    if framework == "oracle":  # its gradients, a step of every entry, are compared with the packages' on small cases
+        want = Result(want.values, [{}], want.states)
+    got = run(framework, case, dtype, gradients=framework != "oracle")
     for gradient in got.gradients:
         for key in case.loss.constant:
             gradient.pop(key)

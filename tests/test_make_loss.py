@@ -170,8 +170,12 @@ def test_pure_step_in_jax():
     feat, target = batch(JAX)
     graph, learned, state = nnx.split(loss, nnx.Param, ...)
 
+    traces = []
+
     @jax.jit
     def step(learned, state, epoch):
+        traces.append(1)
+
         def objective(learned):
             merged = nnx.merge(graph, learned, state)
             return merged(feat=feat, target=target, epoch=epoch), nnx.state(merged, nnx.Not(nnx.Param))
@@ -180,7 +184,7 @@ def test_pure_step_in_jax():
 
     for epoch in range(3):
         (_, state), slope = step(learned, state, epoch)
-    assert step._cache_size() == 1
+    assert len(traces) == 1
     assert np.any(np.asarray(state["losses"]["dino"]["center"][...]) != 0)
     assert np.any(np.asarray(slope["losses"]["dcn"]["centers"][...]) != 0)
 
