@@ -1,73 +1,237 @@
-"""The distance of one result from another."""
+"""The distance of one result from another, and the table that says it."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
 
-from parity.run import Result
+from parity.arrays import is_array, is_float, leaves, numpy_dtype
 
-# of (value, gradient), in units in the last place: of the value, and of the gradient's largest entry
-ULP = {"float64": (64, 256), "float32": (16, 64)}
-
-
-def ulps(got: Any, want: Any, dtype: str, scale: float = 0.0) -> float:
-    """The largest error in ULP of the largest entry (of `scale`, if that is larger); inf where shapes, infinities or NaN do not agree."""
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape:
-        return np.inf
-    if not got.size:
-        return 0.0
-    finite = np.isfinite(want.astype(np.float64))
-    if not np.array_equal(got[~finite].astype(np.float64), want[~finite].astype(np.float64)):
-        return np.inf
-    error = np.abs(got.astype(np.longdouble) - want.astype(np.longdouble))[finite].max(initial=0)
-    scale = np.abs(want.astype(np.longdouble))[finite].max(initial=scale)
-    if np.isnan(error):
-        return np.inf
-    return 0.0 if error == 0 else float(error / max(scale * np.finfo(dtype).eps, np.finfo(dtype).tiny))
+PARTS = ("value", "gradient", "state")
 
 
-def errors(got: Result, want: Result, dtype: str, scale: float = 0.0) -> dict[str, float]:
-    """The error of each part of a result, in ULP of `dtype`, by a name such as `"value[0]"`.
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a part of one result is from the same part of another: its worst entry.
 
-    Gradients are measured against their largest entry, or `scale` if that is larger.
+    Attributes:
+        subject: what was compared: a loss, a function, a layer.
+        case: on which inputs.
+        dtype: of the inputs.
+        one: the side that is judged.
+        other: the side that it is held against.
+        part: `"value"`, `"gradient"` or `"state"`.
+        leaf: the place of the worst array in its tree.
+        index: of the worst entry in it.
+        ours: the number of the side that is judged.
+        theirs: the other one.
+        ulp: their distance in units in the last place of the array's largest entry, in the dtype of the result; inf
+            where the two cannot be compared.
+        relative: their distance over the array's largest entry.
+        limit: of `ulp`.
+        problem: why they cannot be compared, if they cannot.
     """
-    result = {}
-    if len(got.values) != len(want.values) or len(got.states) != len(want.states):
-        return {"number of steps": np.inf}
-    for i, (value, wanted) in enumerate(zip(got.values, want.values, strict=True)):
-        result[f"value[{i}]"] = ulps(value, wanted, dtype) if value.dtype == dtype else np.inf
-    for part, ours, theirs in (("gradient", got.gradients, want.gradients), ("state", got.states, want.states)):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if set(a) != set(b):
-                return {f"{part}[{i}] has {sorted(a)}, not {sorted(b)}": np.inf}
-            for key in b:
-                largest = max(scale, _largest(b[key])) if part == "gradient" else 0.0
-                pairs = zip(_leaves(a[key]), _leaves(b[key]), strict=True)
-                result[f"{part}[{i}].{key}"] = max(ulps(x, y, dtype, largest) for x, y in pairs)
-    return result
 
+    subject: str
+    case: str
+    dtype: str
+    one: str
+    other: str
+    part: str
+    leaf: str = ""
+    index: tuple[int, ...] = ()
+    ours: float = 0.0
+    theirs: float = 0.0
+    ulp: float = 0.0
+    relative: float = 0.0
+    limit: float = 0.0
+    problem: str = ""
 
-def _leaves(x: Any) -> list[np.ndarray]:
-    return x if isinstance(x, list) else [x]
+    @property
+    def passed(self) -> bool:
+        return self.ulp <= self.limit
 
-
-def _largest(x: Any) -> float:
-    return max(float(np.abs(leaf.astype(np.longdouble)).max(initial=0)) for leaf in _leaves(x))
-
-
-def assert_close(got: Result, want: Result, dtype: str, scale: float = 0.0) -> None:
-    """Raise an `AssertionError` that names each part that is too far."""
-    value_limit, other_limit = ULP[dtype]
-    far = {
-        name: error
-        for name, error in errors(got, want, dtype, scale).items()
-        if not error <= (value_limit if name.startswith("value") else other_limit)
-    }
-    if far:
-        raise AssertionError(
-            f"in ULP of {dtype} (limits: value {value_limit}, gradient and state {other_limit}): "
-            + ", ".join(f"{name} {error:.3g}" for name, error in far.items())
+    def __str__(self) -> str:
+        place = f" {self.leaf}" if self.leaf else ""
+        head = f"{' '.join(x for x in (self.subject, self.case, self.dtype) if x)}: {self.part}{place}"
+        if self.problem:
+            return f"{head}: {self.problem}"
+        where = str(list(self.index)) if self.index else ""
+        return (
+            f"{head}{where}: {self.one} {self.ours!r}, {self.other} {self.theirs!r}: "
+            f"{self.ulp:.3g} ULP (limit {self.limit:g}), {self.relative:.1e} of the largest entry"
         )
+
+
+def difference(
+    one: Any,
+    other: Any,
+    *,
+    limit: float,
+    expected: str | None = None,
+    scale: float = 0.0,
+    names: tuple[str, str] = ("jax", "torch"),
+    **where: Any,
+) -> Difference:
+    """Compare two trees of arrays: the same leaves, shapes, dtypes, infinities, and numbers within `limit` ULP.
+
+    Args:
+        one: the tree that is judged, of NumPy arrays.
+        other: the tree that it is held against.
+        limit: in ULP of the largest entry of each array of `other`, in the array's dtype.
+        expected: the dtype that the arrays of `one` must be in; that of `other`'s, if not given.
+        scale: the least number to count as the largest entry.
+        names: of the two sides.
+        where: the other fields of `Difference`.
+    """
+    result = Difference(one=names[0], other=names[1], limit=limit, **where)
+    ours, theirs = leaves(one), leaves(other)
+    if ours.keys() != theirs.keys():
+        missing = [
+            f"{name} lacks {', '.join(repr(key) for key in lacks)}"
+            for name, lacks in zip(names, (theirs.keys() - ours.keys(), ours.keys() - theirs.keys()), strict=True)
+            if lacks
+        ]
+        return dataclasses.replace(result, ulp=math.inf, problem="the trees differ: " + " and ".join(missing))
+    worst = result
+    for leaf in ours:
+        found = _leaf(dataclasses.replace(result, leaf=leaf), ours[leaf], theirs[leaf], expected, scale)
+        if found.problem:
+            return found
+        worst = found if not worst.leaf or found.ulp > worst.ulp else worst
+    return worst
+
+
+def _leaf(result: Difference, ours: Any, theirs: Any, expected: str | None, scale: float) -> Difference:
+    names = (result.one, result.other)
+
+    def incomparable(problem: str) -> Difference:
+        return dataclasses.replace(result, ulp=math.inf, relative=math.inf, problem=problem)
+
+    for name, x in zip(names, (ours, theirs), strict=True):
+        if not is_array(x):
+            return incomparable(f"{name} gives {_brief(x)}, which is not an array")
+    if ours.shape != theirs.shape:
+        return incomparable(f"shape: {names[0]} {list(ours.shape)}, {names[1]} {list(theirs.shape)}")
+    wanted = expected if expected and is_float(theirs) else str(theirs.dtype)
+    if str(ours.dtype) != wanted and not (expected is None and _both_integers(ours, theirs)):
+        return incomparable(f"dtype: {names[0]} {ours.dtype}, {'expected' if expected else names[1]} {wanted}")
+    if ours.dtype.kind == "c":
+        return incomparable(f"complex numbers ({ours.dtype}) are not compared: return their real and imaginary parts")
+    if not ours.size:
+        return result
+    a, b = ours.astype(np.longdouble), theirs.astype(np.longdouble)
+    with np.errstate(invalid="ignore"):  # of infinity less itself; NaN is never right
+        error = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.where(a == b, 0, np.inf))
+    at = np.unravel_index(np.argmax(error), error.shape)
+    largest = max(np.abs(b)[np.isfinite(b)].max(initial=0), scale)
+    unit = _unit(float(largest), wanted) if is_float(ours) else 0.0  # an integer is right or wrong
+    return dataclasses.replace(
+        result,
+        index=tuple(int(i) for i in at),
+        ours=float(a[at]),
+        theirs=float(b[at]),
+        ulp=_over(float(error[at]), unit),
+        relative=_over(float(error[at]), float(largest)),
+    )
+
+
+def _over(error: float, unit: float) -> float:
+    return error / unit if error and unit else math.inf if error else 0.0
+
+
+def _unit(largest: float, dtype: str) -> float:
+    """One unit in the last place of the largest entry. Numbers that XLA flushes to zero are no error."""
+    info = ml_dtypes.finfo(numpy_dtype(dtype))
+    floor = info.smallest_subnormal if dtype == "float16" else info.tiny
+    return max(largest * float(info.eps), float(floor))
+
+
+def _both_integers(a: np.ndarray, b: np.ndarray) -> bool:
+    """JAX has int32 where PyTorch has int64."""
+    return a.dtype.kind in "iu" and b.dtype.kind in "iu"
+
+
+def _brief(x: Any) -> str:
+    text = repr(x)
+    return f"{type(x).__name__} {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def ulps(got: Any, want: Any, dtype: str) -> float:
+    """The largest error in ULP of the largest entry, the numbers being rounded to `dtype` first."""
+    got, want = (np.asarray(x).astype(numpy_dtype(dtype)) for x in (got, want))
+    return difference(got, want, limit=0, expected=dtype, subject="", case="", dtype=dtype, part="value").ulp
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Differences, which print as a table of the worst by subject and dtype, and below it those over their limit."""
+
+    differences: tuple[Difference, ...]
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.differences) and not self.failures
+
+    @property
+    def failures(self) -> tuple[Difference, ...]:
+        return tuple(x for x in self.differences if not x.passed)
+
+    def rows(self) -> Iterator[tuple[str, str, dict[tuple[str, str], Difference]]]:
+        """Subject, dtype, and the worst difference by (held against, part); the nearest to its limit is the worst."""
+        for subject, dtype in dict.fromkeys((x.subject, x.dtype) for x in self.differences):
+            cells: dict[tuple[str, str], Difference] = {}
+            for x in self.differences:
+                if (x.subject, x.dtype) == (subject, dtype):
+                    key = (x.other, x.part)
+                    cells[key] = worst((cells[key], x)) if key in cells else x
+            yield subject, dtype, cells
+
+    def columns(self) -> list[tuple[str, str]]:
+        present = {(x.other, x.part) for x in self.differences}
+        others = dict.fromkeys(x.other for x in self.differences)
+        return [(other, part) for other in others for part in PARTS if (other, part) in present]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title="Worst error: ULP of the largest entry, and relative to it", title_justify="left")
+        table.add_column("")
+        table.add_column("inputs")
+        columns = self.columns()
+        for other, part in columns:
+            table.add_column(f"{part}\nto {other}", justify="right", no_wrap=True)
+        for subject, dtype, cells in self.rows():
+            table.add_row(subject, dtype, *(_cell(cells.get(column)) for column in columns))
+        yield table
+        for failure in self.failures:
+            yield Text(str(failure), style="red", overflow="fold")
+        if self.note:
+            yield Text(self.note, style="bold red")
+        verdict = f"{len(self.failures)} over their limit" if self.failures else "all within their limits"
+        yield Text(f"{len(self.differences)} comparisons, {verdict}", style="bold green" if self.passed else "bold red")
+
+    def __str__(self) -> str:
+        console = Console(width=160, force_terminal=False, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The one that is farthest over its limit, or nearest to it."""
+    return max(differences, key=lambda x: (not x.passed, x.ulp / x.limit if x.limit else x.ulp))
+
+
+def _cell(x: Difference | None) -> Text:
+    if x is None:
+        return Text("")
+    text = "✗" if x.problem else f"{x.ulp:.2g}" + (f" {x.relative:.0e}" if x.ulp else "")
+    return Text(text, style="" if x.passed else "bold red")

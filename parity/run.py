@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from parity.cases import KINDS, Case, _each_array
+from parity.arrays import is_float, jax_array, numpy_dtype, rounded, to_numpy, torch_tensor
+from parity.cases import KINDS, Case, each_array
 
-Step = tuple[Any, Any]
+FRAMEWORKS = ("jax", "torch", "torch-compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,17 @@ def upstream(case: Case, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(case.seed).uniform(0.5, 2.0, shape).astype(np.float32).astype(np.float64)
 
 
-def run(framework: str, case: Case, dtype: str = "float64", gradients: bool = True) -> Result:
-    """Run a case in `"jax"` (under jit), `"torch"` or `"oracle"`, on inputs of `dtype`."""
-    step = {"jax": _jax, "torch": _torch, "oracle": _oracle}[framework](case, dtype, gradients)
+def run(framework: str, case: Case, dtype: str = "float64", gradients: bool = True, package: Any = None) -> Result:
+    """Run a case in one of `FRAMEWORKS` (JAX under `jit`) or in the `"oracle"`, on inputs rounded to `dtype`.
+
+    A `package` other than kdjax or kdtorch is one that has the loss, and its state, by the same names.
+    """
+    make = {"jax": _jax, "torch": _torch, "torch-compiled": _torch_compiled, "oracle": _oracle}[framework]
+    step = make(case, dtype, gradients, package)
     result = Result([], [], [])
     state = None
     for inputs in case.steps:
-        value, gradient, state = step(_each_array(inputs, lambda x: _cast(x, dtype)), state)
+        value, gradient, state = step(each_array(inputs, functools.partial(rounded, dtype=dtype)), state)
         result.values.append(value)
         result.gradients.append(gradient)
         if state is not None:
@@ -48,50 +54,52 @@ def run(framework: str, case: Case, dtype: str = "float64", gradients: bool = Tr
     return result
 
 
-def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
-    # half precision is rounded here and handed over in float32, which the frameworks cast without loss
-    if x.dtype.kind != "f":
-        return x
-    return x.astype("float32" if dtype in ("float16", "bfloat16") else dtype)
+def result_dtype(dtype: str) -> str:
+    """Of values and states: half precision is computed and returned in float32."""
+    return "float64" if dtype == "float64" else "float32"
 
 
-def _jax(case: Case, dtype: str, gradients: bool) -> Callable:
-    import jax.numpy as jnp
+def _arguments(
+    case: Case, dtype: str, package: Any, array: Callable[..., Any], inputs: dict[str, Any], state: Any
+) -> dict[str, Any]:
+    """The inputs of a step as a framework's arrays, the state as the package's own."""
+    given = {}
+    for name, value in {**inputs, **_given(case, state)}.items():
+        kind = case.loss.inputs[name]
+        if kind.endswith("State"):
+            fields = each_array(value, functools.partial(array, dtype=result_dtype(dtype)))
+            given[name] = getattr(package, kind)(**fields)
+        else:
+            given[name] = each_array(value, functools.partial(array, dtype=dtype))
+    return given
 
-    package, learns = importlib.import_module("kdjax"), case.loss.learns + case.loss.constant
-    state_dtype = "float64" if dtype == "float64" else "float32"
 
-    def array(x: np.ndarray, kind: str) -> Any:
-        if x.dtype.kind == "f":
-            x = np.moveaxis(x, 1, -1) if kind == "maps" else x
-            return jnp.asarray(x, state_dtype if kind.endswith("State") else dtype)
-        return jnp.asarray(x, "int32")
-
-    options = tuple(case.options.items())
-    evaluate = _jax_program(case.loss.name, tuple(case.loss.inputs), options, case.reduction, gradients)
+def _jax(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
+    package = package or importlib.import_module("kdjax")
+    learns = case.loss.learns + case.loss.constant
+    order, options = tuple(case.loss.inputs), tuple(case.options.items())
+    evaluate = _jax_program(getattr(package, case.loss.name), order, options, case.reduction, gradients)
+    maps = {k for k, kind in case.loss.inputs.items() if kind == "maps"}
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
-        inputs = {**inputs, **_given(case, state)}
-        given = {k: _each_array(v, functools.partial(array, kind=case.loss.inputs[k])) for k, v in inputs.items()}
-        if case.loss.state:
-            given[case.loss.state] = getattr(package, case.loss.inputs[case.loss.state])(**given[case.loss.state])
+        inputs = {k: each_array(v, lambda x: np.moveaxis(x, 1, -1)) if k in maps else v for k, v in inputs.items()}
+        given = _arguments(case, dtype, package, jax_array, inputs, state)
         free = {k: v for k, v in given.items() if k in learns}
         fixed = {k: v for k, v in given.items() if k not in learns}
-        result = evaluate(free, fixed, case.where, jnp.asarray(upstream(case, _value_shape(case))))
+        result = evaluate(free, fixed, case.where, jax_array(upstream(case, _value_shape(case)), "float64"))
         (_, (value, state)), slopes = result if gradients else (result, {})
-        state = None if state is None else {k: np.asarray(v) for k, v in state._asdict().items()}
-        return np.asarray(value), {k: _back(v, case.loss.inputs[k], -1) for k, v in slopes.items()}, state
+        slopes = {k: _each_leaf(v, to_numpy) for k, v in slopes.items()}
+        slopes = {k: _each_leaf(v, lambda x: np.moveaxis(x, -1, 1)) if k in maps else v for k, v in slopes.items()}
+        return to_numpy(value), slopes, _fields(state)
 
     return step
 
 
 @functools.cache
-def _jax_program(name: str, order: tuple[str, ...], options: tuple, reduction: str, gradients: bool) -> Callable:
+def _jax_program(function: Callable, order: tuple[str, ...], options: tuple, reduction: str, gradients: bool) -> Any:
     """One jitted function for all cases that differ in arrays alone."""
     import jax
     import jax.numpy as jnp
-
-    function = getattr(importlib.import_module("kdjax"), name)
 
     def objective(free: Any, fixed: Any, where: Any, cotangent: Any) -> Any:
         inputs = {**free, **fixed}
@@ -102,42 +110,58 @@ def _jax_program(name: str, order: tuple[str, ...], options: tuple, reduction: s
     return jax.jit(jax.value_and_grad(objective, has_aux=True) if gradients else objective)
 
 
-def _torch(case: Case, dtype: str, gradients: bool) -> Callable:
+def forget() -> None:
+    """Free the compiled programs, each of which holds memory maps, of which a process has a limited number."""
+    _jax_program.cache_clear()
+    _torch_program.cache_clear()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def _torch(case: Case, dtype: str, gradients: bool, package: Any, compiled: bool = False) -> Callable:
     import torch
 
-    package = importlib.import_module("kdtorch")
+    package = package or importlib.import_module("kdtorch")
     function, learns = getattr(package, case.loss.name), case.loss.learns + case.loss.constant
-    state_dtype = "float64" if dtype == "float64" else "float32"
+    function = _torch_program(function) if compiled else function
     where = None if case.where is None else torch.from_numpy(case.where)
 
-    def array(x: np.ndarray, kind: str, learned: bool) -> Any:
-        tensor = torch.from_numpy(np.array(x))
-        if not tensor.is_floating_point():
-            return tensor
-        tensor = tensor.to(getattr(torch, state_dtype if kind.endswith("State") else dtype))
-        return tensor.requires_grad_() if learned and gradients else tensor
-
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
-        inputs = {**inputs, **_given(case, state)}
-        given = {
-            k: _each_array(v, functools.partial(array, kind=case.loss.inputs[k], learned=k in learns))
-            for k, v in inputs.items()
-        }
-        if case.loss.state:
-            given[case.loss.state] = getattr(package, case.loss.inputs[case.loss.state])(**given[case.loss.state])
+        given = _arguments(case, dtype, package, torch_tensor, inputs, state)
+        for k in learns if gradients else ():
+            _each_leaf(given[k], lambda x: x.requires_grad_())
         value = function(*(given[k] for k in case.loss.inputs), **case.options, where=where, reduction=case.reduction)
-        value, state = value if case.loss.state else (value, None)
+        value, state = value if isinstance(value, tuple) else (value, None)
         slopes = {}
         if gradients:
-            cotangent = torch.from_numpy(upstream(case, _value_shape(case)))
-            (value * cotangent.to(value.dtype)).sum().backward()
+            if value.requires_grad:
+                cotangent = torch.from_numpy(upstream(case, _value_shape(case)))
+                (value * cotangent.to(value.dtype)).sum().backward()
             slopes = {
-                k: _each_leaf(given[k], lambda x: torch.zeros_like(x) if x.grad is None else x.grad) for k in learns
+                k: _each_leaf(given[k], lambda x: to_numpy(torch.zeros_like(x) if x.grad is None else x.grad))
+                for k in learns
             }
-        state = None if state is None else {k: v.numpy() for k, v in state._asdict().items()}
-        return value.detach().numpy(), {k: _back(v, case.loss.inputs[k], 1) for k, v in slopes.items()}, state
+        return to_numpy(value), slopes, _fields(state)
 
     return step
+
+
+def _torch_compiled(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
+    return _torch(case, dtype, gradients, package, compiled=True)
+
+
+@functools.cache
+def _torch_program(function: Callable) -> Callable:
+    import torch
+
+    torch._dynamo.config.recompile_limit = 1000  # a program for each case
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _fields(state: Any) -> dict[str, np.ndarray] | None:
+    return None if state is None else {name: to_numpy(value) for name, value in state._asdict().items()}
 
 
 def _given(case: Case, state: Any) -> dict[str, Any]:
@@ -147,16 +171,6 @@ def _given(case: Case, state: Any) -> dict[str, Any]:
 
 def _each_leaf(x: Any, function: Callable) -> Any:
     return [function(y) for y in x] if isinstance(x, list) else function(x)
-
-
-def _back(x: Any, kind: str, channel_axis: int) -> Any:
-    def one(g: Any) -> np.ndarray:
-        if str(g.dtype).endswith("bfloat16"):
-            g = g.astype("float32") if hasattr(g, "astype") else g.float()
-        g = np.asarray(g)
-        return np.moveaxis(g, channel_axis, 1) if kind == "maps" else g
-
-    return _each_leaf(x, one)
 
 
 def _value_shape(case: Case) -> tuple[int, ...]:
@@ -170,43 +184,46 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
     return first.shape[:-1] if case.loss.leading else (first.shape[KINDS[kind].axis],)
 
 
-def _oracle(case: Case, dtype: str, gradients: bool) -> Callable:
-    function = getattr(importlib.import_module("parity.oracle"), case.loss.name)
-    options = {k: np.dtype(_cast(np.zeros(1), dtype).dtype).type(v) for k, v in case.options.items()}
-    number = int(np.prod(_batch(case, case.steps[0])))
-    kept = np.arange(number) if case.where is None else np.flatnonzero(case.where)
-    cotangent = upstream(case, _value_shape(case))
+def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
+    function = getattr(package or importlib.import_module("parity.oracle"), case.loss.name)
+    options = {k: numpy_dtype(result_dtype(dtype)).type(v) for k, v in case.options.items()}
+    shape = _batch(case, case.steps[0])
+    kept = np.flatnonzero(np.ones(shape) if case.where is None else case.where)
+    above = np.broadcast_to(upstream(case, _value_shape(case)), shape).ravel()[kept]
+    weights = above / max(len(kept), 1) if case.reduction == "mean" else above
 
     def values(inputs: dict[str, Any]) -> tuple[Any, Any]:
-        value = function(*(inputs[k] for k in case.loss.inputs), **options) if len(kept) else []
-        value, state = value if case.loss.state and len(kept) else (value, inputs.get(str(case.loss.state)))
-        if case.reduction == "none":
-            full = np.zeros(number, dtype=np.result_type(np.longdouble, *map(np.asarray, value)))
-            full[kept] = value
-            return full.reshape(cotangent.shape), state
-        total = sum(value, np.longdouble(0))
-        return total / max(len(kept), 1) if case.reduction == "mean" else total, state
+        if not len(kept):
+            return np.zeros(0, np.longdouble), inputs.get(str(case.loss.state))
+        value = function(*(inputs[k] for k in case.loss.inputs), **options)
+        return value if case.loss.state else (value, None)
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
         inputs = {**inputs, **_given(case, state)}
-        dropped = {k: _each_array(v, functools.partial(_examples, case, k, kept)) for k, v in inputs.items()}
+        dropped = {k: each_array(v, functools.partial(_examples, case, k, kept)) for k, v in inputs.items()}
         value, state = values(dropped)
         slopes: dict[str, Any] = {k: _each_leaf(inputs[k], np.zeros_like) for k in case.loss.constant}
         for k in case.loss.learns if gradients else ():
-            slopes[k] = _complex_step(dropped, k, lambda x: np.sum(cotangent * values(x)[0]))
-            slopes[k] = (
-                [_undrop(case, k, g, x, kept) for g, x in zip(slopes[k], inputs[k], strict=True)]
-                if isinstance(inputs[k], list)
-                else _undrop(case, k, slopes[k], inputs[k], kept)
-            )
-        return np.asarray(value), slopes, state
+            gradient = _complex_step(case, dropped, k, lambda x: weights * values(x)[0])
+            full = [_undrop(case, k, g, x, kept) for g, x in zip(gradient, _list(inputs[k]), strict=True)]
+            slopes[k] = full if isinstance(inputs[k], list) else full[0]
+        if case.reduction == "none":
+            full_value = np.zeros(int(np.prod(shape)), np.longdouble)
+            full_value[kept] = value
+            return full_value.reshape(shape), slopes, state
+        total = np.sum(np.asarray(value))
+        return np.asarray(total / max(len(kept), 1) if case.reduction == "mean" else total), slopes, state
 
     return step
 
 
+def _list(x: Any) -> list[np.ndarray]:
+    return x if isinstance(x, list) else [x]
+
+
 def _examples(case: Case, name: str, kept: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The kept examples, on one axis, in extended precision."""
-    x = x.astype(np.longdouble) if x.dtype.kind == "f" else x
+    x = x.astype(np.longdouble) if is_float(x) else x
     axis = KINDS[case.loss.inputs[name]].axis
     if axis is None:
         return x
@@ -228,17 +245,29 @@ def _undrop(case: Case, name: str, gradient: np.ndarray, like: np.ndarray, kept:
     return np.moveaxis(full, 0, axis).reshape(like.shape)
 
 
-def _complex_step(inputs: dict[str, Any], name: str, objective: Callable[[dict[str, Any]], Any]) -> Any:
-    """The gradient: the imaginary part of the objective after a tiny imaginary step of one entry at a time."""
+def _complex_step(
+    case: Case, inputs: dict[str, Any], name: str, weighted: Callable[[dict[str, Any]], np.ndarray]
+) -> list[np.ndarray]:
+    """The gradient: the imaginary part of the weighted values after a tiny imaginary step of one entry at a time.
+
+    Where no example has a part in another's value, the same entry of every example moves in one step.
+    """
     tiny = 1e-100
-    leaves = inputs[name] if isinstance(inputs[name], list) else [inputs[name]]
-    gradients = [np.zeros(leaf.shape, np.longdouble) for leaf in leaves]
-    for which, leaf in enumerate(leaves):
-        for place in np.ndindex(leaf.shape):
-            if np.isfinite(leaf[place]):
-                moved = leaf.astype(np.clongdouble)
-                moved[place] += 1j * tiny
-                changed: Any = [moved if i == which else x for i, x in enumerate(leaves)]
-                changed = changed if isinstance(inputs[name], list) else changed[0]
-                gradients[which][place] = np.imag(objective({**inputs, name: changed})) / tiny
-    return gradients if isinstance(inputs[name], list) else gradients[0]
+    axis = None if case.loss.pairs else KINDS[case.loss.inputs[name]].axis
+    arrays = _list(inputs[name])
+    gradients = []
+    for which, array in enumerate(arrays):
+        rows = array[None] if axis is None else np.moveaxis(array, axis, 0)
+        gradient = np.zeros(rows.shape, np.longdouble)
+        for place in np.ndindex(rows.shape[1:]):
+            moved = rows.astype(np.clongdouble)
+            moved[:, *place] += 1j * tiny
+            changed: list[Any] = list(arrays)
+            changed[which] = moved[0] if axis is None else np.moveaxis(moved, 0, axis)
+            slope = (
+                np.imag(weighted({**inputs, name: changed if isinstance(inputs[name], list) else changed[0]})) / tiny
+            )
+            gradient[:, *place] = slope.sum() if axis is None else slope
+        gradient = np.where(np.isfinite(rows), gradient, 0)
+        gradients.append(gradient[0] if axis is None else np.moveaxis(gradient, 0, axis))
+    return gradients

@@ -1,10 +1,17 @@
 """Strict from day one: dtype promotion, rank promotion, and 64-bit numbers where they are asked for."""
 
+import itertools
+
 import jax
 import pytest
 
+from parity.run import forget
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_tests = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +20,5 @@ def float64_in_jax():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+    if next(_tests) % 200 == 0:
+        forget()

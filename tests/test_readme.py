@@ -1,4 +1,4 @@
-"""The README's code runs as printed."""
+"""The code of the README and of the pages beside it runs as printed."""
 
 import pathlib
 import re
@@ -7,14 +7,19 @@ import sys
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(code, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: re.search(r"from (kd\w+)", code).group(1))
+@pytest.mark.parametrize("code", BLOCKS)
 def test_code(code):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=README.parent, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
     if "->" in done.stdout:
@@ -25,5 +30,5 @@ def test_code(code):
 def test_the_table_names_every_loss():
     from kdjax.make_loss import PUBLISHED
 
-    rows = re.findall(r"^\| (`.*?) \|", README.read_text(), re.M)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.M)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(PUBLISHED)

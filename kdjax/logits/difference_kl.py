@@ -61,9 +61,20 @@ def difference_kl_loss(
     limit = -0.7 * jnp.log(jnp.finfo(x.dtype).tiny) * temperature
     left_out = jnp.isneginf(x) & ~jnp.isneginf(y)
     narrow = (_span(x) < limit).all() & (_span(y) < limit).all() & ~left_out.any()
-    narrow_x, narrow_y = jnp.where(narrow, x, 0), jnp.where(narrow, y, 0)  # vmap evaluates both, on harmless values
-    divergence = jax.lax.cond(
-        narrow, lambda: _by_products(narrow_x, narrow_y, temperature), lambda: _by_rows(x, y, temperature)
+    near = narrow & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 4).all()
+
+    def harmless(
+        true: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Scalar]:  # vmap evaluates all three, on harmless values
+        return jnp.where(true, x, 0), jnp.where(true, y, 0), temperature
+
+    divergence = jax.lax.switch(
+        narrow.astype(int) + near.astype(int),
+        (
+            lambda: _by_rows(x, y, temperature),
+            lambda: _by_products(*harmless(narrow)),
+            lambda: _by_expansion(*harmless(near)),
+        ),
     )
     pairs = jnp.where(kept[None] & ~jnp.eye(len(x), dtype=bool), divergence, 0)
     return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction)
@@ -88,10 +99,36 @@ def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
     e_x, f_x, offset_x = _exponentials(x, temperature)
     e_y, f_y, offset_y = _exponentials(y, temperature)
     z_x, z_y = _product(e_x, f_x), _product(e_y, f_y)
-    d = jnp.where(jnp.isneginf(y), 0, y - jnp.where(jnp.isneginf(x), 0, x)) / temperature
+    d = _ahead(x, y, temperature)
     mean = (_product(e_y * d, f_y) - _product(e_y, f_y * d)) / z_y
     divergence = mean + (jnp.log(z_x) - jnp.log(z_y)) + (offset_x - offset_y)
     return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
+
+
+def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
+    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
+
+    KL_ij = log(1 + s - m) + m with m = E_q[d_i - d_j], s = E_q[exp(d_j - d_i) - 1 + d_i - d_j], d = (y - x) / T, and
+    exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    """
+    e, f, _ = _exponentials(y, temperature)
+    d = _levelled(_ahead(x, y, temperature))
+    u, v = jnp.expm1(-d), jnp.expm1(d)
+    z = _product(e, f)
+    mean = (_product(e * d, f) - _product(e, f * d)) / z
+    square = (_product(e * (u + d), f) + _product(e, f * (v - d)) + _product(e * u, f * v)) / z
+    divergence = square + (jnp.log1p(square - mean) - (square - mean))
+    return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
+
+
+def _ahead(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
+    """(y - x) / T; 0 where y is -inf."""
+    return jnp.where(jnp.isneginf(y), 0, y - jnp.where(jnp.isneginf(x), 0, x)) / temperature
+
+
+def _levelled(d: jax.Array) -> jax.Array:
+    """Without the rows' means, which no softmax feels."""
+    return d - d.mean(-1, keepdims=True)
 
 
 def _exponentials(x: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -45,7 +45,8 @@ def difference_kl_loss(
     The founding repository's DIFFKLD, whose released code builds every difference, an array of `[batch², classes]`.
     Here the normalisers of all pairs are matrix products, in `[batch, batch]`, as long as no row spans more than
     about 60 in float32 (500 in float64) once the column means, which cancel, are taken out; beyond, the differences
-    are formed a row at a time.
+    are formed a row at a time. Where student and teacher are near, the products are of exp(d) - 1, so that a small
+    loss keeps its digits.
 
     >>> import torch
     >>> from kdtorch import difference_kl_loss
@@ -75,7 +76,8 @@ def _center(x: Tensor, kept: Tensor) -> Tensor:
 def _forward(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     """KL of all pairs, `[batch, batch]`."""
     if _narrow(x, y, temperature):
-        return _by_products(x, y, temperature)
+        near = bool((_levelled(_ahead(x, y, temperature)).abs() < 4).all())
+        return _by_expansion(x, y, temperature) if near else _by_products(x, y, temperature)
     return _by_rows(x, y, temperature)
 
 
@@ -117,10 +119,36 @@ def _by_products(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     e_x, f_x, offset_x = _exponentials(x, temperature)
     e_y, f_y, offset_y = _exponentials(y, temperature)
     z_x, z_y = e_x @ f_x.T, e_y @ f_y.T
-    d = torch.where(torch.isneginf(y), 0, y - torch.where(torch.isneginf(x), 0, x)) / temperature
+    d = _ahead(x, y, temperature)
     mean = ((e_y * d) @ f_y.T - e_y @ (f_y * d).T) / z_y
     divergence = mean + (z_x.log() - z_y.log()) + (offset_x - offset_y)
     return divergence.clamp(min=0)
+
+
+def _by_expansion(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
+
+    KL_ij = log(1 + s - m) + m with m = E_q[d_i - d_j], s = E_q[exp(d_j - d_i) - 1 + d_i - d_j], d = (y - x) / T, and
+    exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    """
+    e, f, _ = _exponentials(y, temperature)
+    d = _levelled(_ahead(x, y, temperature))
+    u, v = (-d).expm1(), d.expm1()
+    z = e @ f.T
+    mean = ((e * d) @ f.T - e @ (f * d).T) / z
+    square = ((e * (u + d)) @ f.T + e @ (f * (v - d)).T + (e * u) @ (f * v).T) / z
+    divergence = square + ((square - mean).log1p() - (square - mean))
+    return divergence.clamp(min=0)
+
+
+def _ahead(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+    """(y - x) / T; 0 where y is -inf."""
+    return torch.where(torch.isneginf(y), 0, y - torch.where(torch.isneginf(x), 0, x)) / temperature
+
+
+def _levelled(d: Tensor) -> Tensor:
+    """Without the rows' means, which no softmax feels."""
+    return d - d.mean(-1, keepdim=True)
 
 
 def _pulled_products(cotangent: Tensor, x: Tensor, temperature: Tensor) -> Tensor:
