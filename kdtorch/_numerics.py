@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,25 +101,30 @@ def is_class(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """Of x / temperature over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
-    _, _, z, log_total = _softmax(x, temperature)
-    return z - log_total
+    """Of x / temperature over the last axis."""
+    p = softmax(x, temperature)
+    return p.z - p.log_total
 
 
-def cross_entropy(q: Tensor, log_p: Tensor) -> Tensor:
-    """-sum q log p over the last axis, where a class with q = 0 adds nothing, even at log p = -inf."""
-    return -torch.where(q == 0, 0, q * log_p).sum(-1)
+class Softmax(NamedTuple):
+    """p = softmax(x / T), and what its logarithm is made of: z - log_total, z = (x - largest) / T."""
+
+    p: Tensor
+    z: Tensor
+    log_total: Tensor
 
 
-def _softmax(x: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z."""
-    peak = x.detach().amax(-1, keepdim=True)
-    peak = torch.where(torch.isneginf(peak), 0, peak)
-    z = (x - peak) / temperature
-    weight = z.exp()
-    total = weight.sum(-1, keepdim=True)
-    total = torch.where(total == 0, 1, total)
-    return weight / total, peak, z, total.log()
+def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
+    """Over the last axis. Where every entry is -inf, p is uniform and z -inf."""
+    lowest = torch.finfo(x.dtype).min
+    z = (x - x.amax(-1, keepdim=True).clamp(min=lowest)) / temperature
+    p = z.clamp(min=lowest).softmax(-1)
+    return Softmax(p, z, -p.amax(-1, keepdim=True).log())
+
+
+def times(q: Tensor, x: Tensor) -> Tensor:
+    """q x, and 0 where q is 0 and x infinite. NaN is 0 too, and must be felt elsewhere."""
+    return (q * x).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 class _Refused(torch.autograd.Function):
@@ -140,11 +145,15 @@ class _Refused(torch.autograd.Function):
         raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
 
 
-def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: bool = True) -> Callable[..., Tensor]:
-    """A function of rows from one that returns its value and its gradient with respect to its first argument.
+BLOCK = 2**17  # entries that a row-wise function handles at once on a CPU, whose caches then hold all it makes
 
-    The value of a row depends on that row alone; every other argument is constant. With `twice` the gradient is made of
-    differentiable operations, so that the result can be differentiated again; without, that is refused.
+
+def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bool = False) -> Callable[..., Tensor]:
+    """A function of rows `[*batch, n]` from one that returns its value and its gradient with respect to its first argument.
+
+    The value of a row depends on that row alone. The other arguments are constant: `[*batch, ...]`, or numbers. The
+    gradient is made of differentiable operations, so that the result can be differentiated again. An `opaque` function
+    takes other arguments of any shape and is called once for all rows; its second derivative is refused.
     """
 
     class Rowwise(torch.autograd.Function):
@@ -152,7 +161,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: boo
 
         @staticmethod
         def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return value_and_gradient(*inputs)
+            return value_and_gradient(*inputs) if opaque else _in_blocks(value_and_gradient, *inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -163,7 +172,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: boo
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             *inputs, gradient = ctx.saved_tensors
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                gradient = value_and_gradient(*inputs)[1] if twice else _Refused.apply(gradient, inputs[0])
+                gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
     def value(x: Tensor, *constants: Tensor | float) -> Tensor:
@@ -171,6 +180,20 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], twice: boo
         return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
+
+
+def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 4 * BLOCK:
+        return function(x, *constants)
+    batch = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
+    others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]
+    value, gradient = rows.new_empty(len(rows)), torch.empty_like(rows)
+    number = max(1, BLOCK // rows.shape[-1])
+    for i in range(0, len(rows), number):
+        block = slice(i, i + number)
+        value[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
+    return value.reshape(batch), gradient.reshape(x.shape)
 
 
 def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -214,41 +237,53 @@ def _differentiated(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
 
 
-def log_ratio(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    p, peak_x, _, log_total_x = _softmax(x, temperature)
-    q, peak_y, _, log_total_y = _softmax(y, temperature)
-    both = torch.isneginf(x) & torch.isneginf(y)
-    r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
-    return p, q, torch.where(both, 0, r)
+def log_ratio(p: Softmax, q: Softmax) -> Tensor:
+    """log(p / q); 0 where both are 0."""
+    ratio = (p.z - q.z) - (p.log_total - q.log_total)
+    return ratio.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+
+
+def excess(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
+    """p - q = ± max(p, q) (1 - exp(-|log(p / q)|)), in which close rows keep their digits."""
+    result = torch.copysign(torch.maximum(p, q) * (-ratio.abs()).expm1(), ratio)
+    if torch.is_grad_enabled():  # its derivative is that of the difference, at p = q too
+        result = (p - q) + (result - (p - q)).detach()
+    return result
 
 
 def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T.
 
-    Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
-    sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
+    Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
+    q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    p, q, r = log_ratio(x, y, temperature)
-    near = (q > 0) & (r < 1)
-    growth = torch.where(near, r, 0).expm1()
-    used = torch.where(q > 0, r, 0)
-    terms = torch.where(near, q * (growth - used), (p - q) - q * used)
-    return terms.clamp(min=0).sum(-1), torch.where(near, q * growth, p - q) / temperature
+    p, q = softmax(x, temperature), softmax(y, temperature)
+    ratio = log_ratio(p, q)
+    gradient = excess(p.p, q.p, ratio)
+    return (gradient - times(q.p, ratio)).sum(-1).clamp(min=0), gradient / temperature
 
 
 kl_divergence = rowwise(kl_and_gradient)
 
 
-def binary_and_others(x: Tensor, label: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
-    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
-    others = torch.where(label, -math.inf, x)
-    _, peak, _, log_total = _softmax(others, temperature)
-    largest = x.detach().amax(-1, keepdim=True)
-    target = torch.where(label, x, 0).sum(-1, keepdim=True)
-    rest = (peak - largest) / temperature + log_total
-    rest = torch.where(torch.isneginf(others).all(-1, keepdim=True), -math.inf, rest)
-    return torch.cat([(target - largest) / temperature, rest], -1), others
+@rowwise
+def cross_entropy(x: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T."""
+    p, total = softmax(x, temperature), target.sum(-1, keepdim=True)
+    value = (p.log_total * total).squeeze(-1) - times(target, p.z).sum(-1)
+    return value, (p.p * total - target) / temperature
+
+
+@rowwise
+def log_sum_exp(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum exp(x / T), of which the gradient is softmax(x / T) / T."""
+    p = softmax(x, temperature)
+    return (x.amax(-1, keepdim=True) / temperature + p.log_total).squeeze(-1), p.p / temperature
+
+
+def without_class(x: Tensor, labels: Tensor) -> Tensor:
+    """The logits with -inf at each example's label."""
+    return x.scatter(-1, labels.unsqueeze(-1), -math.inf)
 
 
 def unit(x: Tensor) -> Tensor:

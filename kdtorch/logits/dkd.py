@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
-    binary_and_others,
     check_classes,
-    is_class,
     kl_divergence,
+    log_sum_exp,
     non_negative,
     positive,
+    take_class,
     valid_index,
     widen,
+    without_class,
 )
 from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
@@ -68,9 +70,15 @@ def dkd_loss(
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     temperature = positive("temperature", temperature, student)
     labels = valid_index("labels", labels, student.shape[-1])
-    label = is_class(student, labels)
-    student_binary, student_others = binary_and_others(student, label, temperature)
-    teacher_binary, teacher_others = binary_and_others(teacher.detach(), label, temperature)
+    student_binary, student_others = _binary_and_others(student, labels, temperature)
+    teacher_binary, teacher_others = _binary_and_others(teacher.detach(), labels, temperature)
     target = kl_divergence(student_binary, teacher_binary, 1.0)
     others = kl_divergence(student_others, teacher_others, temperature)
     return reduce(temperature**2 * (alpha * target + beta * others), where, reduction)
+
+
+def _binary_and_others(x: Tensor, labels: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
+    x = x - x.detach().amax(-1, keepdim=True)
+    others = without_class(x, labels)
+    return torch.stack([take_class(x, labels) / temperature, log_sum_exp(others, temperature)], -1), others

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_divergence, log_ratio, positive, rowwise, widen
+from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, rowwise, softmax, times, widen
 from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
 
@@ -103,9 +102,8 @@ def symmetric_kl_loss(
 @rowwise
 def _jeffreys(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
-    p, q, r = log_ratio(x, y, temperature)
-    near = (q > 0) & (r < 1)
-    difference = torch.where(near, q * torch.where(near, r, 0).expm1(), p - q)
-    reverse = torch.where(p > 0, p * r, 0)
-    gradient = difference + reverse - p * reverse.sum(-1, keepdim=True)
-    return torch.where(difference == 0, 0, difference * r).sum(-1), gradient / temperature
+    p, q = softmax(x, temperature), softmax(y, temperature)
+    ratio = log_ratio(p, q)
+    difference, reverse = excess(p.p, q.p, ratio), times(p.p, ratio)
+    gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
+    return times(difference, ratio).sum(-1), gradient / temperature

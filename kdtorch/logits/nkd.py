@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
     cross_entropy,
-    is_class,
     log_softmax,
     non_negative,
     positive,
+    softmax,
     take_class,
+    times,
     valid_index,
     widen,
+    without_class,
 )
 from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
@@ -72,10 +73,10 @@ def nkd_loss(
     gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
     (labels,) = keep(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
     labels = valid_index("labels", labels, student.shape[-1])
-    label = is_class(student, labels)
 
-    target = -take_class(log_softmax(teacher), labels).exp() * take_class(log_softmax(student), labels)
-    log_p = log_softmax(torch.where(label, -math.inf, student), temperature)
-    log_q = log_softmax(torch.where(label, -math.inf, teacher), temperature)
-    others = cross_entropy(log_q.exp(), log_p)
+    target = -times(take_class(softmax(teacher).p, labels), take_class(log_softmax(student), labels))
+    teacher_others = without_class(teacher, labels)
+    used = teacher_others.amax(-1, keepdim=True) > -math.inf
+    hat_q = softmax(teacher_others, temperature).p * used
+    others = cross_entropy(without_class(student, labels), hat_q, temperature)
     return reduce(target + gamma * temperature**2 * others, where, reduction)

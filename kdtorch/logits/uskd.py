@@ -13,6 +13,7 @@ from kdtorch._numerics import (
     is_class,
     log_softmax,
     non_negative,
+    softmax,
     take_class,
     valid_index,
     widen,
@@ -78,7 +79,7 @@ def uskd_loss(
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     mu = non_negative("mu", mu, student)
     used = ~(torch.isneginf(student) & torch.isneginf(weak))
-    log_p, log_w = log_softmax(student), log_softmax(weak)
+    log_p, w = log_softmax(student), softmax(weak.detach()).p
 
     if labels.ndim < student.ndim:
         (labels,) = keep(where, labels)
@@ -103,19 +104,21 @@ def uskd_loss(
         soft = torch.where(present, square + probability - mean, 0).detach()
         target = target - soft * log_p_y
         log_p_labels = log_p_labels + log_p_y
-        w_labels = w_labels + torch.where(present, take_class(log_w.exp(), label), 0)
+        w_labels = w_labels + torch.where(present, take_class(w, label), 0)
         is_label = is_label | (is_class(student, label) & present.unsqueeze(-1))
 
-    score = log_w.exp() / (1 - w_labels + 1e-6).unsqueeze(-1) + log_p / (1 - log_p_labels + 1e-6).unsqueeze(-1)
-    zipf = torch.where(used & ~is_label, 1 / (_place(score.detach()) + 1).to(student.dtype), 0)
+    score = w / (1 - w_labels + 1e-6).unsqueeze(-1) + (log_p / (1 - log_p_labels + 1e-6).unsqueeze(-1)).detach()
+    zipf = torch.where(used & ~is_label, _zipf(score), 0)
     zipf = zipf / zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny)
-    others = cross_entropy(zipf, log_softmax(torch.where(is_label, -math.inf, student)))
+    others = cross_entropy(torch.where(is_label, -math.inf, student), zipf, 1.0)
 
     smooth = 0.9 * distribution + 0.1 / used.sum(-1, keepdim=True, dtype=student.dtype)
-    head = cross_entropy(torch.where(used, smooth, 0), log_w)
+    head = cross_entropy(weak, torch.where(used, smooth, 0), 1.0)
     return reduce(alpha * target + beta * others + mu * head, where, reduction)
 
 
-def _place(score: Tensor) -> Tensor:
-    """The place of each class, 0 for the largest score; equal scores in the order of the classes."""
-    return (-score).argsort(dim=-1, stable=True).argsort(dim=-1)
+def _zipf(score: Tensor) -> Tensor:
+    """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes."""
+    order = (-score).argsort(dim=-1, stable=True)
+    weight = 1 / torch.arange(1, score.shape[-1] + 1, dtype=score.dtype, device=score.device)
+    return torch.zeros_like(score).scatter(-1, order, weight.expand_as(score))

@@ -207,7 +207,7 @@ def _log_mean(
     return logs.logsumexp(0) - (2 * count(valid, embedding.dtype).log() + math.log(places.shape[1]))
 
 
-@functools.partial(rowwise, twice=False)
+@functools.partial(rowwise, opaque=True)
 @opaque(
     "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor log_z, Tensor temperature) -> (Tensor, Tensor)",
     lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import cross_entropy, fraction, log_softmax, positive, widen
+from kdtorch._numerics import cross_entropy, fraction, positive, softmax, widen
 from kdtorch._reduce import reduce
 from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
 
@@ -135,11 +135,12 @@ def dino_loss(
     student_temperature = positive("student_temperature", student_temperature, student)
     momentum = fraction("center_momentum", center_momentum, old)
 
-    q = log_softmax(teacher - old.to(teacher.dtype), teacher_temperature).exp()
-    log_p = log_softmax(student, student_temperature)
+    q = softmax(teacher - old.to(teacher.dtype), teacher_temperature).p
     every = q.sum(0)
-    others = (every - q).clamp(min=0)
-    pairs = cross_entropy(others, log_p[:teacher_views]).sum(0) + cross_entropy(every, log_p[teacher_views:].sum(0))
+    targets = [*(every - q).clamp(min=0), *[every] * (views - teacher_views)]  # of a view: all teacher views but itself
+    pairs = torch.stack(
+        [cross_entropy(x, target, student_temperature) for x, target in zip(student.unbind(0), targets, strict=True)]
+    ).sum(0)
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
 
     number = kept.sum(dtype=teacher.dtype).clamp(min=1) * teacher_views
