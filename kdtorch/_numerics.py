@@ -73,20 +73,29 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
     return decorate
 
 
-@opaque(
-    "(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64)
-)
-def _in_range(index: Tensor, size: int, name: str) -> Tensor:
+def _inside(index: Tensor, size: int, name: str) -> Tensor:
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
         raise IndexError(
             f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
         )
-    return index.long().clone()
+    return index.long()
+
+
+@opaque(
+    "(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64)
+)
+def _in_range(index: Tensor, size: int, name: str) -> Tensor:
+    return _inside(index, size, name).clone()
 
 
 def valid_index(name: str, index: Tensor, size: int) -> Tensor:
     """The index as int64; an error that names it if it is out of range."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _inside(index, size, name)
+        except RuntimeError:  # in vmap, which lets nobody ask for a value but an operator
+            pass
     return _in_range(index, size, name)
 
 
@@ -107,19 +116,22 @@ def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """p = softmax(x / T), and what its logarithm is made of: z - log_total, z = (x - largest) / T."""
+    """p = softmax(x / T), what its logarithm is made of, z - log_total with z = (x - largest) / T, and log sum exp(x / T)."""
 
     p: Tensor
     z: Tensor
     log_total: Tensor
+    log_sum: Tensor
 
 
 def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
     """Over the last axis. Where every entry is -inf, p is uniform and z -inf."""
     lowest = torch.finfo(x.dtype).min
-    z = (x - x.amax(-1, keepdim=True).clamp(min=lowest)) / temperature
+    peak = x.amax(-1, keepdim=True).clamp(min=lowest)
+    z = (x - peak) / temperature
     p = z.clamp(min=lowest).softmax(-1)
-    return Softmax(p, z, -p.amax(-1, keepdim=True).log())
+    log_total = -p.amax(-1, keepdim=True).log()
+    return Softmax(p, z, log_total, peak / temperature + log_total)
 
 
 def times(q: Tensor, x: Tensor) -> Tensor:
@@ -197,7 +209,7 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
 
 
 def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function whose gradient with respect to its first argument is `pull(cotangent, *inputs)`, both opaque.
+    """A function whose gradient with respect to its first argument is `pull(cotangent, value, *inputs)`, both opaque.
 
     A second derivative is refused.
     """
@@ -211,12 +223,12 @@ def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Ca
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-            ctx.save_for_backward(*inputs)
+            ctx.save_for_backward(output, *inputs)
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            gradient = pull(cotangent.detach(), *(x.detach() for x in inputs))
+            _, *inputs = ctx.saved_tensors
+            gradient = pull(cotangent.detach(), *(x.detach() for x in ctx.saved_tensors))
             if torch.is_grad_enabled():
                 gradient = _Refused.apply(gradient, cotangent, inputs[0])
             return gradient, *(None for _ in inputs[1:])
@@ -251,16 +263,21 @@ def excess(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
     return result
 
 
-def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T.
+def kl_of_softmaxes(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor]:
+    """KL(q || p) over the last axis, and p - q.
 
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    p, q = softmax(x, temperature), softmax(y, temperature)
     ratio = log_ratio(p, q)
-    gradient = excess(p.p, q.p, ratio)
-    return (gradient - times(q.p, ratio)).sum(-1).clamp(min=0), gradient / temperature
+    difference = excess(p.p, q.p, ratio)
+    return (difference - times(q.p, ratio)).sum(-1).clamp(min=0), difference
+
+
+def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
+    value, difference = kl_of_softmaxes(softmax(x, temperature), softmax(y, temperature))
+    return value, difference / temperature
 
 
 kl_divergence = rowwise(kl_and_gradient)
@@ -272,13 +289,6 @@ def cross_entropy(x: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tenso
     p, total = softmax(x, temperature), target.sum(-1, keepdim=True)
     value = (p.log_total * total).squeeze(-1) - times(target, p.z).sum(-1)
     return value, (p.p * total - target) / temperature
-
-
-@rowwise
-def log_sum_exp(x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp(x / T), of which the gradient is softmax(x / T) / T."""
-    p = softmax(x, temperature)
-    return (x.amax(-1, keepdim=True) / temperature + p.log_total).squeeze(-1), p.p / temperature
 
 
 def without_class(x: Tensor, labels: Tensor) -> Tensor:

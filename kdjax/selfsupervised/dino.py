@@ -129,7 +129,8 @@ def dino_loss(
         )
     student, teacher = widen(student, teacher)
     kept = jnp.ones(student.shape[1], bool) if where is None else where
-    student, teacher = (jnp.where(kept[None, :, None], x, 0) for x in (student, teacher))
+    if where is not None:
+        student, teacher = (jnp.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher = jax.lax.stop_gradient(teacher)
     teacher_temperature = positive("teacher_temperature", teacher_temperature, student)
     student_temperature = positive("student_temperature", student_temperature, student)

@@ -82,9 +82,10 @@ def _forward(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
 
 
 @opaque(
-    "(Tensor cotangent, Tensor x, Tensor y, Tensor temperature) -> Tensor", lambda cotangent, x, *_: torch.empty_like(x)
+    "(Tensor cotangent, Tensor value, Tensor x, Tensor y, Tensor temperature) -> Tensor",
+    lambda cotangent, value, x, *_: torch.empty_like(x),
 )
-def _backward(cotangent: Tensor, x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+def _backward(cotangent: Tensor, value: Tensor, x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     """sum_j [c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji)] / T, p and q the softmaxes of the pair's differences by T."""
     if _narrow(x, y, temperature):
         cotangent = cotangent / temperature

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
-    kl_divergence,
-    log_sum_exp,
+    kl_and_gradient,
+    kl_of_softmaxes,
     non_negative,
     positive,
-    take_class,
+    rowwise,
+    softmax,
     valid_index,
     widen,
     without_class,
@@ -70,15 +71,22 @@ def dkd_loss(
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     temperature = positive("temperature", temperature, student)
     labels = valid_index("labels", labels, student.shape[-1])
-    student_binary, student_others = _binary_and_others(student, labels, temperature)
-    teacher_binary, teacher_others = _binary_and_others(teacher.detach(), labels, temperature)
-    target = kl_divergence(student_binary, teacher_binary, 1.0)
-    others = kl_divergence(student_others, teacher_others, temperature)
-    return reduce(temperature**2 * (alpha * target + beta * others), where, reduction)
+    return reduce(_decoupled(student, teacher.detach(), labels, alpha, beta, temperature), where, reduction)
 
 
-def _binary_and_others(x: Tensor, labels: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
-    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
-    x = x - x.detach().amax(-1, keepdim=True)
-    others = without_class(x, labels)
-    return torch.stack([take_class(x, labels) / temperature, log_sum_exp(others, temperature)], -1), others
+@rowwise
+def _decoupled(
+    x: Tensor, y: Tensor, labels: Tensor, alpha: Tensor, beta: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
+    hat_p, hat_q = softmax(without_class(x, labels), temperature), softmax(without_class(y, labels), temperature)
+    x_binary, y_binary = (
+        torch.cat([logits.gather(-1, labels.unsqueeze(-1)) / temperature, hat.log_sum], -1)
+        for logits, hat in ((x, hat_p), (y, hat_q))
+    )
+    target, target_gradient = kl_and_gradient(x_binary, y_binary, torch.ones_like(temperature))
+    others, others_gradient = kl_of_softmaxes(hat_p, hat_q)
+    at_label = alpha * temperature * target_gradient[..., :1]
+    gradient = beta * temperature * others_gradient - at_label * hat_p.p
+    value = temperature**2 * (alpha * target + beta * others)
+    return value, gradient.scatter(-1, labels.unsqueeze(-1), at_label)

@@ -106,4 +106,5 @@ def _jeffreys(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor
     ratio = log_ratio(p, q)
     difference, reverse = excess(p.p, q.p, ratio), times(p.p, ratio)
     gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
-    return times(difference, ratio).sum(-1), gradient / temperature
+    felt = 0 * (p.log_total + q.log_total).squeeze(-1)  # NaN, which times() would hide
+    return times(difference, ratio).sum(-1) + felt, gradient / temperature

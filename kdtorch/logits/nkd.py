@@ -8,12 +8,10 @@ from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
-    cross_entropy,
-    log_softmax,
     non_negative,
     positive,
+    rowwise,
     softmax,
-    take_class,
     times,
     valid_index,
     widen,
@@ -73,10 +71,20 @@ def nkd_loss(
     gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
     (labels,) = keep(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
     labels = valid_index("labels", labels, student.shape[-1])
+    return reduce(_normalized(student, teacher, labels, gamma, temperature), where, reduction)
 
-    target = -times(take_class(softmax(teacher).p, labels), take_class(log_softmax(student), labels))
-    teacher_others = without_class(teacher, labels)
-    used = teacher_others.amax(-1, keepdim=True) > -math.inf
-    hat_q = softmax(teacher_others, temperature).p * used
-    others = cross_entropy(without_class(student, labels), hat_q, temperature)
-    return reduce(target + gamma * temperature**2 * others, where, reduction)
+
+@rowwise
+def _normalized(x: Tensor, y: Tensor, labels: Tensor, gamma: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
+    label = labels.unsqueeze(-1)
+    p, q_y = softmax(x), softmax(y).p.gather(-1, label)
+    log_p_y = p.z.gather(-1, label) - p.log_total
+    y_others = without_class(y, labels)
+    hat_p, hat_q = softmax(without_class(x, labels), temperature), softmax(y_others, temperature).p
+    hat_q = hat_q * (y_others.amax(-1, keepdim=True) > -math.inf)  # 0 where there is no other class
+    total = hat_q.sum(-1, keepdim=True)
+    others = hat_p.log_total * total - times(hat_q, hat_p.z).sum(-1, keepdim=True)
+    value = -times(q_y, log_p_y) + gamma * temperature**2 * others
+    gradient = q_y * p.p + gamma * temperature * (hat_p.p * total - hat_q)
+    return value.squeeze(-1), gradient.scatter_add(-1, label, -q_y)

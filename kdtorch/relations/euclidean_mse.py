@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,44 +53,46 @@ def euclidean_mse_loss(
     student, teacher = widen(student, teacher)
     student, teacher = (unit(x) for x in keep(where, student, teacher))
     kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else where
-    partners = kept[:, None] & kept[None] & ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    gap = _distances(student, partners) - _distances(teacher.detach(), partners)
-    pairs = torch.where(partners, gap.square(), 0)
-    return reduce(pairs.sum(1) / count(kept, student.dtype), where, reduction)
+    gap = _distances(student, kept) - _distances(teacher.detach(), kept)
+    return reduce(gap.square().sum(1) / count(kept, student.dtype), where, reduction)
 
 
-@opaque("(Tensor x, Tensor partners) -> Tensor", lambda x, partners: x.new_empty(partners.shape))
-def _forward(x: Tensor, partners: Tensor) -> Tensor:
-    """|x_i - x_j| of partners, 0 elsewhere, in [batch, batch]."""
-    square, clear = _squares(x, partners)
-    if not clear:
-        square = torch.stack([(row - x).square().sum(-1) for row in x])
-    return torch.where(partners & ~(square <= 0), square, 0).sqrt()
+@opaque("(Tensor x, Tensor kept) -> Tensor", lambda x, kept: x.new_empty(len(x), len(x)))
+def _forward(x: Tensor, kept: Tensor) -> Tensor:
+    """|x_i - x_j| in `[batch, batch]`, 0 where one of them is masked."""
+    centered = x - x.mean(0)  # what is common to all rows only costs digits
+    length = centered.square().sum(-1)
+    square = torch.addmm(length, centered, centered.T, alpha=-2).add_(length[:, None])
+    if not _clear(square, length, kept):
+        torch.stack([(row - x).square().sum(-1) for row in x], out=square)
+    square.fill_diagonal_(0)
+    return _without_masked(square, kept).clamp_(min=0).sqrt_()
 
 
-@opaque("(Tensor cotangent, Tensor x, Tensor partners) -> Tensor", lambda cotangent, x, partners: torch.empty_like(x))
-def _backward(cotangent: Tensor, x: Tensor, partners: Tensor) -> Tensor:
-    """sum_j (c_ij + c_ji) (x_i - x_j) / d_ij"""
-    cotangent = torch.where(partners, cotangent + cotangent.T, 0)
-    square, clear = _squares(x, partners)
-    if clear:
-        weight = cotangent / torch.where(partners, square, 1).sqrt()
-        centered = x - x.mean(0)
+@opaque(
+    "(Tensor cotangent, Tensor distance, Tensor x, Tensor kept) -> Tensor",
+    lambda cotangent, distance, x, kept: torch.empty_like(x),
+)
+def _backward(cotangent: Tensor, distance: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """sum_j (c_ij + c_ji) (x_i - x_j) / d_ij, 0 where d_ij is."""
+    near = distance.reciprocal().nan_to_num_(nan=math.nan, posinf=0)
+    weight = _without_masked(near.mul_(cotangent + cotangent.T), kept)
+    centered = x - x.mean(0)
+    if _clear(distance.square(), centered.square().sum(-1), kept):
         return weight.sum(1, keepdim=True) * centered - weight @ centered
-    rows = []
-    for row, weight in zip(x, cotangent, strict=True):
-        difference = row - x
-        length = difference.square().sum(-1).sqrt()
-        rows.append(torch.where(length == 0, 0, weight / length) @ difference)
-    return torch.stack(rows)
+    return torch.stack([part @ (row - x) for row, part in zip(x, weight, strict=True)])
 
 
 _distances = pulled_back(_forward, _backward)
 
 
-def _squares(x: Tensor, partners: Tensor) -> tuple[Tensor, bool]:
-    """Squared distances from one product of matrices, and whether none of them loses its digits so."""
-    centered = x - x.mean(0)  # what is common to all rows only costs digits
-    length = centered.square().sum(-1)
-    square = length[:, None] + length[None] - 2 * centered @ centered.T
-    return square, bool((~partners | (square * 64 > length.amax())).all())
+def _clear(square: Tensor, length: Tensor, kept: Tensor) -> bool:
+    """Whether no squared distance loses its digits in a product of matrices. The diagonal is put out of the way."""
+    square.fill_diagonal_(math.inf)
+    smallest = (square if kept.all() else torch.where(kept[:, None] & kept, square, math.inf)).amin()
+    return bool(smallest * 64 > length.amax())
+
+
+def _without_masked(pairs: Tensor, kept: Tensor) -> Tensor:
+    """0 for pairs with a masked row, of which there are none as a rule."""
+    return pairs if kept.all() else torch.where(kept[:, None] & kept, pairs, 0)

@@ -129,7 +129,8 @@ def dino_loss(
         )
     student, teacher = widen(student, teacher)
     kept = torch.ones_like(student[0, :, 0], dtype=torch.bool) if where is None else where
-    student, teacher = (torch.where(kept[None, :, None], x, 0) for x in (student, teacher))
+    if where is not None:
+        student, teacher = (torch.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher, old = teacher.detach(), state.center.detach().to(teacher.device)
     teacher_temperature = positive("teacher_temperature", teacher_temperature, student)
     student_temperature = positive("student_temperature", student_temperature, student)
