@@ -70,11 +70,6 @@ def log_softmax(x: Array, temperature: Scalar = 1.0) -> Array:
     return z - log_total
 
 
-def cross_entropy(q: Array, log_p: Array) -> Array:
-    """-sum q log p over the last axis, where a class with q = 0 adds nothing, even at log p = -inf."""
-    return -jnp.sum(jnp.where(q == 0, 0, q * log_p), -1)
-
-
 def _softmax(x: Array, temperature: Scalar) -> tuple[Array, Array, Array, Array]:
     """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z.
 
@@ -131,6 +126,18 @@ def kl_divergence(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array
     used = jnp.where(q > 0, r, 0)
     terms = jnp.where(near, q * (growth - used), (p - q) - q * used)
     return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q) / temperature
+
+
+@rowwise
+def cross_entropy(x: Array, target: Array, temperature: Scalar) -> tuple[Array, Array]:
+    """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T.
+
+    A class with target 0 adds nothing, even at p = 0.
+    """
+    p, _, z, log_total = _softmax(x, temperature)
+    total = target.sum(-1, keepdims=True)
+    value = (log_total * total).squeeze(-1) - jnp.where(target == 0, 0, target * z).sum(-1)
+    return value, (p * total - target) / temperature
 
 
 def binary_and_others(x: Array, label: Array, temperature: Scalar) -> tuple[Array, Array]:

@@ -76,17 +76,29 @@ def hcl_loss(
 def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.Array:
     # pooling is linear, so the difference is pooled
     difference = jnp.moveaxis(student - jax.lax.stop_gradient(teacher), channel_axis, -1)
-    height, width = difference.shape[1:3]
-    weight, weights = 1.0, 1.0
+    weight, weights, source = 1.0, 1.0, difference
     total = jnp.square(difference).mean((1, 2, 3))
     for size in (4, 2, 1):
-        if size < height:
+        if size < difference.shape[1]:
             weight /= 2
             weights += weight
-            rows, columns = _pooling(size, height, difference.dtype), _pooling(size, width, difference.dtype)
-            pooled = jnp.einsum("rh,bhwc,qw->brqc", rows, difference, columns, precision=HIGHEST)
+            pooled = _pool(source, size)
+            source = pooled if _fits(source, size) else source
             total += weight * jnp.square(pooled).mean((1, 2, 3))
     return total / weights
+
+
+def _fits(x: jax.Array, size: int) -> bool:
+    """Whether the bins are equal and do not overlap, so that averages of averages are averages."""
+    return x.shape[1] % size == 0 and x.shape[2] % size == 0
+
+
+def _pool(x: jax.Array, size: int) -> jax.Array:
+    batch, height, width, channels = x.shape
+    if _fits(x, size):
+        return x.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
+    rows, columns = _pooling(size, height, x.dtype), _pooling(size, width, x.dtype)
+    return jnp.einsum("rh,bhwc,qw->brqc", rows, x, columns, precision=HIGHEST)
 
 
 def _pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:

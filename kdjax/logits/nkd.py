@@ -73,7 +73,6 @@ def nkd_loss(
     label = is_class(student, labels)
 
     target = -jnp.exp(take_class(log_softmax(teacher), labels)) * take_class(log_softmax(student), labels)
-    log_p = log_softmax(jnp.where(label, -jnp.inf, student), temperature)
-    log_q = log_softmax(jnp.where(label, -jnp.inf, teacher), temperature)
-    others = cross_entropy(jnp.exp(log_q), log_p)
+    hat_q = jnp.exp(log_softmax(jnp.where(label, -jnp.inf, teacher), temperature))
+    others = cross_entropy(jnp.where(label, -jnp.inf, student), hat_q, temperature)
     return reduce(factor * (target + gamma * temperature**2 * others), where, reduction)

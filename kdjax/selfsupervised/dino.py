@@ -137,10 +137,9 @@ def dino_loss(
     momentum = fraction("center_momentum", center_momentum, state.center)
 
     q = jnp.exp(log_softmax(teacher - state.center.astype(teacher.dtype)[None, None], teacher_temperature))
-    log_p = log_softmax(student, student_temperature)
     every = q.sum(0)
-    others = jnp.maximum(every[None] - q, 0)
-    pairs = cross_entropy(others, log_p[:teacher_views]).sum(0) + cross_entropy(every, log_p[teacher_views:].sum(0))
+    targets = [*jnp.maximum(every[None] - q, 0), *[every] * (views - teacher_views)]  # all teacher views but itself
+    pairs = sum(cross_entropy(x, target, student_temperature) for x, target in zip(student, targets, strict=True))
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
 
     number = jnp.maximum(kept.sum(dtype=teacher.dtype), 1) * teacher_views

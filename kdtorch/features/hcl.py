@@ -76,12 +76,18 @@ def hcl_loss(
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:
     # pooling is linear, so the difference is pooled
     difference = (student - teacher.detach()).movedim(channel_axis, 1)
-    weight, weights = 1.0, 1.0
+    weight, weights, source = 1.0, 1.0, difference
     total = difference.square().mean((1, 2, 3))
     for size in (4, 2, 1):
         if size < difference.shape[2]:
             weight /= 2
             weights += weight
-            pooled = functional.adaptive_avg_pool2d(difference, size)
+            pooled = functional.adaptive_avg_pool2d(source, size)
+            source = pooled if _fits(source, size) else source
             total = total + weight * pooled.square().mean((1, 2, 3))
     return total / weights
+
+
+def _fits(x: Tensor, size: int) -> bool:
+    """Whether the bins are equal and do not overlap, so that averages of averages are averages."""
+    return x.shape[2] % size == 0 and x.shape[3] % size == 0
