@@ -122,7 +122,7 @@ WORKLOADS: tuple[Workload, ...] = (
 
 # how each form grows: the axis, its values, and the workload at each of them
 GROWTH: dict[str, tuple[str, dict[int, Workload]]] = {
-    "difference_kl": ("batch", {b: Workload(f"difference_kl {b}×1000", "difference_kl_loss", _logits(b, 1000), _S) for b in (16, 32, 64, 128, 256)}),
-    "kl": ("classes", {c: Workload(f"kl 128×{c}", "kl_loss", _logits(128, c), _S) for c in (100, 1000, 10_000, 100_000)}),
-    "crcd": ("negatives", {k: Workload(f"crcd 32×128, K {k}", "crcd_loss", _crcd(32, 128, k, 20_000), ("student", "teacher")) for k in (32, 128, 512, 2048)}),
+    "difference_kl": ("batch", {b: Workload(f"growth: difference_kl {b}×1000", "difference_kl_loss", _logits(b, 1000), _S) for b in (16, 32, 64, 128, 256)}),
+    "kl": ("classes", {c: Workload(f"growth: kl 128×{c}", "kl_loss", _logits(128, c), _S) for c in (100, 1000, 10_000, 100_000)}),
+    "crcd": ("negatives", {k: Workload(f"growth: crcd 32×128, K {k}", "crcd_loss", _crcd(32, 128, k, 20_000), ("student", "teacher")) for k in (32, 128, 512, 2048)}),
 }  # fmt: skip

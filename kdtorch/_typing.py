@@ -47,15 +47,16 @@ def checked(function: _F) -> _F:
                 if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
         devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}
+        rounding = [device for device in devices if torch.is_autocast_enabled(device)]
+        if not rounding and len(accepted) < 1000:
+            accepted.add(key)
         with contextlib.ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, devices):
+            for device in rounding:
                 stack.enter_context(torch.autocast(device, enabled=False))
-                key = None
-            if key is not None and len(accepted) < 1000:
-                accepted.add(key)
             return function(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=function.__name__)  # which torch.compile counts recompilations by
+    # torch.compile counts recompilations by code object: one each, not one for all losses
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 

@@ -139,7 +139,9 @@ def dino_loss(
     q = jnp.exp(log_softmax(teacher - state.center.astype(teacher.dtype)[None, None], teacher_temperature))
     every = q.sum(0)
     targets = [*jnp.maximum(every[None] - q, 0), *[every] * (views - teacher_views)]  # all teacher views but itself
-    pairs = sum(cross_entropy(x, target, student_temperature) for x, target in zip(student, targets, strict=True))
+    pairs = jnp.stack(
+        [cross_entropy(x, target, student_temperature) for x, target in zip(student, targets, strict=True)]
+    ).sum(0)
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
 
     number = jnp.maximum(kept.sum(dtype=teacher.dtype), 1) * teacher_views

@@ -1,0 +1,71 @@
+"""The benchmarks: every form of a workload gives the same numbers, and what the tool says."""
+
+import json
+
+import pytest
+
+from benchmarks import workloads
+from benchmarks.__main__ import main
+from benchmarks.forms import check, form
+from benchmarks.workloads import GROWTH, WORKLOADS, Workload
+
+SMALL = {
+    "kl_loss": workloads._logits(6, 11),
+    "symmetric_kl_loss": workloads._logits(6, 11),
+    "difference_kl_loss": workloads._logits(6, 11),
+    "dkd_loss": workloads._logits(6, 11, labels=True),
+    "nkd_loss": workloads._logits(6, 11, labels=True),
+    "uskd_loss": workloads._logits(6, 11, labels=True, names=("student", "weak")),
+    "euclidean_mse_loss": workloads._features(6, 9),
+    "dcn_loss": workloads._features(6, 9, 4),
+    "dino_loss": workloads._views(6, 9),
+    "crcd_loss": workloads._crcd(6, 9, 5, 20),
+    "hcl_loss": workloads._maps(3, (2, 8, 8), (3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("loss", sorted({x.loss for x in WORKLOADS}))
+def test_the_direct_form_is_the_same_loss(loss):
+    full = next(x for x in WORKLOADS if x.loss == loss)
+    small = Workload("small", loss, SMALL[loss], full.learns, options=full.options)
+    want = (made := form("direct", small)).outcome(made.step())
+    for name in ("torch", "jax"):
+        made = form(name, small)
+        check(name, made.outcome(made.step()), want)
+
+
+def test_a_wrong_value_is_not_timed():
+    small = Workload("small", "kl_loss", SMALL["kl_loss"], ("student",))
+    made = form("torch", small)
+    got = made.outcome(made.step())
+    with pytest.raises(AssertionError, match="x: the value differs from the direct form's by"):
+        check("x", got._replace(value=1.01 * got.value), got)
+
+
+def test_names_are_unique():
+    names = [x.name for x in (*WORKLOADS, *(x for _, sizes in GROWTH.values() for x in sizes.values()))]
+    assert len(names) == len(set(names))
+
+
+def test_a_quick_run(tmp_path, capsys):
+    files = tmp_path / "run.json", tmp_path / "run.png"
+    arguments = ["--quick", "--only", "nkd", "--forms", "direct", "torch", "jax"]
+    assert main([*arguments, "--json", str(files[0]), "--png", str(files[1])]) == 0
+    assert "nkd 128×1000" in capsys.readouterr().out
+    (row,) = json.loads(files[0].read_text())["workloads"]
+    assert set(row["seconds"]) == {"floor", "direct", "torch", "jax"}
+    assert 0 < row["seconds"]["torch"]["low"] <= row["seconds"]["torch"]["median"] <= row["seconds"]["torch"]["high"]
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "xyz"], "no workload has ['xyz'] in its name: kl 128×1000, "),
+        (["--png", "/no/such/folder/x.png"], "argument --png: cannot write '/no/such/folder/x.png': No such file"),
+    ],
+)
+def test_bad_arguments_fail_before_the_run(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert says in capsys.readouterr().err
