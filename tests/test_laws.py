@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 
 from parity.cases import KINDS, LOSSES, Case, Sizes, along, cases, draw
@@ -176,6 +177,29 @@ def test_second_call_compiles_nothing(loss):
     b = step(jax.tree.map(lambda y: y * 1.5, x), {k: v * 1.5 for k, v in first.items()})
     assert len(traces) == 1
     assert float(a) != float(b)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@every
+def test_second_call_compiles_nothing_in_torch(loss):
+    """With other values, other temperatures given as arrays, and the state that the first call returned."""
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs = TORCH.arrays(inputs)
+    state = getattr(TORCH.kd, loss.inputs["state"])(**inputs.pop("state")) if loss.state else None
+    numbers = [k for k in loss.options[-1] if "temperature" in k or k in ("alpha", "beta", "gamma", "mu", "momentum")]
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(getattr(TORCH.kd, loss.name), backend=counter, fullgraph=True)
+    values = []
+    for factor in (1.0, 1.5):
+        first = [x + (factor - 1) * x.cos() for x in leaves(inputs[loss.learns[0]])]
+        moved = {**inputs, loss.learns[0]: first if isinstance(inputs[loss.learns[0]], list) else first[0]}
+        options = {k: torch.tensor(loss.options[-1][k] * factor) for k in numbers}
+        result = compiled(*moved.values(), *([state] if loss.state else []), **options)
+        value, state = result if loss.state else (result, None)
+        values.append(value.item())
+    assert counter.frame_count == 1
+    assert values[0] != values[1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports

@@ -10,15 +10,14 @@ from torch import Tensor
 from kdtorch._numerics import (
     check_classes,
     cross_entropy,
-    is_class,
-    log_softmax,
     non_negative,
+    rowwise,
     softmax,
-    take_class,
+    times,
     valid_index,
     widen,
 )
-from kdtorch._reduce import count, keep, reduce
+from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -78,43 +77,51 @@ def uskd_loss(
     check_classes(student)
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     mu = non_negative("mu", mu, student)
-    used = ~(torch.isneginf(student) & torch.isneginf(weak))
-    log_p, w = log_softmax(student), softmax(weak.detach()).p
+    unused = torch.maximum(student, weak).isneginf().to(student.dtype)
+    p, w = softmax(student.detach()), softmax(weak.detach()).p
+    log_p = p.z - p.log_total
 
     if labels.ndim < student.ndim:
         (labels,) = keep(where, labels)
-        labels = valid_index("labels", labels, student.shape[-1])
-        distribution = is_class(student, labels).to(student.dtype)
-        classes, probabilities = [labels], [torch.ones_like(student[..., 0])]
+        classes = valid_index("labels", labels, student.shape[-1]).unsqueeze(-1)
+        probabilities = torch.ones_like(student[..., :1])
+        distribution = torch.zeros_like(student).scatter(-1, classes, probabilities)
     else:
         (distribution,) = keep(where, labels.to(student.dtype))
-        first = distribution.argmax(-1)
-        second = torch.where(is_class(student, first), -math.inf, distribution).argmax(-1)
-        classes = [first, second]
-        probabilities = [take_class(distribution, first), take_class(distribution, second)]
+        first = distribution.argmax(-1, keepdim=True)
+        second = distribution.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
+        classes = torch.cat([first, second], -1)
+        probabilities = distribution.gather(-1, classes)
+        classes = torch.where(probabilities > 0, classes, first)  # a second label of probability 0 is the first again
 
-    is_label = torch.zeros_like(student, dtype=torch.bool)
-    target = log_p_labels = w_labels = torch.zeros_like(student[..., 0])
-    for label, probability in zip(classes, probabilities, strict=True):
-        present = probability > 0
-        log_p_y = torch.where(present, take_class(log_p, label), 0)
-        counted = present if where is None else present & where
-        square = torch.where(counted, (2 * log_p_y).exp(), 0)
-        mean = square.sum() / count(counted, square.dtype)
-        soft = torch.where(present, square + probability - mean, 0).detach()
-        target = target - soft * log_p_y
-        log_p_labels = log_p_labels + log_p_y
-        w_labels = w_labels + torch.where(present, take_class(w, label), 0)
-        is_label = is_label | (is_class(student, label) & present.unsqueeze(-1))
+    present = probabilities > 0
+    counted = present if where is None else present & where.unsqueeze(-1)
+    log_p_labels = torch.where(present, log_p.gather(-1, classes), 0)
+    square = torch.where(counted, (2 * log_p_labels).exp(), 0)
+    examples = tuple(range(student.ndim - 1))
+    mean = square.sum(examples) / counted.sum(examples, dtype=square.dtype).clamp(min=1)
+    soft = torch.where(present, square + probabilities - mean, 0)
 
-    score = w / (1 - w_labels + 1e-6).unsqueeze(-1) + (log_p / (1 - log_p_labels + 1e-6).unsqueeze(-1)).detach()
-    zipf = torch.where(used & ~is_label, _zipf(score), 0)
+    over_w = 1 - torch.where(present, w.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6
+    over_p = 1 - log_p_labels.sum(-1, keepdim=True) + 1e-6
+    zipf = _zipf(w / over_w + log_p / over_p).scatter(-1, classes, 0) * (1 - unused)
     zipf = zipf / zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny)
-    others = cross_entropy(torch.where(is_label, -math.inf, student), zipf, 1.0)
+    smooth = (0.9 * distribution + 0.1 / (1 - unused).sum(-1, keepdim=True)) * (1 - unused)
+    value = _target_and_others(student, classes, soft, zipf, alpha, beta) + mu * cross_entropy(weak, smooth, 1.0)
+    return reduce(value, where, reduction)
 
-    smooth = 0.9 * distribution + 0.1 / used.sum(-1, keepdim=True, dtype=student.dtype)
-    head = cross_entropy(weak, torch.where(used, smooth, 0), 1.0)
-    return reduce(alpha * target + beta * others + mu * head, where, reduction)
+
+@rowwise
+def _target_and_others(
+    x: Tensor, classes: Tensor, soft: Tensor, zipf: Tensor, alpha: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z)."""
+    p, hat_p = softmax(x), softmax(x.scatter(-1, classes, -math.inf))
+    target = -times(soft, p.z.gather(-1, classes) - p.log_total).sum(-1, keepdim=True)
+    total = zipf.sum(-1, keepdim=True)
+    others = hat_p.log_total * total - times(zipf, hat_p.z).sum(-1, keepdim=True)
+    gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * (hat_p.p * total - zipf)
+    return (alpha * target + beta * others).squeeze(-1), gradient.scatter_add(-1, classes, -alpha * soft)
 
 
 def _zipf(score: Tensor) -> Tensor:
