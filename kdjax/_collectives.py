@@ -23,6 +23,11 @@ def size(axis_name: AxisName | None) -> int:
         ) from None
 
 
+def rank(axis_name: AxisName | None) -> jax.Array | int:
+    """The place of this device among them."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+
 def total(x: Any, axis_name: AxisName | None) -> Any:
     """The sum over devices, the same on all of them."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
@@ -37,11 +42,6 @@ def replicate(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """The rows of all devices, known to be the same on all of them; constant to the gradient."""
     x = jax.lax.stop_gradient(x)
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")
-
-
-def rank(axis_name: AxisName | None) -> jax.Array | int:
-    """The place of this device among them."""
-    return 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
 
 def own(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:

@@ -1,13 +1,12 @@
 """n devices give the numbers of one: every loss of the table, sharded by the compiler and inside `shard_map`."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kdjax
