@@ -2,6 +2,9 @@
 
 import contextlib
 import datetime
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -96,3 +99,100 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
             for where in (None, UNEVEN)
         }
         torch.save(results, f"{folder}/{rank}.pt")
+
+
+CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
+DINO = next(x for x in LOSSES if x.name == "dino_loss")
+
+
+def said(function: Callable, *arguments, **options) -> str:
+    """What a mistake is told."""
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def one_step(loss: Loss, group, change: Callable[[dict], None] = lambda inputs: None, **options) -> dict:
+    rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
+    inputs = tensors(own(loss, drawn(loss)[0], rank, ranks))
+    change(inputs)
+    state = inputs[loss.state] = getattr(kdtorch, loss.inputs[loss.state])(**inputs[loss.state])
+    if options.get("sharded_memory"):
+        mine = [x.chunk(ranks)[rank] if x.ndim else x for x in state]
+        state = inputs[loss.state] = kdtorch.CRCDState(*mine)
+    learned = [inputs[k].requires_grad_() for k in loss.learns]
+    value, after = getattr(kdtorch, loss.name)(*(inputs[k] for k in loss.inputs), group=group, **options)
+    value.backward()
+    return {
+        "value": value.detach(),
+        "gradients": [x.grad for x in learned],
+        "before": list(state),
+        "after": list(after),
+        "same": after is state,
+    }
+
+
+def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
+    with member(rank, ranks, folder):
+        group = distributed.group.WORLD
+        logits = torch.randn(3 - rank, 5)
+        results = {
+            f"sizes {name}": said(getattr(kdtorch, name), logits, logits, group=group)
+            for name in ("kl_loss", "difference_kl_loss", "euclidean_mse_loss")
+        }
+        results["no member"] = said(kdtorch.kl_loss, logits, logits, group=distributed.new_group([1]))
+
+        def nan(inputs: dict) -> None:
+            if rank:
+                inputs["teacher"][..., -1, :] = torch.nan
+
+        def masked(inputs: dict) -> dict:
+            return {"where": torch.full((16 // ranks,), not rank)}
+
+        def skewed(inputs: dict) -> None:
+            inputs["negatives"] %= 4
+
+        for loss in (DINO, CRCD):
+            results[f"nan {loss.name}"] = one_step(loss, group, nan)
+            results[f"masked {loss.name}"] = one_step(loss, group, where=torch.full((16 // ranks,), not rank))
+            results[f"nothing {loss.name}"] = one_step(loss, group, where=torch.zeros(16 // ranks, dtype=torch.bool))
+            results[f"no update {loss.name}"] = one_step(loss, group, update=False)
+        for name, change in (("uniform", lambda inputs: None), ("skewed", skewed)):
+            for sharded in (False, True):
+                results[f"{name} {sharded}"] = one_step(CRCD, group, change, sharded_memory=sharded)
+        empty = torch.zeros(0, 5, requires_grad=True)
+        for name in ("kl_loss", "difference_kl_loss", "euclidean_mse_loss"):
+            results[f"empty {name}"] = getattr(kdtorch, name)(empty, empty.detach(), group=group).detach()
+
+        torch.manual_seed(0)
+        module = nn.parallel.DistributedDataParallel(Distiller(), process_group=group)
+        x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(rank)).double()
+        for update in (False, True):  # two micro-batches of one step
+            module(*x, group=group, update=update).backward()
+        results["module"] = module.module.state_dict()
+        torch.save(results, f"{folder}/{rank}.pt")
+
+
+class Distiller(nn.Module):
+    """A student whose loss remembers a centre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.loss = nn.Linear(6, 6).double(), kdtorch.nn.DINOLoss(6).double()
+
+    def forward(self, student, teacher, **options):
+        return self.loss(self.student(student), teacher, **options)
+
+
+def killed(rank: int, ranks: int, folder: str) -> None:
+    """The last rank is gone before the others wait for it."""
+    with contextlib.suppress(RuntimeError), member(rank, ranks, folder, timeout=5):
+        x = torch.randn(4, 5)
+        kdtorch.difference_kl_loss(x, x, group=distributed.group.WORLD)
+        if rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        text = said(kdtorch.difference_kl_loss, x, x, group=distributed.group.WORLD)
+        torch.save({"said": text, "seconds": time.monotonic() - start}, f"{folder}/{rank}.pt")
