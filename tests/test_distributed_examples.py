@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,7 @@ BOUNDS = {"float32": 1e-6, "float64": 1e-12}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def curves(
-    folder: Path, framework: str, *commands: list[str], launcher: tuple[str, ...] | list[str] = ()
-) -> list[dict]:
+def curves(folder: Path, framework: str, *commands: list[str], launcher: Sequence[str] = ()) -> list[dict]:
     """What each rank wrote, after the script ran with each list of options, all at once."""
     script = [sys.executable, *launcher, str(ROOT / "examples" / "distributed" / f"distil_{framework}.py")]
     script += ["--accumulate", "2", "--json", str(folder)]
@@ -37,11 +36,12 @@ def curves(
     ]
     try:
         for process in started:
-            text, _ = process.communicate(timeout=120)
+            text, _ = process.communicate(timeout=300)
             assert process.returncode == 0, text
     finally:
         for process in started:
             process.kill()
+            process.communicate()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(list(folder.iterdir())))]
 
 
