@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).parent.parent
 # programs that run for a second are not worth optimising, nor are small tensors worth threads
@@ -64,7 +63,7 @@ def test_jax_distributed(tmp_path):
     check(curves(tmp_path / "two", "jax", *processes), alone)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_torchrun(engine, tmp_path):
+def test_torchrun(tmp_path):
     (alone,) = curves(tmp_path / "alone", "torch", [])
-    check(curves(tmp_path / engine, "torch", ["--engine", engine], launcher=TORCHRUN), alone)
+    for engine in ("ddp", "fsdp"):
+        check(curves(tmp_path / engine, "torch", ["--engine", engine], launcher=TORCHRUN), alone)

@@ -13,7 +13,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))  # digits.py and its two halves, which the scripts import next
 from digits import Data, Parser, Plan, Setting, Teacher, at_least_one, load_data, make_plan, training_set
 
-SETTING = Setting(steps=50, student_rate=0.001)  # at larger rates float32 rounding grows past 1e-6 within 50 steps
+# at larger rates the rounding of float32 may grow past 1e-6 in 50 steps
+SETTING = Setting(steps=50, student_rate=0.001)
 
 
 def options_of(script: str, description: str) -> Parser:
