@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kdjax._typing import Array, Reduction
+from kdjax._collectives import size, total
+from kdjax._typing import Array, AxisName, Reduction
 
 
 def keep(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
@@ -18,21 +19,24 @@ def keep(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
-def reduce(values: Array, where: Array | None, reduction: Reduction) -> jax.Array:
-    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example."""
+def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None) -> jax.Array:
+    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example.
+
+    Over several devices, what they return has the whole batch's answer as its mean.
+    """
     check_reduction(reduction)
     (values,) = keep(where, values)
     if reduction == "none":
         return values
-    total = values.sum()
+    devices, value = size(axis_name), values.sum()
     if reduction == "sum":
-        return total
-    return total / (max(values.size, 1) if where is None else count(where, values.dtype))
+        return value * devices
+    return value / (max(values.size, 1) if where is None else count(where, values.dtype, axis_name) / devices)
 
 
-def count(kept: Array, dtype: DTypeLike) -> jax.Array:
-    """The number of kept examples, at least one."""
-    return jnp.maximum(kept.sum(dtype=dtype), 1)
+def count(kept: Array, dtype: DTypeLike, axis_name: AxisName | None = None) -> jax.Array:
+    """The number of kept examples on all devices, at least one."""
+    return jnp.maximum(total(kept.sum(dtype=dtype), axis_name), 1)
 
 
 def check_reduction(reduction: str) -> None:

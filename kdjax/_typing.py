@@ -13,7 +13,7 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Integer, jaxtyped
 
-__all__ = ["Array", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked"]
+__all__ = ["Array", "AxisName", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked"]
 
 if TYPE_CHECKING:
     Array = jax.Array
@@ -21,6 +21,7 @@ else:  # as JAX's own functions do, take NumPy arrays too
     Array = jax.Array | np.ndarray
 Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Array, ""]
+AxisName = str | tuple[str, ...]
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 _MEND = {"torch": "give kdjax jnp.from_dlpack(x.detach())"}

@@ -7,7 +7,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kdtorch._typing import Reduction
+from kdtorch._collectives import check_batch, size, total
+from kdtorch._typing import ProcessGroup, Reduction
 
 
 def keep(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
@@ -17,21 +18,25 @@ def keep(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
-def reduce(values: Tensor, where: Tensor | None, reduction: Reduction) -> Tensor:
-    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example."""
+def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None) -> Tensor:
+    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example.
+
+    Over several ranks, what they return has the whole batch's answer as its mean.
+    """
     check_reduction(reduction)
     (values,) = keep(where, values)
     if reduction == "none":
         return values
-    total = values.sum()
+    check_batch(values, group)
+    ranks, value = size(group), values.sum()
     if reduction == "sum":
-        return total
-    return total / (max(values.numel(), 1) if where is None else count(where, values.dtype))
+        return value * ranks
+    return value / (max(values.numel(), 1) if where is None else count(where, values.dtype, group) / ranks)
 
 
-def count(kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number of kept examples, at least one."""
-    return kept.sum(dtype=dtype).clamp(min=1)
+def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -> Tensor:
+    """The number of kept examples on all ranks, at least one."""
+    return total(kept.sum(dtype=dtype), group).clamp(min=1)
 
 
 def check_reduction(reduction: str) -> None:

@@ -13,8 +13,9 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Integer, jaxtyped
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-__all__ = ["Bool", "Float", "Integer", "Reduction", "Scalar", "Tensor", "checked"]
+__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked"]
 
 Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Tensor, ""]

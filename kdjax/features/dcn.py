@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kdjax._numerics import unit, valid_index, widen
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, checked
 
 
 @checked
@@ -19,6 +19,7 @@ def dcn_loss(
     *,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Dynamic centre norm: the student's feature should lie along its class's learned centre, no shorter than the teacher's.
 
@@ -31,6 +32,8 @@ def dcn_loss(
         centers: `[classes, dim]`, learned with the student (`kdjax.nn.DynamicCenterNormLoss` holds them).
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
@@ -62,4 +65,4 @@ def dcn_loss(
     student_square, teacher_square = jnp.square(student).sum(-1), jnp.square(jax.lax.stop_gradient(teacher)).sum(-1)
     square = jnp.where(student_square < teacher_square, teacher_square, student_square)
     cosine = (student * center).sum(-1) / jnp.sqrt(jnp.where(square == 0, 1, square))
-    return reduce(factor * (1 - cosine), where, reduction)
+    return reduce(factor * (1 - cosine), where, reduction, axis_name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdjax._numerics import HIGHEST, widen
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Reduction, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 
 @checked
@@ -21,6 +21,7 @@ def hcl_loss(
     channel_axis: int = -1,
     where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
 
@@ -36,6 +37,8 @@ def hcl_loss(
         channel_axis: where the channels are, -1 here (1 in kdtorch).
         where: `[batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`.
@@ -70,7 +73,7 @@ def hcl_loss(
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student, teacher = keep(where, *widen(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
-    return reduce(jnp.stack(maps).sum(0), where, reduction)
+    return reduce(jnp.stack(maps).sum(0), where, reduction, axis_name)
 
 
 def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.Array:

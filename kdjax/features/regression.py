@@ -7,7 +7,7 @@ import optax
 
 from kdjax._numerics import positive, widen
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
 @checked
@@ -17,6 +17,7 @@ def bce_loss(
     *,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Sigmoid cross-entropy between features, the teacher's taken as targets.
 
@@ -28,6 +29,8 @@ def bce_loss(
             other target it is linear in s without a minimum, which is allowed because the founding code does it.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -43,7 +46,7 @@ def bce_loss(
     """
     student, teacher = keep(where, *widen(student, teacher))
     entries = optax.losses.sigmoid_binary_cross_entropy(student, jax.lax.stop_gradient(teacher))
-    return reduce(entries.mean(-1), where, reduction)
+    return reduce(entries.mean(-1), where, reduction, axis_name)
 
 
 @checked
@@ -53,6 +56,7 @@ def mse_loss(
     *,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Mean squared error between features.
 
@@ -63,6 +67,8 @@ def mse_loss(
         teacher: the same shape; constant, its gradient is 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -81,7 +87,7 @@ def mse_loss(
     """
     student, teacher = keep(where, *widen(student, teacher))
     entries = optax.losses.squared_error(student, jax.lax.stop_gradient(teacher))
-    return reduce(entries.mean(-1), where, reduction)
+    return reduce(entries.mean(-1), where, reduction, axis_name)
 
 
 @checked
@@ -92,6 +98,7 @@ def smooth_l1_loss(
     beta: Scalar = 1.0,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Smooth L1 error between features: quadratic below β, linear above.
 
@@ -103,6 +110,8 @@ def smooth_l1_loss(
         beta: β > 0, where the two pieces meet. It is Huber's loss with δ = β, divided by β.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -121,4 +130,4 @@ def smooth_l1_loss(
     student, teacher = keep(where, *widen(student, teacher))
     beta = positive("beta", beta, student)
     entries = optax.losses.huber_loss(student, jax.lax.stop_gradient(teacher), delta=beta) / beta
-    return reduce(entries.mean(-1), where, reduction)
+    return reduce(entries.mean(-1), where, reduction, axis_name)

@@ -15,7 +15,7 @@ from kdjax._numerics import (
     widen,
 )
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
 @checked
@@ -29,6 +29,7 @@ def dkd_loss(
     temperature: Scalar = 4.0,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Decoupled knowledge distillation: the label against the rest, and the rest among themselves.
 
@@ -45,6 +46,8 @@ def dkd_loss(
         temperature: T > 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below.
@@ -73,4 +76,4 @@ def dkd_loss(
     teacher_binary, teacher_others = binary_and_others(jax.lax.stop_gradient(teacher), label, temperature)
     target = kl_divergence(student_binary, teacher_binary, 1.0)
     others = kl_divergence(student_others, teacher_others, temperature)
-    return reduce(factor * temperature**2 * (alpha * target + beta * others), where, reduction)
+    return reduce(factor * temperature**2 * (alpha * target + beta * others), where, reduction, axis_name)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kdjax._numerics import check_classes, kl_divergence, log_ratio, positive, rowwise, widen
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
 @checked
@@ -18,6 +18,7 @@ def kl_loss(
     temperature: Scalar = 1.0,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Knowledge distillation by KL divergence: the student's softened distribution is drawn to the teacher's.
 
@@ -29,6 +30,8 @@ def kl_loss(
         temperature: T > 0. The factor T² keeps the gradient's size as T grows.
         where: `[*batch]`, False for examples (or tokens) that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`; float32 for half-precision inputs. 0 where student and
@@ -52,7 +55,7 @@ def kl_loss(
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = kl_divergence(student, jax.lax.stop_gradient(teacher), temperature)
-    return reduce(temperature**2 * divergence, where, reduction)
+    return reduce(temperature**2 * divergence, where, reduction, axis_name)
 
 
 @checked
@@ -63,6 +66,7 @@ def symmetric_kl_loss(
     temperature: Scalar = 1.0,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Symmetric KL divergence (Jeffreys), the mean of the two directions.
 
@@ -75,6 +79,8 @@ def symmetric_kl_loss(
         temperature: T > 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below; inf where one
@@ -97,7 +103,7 @@ def symmetric_kl_loss(
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = _jeffreys(student, jax.lax.stop_gradient(teacher), temperature)
-    return reduce(temperature**2 / 2 * divergence, where, reduction)
+    return reduce(temperature**2 / 2 * divergence, where, reduction, axis_name)
 
 
 @rowwise

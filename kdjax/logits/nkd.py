@@ -17,7 +17,7 @@ from kdjax._numerics import (
     widen,
 )
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
 @checked
@@ -30,6 +30,7 @@ def nkd_loss(
     temperature: Scalar = 1.0,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Normalised knowledge distillation: cross-entropies on the label and on the normalised other classes.
 
@@ -47,6 +48,8 @@ def nkd_loss(
         temperature: T > 0, of the non-target part alone.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -75,4 +78,4 @@ def nkd_loss(
     target = -jnp.exp(take_class(log_softmax(teacher), labels)) * take_class(log_softmax(student), labels)
     hat_q = jnp.exp(log_softmax(jnp.where(label, -jnp.inf, teacher), temperature))
     others = cross_entropy(jnp.where(label, -jnp.inf, student), hat_q, temperature)
-    return reduce(factor * (target + gamma * temperature**2 * others), where, reduction)
+    return reduce(factor * (target + gamma * temperature**2 * others), where, reduction, axis_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import total
 from kdjax._numerics import (
     check_classes,
     cross_entropy,
@@ -16,7 +17,7 @@ from kdjax._numerics import (
     widen,
 )
 from kdjax._reduce import count, keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
 @checked
@@ -30,6 +31,7 @@ def uskd_loss(
     mu: Scalar = 0.005,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Universal self-knowledge distillation: soft labels made without a teacher, from the student and a weak head.
 
@@ -53,6 +55,8 @@ def uskd_loss(
         mu: weight of the weak head's own cross-entropy, ≥ 0.
         where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -99,7 +103,7 @@ def uskd_loss(
         log_p_y = jnp.where(present[k], take_class(log_p, classes[k]), 0)
         counted = present[k] if where is None else present[k] & where
         square = jnp.where(counted, jnp.exp(2 * log_p_y), 0)
-        mean = square.sum() / count(counted, square.dtype)
+        mean = total(jax.lax.stop_gradient(square.sum()), axis_name) / count(counted, square.dtype, axis_name)
         soft = jax.lax.stop_gradient(jnp.where(present[k], square + probabilities[k] - mean, 0))
         target -= soft * log_p_y
         log_p_labels += log_p_y
@@ -113,7 +117,7 @@ def uskd_loss(
 
     smooth = 0.9 * distribution + 0.1 / used.sum(-1, keepdims=True, dtype=student.dtype)
     head = cross_entropy(weak, jnp.where(used, smooth, 0), 1.0)
-    return reduce(factor * (alpha * target + beta * others + mu * head), where, reduction)
+    return reduce(factor * (alpha * target + beta * others + mu * head), where, reduction, axis_name)
 
 
 def _zipf(score: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -135,7 +139,8 @@ def _zipf(score: jax.Array, where: jax.Array | None) -> jax.Array:
         return place + (first[place] < index).astype("int32")
 
     def stable() -> jax.Array:
-        return jnp.argsort(jnp.argsort(-score, -1, stable=True), -1).astype("int32")
+        place = jnp.argsort(jnp.argsort(-score, -1, stable=True), -1).astype("int32")
+        return jnp.where(key == key, place, 0)  # argsort forgets, inside shard_map, that devices differ
 
     place = jax.lax.cond(threes, stable, lambda: jnp.vectorize(own, signature="(n),(n)->(n)")(ordered, key))
     return 1 / (1 + place).astype(score.dtype)

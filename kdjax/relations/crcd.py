@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import fetch, rank, replicate, size
 from kdjax._numerics import HIGHEST, fraction, positive, rowwise, unit, valid_index, widen
 from kdjax._reduce import count, keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
 class CRCDState(NamedTuple):
@@ -89,6 +92,9 @@ def crcd_loss(
     momentum: Scalar = 0.5,
     where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    sharded_memory: bool = False,
+    update: bool = True,
 ) -> tuple[jax.Array, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
 
@@ -116,6 +122,11 @@ def crcd_loss(
         where: `[batch]`, False for examples that count for nothing, neither as example nor as anchor, and are not
             remembered.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over anchors of each.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
+        sharded_memory: whether each device holds its own rows of the two memories, as many as every other, in the order of
+            the devices. The rows that the batch needs then travel, the memories do not.
+        update: False leaves the state as it was: for all micro-batches of a step but the last.
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
@@ -145,103 +156,135 @@ def crcd_loss(
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
     student, teacher, index, negatives = keep(where, student, teacher, index, negatives)
-    num_data = state.student_memory.shape[0]
+    rows = len(state.student_memory)
+    num_data = rows * size(axis_name) if sharded_memory else rows
     index, factor = valid_index(index, num_data)
     negatives, factors = valid_index(negatives, num_data)
     valid = jnp.isfinite(factor) if where is None else jnp.isfinite(factor) & where
     factor = (factor * factors.prod(1)).astype(student.dtype)
 
-    state = jax.lax.stop_gradient(state)
+    old = jax.lax.stop_gradient(state)
     student, teacher = unit(student), unit(teacher)
     places = jnp.concatenate([index[:, None], negatives], 1)
-    on_student, student_normalizer = _side(
-        student, places, valid, state.teacher_memory, state.student_normalizer, temperature
-    )
-    on_teacher, teacher_normalizer = _side(
-        teacher, places, valid, state.student_memory, state.teacher_normalizer, temperature
-    )
-    last = _last_of_equals(index, valid)
-    state = CRCDState(
-        _remember(state.student_memory, index, last, student, momentum),
-        _remember(state.teacher_memory, index, last, teacher, momentum),
+    every_index, every_valid = replicate(index, axis_name), replicate(valid, axis_name)
+
+    def side(embedding: jax.Array, memory: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bank, at = memory.astype(embedding.dtype), places
+        if sharded_memory:
+            bank, at = fetch(bank, places.ravel(), axis_name), jnp.arange(places.size).reshape(places.shape)
+            anchors = replicate(bank[at[:, 0]], axis_name)
+        else:
+            anchors = bank[every_index]
+        known = _Known(bank, at, places, anchors, every_index, every_valid)
+        return _side(embedding, valid, known, normalizer, temperature, num_data, axis_name)
+
+    on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
+    on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
+    loss = reduce(factor * (on_student + on_teacher), where, reduction, axis_name)
+    if not update:
+        return loss, state
+    last = _last_of_equals(every_index, every_valid)
+    here = every_index - (rank(axis_name) * rows if sharded_memory else 0)
+    return loss, CRCDState(
+        _remember(old.student_memory, here, last, replicate(student, axis_name), momentum),
+        _remember(old.teacher_memory, here, last, replicate(teacher, axis_name), momentum),
         student_normalizer,
         teacher_normalizer,
     )
-    return reduce(factor * (on_student + on_teacher), where, reduction), state
+
+
+class _Known(NamedTuple):
+    """What the examples of one side are compared with: their own places, seen from the anchors of the whole batch.
+
+    Attributes:
+        bank: `[number, dim]`, remembered rows.
+        at: `[batch, K + 1]`, where each example's places stand in the bank.
+        places: `[batch, K + 1]`, where they stand in the data set.
+        anchors: `[whole batch, dim]`.
+        anchor_places: `[whole batch]`, where these stand in the data set.
+        valid: `[whole batch]`, False for anchors that count for nothing.
+    """
+
+    bank: jax.Array
+    at: jax.Array
+    places: jax.Array
+    anchors: jax.Array
+    anchor_places: jax.Array
+    valid: jax.Array
 
 
 def _side(
     embedding: jax.Array,
-    places: jax.Array,
     valid: jax.Array,
-    memory: jax.Array,
+    known: _Known,
     normalizer: jax.Array,
     temperature: Scalar,
+    num_data: int,
+    axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of one side for each example, and its normaliser."""
-    bank = memory.astype(embedding.dtype)
+    number = known.places.shape[1]
+    temperature = jnp.asarray(temperature, embedding.dtype)
     unset = normalizer == 0
-    log_mean = jax.lax.cond(
+    log_sum = jax.lax.cond(
         unset,
-        lambda: _log_mean(jax.lax.stop_gradient(embedding), places, valid, bank, temperature),
-        lambda: jnp.zeros((), embedding.dtype),
+        lambda: _log_sum(jax.lax.stop_gradient(embedding), valid, known, temperature),
+        lambda: embedding[:0].sum(),  # 0, of the same type inside shard_map
     )
-    fresh = jnp.exp(log_mean).astype(normalizer.dtype) * len(memory)
-    usable = unset & valid.any() & jnp.isfinite(fresh)
+    log_triples = 2 * jnp.log(count(known.valid, embedding.dtype)) + math.log(number)
+    log_mean = jax.nn.logsumexp(replicate(log_sum[None], axis_name)) - log_triples
+    fresh = jnp.exp(log_mean).astype(normalizer.dtype) * num_data
+    usable = unset & known.valid.any() & jnp.isfinite(fresh)
     normalizer = jnp.where(usable, fresh, normalizer)
     log_z = jnp.log(jnp.where(unset, fresh, normalizer)).astype(embedding.dtype)
-    return _contrast(embedding, places, valid, bank, log_z, jnp.asarray(temperature, embedding.dtype)), normalizer
+    contrast = rowwise(functools.partial(_contrast, (number - 1) / num_data))
+    return contrast(embedding, known, log_z, temperature), normalizer
 
 
-def _log_mean(
-    embedding: jax.Array, places: jax.Array, valid: jax.Array, bank: jax.Array, temperature: Scalar
-) -> jax.Array:
-    """log of the mean of exp(r.rho/tau) over the kept triples."""
+def _log_sum(embedding: jax.Array, valid: jax.Array, known: _Known, temperature: jax.Array) -> jax.Array:
+    """log of the sum of exp(r.rho/tau) over the kept triples of this device's examples."""
 
-    def row(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        relation = _relations(*inputs, places[:, 0], bank)[0]
-        return jax.nn.logsumexp(jnp.where(valid[:, None], relation / temperature, -jnp.inf))
+    def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        relation = _relations(known, *inputs)[0]
+        return jax.nn.logsumexp(jnp.where(known.valid[:, None], relation / temperature, -jnp.inf))
 
-    rows = jnp.where(valid, jax.lax.map(row, (embedding, places)), -jnp.inf)
-    number = count(valid, embedding.dtype)
-    return jax.nn.logsumexp(rows) - 2 * jnp.log(number) - jnp.log(places.shape[1])
+    rows = jax.lax.map(row, (embedding, known.at, known.places))
+    return jax.nn.logsumexp(jnp.where(valid, rows, -jnp.inf))
 
 
-@rowwise
 def _contrast(
-    embedding: jax.Array, places: jax.Array, valid: jax.Array, bank: jax.Array, log_z: jax.Array, temperature: jax.Array
+    noise: float, embedding: jax.Array, known: _Known, log_z: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""
-    number = count(valid, embedding.dtype)
-    noise = (places.shape[1] - 1) / bank.shape[0]
-    log_noise, log_shifted = jnp.log(noise), jnp.log(noise + 1e-7)
+    number = count(known.valid, embedding.dtype)
+    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
 
-    def row(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        relation, pull = _relations(*inputs, places[:, 0], bank)
+    def row(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        relation, pull = _relations(known, *inputs)
         log_x = relation / temperature - log_z
         positive, negative = log_x[:, :1], log_x[:, 1:]
         terms = -jax.nn.log_sigmoid(positive - log_shifted).sum(1)
-        terms -= (jax.nn.log_sigmoid(log_shifted - negative) + (log_noise - log_shifted)).sum(1)
+        terms -= (jax.nn.log_sigmoid(log_shifted - negative) - shift).sum(1)
         slope = jnp.concatenate([-jax.nn.sigmoid(log_shifted - positive), jax.nn.sigmoid(negative - log_shifted)], 1)
-        slope = jnp.where(valid[:, None], slope, 0) / temperature
-        return jnp.where(valid, terms, 0).sum() / number, pull(slope) / number
+        slope = jnp.where(known.valid[:, None], slope, 0) / temperature
+        return jnp.where(known.valid, terms, 0).sum() / number, pull(slope) / number
 
-    return jax.lax.map(row, (embedding, places))
+    return jax.lax.map(row, (embedding, known.at, known.places))
 
 
 def _relations(
-    embedding: jax.Array, places: jax.Array, anchor_places: jax.Array, bank: jax.Array
+    known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """r.rho of one example for every anchor and place, `[batch, K + 1]`, and the function that takes a slope on it back.
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
     """
-    anchors, remembered = bank[anchor_places], bank[places]
+    anchors, remembered = known.anchors, known.bank[at]
     rho, rho_length = _unit_and_length((embedding[None] - anchors) + 1e-6)
     middle = anchors.mean(0, keepdims=True)  # what is common to all rows only costs digits
     a, w = anchors - 1e-6 - middle, remembered - middle
 
-    same = anchor_places[:, None] == places[None]
+    same = known.anchor_places[:, None] == places[None]
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
     square = a_square[:, None] + w_square[None] - 2 * _product(a, w.T)
     close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(a_square.max(), w_square.max())
@@ -295,7 +338,8 @@ def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
 def _remember(
     memory: jax.Array, index: jax.Array, last: jax.Array, embedding: jax.Array, momentum: Scalar
 ) -> jax.Array:
-    old = memory[index]
+    here = (index >= 0) & (index < len(memory))  # the rows of other devices are theirs to remember
+    old = memory[jnp.where(here, index, 0)]
     new = unit(momentum * old + (1 - momentum) * embedding[last].astype(memory.dtype))
-    usable = (last >= 0) & jnp.isfinite(new).all(1) & (new != 0).any(1)
-    return memory.at[index].set(jnp.where(usable[:, None], new, old))
+    usable = here & (last >= 0) & jnp.isfinite(new).all(1) & (new != 0).any(1)
+    return memory.at[jnp.where(usable, index, len(memory))].set(new, mode="drop")

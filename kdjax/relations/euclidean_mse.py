@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import gather, own, replicate
 from kdjax._numerics import HIGHEST, unit, widen
 from kdjax._reduce import count, keep, reduce
-from kdjax._typing import Array, Bool, Float, Reduction, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 
 @checked
@@ -19,6 +21,7 @@ def euclidean_mse_loss(
     *,
     where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.
 
@@ -31,6 +34,8 @@ def euclidean_mse_loss(
         teacher: `[batch, teacher_dim]`, of any width; constant, its gradient is 0.
         where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. Two equal rows are 0 apart and pull at nothing; a zero row
@@ -52,24 +57,27 @@ def euclidean_mse_loss(
     """
     student, teacher = widen(student, teacher)
     student, teacher = (unit(x) for x in keep(where, student, teacher))
-    kept = jnp.ones(len(student), bool) if where is None else where
-    partners = kept[:, None] & kept[None] & ~jnp.eye(len(student), dtype=bool)
-    gap = _distances(student, partners) - jax.lax.stop_gradient(_distances(teacher, partners))
+    mine = functools.partial(own, rows=len(student), axis_name=axis_name)
+    student, teacher = gather(student, axis_name), replicate(teacher, axis_name)
+    kept = jnp.ones(len(student), bool) if where is None else replicate(where, axis_name)
+    place = jnp.arange(len(student))
+    partners = mine(kept)[:, None] & kept[None] & (mine(place)[:, None] != place[None])
+    gap = _distances(student, partners, mine) - _distances(teacher, partners, mine)
     pairs = jnp.where(partners, jnp.square(gap), 0)
-    return reduce(pairs.sum(1) / count(kept, student.dtype), where, reduction)
+    return reduce(pairs.sum(1) / count(kept, student.dtype), where, reduction, axis_name)
 
 
-def _distances(x: jax.Array, partners: jax.Array) -> jax.Array:
-    """|x_i - x_j| of partners, 0 elsewhere, in [batch, batch]."""
+def _distances(x: jax.Array, partners: jax.Array, mine: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
     length = jnp.square(centered).sum(-1)
-    square = length[:, None] + length[None] - 2 * jnp.matmul(centered, centered.T, precision=HIGHEST)
+    square = mine(length)[:, None] + length[None] - 2 * jnp.matmul(mine(centered), centered.T, precision=HIGHEST)
     clear = (~partners | (square * 64 > length.max())).all()
 
     def by_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _root(jnp.square(row[0][None] - x).sum(-1), row[1])
 
-    rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (x, partners))  # noqa: E731
+    rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (mine(x), partners))  # noqa: E731
     return jax.lax.cond(clear, lambda: _root(square, partners), rows)
 
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdjax._collectives import size, total
 from kdjax._numerics import cross_entropy, fraction, log_softmax, positive, widen
 from kdjax._reduce import reduce
-from kdjax._typing import Array, Bool, Float, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
 class DINOState(NamedTuple):
@@ -82,6 +83,8 @@ def dino_loss(
     center_momentum: Scalar = 0.9,
     where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    update: bool = True,
 ) -> tuple[jax.Array, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
 
@@ -100,6 +103,9 @@ def dino_loss(
         center_momentum: m in [0, 1].
         where: `[batch]`, False for examples that count for nothing, in the centre too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
+        update: False leaves the state as it was: for all micro-batches of a step but the last.
 
     Returns:
         The loss and the next state, of the state's dtype. A batch that would make the centre non-finite, or one with
@@ -128,7 +134,6 @@ def dino_loss(
             f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
         )
     student, teacher = widen(student, teacher)
-    kept = jnp.ones(student.shape[1], bool) if where is None else where
     if where is not None:
         student, teacher = (jnp.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher = jax.lax.stop_gradient(teacher)
@@ -142,11 +147,12 @@ def dino_loss(
     pairs = jnp.stack(
         [cross_entropy(x, target, student_temperature) for x, target in zip(student, targets, strict=True)]
     ).sum(0)
-    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
+    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, axis_name)
 
-    number = jnp.maximum(kept.sum(dtype=teacher.dtype), 1) * teacher_views
-    mean = (teacher.sum((0, 1)) / number).astype(state.center.dtype)
+    batch = size(axis_name) * teacher.shape[1]
+    kept = jnp.asarray(batch, teacher.dtype) if where is None else total(where.sum(dtype=teacher.dtype), axis_name)
+    mean = (total(teacher.sum((0, 1)), axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
     padding = jnp.isneginf(mean)
     center = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
-    usable = jnp.isfinite(center).all() & kept.any()
-    return loss, DINOState(jnp.where(usable, center, state.center))
+    usable = jnp.isfinite(center).all() & (kept > 0)
+    return loss, DINOState(jnp.where(usable, center, state.center)) if update else state

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdtorch._numerics import unit, valid_index, widen
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, checked
 
 
 @checked
@@ -19,6 +19,7 @@ def dcn_loss(
     *,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Dynamic centre norm: the student's feature should lie along its class's learned centre, no shorter than the teacher's.
 
@@ -31,6 +32,8 @@ def dcn_loss(
         centers: `[classes, dim]`, learned with the student (`kdtorch.nn.DynamicCenterNormLoss` holds them).
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
@@ -62,4 +65,4 @@ def dcn_loss(
     student_square, teacher_square = student.square().sum(-1), teacher.detach().square().sum(-1)
     square = torch.where(student_square < teacher_square, teacher_square, student_square)
     cosine = (student * center).sum(-1) / torch.where(square == 0, 1, square).sqrt()
-    return reduce(1 - cosine, where, reduction)
+    return reduce(1 - cosine, where, reduction, group)

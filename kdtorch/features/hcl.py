@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kdtorch._numerics import widen
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Reduction, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
 @checked
@@ -21,6 +21,7 @@ def hcl_loss(
     channel_axis: int = 1,
     where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
 
@@ -36,6 +37,8 @@ def hcl_loss(
         channel_axis: where the channels are, 1 here (-1 in kdjax).
         where: `[batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`.
@@ -70,7 +73,7 @@ def hcl_loss(
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student, teacher = keep(where, *widen(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
-    return reduce(torch.stack(maps).sum(0), where, reduction)
+    return reduce(torch.stack(maps).sum(0), where, reduction, group)
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:

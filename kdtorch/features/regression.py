@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from kdtorch._numerics import positive, widen
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -17,6 +17,7 @@ def bce_loss(
     *,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Sigmoid cross-entropy between features, the teacher's taken as targets.
 
@@ -28,6 +29,8 @@ def bce_loss(
             other target it is linear in s without a minimum, which is allowed because the founding code does it.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -43,7 +46,7 @@ def bce_loss(
     """
     student, teacher = keep(where, *widen(student, teacher))
     entries = functional.binary_cross_entropy_with_logits(student, teacher.detach(), reduction="none")
-    return reduce(entries.mean(-1), where, reduction)
+    return reduce(entries.mean(-1), where, reduction, group)
 
 
 @checked
@@ -53,6 +56,7 @@ def mse_loss(
     *,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Mean squared error between features.
 
@@ -63,6 +67,8 @@ def mse_loss(
         teacher: the same shape; constant, its gradient is 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -81,7 +87,7 @@ def mse_loss(
     """
     student, teacher = keep(where, *widen(student, teacher))
     entries = functional.mse_loss(student, teacher.detach(), reduction="none")
-    return reduce(entries.mean(-1), where, reduction)
+    return reduce(entries.mean(-1), where, reduction, group)
 
 
 @checked
@@ -92,6 +98,7 @@ def smooth_l1_loss(
     beta: Scalar = 1.0,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Smooth L1 error between features: quadratic below β, linear above.
 
@@ -103,6 +110,8 @@ def smooth_l1_loss(
         beta: β > 0, where the two pieces meet. It is Huber's loss with δ = β, divided by β.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -121,4 +130,4 @@ def smooth_l1_loss(
     student, teacher = keep(where, *widen(student, teacher))
     beta = positive("beta", beta, student)
     scaled = functional.smooth_l1_loss(student / beta, teacher.detach() / beta, reduction="none")
-    return reduce(beta * scaled.mean(-1), where, reduction)
+    return reduce(beta * scaled.mean(-1), where, reduction, group)

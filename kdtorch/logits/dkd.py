@@ -18,7 +18,7 @@ from kdtorch._numerics import (
     without_class,
 )
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -32,6 +32,7 @@ def dkd_loss(
     temperature: Scalar = 4.0,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Decoupled knowledge distillation: the label against the rest, and the rest among themselves.
 
@@ -48,6 +49,8 @@ def dkd_loss(
         temperature: T > 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below.
@@ -71,7 +74,7 @@ def dkd_loss(
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     temperature = positive("temperature", temperature, student)
     labels = valid_index("labels", labels, student.shape[-1])
-    return reduce(_decoupled(student, teacher.detach(), labels, alpha, beta, temperature), where, reduction)
+    return reduce(_decoupled(student, teacher.detach(), labels, alpha, beta, temperature), where, reduction, group)
 
 
 @rowwise

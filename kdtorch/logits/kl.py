@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, rowwise, softmax, times, widen
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -17,6 +17,7 @@ def kl_loss(
     temperature: Scalar = 1.0,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Knowledge distillation by KL divergence: the student's softened distribution is drawn to the teacher's.
 
@@ -28,6 +29,8 @@ def kl_loss(
         temperature: T > 0. The factor T² keeps the gradient's size as T grows.
         where: `[*batch]`, False for examples (or tokens) that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`; float32 for half-precision inputs. 0 where student and
@@ -51,7 +54,7 @@ def kl_loss(
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = kl_divergence(student, teacher.detach(), temperature)
-    return reduce(temperature**2 * divergence, where, reduction)
+    return reduce(temperature**2 * divergence, where, reduction, group)
 
 
 @checked
@@ -62,6 +65,7 @@ def symmetric_kl_loss(
     temperature: Scalar = 1.0,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Symmetric KL divergence (Jeffreys), the mean of the two directions.
 
@@ -74,6 +78,8 @@ def symmetric_kl_loss(
         temperature: T > 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below; inf where one
@@ -96,7 +102,7 @@ def symmetric_kl_loss(
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = _jeffreys(student, teacher.detach(), temperature)
-    return reduce(temperature**2 / 2 * divergence, where, reduction)
+    return reduce(temperature**2 / 2 * divergence, where, reduction, group)
 
 
 @rowwise

@@ -18,7 +18,7 @@ from kdtorch._numerics import (
     without_class,
 )
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -31,6 +31,7 @@ def nkd_loss(
     temperature: Scalar = 1.0,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Normalised knowledge distillation: cross-entropies on the label and on the normalised other classes.
 
@@ -48,6 +49,8 @@ def nkd_loss(
         temperature: T > 0, of the non-target part alone.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -71,7 +74,7 @@ def nkd_loss(
     gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
     (labels,) = keep(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
     labels = valid_index("labels", labels, student.shape[-1])
-    return reduce(_normalized(student, teacher, labels, gamma, temperature), where, reduction)
+    return reduce(_normalized(student, teacher, labels, gamma, temperature), where, reduction, group)
 
 
 @rowwise

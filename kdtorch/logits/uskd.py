@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import total
 from kdtorch._numerics import (
     check_classes,
     cross_entropy,
@@ -18,7 +19,7 @@ from kdtorch._numerics import (
     widen,
 )
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -32,6 +33,7 @@ def uskd_loss(
     mu: Scalar = 0.005,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Universal self-knowledge distillation: soft labels made without a teacher, from the student and a weak head.
 
@@ -55,6 +57,8 @@ def uskd_loss(
         mu: weight of the weak head's own cross-entropy, ≥ 0.
         where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -99,7 +103,8 @@ def uskd_loss(
     log_p_labels = torch.where(present, log_p.gather(-1, classes), 0)
     square = torch.where(counted, (2 * log_p_labels).exp(), 0)
     examples = tuple(range(student.ndim - 1))
-    mean = square.sum(examples) / counted.sum(examples, dtype=square.dtype).clamp(min=1)
+    number = total(counted.sum(examples, dtype=square.dtype), group).clamp(min=1)
+    mean = total(square.sum(examples), group) / number
     soft = torch.where(present, square + probabilities - mean, 0)
 
     over_w = 1 - torch.where(present, w.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6
@@ -108,7 +113,7 @@ def uskd_loss(
     zipf = zipf / zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny)
     smooth = (0.9 * distribution + 0.1 / (1 - unused).sum(-1, keepdim=True)) * (1 - unused)
     value = _target_and_others(student, classes, soft, zipf, alpha, beta) + mu * cross_entropy(weak, smooth, 1.0)
-    return reduce(value, where, reduction)
+    return reduce(value, where, reduction, group)
 
 
 @rowwise

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdtorch._collectives import check_batch, fetch, rank, replicate, size
 from kdtorch._numerics import fraction, opaque, positive, rowwise, unit, valid_index, widen
 from kdtorch._reduce import count, keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
 class CRCDState(NamedTuple):
@@ -95,6 +96,9 @@ def crcd_loss(
     momentum: Scalar = 0.5,
     where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    sharded_memory: bool = False,
+    update: bool = True,
 ) -> tuple[Tensor, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
 
@@ -122,6 +126,11 @@ def crcd_loss(
         where: `[batch]`, False for examples that count for nothing, neither as example nor as anchor, and are not
             remembered.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over anchors of each.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
+        sharded_memory: whether each rank holds its own rows of the two memories, as many as every other, in the order of
+            the ranks. The rows that the batch needs then travel, the memories do not.
+        update: False leaves the state as it was: for all micro-batches of a step but the last.
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
@@ -145,110 +154,160 @@ def crcd_loss(
     (True, True)
     """
     student, teacher = widen(student, teacher)
-    state = CRCDState(*(x.detach().to(student.device) for x in state))
+    old = CRCDState(*(x.detach().to(student.device) for x in state))
     temperature = positive("temperature", temperature, student)
-    momentum = fraction("momentum", momentum, state.student_memory)
+    momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
     student, teacher, index, negatives = keep(where, student, teacher, index, negatives)
-    index = valid_index("index", index, len(state.student_memory))
-    negatives = valid_index("negatives", negatives, len(state.student_memory))
+    rows = len(old.student_memory)
+    num_data = rows * size(group) if sharded_memory else rows
+    index = valid_index("index", index, num_data)
+    negatives = valid_index("negatives", negatives, num_data)
     valid = torch.ones_like(index, dtype=torch.bool) if where is None else where
 
+    check_batch(student, group)
     student, teacher = unit(student), unit(teacher)
     places = torch.cat([index[:, None], negatives], 1)
-    on_student, student_normalizer = _side(
-        student, places, valid, state.teacher_memory, state.student_normalizer, temperature
-    )
-    on_teacher, teacher_normalizer = _side(
-        teacher, places, valid, state.student_memory, state.teacher_normalizer, temperature
-    )
-    last = _last_of_equals(index, valid)
-    state = CRCDState(
-        _remember(state.student_memory, index, last, student.detach(), momentum),
-        _remember(state.teacher_memory, index, last, teacher.detach(), momentum),
+    every_index, every_valid = replicate(index, group), replicate(valid, group)
+
+    def side(embedding: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        bank, at = memory.to(embedding.dtype), places
+        if sharded_memory:
+            bank, at = (
+                fetch(bank, places.flatten(), group),
+                torch.arange(places.numel(), device=places.device).view_as(places),
+            )
+            anchors = replicate(bank[at[:, 0]], group)
+        else:
+            anchors = bank[every_index]
+        known = _Known(bank, at, places, anchors, every_index, every_valid)
+        return _side(embedding, valid, known, normalizer, temperature, num_data, group)
+
+    on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
+    on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
+    loss = reduce(on_student + on_teacher, where, reduction, group)
+    if not update:
+        return loss, state
+    here, last = every_index, _last_of_equals(every_index, every_valid)
+    if sharded_memory:  # the rows of other ranks are theirs to remember
+        here = here - rank(group) * rows
+        inside = (here >= 0) & (here < rows)
+        here, last = here[inside], last[inside]
+    return loss, CRCDState(
+        _remember(old.student_memory, here, last, replicate(student, group), momentum),
+        _remember(old.teacher_memory, here, last, replicate(teacher, group), momentum),
         student_normalizer,
         teacher_normalizer,
     )
-    return reduce(on_student + on_teacher, where, reduction), state
+
+
+class _Known(NamedTuple):
+    """What the examples of one side are compared with: their own places, seen from the anchors of the whole batch.
+
+    Attributes:
+        bank: `[number, dim]`, remembered rows.
+        at: `[batch, K + 1]`, where each example's places stand in the bank.
+        places: `[batch, K + 1]`, where they stand in the data set.
+        anchors: `[whole batch, dim]`.
+        anchor_places: `[whole batch]`, where these stand in the data set.
+        valid: `[whole batch]`, False for anchors that count for nothing.
+    """
+
+    bank: Tensor
+    at: Tensor
+    places: Tensor
+    anchors: Tensor
+    anchor_places: Tensor
+    valid: Tensor
+
+
+_KNOWN = ", ".join(f"Tensor {field}" for field in _Known._fields)
 
 
 def _side(
-    embedding: Tensor, places: Tensor, valid: Tensor, memory: Tensor, normalizer: Tensor, temperature: Scalar
+    embedding: Tensor,
+    valid: Tensor,
+    known: _Known,
+    normalizer: Tensor,
+    temperature: Scalar,
+    num_data: int,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of one side for each example, and its normaliser."""
-    bank = memory.to(embedding.dtype)
+    number = known.places.shape[1]
     if not isinstance(temperature, Tensor):
         temperature = embedding.new_full((), temperature)
     unset = normalizer == 0
-    log_mean = _log_mean(embedding.detach(), places, valid, bank, temperature, unset)
-    fresh = log_mean.exp().to(normalizer.dtype) * len(memory)
-    usable = unset & valid.any() & torch.isfinite(fresh)
+    log_sum = _log_sum(embedding.detach(), valid, *known, temperature, unset)
+    log_triples = 2 * count(known.valid, embedding.dtype).log() + math.log(number)
+    log_mean = replicate(log_sum[None], group).logsumexp(0) - log_triples
+    fresh = log_mean.exp().to(normalizer.dtype) * num_data
+    usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
     log_z = torch.where(unset, fresh, normalizer).log().to(embedding.dtype)
-    return _contrast(embedding, places, valid, bank, log_z, temperature), normalizer
+    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64)
+    return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 
 
 @opaque(
-    "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor temperature, Tensor unset) -> Tensor",
+    f"(Tensor embedding, Tensor kept, {_KNOWN}, Tensor temperature, Tensor unset) -> Tensor",
     lambda embedding, *_: embedding.new_empty(()),
 )
-def _log_mean(
-    embedding: Tensor, places: Tensor, valid: Tensor, bank: Tensor, temperature: Tensor, unset: Tensor
-) -> Tensor:
-    """log of the mean of exp(r.rho/tau) over the kept triples."""
+def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
+    """log of the sum of exp(r.rho/tau) over the kept triples of this rank's examples."""
+    *fields, temperature, unset = others
+    known = _Known(*fields)
     if not unset:
         return embedding.new_zeros(())
     rows = [
-        (_relations(*inputs, places[:, 0], bank)[0][valid] / temperature).flatten()
-        for inputs in zip(embedding[valid], places[valid], strict=True)
+        (_relations(known, *inputs)[0][known.valid] / temperature).flatten().logsumexp(0)
+        for inputs in zip(embedding[kept], known.at[kept], known.places[kept], strict=True)
     ]
-    logs = torch.stack([row.logsumexp(0) for row in rows]) if rows else embedding.new_full((1,), -math.inf)
-    return logs.logsumexp(0) - (2 * count(valid, embedding.dtype).log() + math.log(places.shape[1]))
+    return (torch.stack(rows) if rows else embedding.new_full((1,), -math.inf)).logsumexp(0)
 
 
 @functools.partial(rowwise, opaque=True)
 @opaque(
-    "(Tensor embedding, Tensor places, Tensor valid, Tensor bank, Tensor log_z, Tensor temperature) -> (Tensor, Tensor)",
+    f"(Tensor embedding, {_KNOWN}, Tensor log_z, Tensor temperature, Tensor noise) -> (Tensor, Tensor)",
     lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),
 )
-def _contrast(
-    embedding: Tensor, places: Tensor, valid: Tensor, bank: Tensor, log_z: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
+def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""
-    number = count(valid, embedding.dtype)
-    noise = (places.shape[1] - 1) / len(bank)
-    log_noise, log_shifted = math.log(noise), math.log(noise + 1e-7)
+    *fields, log_z, temperature, noise = others
+    known = _Known(*fields)
+    number = count(known.valid, embedding.dtype)
+    log_shifted, shift = math.log(float(noise) + 1e-7), math.log1p(1e-7 / float(noise))
 
-    def row(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        relation, pull = _relations(*inputs, places[:, 0], bank)
+    def row(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        relation, pull = _relations(known, *inputs)
         log_x = relation / temperature - log_z
         positive, negative = log_x[:, :1], log_x[:, 1:]
         terms = -functional.logsigmoid(positive - log_shifted).sum(1)
-        terms -= (functional.logsigmoid(log_shifted - negative) + (log_noise - log_shifted)).sum(1)
+        terms -= (functional.logsigmoid(log_shifted - negative) - shift).sum(1)
         slope = torch.cat([-(log_shifted - positive).sigmoid(), (negative - log_shifted).sigmoid()], 1)
-        slope = torch.where(valid[:, None], slope, 0) / temperature
-        return torch.where(valid, terms, 0).sum() / number, pull(slope) / number
+        slope = torch.where(known.valid[:, None], slope, 0) / temperature
+        return torch.where(known.valid, terms, 0).sum() / number, pull(slope) / number
 
     if not len(embedding):
         return embedding.new_empty(0), torch.empty_like(embedding)
-    values, gradients = zip(*map(row, zip(embedding, places, strict=True)), strict=True)
+    values, gradients = zip(*map(row, zip(embedding, known.at, known.places, strict=True)), strict=True)
     return torch.stack(values), torch.stack(gradients)
 
 
 def _relations(
-    embedding: Tensor, places: Tensor, anchor_places: Tensor, bank: Tensor
+    known: _Known, embedding: Tensor, at: Tensor, places: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """r.rho of one example for every anchor and place, `[batch, K + 1]`, and the function that takes a slope on it back.
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
     """
-    anchors, remembered = bank[anchor_places], bank[places]
+    anchors, remembered = known.anchors, known.bank[at]
     rho, rho_length = _unit_and_length((embedding - anchors) + 1e-6)
     middle = anchors.mean(0)  # what is common to all rows only costs digits
     a, w = anchors - 1e-6 - middle, remembered - middle
 
-    same = anchor_places[:, None] == places
+    same = known.anchor_places[:, None] == places
     a_square, w_square = a.square().sum(1), w.square().sum(1)
     square = a_square[:, None] + w_square - 2 * a @ w.T
     close = square < math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())

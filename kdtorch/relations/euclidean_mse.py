@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import as_slice, check_batch, gather, own, replicate
 from kdtorch._numerics import opaque, pulled_back, unit, widen
 from kdtorch._reduce import count, keep, reduce
-from kdtorch._typing import Bool, Float, Reduction, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
 @checked
@@ -19,6 +20,7 @@ def euclidean_mse_loss(
     *,
     where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Mean squared error between the two matrices of Euclidean distances of unit-normalised features.
 
@@ -31,6 +33,8 @@ def euclidean_mse_loss(
         teacher: `[batch, teacher_dim]`, of any width; constant, its gradient is 0.
         where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. Two equal rows are 0 apart and pull at nothing; a zero row
@@ -52,47 +56,63 @@ def euclidean_mse_loss(
     """
     student, teacher = widen(student, teacher)
     student, teacher = (unit(x) for x in keep(where, student, teacher))
-    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else where
-    gap = _distances(student, kept) - _distances(teacher.detach(), kept)
-    return reduce(gap.square().sum(1) / count(kept, student.dtype), where, reduction)
+    check_batch(student, group)
+    mine = own(len(student), group)
+    student, teacher = gather(student, group), replicate(teacher, group)
+    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else replicate(where, group)
+    gap = _distances(student, kept, mine) - _distances(teacher, kept, mine)
+    return reduce(gap.square().sum(1) / count(kept, student.dtype), where, reduction, group)
 
 
-@opaque("(Tensor x, Tensor kept) -> Tensor", lambda x, kept: x.new_empty(len(x), len(x)))
-def _forward(x: Tensor, kept: Tensor) -> Tensor:
-    """|x_i - x_j| in `[batch, batch]`, 0 where one of them is masked."""
+@opaque("(Tensor x, Tensor kept, Tensor mine) -> Tensor", lambda x, kept, mine: x.new_empty(len(mine), len(x)))
+def _forward(x: Tensor, kept: Tensor, mine: Tensor) -> Tensor:
+    """|x_i - x_j| for this rank's i and every j, 0 where one of them is masked."""
+    rows = as_slice(mine)
     centered = x - x.mean(0)  # what is common to all rows only costs digits
     length = centered.square().sum(-1)
-    square = torch.addmm(length, centered, centered.T, alpha=-2).add_(length[:, None])
-    if not _clear(square, length, kept):
-        torch.stack([(row - x).square().sum(-1) for row in x], out=square)
-    square.fill_diagonal_(0)
-    return _without_masked(square, kept).clamp_(min=0).sqrt_()
+    square = torch.addmm(length, centered[rows], centered.T, alpha=-2).add_(length[rows, None])
+    if not _clear(square, length, kept, rows):
+        torch.stack([(row - x).square().sum(-1) for row in x[rows]], out=square)
+    square.diagonal(rows.start).fill_(0)
+    return _without_masked(square, kept, rows).clamp_(min=0).sqrt_()
 
 
 @opaque(
-    "(Tensor cotangent, Tensor distance, Tensor x, Tensor kept) -> Tensor",
-    lambda cotangent, distance, x, kept: torch.empty_like(x),
+    "(Tensor cotangent, Tensor distance, Tensor x, Tensor kept, Tensor mine) -> Tensor",
+    lambda cotangent, distance, x, kept, mine: torch.empty_like(x),
 )
-def _backward(cotangent: Tensor, distance: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+def _backward(cotangent: Tensor, distance: Tensor, x: Tensor, kept: Tensor, mine: Tensor) -> Tensor:
     """sum_j (c_ij + c_ji) (x_i - x_j) / d_ij, 0 where d_ij is."""
-    near = distance.reciprocal().nan_to_num_(nan=math.nan, posinf=0)
-    weight = _without_masked(near.mul_(cotangent + cotangent.T), kept)
+    rows = as_slice(mine)
+    if len(mine) == len(x):  # every pair is here twice
+        cotangent = cotangent + cotangent.T
+    weight = _without_masked(distance.reciprocal().nan_to_num_(nan=math.nan, posinf=0).mul_(cotangent), kept, rows)
     centered = x - x.mean(0)
-    if _clear(distance.square(), centered.square().sum(-1), kept):
-        return weight.sum(1, keepdim=True) * centered - weight @ centered
-    return torch.stack([part @ (row - x) for row, part in zip(x, weight, strict=True)])
+    clear = _clear(distance.square(), centered.square().sum(-1), kept, rows)
+    if clear:
+        towards = weight.sum(1, keepdim=True) * centered[rows] - weight @ centered
+    else:
+        towards = torch.stack([part @ (row - x) for row, part in zip(x[rows], weight, strict=True)])
+    if len(mine) == len(x):
+        return towards
+    if clear:
+        result = weight.sum(0)[:, None] * centered - weight.T @ centered[rows]
+    else:
+        result = torch.stack([part @ (row - x[rows]) for row, part in zip(x, weight.T, strict=True)])
+    result[rows] += towards
+    return result
 
 
 _distances = pulled_back(_forward, _backward)
 
 
-def _clear(square: Tensor, length: Tensor, kept: Tensor) -> bool:
+def _clear(square: Tensor, length: Tensor, kept: Tensor, rows: slice) -> bool:
     """Whether no squared distance loses its digits in a product of matrices. The diagonal is put out of the way."""
-    square.fill_diagonal_(math.inf)
-    smallest = (square if kept.all() else torch.where(kept[:, None] & kept, square, math.inf)).amin()
+    square.diagonal(rows.start).fill_(math.inf)
+    smallest = (square if kept.all() else torch.where(kept[rows, None] & kept, square, math.inf)).amin()
     return bool(smallest * 64 > length.amax())
 
 
-def _without_masked(pairs: Tensor, kept: Tensor) -> Tensor:
+def _without_masked(pairs: Tensor, kept: Tensor, rows: slice) -> Tensor:
     """0 for pairs with a masked row, of which there are none as a rule."""
-    return pairs if kept.all() else torch.where(kept[:, None] & kept, pairs, 0)
+    return pairs if kept.all() else torch.where(kept[rows, None] & kept, pairs, 0)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import size, total
 from kdtorch._numerics import cross_entropy, fraction, positive, softmax, widen
 from kdtorch._reduce import reduce
-from kdtorch._typing import Bool, Float, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
 class DINOState(NamedTuple):
@@ -82,6 +83,8 @@ def dino_loss(
     center_momentum: Scalar = 0.9,
     where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    update: bool = True,
 ) -> tuple[Tensor, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
 
@@ -100,6 +103,9 @@ def dino_loss(
         center_momentum: m in [0, 1].
         where: `[batch]`, False for examples that count for nothing, in the centre too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
+        update: False leaves the state as it was: for all micro-batches of a step but the last.
 
     Returns:
         The loss and the next state, of the state's dtype. A batch that would make the centre non-finite, or one with
@@ -128,7 +134,6 @@ def dino_loss(
             f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
         )
     student, teacher = widen(student, teacher)
-    kept = torch.ones_like(student[0, :, 0], dtype=torch.bool) if where is None else where
     if where is not None:
         student, teacher = (torch.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher, old = teacher.detach(), state.center.detach().to(teacher.device)
@@ -142,11 +147,12 @@ def dino_loss(
     pairs = torch.stack(
         [cross_entropy(x, target, student_temperature) for x, target in zip(student.unbind(0), targets, strict=True)]
     ).sum(0)
-    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction)
+    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, group)
 
-    number = kept.sum(dtype=teacher.dtype).clamp(min=1) * teacher_views
-    mean = (teacher.sum((0, 1)) / number).to(old.dtype)
+    batch = size(group) * teacher.shape[1]
+    kept = teacher.new_tensor(batch) if where is None else total(where.sum(dtype=teacher.dtype), group)
+    mean = (total(teacher.sum((0, 1)), group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
     padding = torch.isneginf(mean)
     center = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
-    usable = torch.isfinite(center).all() & kept.any()
-    return loss, DINOState(torch.where(usable, center, old))
+    usable = torch.isfinite(center).all() & (kept > 0)
+    return loss, DINOState(torch.where(usable, center, old)) if update else state

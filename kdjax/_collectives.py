@@ -1,0 +1,83 @@
+"""What the devices along a mesh axis tell each other, inside `shard_map`; without an axis there is one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._typing import AxisName
+
+
+def size(axis_name: AxisName | None) -> int:
+    """The number of devices."""
+    if axis_name is None:
+        return 1
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"`axis_name` must be a mesh axis of the shard_map around the call, got {axis_name!r}; under jit alone "
+            "leave it out, the compiler sees the whole batch"
+        ) from None
+
+
+def total(x: Any, axis_name: AxisName | None) -> Any:
+    """The sum over devices, the same on all of them."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
+def replicate(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The rows of all devices, known to be the same on all of them; constant to the gradient."""
+    x = jax.lax.stop_gradient(x)
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")
+
+
+def rank(axis_name: AxisName | None) -> jax.Array | int:
+    """The place of this device among them."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+
+def own(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:
+    """This device's rows of what was gathered."""
+    return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, rank(axis_name) * rows, rows)
+
+
+def fetch(rows: jax.Array, places: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """`table[places]` of a table `[n * len(rows), dim]`, of which each of n devices holds its rows.
+
+    Every device asks every other for up to `slots` rows, and again as long as one of them has more to ask.
+    """
+    if axis_name is None:
+        return rows[places]
+    devices, number = size(axis_name), places.size
+    owner, place = jnp.divmod(places.ravel(), len(rows))
+    order = jnp.argsort(owner, stable=True)
+    turn = (
+        jnp.zeros_like(owner)
+        .at[order]
+        .set(jnp.arange(number, dtype=owner.dtype) - jnp.searchsorted(owner[order], owner[order]).astype(owner.dtype))
+    )  # how many before it ask the same device
+    average = -(-number // devices)
+    slots = min(number, average + 4 * int(average**0.5) + 1)  # uniform places leave no second round
+
+    def exchange(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        round_, found = carry
+        slot = turn - round_ * slots
+        slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # those of other rounds are dropped
+        asked = jnp.zeros((devices, slots), place.dtype).at[owner, slot].set(place, mode="drop")
+        asked = jax.lax.all_to_all(asked, axis_name, 0, 0)
+        answer = jax.lax.all_to_all(rows[asked], axis_name, 0, 0)
+        found = jnp.where((slot < slots)[:, None], answer.at[owner, slot].get(mode="clip"), found)
+        return round_ + 1, found
+
+    rounds = -(-(jax.lax.pmax(turn.max(initial=0), axis_name) + 1) // slots)
+    start = jnp.zeros((), turn.dtype), jnp.where(turn[:, None] < 0, rows[:1], 0)
+    _, found = jax.lax.while_loop(lambda carry: carry[0] < rounds, exchange, start)
+    return found.reshape(*places.shape, -1)
