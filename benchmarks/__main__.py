@@ -103,9 +103,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         for name in ("direct", "torch", "jax"):
             size = memory.get(name)
             text = f"{size['resident'] / 2**20:.1f}" if size else ""
-            cells.append(
-                text + (f" ({size['program'] / 2**20:.1f})" if size and size["program"] is not None else "")
-            )
+            cells.append(text + (f" ({size['program'] / 2**20:.1f})" if size and size["program"] is not None else ""))
         table.add_row(row["workload"], *cells)
     return table
 

@@ -85,7 +85,12 @@ def memory(workload: Workload, name: str) -> dict[str, int | None]:
     """
     code = f"from benchmarks.measure import print_memory; print_memory({workload.name!r}, {name!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | RETURN_PAGES
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=os.environ | RETURN_PAGES,
     )
     if done.returncode:
         raise RuntimeError(f"{workload.name}, {name}: {done.stderr[-2000:]}")
@@ -98,13 +103,12 @@ def print_memory(workload: str, name: str) -> None:
 
     every = [*WORKLOADS, *(x for _, sizes in GROWTH.values() for x in sizes.values())]
     made = form(name, next(x for x in every if x.name == workload))
-    result = made.step()  # compiles, and starts the libraries
-    del result
+    made.step()  # compiles, and starts the libraries
     gc.collect()
     time.sleep(0.2)  # other threads free what they held
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    result = made.step()
+    made.step()
     print(json.dumps({"resident": max(_status("VmHWM") - before, 0), "program": made.bytes_of_program}))
 
 
