@@ -12,36 +12,40 @@ from kdjax._typing import AxisName
 
 def size(axis_name: AxisName | None) -> int:
     """The number of devices."""
-    if axis_name is None:
-        return 1
+    return 1 if axis_name is None else jax.lax.axis_size(_bound(axis_name))
+
+
+def _bound(axis_name: AxisName) -> AxisName:
+    """The axis, if the call is made inside a `shard_map` that has it."""
     try:
-        return jax.lax.axis_size(axis_name)
+        jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
             f"`axis_name` must be a mesh axis of the shard_map around the call, got {axis_name!r}; under jit alone "
             "leave it out, the compiler sees the whole batch"
         ) from None
-
-
-def total(x: Any, axis_name: AxisName | None) -> Any:
-    """The sum over devices, the same on all of them."""
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
-def gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-
-
-def replicate(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The rows of all devices, known to be the same on all of them; constant to the gradient."""
-    x = jax.lax.stop_gradient(x)
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")
+    return axis_name
 
 
 def rank(axis_name: AxisName | None) -> jax.Array | int:
     """The place of this device among them."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+
+def total(x: Any, axis_name: AxisName | None) -> Any:
+    """The sum over devices, the same on all of them."""
+    return x if axis_name is None else jax.lax.psum(x, _bound(axis_name))
+
+
+def gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
+    return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True)
+
+
+def replicate(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The rows of all devices, known to be the same on all of them; constant to the gradient."""
+    x = jax.lax.stop_gradient(x)
+    return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True, to="invarying")
 
 
 def own(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax._numerics import widen
-from kdjax._typing import Array
+from kdjax._typing import Array, AxisName
 from kdjax.features.dcn import dcn_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -366,9 +366,9 @@ class FunctionLoss(nnx.Module):
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.function, self.options = function, tuple(options.items())
 
-    def __call__(self, *inputs: Any) -> jax.Array:
+    def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
         """The function's value."""
-        return self.function(*inputs, **dict(self.options))
+        return self.function(*inputs, **dict(self.options), **options)
 
 
 class CombinedLoss(nnx.Module):
@@ -400,9 +400,12 @@ class CombinedLoss(nnx.Module):
         fea: Array | None = None,
         target: Array | None = None,
         epoch: int | Array = 0,
+        *,
+        axis_name: AxisName | None = None,
+        update: bool = True,
     ) -> jax.Array:
         """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
-        return self.weigh(self.terms(score, feat, fea, target, epoch))
+        return self.weigh(self.terms(score, feat, fea, target, epoch, axis_name=axis_name, update=update))
 
     def terms(
         self,
@@ -411,13 +414,18 @@ class CombinedLoss(nnx.Module):
         fea: Array | None = None,
         target: Array | None = None,
         epoch: int | Array = 0,
+        *,
+        axis_name: AxisName | None = None,
+        update: bool = True,
     ) -> dict[str, jax.Array]:
         """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
-        return {
-            name: self.losses[name](*(_read(name, source, inputs) for source in reads))
-            for name, reads in zip(self.names, self.reads, strict=True)
-        }
+        terms = {}
+        for name, reads in zip(self.names, self.reads, strict=True):
+            loss, given = self.losses[name], (_read(name, source, inputs) for source in reads)
+            stateful = {"update": update} if isinstance(loss, DINOLoss | CRCDLoss) else {}
+            terms[name] = loss(*given, axis_name=axis_name, **stateful)
+        return terms
 
     def weigh(self, terms: Mapping[str, Any]) -> jax.Array:
         """The weighted sum of `terms`."""

@@ -46,9 +46,9 @@ def _last_teacher_maps(inputs: Mapping[str, Any]) -> list[Tensor]:
     return list(inputs["feats_tea"])[-len(inputs["feats_stu"]) :]
 
 
-def _kl_over_classes(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def _kl_over_classes(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **options: Any) -> Tensor:
     """KL averaged over classes too, as `kl_div` does unless told otherwise."""
-    return kl_loss(student, teacher, temperature=temperature) / student.shape[-1]
+    return kl_loss(student, teacher, temperature=temperature, **options) / student.shape[-1]
 
 
 FEATURES, SCORES = ("stu", "tea"), ("score_stu", "score_tea")
@@ -186,7 +186,7 @@ def _options(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> d
     known = [
         name
         for name, parameter in _parameters(loss).items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("generator", "where", "reduction")
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("generator", "where", "reduction", "group")
     ]
     if stray := sorted(set(given) - set(known)):
         raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must have settings of {known}, got {stray}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtorch._numerics import widen
+from kdtorch._typing import ProcessGroup
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -345,9 +346,9 @@ class FunctionLoss(nn.Module):
         super().__init__()
         self.function, self.options = function, tuple(options.items())
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """The function's value."""
-        return self.function(*inputs, **dict(self.options))
+        return self.function(*inputs, **dict(self.options), **options)
 
 
 class CombinedLoss(nn.Module):
@@ -380,9 +381,12 @@ class CombinedLoss(nn.Module):
         fea: Tensor | None = None,
         target: Tensor | None = None,
         epoch: int | Tensor = 0,
+        *,
+        group: ProcessGroup | None = None,
+        update: bool = True,
     ) -> Tensor:
         """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
-        return self.weigh(self.terms(score, feat, fea, target, epoch))
+        return self.weigh(self.terms(score, feat, fea, target, epoch, group=group, update=update))
 
     def terms(
         self,
@@ -391,13 +395,18 @@ class CombinedLoss(nn.Module):
         fea: Tensor | None = None,
         target: Tensor | None = None,
         epoch: int | Tensor = 0,
+        *,
+        group: ProcessGroup | None = None,
+        update: bool = True,
     ) -> dict[str, Tensor]:
         """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
-        return {
-            name: self.losses[name](*(_read(name, source, inputs) for source in reads))
-            for name, reads in zip(self.names, self.reads, strict=True)
-        }
+        terms = {}
+        for name, reads in zip(self.names, self.reads, strict=True):
+            loss, given = self.losses[name], (_read(name, source, inputs) for source in reads)
+            stateful = {"update": update} if isinstance(loss, DINOLoss | CRCDLoss) else {}
+            terms[name] = loss(*given, group=group, **stateful)
+        return terms
 
     def weigh(self, terms: Mapping[str, Any]) -> Tensor:
         """The weighted sum of `terms`."""

@@ -9,41 +9,32 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from spread import SIZES, UNEVEN, drawn
 
 import kdjax
-from parity.cases import KINDS, LOSSES, Sizes, along, draw, each_array
+from parity.cases import KINDS, LOSSES, each_array
 from parity.compare import ulps
 
-SIZES = Sizes(batch=(16,), classes=8, dim=6, num_data=32, negatives=5)
-STEPS = 3
-# the mask of device 0 keeps one, that of device 3 none
-UNEVEN = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1], bool)
 LAYOUTS = {kind: P(*[None] * k.axis, "batch") if k.axis is not None else P() for kind, k in KINDS.items()}
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
-masks = pytest.mark.parametrize("where", [None, UNEVEN], ids=["all", "uneven"])
 
 
 def mesh(*shape):
     return jax.make_mesh(shape, ("batch", "classes")[: len(shape)], axis_types=(AxisType.Auto,) * len(shape))
 
 
-def given(loss, where=None, seed=0):
+def given(loss, where=None):
     """The inputs of each step, in JAX, with NaN under the mask; the state apart."""
-    steps = draw(loss, SIZES, seed, STEPS if loss.state else 1)
-    if where is not None:
-
-        def poison(x, axis):
-            hide = np.moveaxis(np.broadcast_to(~where, np.moveaxis(x, axis, -1).shape), -1, axis)
-            return np.where(hide, np.nan, x) if x.dtype.kind == "f" else x
-
-        steps = [along(loss, inputs, poison) for inputs in steps]
     maps = {k for k, kind in loss.inputs.items() if kind == "maps"}
+
+    def array(x):
+        return jnp.asarray(x, "int32" if x.dtype.kind == "i" else None)
+
     steps = [
-        each_array({k: [np.moveaxis(x, 1, -1) for x in v] if k in maps else v for k, v in inputs.items()}, jnp.asarray)
-        for inputs in steps
+        {k: each_array(v, lambda x, k=k: array(np.moveaxis(x, 1, -1) if k in maps else x)) for k, v in inputs.items()}
+        for inputs in drawn(loss, where)
     ]
-    steps = jax.tree.map(lambda x: x.astype("int32") if x.dtype.kind == "i" else x, steps)
     fields = steps[0].pop(loss.state, None)
     return steps, fields and getattr(kdjax, loss.inputs[loss.state])(**fields)
 
@@ -87,9 +78,8 @@ def agree(got, want, limit=(64, 256, 64)):
 
 
 @every
-@masks
-@pytest.mark.parametrize("vma", [True, False])
-def test_inside_shard_map(loss, where, vma):
+@pytest.mark.parametrize(("vma", "where"), [(False, None), (True, UNEVEN)], ids=["all", "uneven"])
+def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
     devices = mesh(8)
     steps, state = given(loss, where)
@@ -123,3 +113,175 @@ def test_inside_shard_map(loss, where, vma):
             assert (x == x[:1]).all()
         results.append((value, gradients, state))
     agree(results, alone(loss.title, where is not None))
+
+
+def placed(loss, devices, inputs):
+    """The inputs spread over a mesh; logits over both of its axes."""
+
+    def layout(name, x):
+        if loss.inputs[name] == "logits" and "classes" in devices.axis_names:
+            return P("batch", "classes")
+        return LAYOUTS[loss.inputs[name]]
+
+    return {
+        k: jax.tree.map(lambda x, k=k: jax.device_put(x, NamedSharding(devices, layout(k, x))), v)
+        for k, v in inputs.items()
+    }
+
+
+@every
+@pytest.mark.parametrize(("shape", "where"), [((1,), None), ((8,), UNEVEN), ((4, 2), None)], ids=["1", "8", "4x2"])
+def test_the_compilers_way(loss, shape, where):
+    """Under jit alone, with inputs, and CRCD's memories, spread over a mesh."""
+    devices = mesh(*shape)
+    steps, state = given(loss, where)
+    if loss.state:
+        by_rows = loss.inputs[loss.state] == "CRCDState"
+        layout = NamedSharding(devices, P("batch") if by_rows else P())
+        state = jax.tree.map(lambda x: jax.device_put(x, layout if x.ndim else NamedSharding(devices, P())), state)
+    if where is not None:
+        where = jax.device_put(jnp.asarray(where), NamedSharding(devices, P("batch")))
+    step = jax.jit(jax.value_and_grad(functools.partial(objective, loss, {}), has_aux=True))
+    results = []
+    for inputs in steps:
+        (value, state), gradients = step(*split(loss, placed(loss, devices, inputs)), state, where)
+        results.append((value, gradients, state))
+    agree(results, alone(loss.title, where is not None))
+
+
+def inside(loss, where, vma=False, **options):
+    """The compiled step of every device, and its arguments: value, gradients of the inputs, state of each device."""
+    steps, state = given(loss, where)
+    learned, fixed = split(loss, steps[0])
+
+    def local(learned, fixed, state, where):
+        step = functools.partial(objective, loss, {"axis_name": "batch", **options})
+        (value, state), gradients = jax.value_and_grad(step, has_aux=True)(learned, fixed, state, where)
+        return value[None], gradients, jax.tree.map(lambda x: x[None], state)
+
+    in_specs = (layouts(loss, learned), layouts(loss, fixed), P(), None if where is None else P("batch"))
+    if options.get("sharded_memory"):
+        in_specs = (*in_specs[:2], jax.tree.map(lambda x: P("batch") if x.ndim else P(), state), in_specs[3])
+    function = jax.shard_map(
+        local, mesh=mesh(8), in_specs=in_specs, out_specs=(P("batch"), in_specs[0], P("batch")), check_vma=vma
+    )
+    return jax.jit(function), (learned, fixed, state, where)
+
+
+# what each loss tells other devices when no example is masked; a mean under a mask adds the number of kept examples
+COLLECTIVES = {
+    "difference_kl_loss": ["all-gather", "all-gather", "reduce-scatter"],
+    "euclidean_mse_loss": ["all-gather", "all-gather", "reduce-scatter"],
+    "uskd_loss": ["all-reduce"],
+    "crcd_loss": ["all-gather"] * 6,
+    "dino_loss": ["all-reduce"],
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "where"),
+    [(x, None) for x in LOSSES]
+    + [(x, UNEVEN) for x in LOSSES if x.name in ("kl_loss", "dino_loss", "difference_kl_loss")],
+    ids=lambda x: getattr(x, "title", "all" if x is None else "uneven"),
+)
+def test_collectives(loss, where):
+    """What is not coupled says nothing; what is says little: never more than `[batch, dim]`, never pairs."""
+    step, arguments = inside(loss, where)
+    text = step.lower(*arguments).compile().as_text()
+    found = re.findall(r"= (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\w*\(", text)
+    names = sorted(name for _, name in found)
+    expected = COLLECTIVES.get(loss.name, [])
+    if where is None:
+        assert names == expected
+    else:
+        assert len(names) <= len(expected) + 2
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in re.findall(r"\[([\d,]*)\]", str(found))]
+    assert max(sizes, default=0) <= 16 * 8
+
+
+CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
+DINO = next(x for x in LOSSES if x.name == "dino_loss")
+
+
+@pytest.mark.parametrize("places", ["uniform", "all of one device"])
+def test_memories_in_shards(places):
+    """Each device holds its rows of CRCD's memories; the rows of the batch travel, the memories do not."""
+    step, arguments = inside(CRCD, UNEVEN, sharded_memory=True)
+    alike, replicated = inside(CRCD, UNEVEN)
+    for function, (learned, fixed, state, where) in ((step, arguments), (alike, replicated)):
+        if places != "uniform":
+            fixed["negatives"] %= 4
+        function(learned, fixed, state, where)
+    (value, gradients, state), (value_, gradients_, state_) = step(*arguments), alike(*replicated)
+    assert ulps(value.mean(), value_.mean(), "float64") <= 64
+    for k in gradients:
+        assert ulps(gradients[k], gradients_[k], "float64") <= 256
+    for field in ("student_memory", "teacher_memory"):
+        rows, whole = getattr(state, field), getattr(state_, field)[0]
+        assert rows.shape == (8, SIZES.num_data // 8, SIZES.dim)
+        assert ulps(rows.reshape(whole.shape), whole, "float64") <= 64
+    text = step.lower(*arguments).compile().as_text()
+    assert "all-to-all" in text
+    assert not re.search(rf"\[{SIZES.num_data},{SIZES.dim}\]\S* all-gather", text)
+
+
+@pytest.mark.parametrize("loss", [DINO, CRCD], ids=lambda loss: loss.title)
+def test_no_update(loss):
+    """For all micro-batches of a step but the last: the same loss, and the state that was given."""
+    (inputs, *_), state = given(loss)
+    value, after = objective(loss, {}, inputs, {}, state, None)
+    again, same = objective(loss, {"update": False}, inputs, {}, state, None)
+    assert again == value
+    assert same is state
+    assert any((a != b).any() for a, b in zip(after, state, strict=True))
+
+
+@pytest.mark.parametrize("loss", [DINO, CRCD], ids=lambda loss: loss.title)
+def test_one_device_with_nan(loss):
+    """The loss of the batch is NaN; what would not be a number is remembered on no device, the rest on all alike."""
+    step, (learned, fixed, state, where) = inside(loss, None)
+    name = loss.constant[0] if loss.constant else loss.learns[0]
+    bad = fixed if name in fixed else learned
+    bad[name] = bad[name].at[..., -1, :].set(jnp.nan)
+    value, _, after = step(learned, fixed, state, where)
+    assert np.isnan(value.mean())
+    for x in map(np.asarray, jax.tree.leaves(after)):
+        assert np.isfinite(x).all()
+        assert (x == x[:1]).all()
+
+
+@pytest.mark.parametrize("name", ["kl_loss", "difference_kl_loss", "crcd_loss"])
+def test_unknown_axis(name):
+    loss = next(x for x in LOSSES if x.name == name)
+    (inputs, *_), state = given(loss)
+    with pytest.raises(
+        ValueError, match="`axis_name` must be a mesh axis of the shard_map around the call, got 'data'"
+    ):
+        objective(loss, {"axis_name": "data"}, inputs, {}, state, None)
+
+
+def test_every_device_masked():
+    """An answer of 0 and a state that stays."""
+    nothing = np.zeros(16, bool)
+    step, (learned, fixed, state, _) = inside(DINO, nothing)
+    value, gradients, after = step(learned, fixed, state, jnp.asarray(nothing))
+    assert (value == 0).all()
+    assert (gradients["student"] == 0).all()
+    assert (after.center == state.center[None]).all()
+
+
+def test_a_combined_loss_hands_the_axis_on():
+    config = {"MODEL": {"FEAT_DIM": 6, "METRIC_LOSS_TYPE": "kd-dino-diff", "KD_LOSS_WEIGHT": [1.0, 2.0]}}
+    rng = np.random.default_rng(0)
+    feat = {k: jnp.asarray(rng.normal(size=(16, 6)), "float32") for k in ("stu", "tea", "score_stu", "score_tea")}
+    # two views stacked on the batch axis, on every device
+    views = {
+        k: x.reshape(2, 8, 1, 6).swapaxes(0, 1).reshape(16, 6) if k in ("stu", "tea") else x for k, x in feat.items()
+    }
+    whole = kdjax.make_loss(config, 6, 20)(feat=feat)
+
+    def local(feat):
+        return kdjax.make_loss(config, 6, 20)(feat=feat, axis_name="batch")[None]
+
+    parts = jax.jit(jax.shard_map(local, mesh=mesh(8), in_specs=P("batch"), out_specs=P("batch")))(views)
+    assert float(parts.mean()) == pytest.approx(float(whole), rel=1e-6)

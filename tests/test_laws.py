@@ -44,6 +44,14 @@ def test_reductions(name, loss):
 
 @every
 @framework
+def test_an_empty_batch(name, loss):
+    case = Case(loss, "empty", draw(loss, Sizes(batch=(0,)), 0))
+    assert values(name, case) == [0]
+    assert values(name, case, reduction="none")[0].shape == (0,)
+
+
+@every
+@framework
 def test_permutation_of_examples(name, loss):
     case = dataclasses.replace(ordinary(loss), reduction="none")
     order = np.array([3, 0, 4, 2, 1])

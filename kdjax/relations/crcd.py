@@ -287,7 +287,7 @@ def _relations(
     same = known.anchor_places[:, None] == places[None]
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
     square = a_square[:, None] + w_square[None] - 2 * _product(a, w.T)
-    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(a_square.max(), w_square.max())
+    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(a_square.max(initial=0), w_square.max())
     clear = ~(close & ~same).any()
 
     def by_products(weight: jax.Array) -> jax.Array:
@@ -332,7 +332,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
     """For each example the last valid one with the same index, -1 if there is none."""
     order = jnp.arange(len(index), dtype=index.dtype)
-    return jnp.where((index[:, None] == index[None]) & valid[None], order[None], -1).max(1)
+    return jnp.where((index[:, None] == index[None]) & valid[None], order[None], -1).max(1, initial=-1)
 
 
 def _remember(

@@ -72,7 +72,7 @@ def _distances(x: jax.Array, partners: jax.Array, mine: Callable[[jax.Array], ja
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
     length = jnp.square(centered).sum(-1)
     square = mine(length)[:, None] + length[None] - 2 * jnp.matmul(mine(centered), centered.T, precision=HIGHEST)
-    clear = (~partners | (square * 64 > length.max())).all()
+    clear = (~partners | (square * 64 > length.max(initial=0))).all()
 
     def by_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _root(jnp.square(row[0][None] - x).sum(-1), row[1])

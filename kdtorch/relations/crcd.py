@@ -350,7 +350,7 @@ def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
 def _last_of_equals(index: Tensor, valid: Tensor) -> Tensor:
     """For each example the last valid one with the same index, -1 if there is none."""
     order = torch.arange(len(index), device=index.device)
-    return torch.where((index[:, None] == index) & valid, order, -1).amax(1)
+    return torch.where((index[:, None] == index) & valid, order, -1).amax(1) if len(index) else order
 
 
 def _remember(memory: Tensor, index: Tensor, last: Tensor, embedding: Tensor, momentum: Scalar) -> Tensor:

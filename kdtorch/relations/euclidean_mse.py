@@ -108,6 +108,8 @@ _distances = pulled_back(_forward, _backward)
 
 def _clear(square: Tensor, length: Tensor, kept: Tensor, rows: slice) -> bool:
     """Whether no squared distance loses its digits in a product of matrices. The diagonal is put out of the way."""
+    if not square.numel():
+        return True
     square.diagonal(rows.start).fill_(math.inf)
     smallest = (square if kept.all() else torch.where(kept[rows, None] & kept, square, math.inf)).amin()
     return bool(smallest * 64 > length.amax())
