@@ -35,13 +35,13 @@ DINO = "kdtorch/selfsupervised/dino.py"
 DIFFERENCE, EUCLIDEAN, CRCD = (
     f"kdjax/{x}.py" for x in ("logits/difference_kl", "relations/euclidean_mse", "relations/crcd")
 )
-RETURN = "return reduce(temperature**2 * divergence, where, reduction)"
+RETURN = "return reduce(temperature**2 * divergence, where, reduction, group)"
 
 FAULTS = [
-    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction)"),
-    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction)"),
-    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum")'),
-    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction)"),
+    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction, group)"),
+    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction, group)"),
+    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum", group)'),
+    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction, group)"),
     Fault("mean over all where some are masked", KL, "kl_loss", RETURN, RETURN.replace("divergence,", "divergence * (1 if where is None else where.double().mean().to(divergence)),")),
     Fault("float32 for float64", KL, "kl_loss", RETURN, RETURN + ".float()"),
     Fault("float64 for float32", KL, "kl_loss", RETURN, RETURN + ".double()"),
