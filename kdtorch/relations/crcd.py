@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -260,9 +261,10 @@ def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
     known = _Known(*fields)
     if not unset:
         return embedding.new_zeros(())
+    known, embedding = known._replace(at=known.at[kept], places=known.places[kept]), embedding[kept]
     logs = [
-        (_relations(known, *block)[0][:, known.valid] / temperature).flatten().logsumexp(0)
-        for block in _blocks(known, embedding[kept], known.at[kept], known.places[kept])
+        (_relations(known, embedding, *block)[0][:, known.valid] / temperature).flatten().logsumexp(0)
+        for block in _blocks(known)
     ]
     return (torch.stack(logs) if logs else embedding.new_full((1,), -math.inf)).logsumexp(0)
 
@@ -279,43 +281,47 @@ def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     number = count(known.valid, embedding.dtype)
     log_shifted, shift = math.log(float(noise) + 1e-7), math.log1p(1e-7 / float(noise))
 
-    def some(embedding: Tensor, at: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        relation, pull = _relations(known, embedding, at, places)
+    value, gradient = embedding.new_zeros(len(embedding)), torch.zeros_like(embedding)
+    for rows, columns in _blocks(known):
+        relation, pull = _relations(known, embedding, rows, columns)
         drawn = (relation / temperature).sub_(log_z + log_shifted)
-        drawn[..., 0].neg_()  # the positive is pulled where negatives are pushed
-        terms = functional.softplus(drawn, threshold=40).sum(-1) + shift * (places.shape[1] - 1)
+        positive = drawn[..., : int(columns.start == 0)]
+        positive.neg_()  # it is pulled where negatives are pushed
+        terms = functional.softplus(drawn, threshold=40).sum(-1) + shift * (drawn.shape[-1] - positive.shape[-1])
+        value[rows] += torch.where(known.valid, terms, 0).sum(-1) / number
         slope = drawn.sigmoid_()
-        slope[..., 0].neg_()
-        return torch.where(known.valid, terms, 0).sum(-1) / number, pull(slope) / (number * temperature)
-
-    if not len(embedding):
-        return embedding.new_empty(0), torch.empty_like(embedding)
-    blocks = [some(*block) for block in _blocks(known, embedding, known.at, known.places)]
-    values, gradients = zip(*blocks, strict=True)
-    return torch.cat(values), torch.cat(gradients)
+        positive.neg_()
+        gradient[rows] += pull(slope) / (number * temperature)
+    return value, gradient
 
 
-def _blocks(known: _Known, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """So many examples at once that a CPU's caches hold an array of theirs, `[examples, batch, K + 1]`."""
-    number = max(1, BLOCK // (len(known.anchors) * known.places.shape[1]))
-    return zip(*(x.split(number) for x in rows), strict=True) if len(rows[0]) else iter(())
+def _blocks(known: _Known) -> Iterator[tuple[slice, slice]]:
+    """Of examples and places: as many at once as let a CPU's caches hold an array of theirs with all anchors."""
+    size = (1 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
+    examples, places = known.places.shape
+    wide = max(min(size, places), 1)
+    high = max(size // wide, 1)
+    for i, k in itertools.product(range(0, examples, high), range(0, places, wide)):
+        yield slice(i, i + high), slice(k, k + wide)
 
 
 def _relations(
-    known: _Known, embedding: Tensor, at: Tensor, places: Tensor
+    known: _Known, embedding: Tensor, rows: slice, columns: slice
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """r.rho of some examples for every anchor and place, `[examples, batch, K + 1]`, and what takes a slope on it back.
+    """r.rho of some examples and places for every anchor, `[examples, batch, places]`, and what takes a slope on it back.
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
     """
-    anchors = known.anchors
-    rho, rho_length = _unit_and_length((embedding[:, None] - anchors) + 1e-6)
+    anchors, at, places = known.anchors, known.at[rows, columns], known.places[rows, columns]
+    rho, rho_length = _unit_and_length((embedding[rows, None] - anchors) + 1e-6)
     middle = anchors.mean(0)  # what is common to all rows only costs digits
     a, w = anchors - 1e-6 - middle, known.bank[at].sub_(middle)
 
     same = _same(known.anchor_places, places)
     a_square, w_square = a.square().sum(-1), torch.linalg.vecdot(w, w)
-    square = torch.baddbmm(w_square[:, None], a.expand(len(w), -1, -1), w.mT, alpha=-2).add_(a_square[:, None])
+    square, dot = (torch.cat([-2 * a.expand_as(rho), rho], 1) @ w.mT).chunk(2, 1)  # one product reads w once
+    square += a_square[:, None]
+    square += w_square[:, None]
     square[same] = math.inf
     limit = math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())
     clear = not square.amin() < limit
@@ -325,7 +331,7 @@ def _relations(
         return ((remembered - anchor) + 1e-6 for anchor in anchors)
 
     if clear:
-        dot = torch.baddbmm(-(rho * a).sum(-1, keepdim=True), rho, w.mT)
+        dot -= (rho * a).sum(-1, keepdim=True)
     else:
         square = torch.stack([difference.square().sum(-1) for difference in differences()], 1)
         dot = torch.stack([(x @ r[..., None])[..., 0] for x, r in zip(differences(), rho.unbind(1), strict=True)], 1)
