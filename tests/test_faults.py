@@ -35,13 +35,13 @@ DINO = "kdtorch/selfsupervised/dino.py"
 DIFFERENCE, EUCLIDEAN, CRCD = (
     f"kdjax/{x}.py" for x in ("logits/difference_kl", "relations/euclidean_mse", "relations/crcd")
 )
-RETURN = "return reduce(temperature**2 * divergence, where, reduction)"
+RETURN = "return reduce(temperature**2 * divergence, where, reduction, group)"
 
 FAULTS = [
-    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction)"),
-    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction)"),
-    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum")'),
-    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction)"),
+    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction, group)"),
+    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction, group)"),
+    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum", group)'),
+    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction, group)"),
     Fault("mean over all where some are masked", KL, "kl_loss", RETURN, RETURN.replace("divergence,", "divergence * (1 if where is None else where.double().mean().to(divergence)),")),
     Fault("float32 for float64", KL, "kl_loss", RETURN, RETURN + ".float()"),
     Fault("float64 for float32", KL, "kl_loss", RETURN, RETURN + ".double()"),
@@ -56,17 +56,17 @@ FAULTS = [
     Fault("next label", DKD, "dkd_loss", "teacher.detach(), labels,", "teacher.detach(), (labels + 1) % student.shape[-1],"),
     Fault("T twice", DKD, "dkd_loss", "torch.ones_like(temperature)", "temperature"),
     Fault("student detached", DKD, "dkd_loss", "_decoupled(student, teacher", "_decoupled(student.detach(), teacher"),
-    Fault("no gradient at the label", DKD, "dkd_loss", "gradient.scatter(-1, labels.unsqueeze(-1), at_label)", "gradient"),
+    Fault("no gradient at the label", DKD, "dkd_loss", "gradient.scatter(-1, label, at_label)", "gradient"),
     Fault("no gradient of the target part", DKD, "dkd_loss", " - at_label * hat_p.p", ""),
-    Fault("no gradient at the label", NKD, "nkd_loss", "gradient.scatter_add(-1, label, -q_y)", "gradient"),
+    Fault("no gradient at the label", NKD, "nkd_loss", "gradient.scatter_add_(-1, label, -q_y)", "gradient"),
     Fault("sign", NKD, "nkd_loss", "value = -times(q_y", "value = times(q_y"),
-    Fault("teacher without T", NKD, "nkd_loss", "softmax(y_others, temperature)", "softmax(y_others)"),
+    Fault("teacher without T", NKD, "nkd_loss", "softmax(without_class(y, labels), temperature)", "softmax(without_class(y, labels))"),
     Fault("eps inside a log", NKD, "nkd_loss", "hat_p.log_total * total", "(hat_p.log_total.exp() + 1e-7).log() * total"),
-    Fault("mask of -1000", NKD, "nkd_loss", "softmax(without_class(x, labels), temperature)", "softmax(x - 1000.0 * x.new_zeros(x.shape).scatter(-1, label, 1.0), temperature)"),
+    Fault("mask of -1000", NKD, "nkd_loss", "= without_class(x, labels),", "= x - 1000.0 * x.new_zeros(x.shape).scatter(-1, label, 1.0),"),
     Fault("least probable label", NKD, "nkd_loss-soft", "labels.argmax(-1)", "labels.argmin(-1)"),
     Fault("place off by one", USKD, "uskd_loss", "torch.arange(1, score.shape[-1] + 1", "torch.arange(2, score.shape[-1] + 2"),
-    Fault("ties in the other order", USKD, "uskd_loss", "(-score).argsort(dim=-1, stable=True)", "score.argsort(dim=-1, stable=True).flip(-1)"),
-    Fault("ranked the wrong way", USKD, "uskd_loss", "(-score).argsort", "score.argsort"),
+    Fault("ties in the other order", USKD, "uskd_loss", "keys.argsort(dim=-1, stable=True)", "score.argsort(dim=-1, stable=True).flip(-1)"),
+    Fault("ranked the wrong way", USKD, "uskd_loss", "(0 - score)", "(0 + score)"),
     Fault("no batch mean", USKD, "uskd_loss", "square + probabilities - mean", "square + probabilities"),
     Fault("masked examples in the batch mean", USKD, "uskd_loss", "present if where is None else present & where.unsqueeze(-1)", "present"),
     Fault("second label forgotten", USKD, "uskd_loss-soft", "torch.cat([first, second], -1)", "torch.cat([first, first], -1)"),
