@@ -1,8 +1,11 @@
 """Distillation over ranks in PyTorch: the student under DistributedDataParallel or FSDP2, the losses with `group`.
 
-python examples/distributed/distil_torch.py                              # one process
-torchrun --nproc-per-node 2 examples/distributed/distil_torch.py         # two, which print the same losses
-torchrun --nproc-per-node 2 examples/distributed/distil_torch.py --engine fsdp
+    python examples/distributed/distil_torch.py    # one process
+
+    torchrun --nproc-per-node 2 examples/distributed/distil_torch.py    # two, which print the same losses
+    torchrun --nproc-per-node 2 examples/distributed/distil_torch.py --engine fsdp
+
+`torchrun` tells `init_process_group` all that it needs.
 """
 
 from __future__ import annotations
