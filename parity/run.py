@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from parity.arrays import is_float, jax_array, numpy_dtype, rounded, to_numpy, torch_tensor
+from kdbridge.trees import numpy_dtype
+from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
 from parity.cases import KINDS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")
