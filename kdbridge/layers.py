@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdbridge.trees import Packed, reference
+
 Weights = dict[str, np.ndarray]
 
 # the class in PyTorch, and the class in Flax
@@ -172,3 +174,27 @@ def built_with(module: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
     options = [p.name for p in inspect.signature(type(module).__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     own = ("rngs", "generator", "axis_name", "group", *shapes)  # what is of one framework alone
     return {**shapes, **{k: getattr(module, k) for k in options if k not in own}}
+
+
+def node(
+    module: Any,
+    package: str,
+    packed: Callable[[Any], Packed],
+    weights: Weights,
+    layers: list[list[str]],
+    keys: list[list[str]],
+    training: bool,
+) -> Packed:
+    """A packed module of kdjax or kdtorch; of any other, its weights alone."""
+    place = reference(type(module), package)
+    arguments = packed(built_with(module, weights)) if place else None
+    if type(module).__name__ == "CombinedLoss" and place:  # whose losses are among its arguments
+        weights, layers, keys = {}, [], []
+    return {
+        "module": place,
+        "arguments": arguments,
+        "training": training,
+        "layers": layers,
+        "weights": weights,
+        "keys": keys,
+    }

@@ -23,7 +23,6 @@ from kdbridge.trees import (
     no_leaf,
     numpy_dtype,
     pack,
-    reference,
     resolve,
     twin,
     unpack,
@@ -311,7 +310,8 @@ def _packed_module(module: nnx.Module) -> Packed:
     paths = {".".join(map(str, path)): path for path in parts}
     found = layers.outermost(((name, parts[path]) for name, path in paths.items()), "flax.nnx", layers.KINDS.values())
     table = [[in_torch(paths[x.path]), x.path, x.kind] for x in found]
-    weights, drawn = {}, []
+    weights: layers.Weights = {}
+    keys = []
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         name, value = ".".join(map(str, path)), variable[...]
         if isinstance(variable, nnx.RngState):
@@ -320,19 +320,11 @@ def _packed_module(module: nnx.Module) -> Packed:
         if not any(name in layer for layer in found):
             table.append([in_torch(path), name, ""])
         if _is_key(value):
-            drawn.append([in_torch(path), str(jax.random.key_impl(value))])
-    weights = layers.translated(weights, table, layers.to_torch, 0)
-    place = reference(type(module), "kdjax")
-    arguments = packed(layers.built_with(module, weights)) if place else None
+            keys.append([in_torch(path), str(jax.random.key_impl(value))])
     training = not any(getattr(part, "use_running_average", False) for part in parts.values())
-    return {
-        "module": place,
-        "arguments": arguments,
-        "training": training,
-        "layers": table,
-        "weights": {} if place == "nn:CombinedLoss" else weights,
-        "keys": drawn,
-    }
+    return layers.node(
+        module, "kdjax", packed, layers.translated(weights, table, layers.to_torch, 0), table, keys, training
+    )
 
 
 def unpacked(node: Packed) -> Any:
@@ -340,7 +332,7 @@ def unpacked(node: Packed) -> Any:
 
     def module(node: Packed) -> Any:
         weights = layers.translated(node["weights"], node["layers"], layers.to_flax, 1)
-        keys = dict(node.get("keys", ()))
+        keys = dict(node["keys"])
         state = {}
         for name, x in weights.items():
             if name in keys:

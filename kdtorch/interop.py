@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import zlib
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from kdbridge.trees import (
     no_leaf,
     numpy_dtype,
     pack,
-    reference,
     resolve,
     twin,
     unpack,
@@ -331,14 +329,7 @@ def _packed_module(module: nn.Module) -> Packed:
         if isinstance(generator := getattr(part, "generator", None), torch.Generator):
             weights[f"{path}.generator" if path else "generator"] = numpy(generator.get_state())
     table += [[name, in_flax(name), ""] for name in weights if not any(name in layer for layer in found)]
-    place = reference(type(module), "kdtorch")
-    return {
-        "module": place,
-        "arguments": packed(layers.built_with(module, weights)) if place else None,
-        "training": module.training,
-        "layers": table,
-        "weights": {} if place == "nn:CombinedLoss" else weights,
-    }
+    return layers.node(module, "kdtorch", packed, weights, table, [], module.training)
 
 
 def unpacked(node: Packed) -> Any:
@@ -346,24 +337,22 @@ def unpacked(node: Packed) -> Any:
 
     def module(node: Packed) -> Any:
         weights = {name: tensor(x) for name, x in node["weights"].items()}
-        keys = [weights.pop(name) for name, _ in node.get("keys", ())]
+        keys = [weights.pop(name) for name, _ in node["keys"]]
+        drawn = [weights.pop(name) for name in list(weights) if name.rpartition(".")[2] == "generator"]
         if node["module"] is None:
-            return {name: x for name, x in weights.items() if name.rpartition(".")[2] != "generator"}
+            return weights
         kind, arguments = resolve(node["module"], "kdtorch"), unpacked(node["arguments"])
-        if "generator" in inspect.signature(kind.__init__).parameters:
-            arguments["generator"] = _generator(weights.pop("generator", None), keys)
+        if keys or drawn:
+            arguments["generator"] = torch.Generator()
         built = kind(**arguments)
         built.load_state_dict(built.state_dict() | weights, assign=True)
+        for state in drawn:
+            built.generator.set_state(state)
+        for key in keys:
+            built.generator.manual_seed(zlib.crc32(numpy(key).tobytes()))
         return built.train(node["training"])
 
     return unpack(node, "kdtorch", tensor, module)
-
-
-def _generator(state: Tensor | None, keys: list[Tensor]) -> torch.Generator | None:
-    """As it was saved; or one that a key of JAX seeds; or PyTorch's global one."""
-    if state is not None:
-        return torch.Generator().set_state(state)
-    return torch.Generator().manual_seed(zlib.crc32(numpy(keys[0]).tobytes())) if keys else None
 
 
 def tensor(x: np.ndarray) -> Tensor:

@@ -1,7 +1,15 @@
 """Teachers, losses, states, weights and files that cross from one framework to the other."""
 
+import contextlib
 import copy
+import errno
 import functools
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH
+from test_make_loss import ALL, CLASSES, configuration
 
 import kdjax
 import kdjax.interop
@@ -477,7 +487,7 @@ def test_no_gradient_where_none_can_flow():
     loss = kdjax.interop.torch_loss(lambda x: x.detach().sum())
     assert loss(X) == 6
     with pytest.raises(
-        ValueError, match="torch_loss: a gradient is asked for where none can flow: .* do not detach it"
+        ValueError, match=r"torch_loss: a gradient is asked for where none can flow: .* do not detach it"
     ):
         jax.grad(loss)(X)
 
@@ -493,3 +503,510 @@ def test_a_foreign_loss_is_compiled_once():
     for _ in range(3):
         loss(X).block_until_ready()
     assert len(runs) == 4  # the first on zeros
+
+
+# states and weights
+
+RNG = np.random.default_rng(0)
+STEPS = 20
+
+
+def ours(name, **arguments):
+    rngs = {} if name == "DINOLoss" else {"rngs": nnx.Rngs(0)}
+    return getattr(kdjax.nn, name)(**arguments, **rngs)
+
+
+MODULES = {
+    "dino": lambda: ours("DINOLoss", dim=4, views=3, student_temperature=0.3),
+    "dcn": lambda: ours("DynamicCenterNormLoss", num_classes=5, dim=4),
+    "uskd": lambda: ours("USKDLoss", feature_dim=6, num_classes=5, beta=0.3),
+    "crcd": lambda: ours("CRCDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, num_negatives=7, momentum=0.3),
+    "crcd, deep": lambda: ours("CRCDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, embed="nonlinear"),
+    "crcd, bare": lambda: ours("CRCDLoss", student_dim=4, teacher_dim=4, dim=4, num_data=9, embed="none"),
+    "abf": lambda: ours("ABF", in_channels=3, mid_channels=4, out_channels=5, fuse=True),
+    "review": lambda: ours("ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6),
+    "mixture": lambda: kdjax.make_loss(
+        configuration(ALL, KD_LOSS_ARGS={"dkd": {"beta": 3.0}}), CLASSES, 20, conventions="founding"
+    ),
+}
+
+
+def flat(module):
+    """The weights of a module of either framework by its own names, without the keys and generators."""
+    if isinstance(module, torch.nn.Module):
+        return {k: numpy(x) for k, x in module.state_dict().items()}
+    flat = nnx.to_flat_state(nnx.state(module))
+    values = {".".join(map(str, path)): x[...] for path, x in flat}
+    return {k: np.asarray(x) for k, x in values.items() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert np.array_equal(a[name], b[name]), name
+
+
+def settings(module):
+    """What a module was built with and is not an array."""
+    plain = (int, float, str, bool, tuple)
+    own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
+    return {k: v for k, v in own.items() if k not in ("use_running_average", "reads")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_cross_and_come_back(name, dtype, tmp_path):
+    module = MODULES[name]()
+    floats = nnx.state(module, lambda path, x: jnp.issubdtype(x[...].dtype, jnp.floating))
+    nnx.update(module, jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), dtype), floats))
+    theirs = kdjax.interop.to_torch(module)
+    assert type(theirs).__name__ == type(module).__name__
+    assert type(theirs).__module__ == "kdtorch.nn"
+    assert {str(x.dtype) for x in theirs.parameters()} <= {f"torch.{dtype}"}
+    assert all(x.requires_grad for x in theirs.parameters())
+    back = kdjax.interop.to_jax(theirs)
+    same(flat(back), flat(module))
+    assert settings(back) == settings(module) == settings(theirs)
+
+    kdjax.interop.save(tmp_path / "ours", module)
+    kdtorch.interop.save(tmp_path / "theirs", theirs)
+    same(flat(kdjax.interop.load(tmp_path / "ours")), flat(module))
+    same(flat(kdjax.interop.load(tmp_path / "theirs")), flat(module))
+    same(flat(kdtorch.interop.load(tmp_path / "ours")), flat(theirs))
+    same(flat(kdtorch.interop.load(tmp_path / "theirs")), flat(theirs))
+
+    twin = copy.deepcopy(theirs)
+    twin.load_state_dict(kdtorch.interop.load(tmp_path / "theirs").state_dict())
+    same(flat(twin), flat(theirs))
+
+
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+def test_the_mode_crosses(f):
+    for mode in ("train", "eval"):
+        module = kdjax.nn.ReviewKD([3], [4], 5, rngs=nnx.Rngs(0))
+        getattr(module, mode)()
+        theirs = kdjax.interop.to_torch(module)
+        assert theirs.training == (mode == "train")
+        back = kdjax.interop.to_jax(theirs)
+        assert back.connectors[0].norm1.use_running_average == (mode == "eval")
+
+
+def test_what_draws_goes_on_in_its_own_framework_and_starts_anew_in_the_other(tmp_path):
+    module = MODULES["crcd"]()
+    kdjax.interop.save(tmp_path / "file", module)
+    kept = kdjax.interop.load(tmp_path / "file")
+    assert np.array_equal(jax.random.key_data(kept.key[...]), jax.random.key_data(module.key[...]))
+    draws = [kdtorch.interop.load(tmp_path / "file").generator for _ in range(2)]
+    assert torch.equal(*(torch.rand(4, generator=x) for x in draws))
+
+    theirs = kdjax.interop.to_torch(module)
+    torch.rand(3, generator=theirs.generator)
+    kdtorch.interop.save(tmp_path / "file", theirs)
+    kept = kdtorch.interop.load(tmp_path / "file")
+    assert torch.equal(torch.rand(4, generator=kept.generator), torch.rand(4, generator=theirs.generator))
+    assert kdjax.interop.load(tmp_path / "file").key[...].shape == ()
+    assert kdjax.interop.to_torch(kdjax.interop.to_jax(kdtorch.nn.CRCDLoss(4, 4, 4, 9))).generator is not None
+
+
+def test_a_key_of_another_kind_is_kept(tmp_path):
+    module = kdjax.nn.CRCDLoss(4, 4, 4, 9, rngs=nnx.Rngs(jax.random.key(3, impl="rbg")))
+    kdjax.interop.save(tmp_path / "file", module)
+    kept = kdjax.interop.load(tmp_path / "file").key[...]
+    assert kept.dtype == module.key[...].dtype
+    assert np.array_equal(jax.random.key_data(kept), jax.random.key_data(module.key[...]))
+
+
+DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "uint8", "bool", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trees_cross_and_come_back(dtype, tmp_path):
+    x = jnp.asarray(RNG.integers(0, 2, size=(3, 4)), "float32").astype(dtype)
+    tree = {
+        "x": x,
+        "deep": [{"empty": x[:0], "scalar": x[0, 0]}, (1, 2.5, None, "word", True)],
+        "state": kdjax.DINOState(normal(3)),
+        "array": {"dtype": normal(2), "module": "name", "state": x},
+    }
+    theirs = kdjax.interop.to_torch(tree)
+    assert str(theirs["x"].dtype) == f"torch.{dtype}"
+    assert type(theirs["state"]) is kdtorch.DINOState
+    assert theirs["deep"][1] == (1, 2.5, None, "word", True)
+    kdjax.interop.save(tmp_path / "ours", tree)
+    kdtorch.interop.save(tmp_path / "theirs", theirs)
+    for back in (
+        kdjax.interop.to_jax(theirs),
+        kdjax.interop.load(tmp_path / "ours"),
+        kdjax.interop.load(tmp_path / "theirs"),
+    ):
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        for a, b in zip(leaves(back).values(), leaves(tree).values(), strict=True):
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+            assert not isinstance(b, jax.Array) or a.dtype == b.dtype
+
+
+def test_copies_are_copies():
+    state = kdtorch.dino_init(3)
+    crossed = kdtorch.interop.to_jax(state)
+    state.center.add_(1)
+    assert not crossed.center.any()
+    back = kdtorch.interop.to_torch(crossed)
+    back.center.add_(1)
+    assert not crossed.center.any()
+
+
+class Student(nnx.Module):
+    """A student that is not of this library, with a loss of it inside."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 5, rngs=rngs))
+        self.embed, self.scale = nnx.Embed(7, 4, rngs=rngs), nnx.Param(jnp.ones((), "float32"))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.loss = kdjax.nn.DINOLoss(5)
+
+
+class Port(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5))
+        self.embed, self.scale = torch.nn.Embedding(7, 4), torch.nn.Parameter(torch.zeros(()))
+        self.loss = kdtorch.nn.DINOLoss(5)
+
+
+def test_weights_of_a_module_that_is_not_ours(tmp_path):
+    student, port = Student(), Port()
+    weights = kdjax.interop.to_torch(student)
+    port.load_state_dict(weights)
+    assert np.array_equal(numpy(port.conv.weight), np.asarray(student.conv.kernel[...]).transpose(3, 2, 0, 1))
+    assert np.array_equal(numpy(port.head[2].weight), np.asarray(student.head.layers[2].kernel[...]).T)
+    before = flat(student)
+    blank = Student()
+    for path in (None, tmp_path / "ours", tmp_path / "theirs"):
+        nnx.update(blank, jax.tree.map(jnp.zeros_like, nnx.state(blank, nnx.Not(nnx.RngState))))
+        if path is None:
+            nnx.update(blank, kdjax.interop.to_jax(port))
+        else:
+            (kdjax.interop if path.name == "ours" else kdtorch.interop).save(
+                path, student if path.name == "ours" else port
+            )
+            nnx.update(blank, kdjax.interop.load(path))
+        same(flat(blank), before)
+    port.load_state_dict(kdtorch.interop.load(tmp_path / "theirs"))
+
+
+def test_attention_does_not_come_back():
+    with pytest.raises(TypeError, match="multi-head attention does not say"):
+        kdjax.interop.to_jax(torch.nn.MultiheadAttention(4, 2))
+
+
+# a run that goes on in the other framework
+
+B, WIDTH = 6, 8 + CLASSES + 10
+NEGATIVES = RNG.integers(20, size=(B, 16))
+MIXTURES = ["kd-dino-dcn-crcd", "kd-uskd-rkd-dkd-mse", "kd-eu_mse-diff-uskd_tea-skld"]
+
+
+def parts(y):
+    """What a student says, by the names of `feat`."""
+    return {"stu": y[:, :8], "score_stu": y[:, 8 : 8 + CLASSES], "fea_stu": y[:, 8 + CLASSES :]}
+
+
+def mixed(student, loss, b):
+    return loss(feat={**b, **parts(student(b["x"])), "feats_tea": b["feats_mid"]}, target=b["target"], epoch=b["epoch"])
+
+
+RUNS = {
+    "dino": (
+        lambda: ours("DINOLoss", dim=8, warmup_temperature=0.02, warmup_epochs=9),
+        lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["epoch"]),
+    ),
+    "dcn": (
+        lambda: ours("DynamicCenterNormLoss", num_classes=CLASSES, dim=8),
+        lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["target"]),
+    ),
+    "uskd": (
+        lambda: ours("USKDLoss", feature_dim=10, num_classes=CLASSES),
+        lambda student, loss, b: loss(*(parts(student(b["x"]))[k] for k in ("fea_stu", "score_stu")), b["target"]),
+    ),
+    "crcd": (
+        lambda: ours("CRCDLoss", student_dim=8, teacher_dim=8, dim=4, num_data=20, embed="nonlinear"),
+        lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["index"], b["negatives"]),
+    ),
+    "review": (
+        lambda: ours("ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6),
+        lambda student, loss, b: package(loss).hcl_loss(loss(b["feats_stu"]), b["feats_tea"]) + student(b["x"]).mean(),
+    ),
+    **{names: (lambda names=names: kdjax.make_loss(configuration(names), CLASSES, 20), mixed) for names in MIXTURES},
+}
+
+
+def package(module):
+    return kdtorch if isinstance(module, torch.nn.Module) else kdjax
+
+
+def batches():
+    """By step, in NumPy; maps are channels-first."""
+    result = []
+    for step in range(2 * STEPS):
+        rng = np.random.default_rng(step)
+        shapes = {"x": (B, 6), "tea": (B, 8), "score_tea": (B, CLASSES), "fea_tea": (B, 10)}
+        batch = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        batch |= {"target": rng.integers(CLASSES, size=B), "index": rng.choice(20, B, replace=False)}
+        batch |= {"negatives": NEGATIVES, "epoch": np.array(step)}
+        for side, channels in (("stu", (3, 4)), ("tea", (5, 7)), ("mid", (3, 4))):
+            batch[f"feats_{side}"] = [rng.normal(size=(B, c, n, n)) for c, n in zip(channels, (6, 3), strict=True)]
+        result.append(batch)
+    return result
+
+
+def jax_step(call):
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(graph, params, state, speeds, batch):
+        def objective(params):
+            both = nnx.merge(graph, params, state, copy=True)
+            return call(both.student, both.loss, batch), nnx.state(both, nnx.Not(nnx.Param))
+
+        (value, state), slopes = jax.value_and_grad(objective, has_aux=True)(params)
+        speeds = jax.tree.map(lambda v, g: 0.9 * v + g, speeds, slopes)
+        return jax.tree.map(lambda p, v: p - 0.003 * v, params, speeds), state, speeds, value
+
+    return step
+
+
+def go_on_in_jax(step, student, loss, speeds, batches):
+    """SGD with momentum; the speeds are a student and a loss with speeds for weights."""
+    both, moving = nnx.Dict(student=student, loss=loss), nnx.Dict(**speeds)
+    graph, params, state = nnx.split(both, nnx.Param, ...)
+    speed, values = nnx.state(moving, nnx.Param), []
+    for batch in batches:
+        turned = {k: [np.moveaxis(x, 1, -1) for x in v] if "feats" in k else v for k, v in batch.items()}
+        with jax.numpy_dtype_promotion("standard"):  # which Flax's batch norm needs
+            params, state, speed, value = step(graph, params, state, speed, JAX.arrays(turned))
+        values.append(float(value))
+    nnx.update(both, params, state)
+    nnx.update(moving, speed)
+    return values
+
+
+def go_on_in_torch(call, student, loss, speeds, batches):
+    learns = [*student.parameters(), *loss.parameters()]
+    speed, values = [*speeds["student"].parameters(), *speeds["loss"].parameters()], []
+    for batch in batches:
+        value = call(student, loss, TORCH.arrays(batch))
+        slopes = torch.autograd.grad(value, learns, allow_unused=True)
+        with torch.no_grad():
+            for p, v, g in zip(learns, speed, slopes, strict=True):
+                v.mul_(0.9).add_(0 if g is None else g)
+                p.sub_(0.003 * v)
+        values.append(value.item())
+    return values
+
+
+def blank(f):
+    return nnx.Linear(6, WIDTH, rngs=nnx.Rngs(0)) if f is JAX else torch.nn.Linear(6, WIDTH).double()
+
+
+def across(to, path, run):
+    """The student, the loss and their speeds through a file."""
+    other = TORCH if to is JAX else JAX
+    BRIDGES[other.name].save(path, run)
+    loaded = BRIDGES[to.name].load(path)
+
+    def put(weights):
+        student = blank(to)
+        nnx.update(student, weights) if to is JAX else student.load_state_dict(weights)
+        return student
+
+    speeds = {"student": put(loaded["speeds"]["student"]), "loss": loaded["speeds"]["loss"]}
+    return {"student": put(loaded["student"]), "loss": loaded["loss"], "speeds": speeds}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_in_the_other_framework(name, tmp_path, monkeypatch):
+    make, call = RUNS[name]
+    monkeypatch.setattr(kdjax.nn, "crcd_negatives", lambda *_: jnp.asarray(NEGATIVES, "int32"))
+    monkeypatch.setattr(kdtorch.nn, "crcd_negatives", lambda *_: torch.from_numpy(NEGATIVES))
+    step, data = jax_step(call), batches()
+
+    def start():
+        student, loss = blank(JAX), make()
+        rng = np.random.default_rng(0)
+        for module in (student, loss):
+            for _, x in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+                x.set_value(jnp.asarray(0.3 * rng.normal(size=x.shape), "float64"))
+            floats = nnx.state(module, lambda path, x: getattr(x[...], "dtype", None) == "float32")
+            nnx.update(module, jax.tree.map(lambda x: x.astype("float64"), floats))
+        speeds = {"student": nnx.clone(student), "loss": nnx.clone(loss)}
+        for module in speeds.values():
+            nnx.update(module, jax.tree.map(jnp.zeros_like, nnx.state(module, nnx.Param)))
+        return {"student": student, "loss": loss, "speeds": speeds}
+
+    stayed, went = start(), start()
+    want = go_on_in_jax(step, **stayed, batches=data)
+    got = go_on_in_jax(step, **went, batches=data[:STEPS])
+    went = across(TORCH, tmp_path / "there", went)
+    got += go_on_in_torch(call, **went, batches=data[STEPS:])
+    back = across(TORCH, tmp_path / "from the start", start())
+    other = go_on_in_torch(call, **back, batches=data[:STEPS])
+    back = across(JAX, tmp_path / "back", back)
+    other += go_on_in_jax(step, **back, batches=data[STEPS:])
+
+    assert abs(want[-1] - want[0]) > 1e-3 * abs(want[0])
+    for values in (got, other):
+        assert np.allclose(values, want, rtol=1e-10, atol=0)
+    ended = flat(stayed["loss"])
+    for loss in (flat(kdjax.interop.to_jax(went["loss"])), flat(back["loss"])):
+        assert loss.keys() == ended.keys()
+        for key, x in ended.items():
+            assert np.abs(loss[key] - x).max(initial=0) <= 1e-10 * max(1, np.abs(x).max(initial=0)), key
+
+
+# files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    kdjax.interop.save(tmp_path / "state", {"state": kdjax.DINOState(normal(300)), "step": 7})
+    return tmp_path / "state"
+
+
+def test_the_header_says_what_is_inside(saved):
+    blob = saved.read_bytes()
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    assert header["state.center"]["shape"] == [300]
+    metadata = header["__metadata__"]
+    assert metadata["kdlosses"] == importlib.metadata.version("kdlosses")
+    assert metadata["holds"] == "DINOState"
+    assert set(metadata) == {"kdlosses", "format", "holds", "tree", "sha256"}
+    assert safetensors.numpy.load_file(saved)["state.center"].shape == (300,)  # by anybody's reader
+
+
+def refusal(path):
+    said = []
+    for bridge in BRIDGES.values():
+        with pytest.raises(ValueError, match=str(path)) as error:
+            bridge.load(path)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    return said[0].removeprefix(f"{path}: ")
+
+
+def test_truncated_files(saved):
+    blob = saved.read_bytes()
+    for length in [0, 1, 7, 8, 9, 20, 60, 400, len(blob) // 2, len(blob) - 1]:
+        saved.write_bytes(blob[:length])
+        assert refusal(saved).startswith("truncated: "), length
+
+
+def test_altered_files(saved):
+    blob = saved.read_bytes()
+    for place in [30, 60, 100, 300, 450, 600, len(blob) - 700, len(blob) - 1]:
+        saved.write_bytes(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+        assert refusal(saved).startswith(("altered: ", "truncated: ")), place
+    saved.write_bytes(blob + b"more")
+    assert refusal(saved).startswith("altered: ")
+
+
+def test_foreign_files(saved):
+    (saved.parent / "plain").write_bytes(safetensors.numpy.save({"x": np.ones(3)}))
+    (saved.parent / "other").write_bytes(safetensors.numpy.save({"x": np.ones(3)}, {"of": "another"}))
+    np.savez(saved.parent / "arrays.npz", x=np.ones(300))
+    torch.save({"x": torch.ones(300)}, saved.parent / "pickle")
+    for name in ("plain", "other", "arrays.npz", "pickle"):
+        assert refusal(saved.parent / name).startswith("a file of another kind"), name
+    with pytest.raises(FileNotFoundError, match="absent"):
+        kdjax.interop.load(saved.parent / "absent")
+
+
+def test_a_file_of_another_version(saved, monkeypatch):
+    monkeypatch.setattr("kdbridge.files.FORMAT", "2")
+    kdjax.interop.save(saved, kdjax.dino_init(3))
+    monkeypatch.undo()
+    assert refusal(saved).startswith("of format 2, written by kdlosses ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdbridge.trees.reference", lambda *_: "os:system")
+        kdjax.interop.save(saved, {"x": kdjax.nn.FunctionLoss(kdjax.kl_loss)})
+    with pytest.raises(ValueError, match="kdjax has no `os:system`; it was made by another version"):
+        kdjax.interop.load(saved)
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from kdtorch.interop import load, save
+
+torch.set_num_threads(1)
+path, random_ = sys.argv[1], random.Random(0)
+save(path, torch.zeros(100_000))
+kills, changed, last = 0, 0, 0.0
+while kills < 50:
+    child = os.fork()
+    if not child:
+        for i in range(1, 1000):
+            save(path, torch.full((100_000,), last + i))
+        os._exit(0)
+    time.sleep(random_.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    whole = load(path)
+    assert (whole == whole[0]).all() and whole[0] >= last
+    changed += whole[0].item() > last
+    last = whole[0].item()
+print(changed)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "file"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5  # so that the kills came while files were being written
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """A disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("bridge", BRIDGES.values(), ids=BRIDGES)
+def test_a_disk_that_cannot_be_written(bridge, saved):
+    before = saved.read_bytes()
+    with no_file_beyond(1000), pytest.raises(OSError, match=str(saved)) as error:
+        bridge.save(saved, {"x": [np.ones(10_000)]})
+    assert error.value.errno == errno.EFBIG
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == ["state"]
+    with pytest.raises(OSError, match="absent/file"):
+        bridge.save(saved.parent / "absent" / "file", {"x": 1})
+
+
+def test_through_orbax(tmp_path):
+    import orbax.checkpoint
+
+    theirs = kdtorch.DINOState(torch.arange(4.0, dtype=torch.float64))
+    module = MODULES["crcd"]()
+    weights = nnx.state(module, nnx.Not(nnx.RngState))
+    weights = nnx.from_flat_state([(k, x[...]) for k, x in nnx.to_flat_state(weights) if k != ("key",)])
+    tree = {"state": kdjax.interop.to_jax(theirs), "module": nnx.to_pure_dict(weights)}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", tree)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "run", tree)
+    assert torch.equal(kdjax.interop.to_torch(back["state"]).center, theirs.center)
+    blank = MODULES["crcd"]()
+    nnx.update(blank, jax.tree.map(jnp.zeros_like, nnx.state(blank, lambda path, x: path[-1] != "key")))
+    nnx.update(blank, back["module"])
+    same(flat(kdjax.interop.to_torch(blank)), flat(kdjax.interop.to_torch(module)))
