@@ -27,11 +27,12 @@ from kdbridge.trees import (
     twin,
     unpack,
 )
+from kdjax.teacher_cache import TeacherCache, record_teacher
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load", "save", "to_jax", "to_torch", "torch_loss", "torch_teacher"]
+__all__ = ["TeacherCache", "load", "record_teacher", "save", "to_jax", "to_torch", "torch_loss", "torch_teacher"]
 
 
 def torch_teacher(

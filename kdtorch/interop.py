@@ -27,8 +27,9 @@ from kdbridge.trees import (
     unpack,
 )
 from kdtorch._numerics import _Refused
+from kdtorch.teacher_cache import TeacherCache, record_teacher
 
-__all__ = ["jax_loss", "jax_teacher", "load", "save", "to_jax", "to_torch"]
+__all__ = ["TeacherCache", "jax_loss", "jax_teacher", "load", "record_teacher", "save", "to_jax", "to_torch"]
 
 
 def jax_teacher(
