@@ -375,6 +375,11 @@ def numpy(x: Tensor) -> np.ndarray:
     return flat.copy().view(numpy_dtype(str(x.dtype).removeprefix("torch."))).reshape(x.shape)
 
 
+def _tensors(tree: Any, place: torch.device) -> Any:
+    """The JAX arrays of a tree as tensors, which share their memory."""
+    return each_leaf(lambda x: None if x is None else torch.from_dlpack(x).to(place), tree)
+
+
 def _arrays(function: str, tree: Any) -> Any:
     """The tensors of a tree as JAX arrays, which share their memory."""
     import jax
@@ -387,8 +392,3 @@ def _arrays(function: str, tree: Any) -> Any:
         return interop.array(function, x) if isinstance(x, Tensor) else x
 
     return each_leaf(array, tree)
-
-
-def _tensors(tree: Any, place: torch.device) -> Any:
-    """The JAX arrays of a tree as tensors, which share their memory."""
-    return each_leaf(lambda x: None if x is None else torch.from_dlpack(x).to(place), tree)

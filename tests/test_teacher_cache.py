@@ -105,7 +105,7 @@ def test_recording_goes_on_without_a_lost_or_doubled_sample(f, tmp_path):
     cache = record(other, tmp_path / "cache", batches(other, size=3))
     assert sorted(cache.index) == sorted(ORDER)
     assert np.array_equal(other.numpy(cache.read(ORDER)["logits"]), LOGITS.astype("float16"))
-    twice = {name: x[[0, 1, 0]] for name, x in data[0].items()}
+    twice = {name: x[np.array([0, 1, 0])] for name, x in data[0].items()}
     assert len(record(f, tmp_path / "twice", [twice, twice])) == 2
 
 
