@@ -61,13 +61,12 @@ class Cache:
                 f"asked for, but {len(self)} others; record them first"
             )
         rows = np.take(self._rows, places, axis=0).view(self._row)[..., 0]
-        result = {name: rows[name].copy() for name in self._row.names or ()}
+        result = {name: rows[name] for name in self._row.names or ()}
         if self.top_k:
-            rest = result.pop("rest")
+            rest, result["indices"] = result.pop("rest"), result["indices"].astype(np.int32)
             if temperature is not None:
-                result["rest"] = rest[..., self.temperatures.index(temperature)].copy()
-            result["indices"] = result["indices"].astype(np.int32)
-        return result
+                result["rest"] = rest[..., self.temperatures.index(temperature)]
+        return {name: x.copy() for name, x in result.items()}
 
     def _places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,8 +133,8 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def result(structure: _Structure, floats: Any, others: Any) -> tuple[Any, Any]:
         places = dict(structure.static) | dict(zip(structure.learns, floats, strict=True)) | others
-        inputs = jax.tree.unflatten(structure.tree, [places[i] for i in range(len(places))])
-        args, kwargs = each_leaf(lambda x: x, inputs, twin("kdtorch", "kdjax"))
+        given = jax.tree.unflatten(structure.tree, [places[i] for i in range(len(places))])
+        args, kwargs = each_leaf(lambda x: x, given, twin("kdtorch", "kdjax"))
         result = fn(*args, **kwargs)
         check_outputs("jax_loss", result, jax.Array)
         loss, extras = (result[0], result[1:]) if type(result) is tuple else (result, ())
@@ -156,35 +156,40 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     class Crossing(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, structure: _Structure, others: Any, trees: list[Any], *floats: Tensor) -> Any:
-            loss, pull, extras = forward_and_pull(structure, _arrays("jax_loss", list(floats)), others)
+        def forward(ctx: Any, structure: _Structure, trees: list[Any], *tensors: Tensor) -> Any:
+            loss, pull, extras = forward_and_pull(structure, *inputs(structure, tensors))
             (losses, ctx.tree), (besides, besides_tree) = jax.tree.flatten(loss), jax.tree.flatten(extras)
             trees += [ctx.tree, besides_tree]
-            ctx.pull, ctx.place = pull, floats[0].device
-            ctx.save_for_backward(*floats)  # for the error if one of them is written into before the gradient
+            ctx.pull, ctx.place = pull, tensors[0].device
+            ctx.save_for_backward(*tensors)  # for the error if one of them is written into before the gradient
             besides = _tensors(besides, ctx.place)
             ctx.mark_non_differentiable(*besides)
             return *(x.clone() for x in _tensors(losses, ctx.place)), *besides
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> Any:
-            floats = ctx.saved_tensors
+            tensors = ctx.saved_tensors
             above = _arrays("jax_loss", list(cotangents[: ctx.tree.num_leaves]))
             slopes = _tensors(pull_back(ctx.pull, jax.tree.unflatten(ctx.tree, above)), ctx.place)
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                slopes = [_Refused.apply(slope, *cotangents, *floats) for slope in slopes]
-            return None, None, None, *(slope.clone() for slope in slopes)
+                slopes = [_Refused.apply(slope, *cotangents, *tensors) for slope in slopes]
+            return None, None, *(slope.clone() for slope in slopes), *[None] * (len(tensors) - len(slopes))
+
+    def inputs(structure: _Structure, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[int, Any]]:
+        arrays = _arrays("jax_loss", list(tensors))
+        number = len(structure.learns)
+        return arrays[:number], dict(zip(structure.others, arrays[number:], strict=True))
 
     def loss(*args: Any, **kwargs: Any) -> Any:
         flat, tree = jax.tree.flatten((args, kwargs))
         tensors = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor)}
         learns = {i: x for i, x in tensors.items() if x.requires_grad and torch.is_grad_enabled()}
-        others = _arrays("jax_loss", {i: x for i, x in tensors.items() if i not in learns})
+        others = {i: x for i, x in tensors.items() if i not in learns}
         static = tuple((i, x) for i, x in enumerate(flat) if i not in tensors)
-        structure = _Structure(tree, tuple(learns), static)
+        structure = _Structure(tree, tuple(learns), tuple(others), static)
         if learns:
             trees: list[Any] = []
-            crossed = Crossing.apply(structure, others, trees, *learns.values())
+            crossed = Crossing.apply(structure, trees, *learns.values(), *others.values())
             number = trees[0].num_leaves
             loss, extras = (
                 jax.tree.unflatten(trees[0], crossed[:number]),
@@ -192,7 +197,7 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
             )
         else:
             place = next((x.device for x in tensors.values()), torch.device("cpu"))
-            loss, extras = _tensors(forward(structure, [], others), place)
+            loss, extras = _tensors(forward(structure, *inputs(structure, [*others.values()])), place)
         loss, extras = each_leaf(lambda x: x, (loss, extras), twin("kdjax", "kdtorch"))
         return (loss, *extras) if extras else loss
 
@@ -200,10 +205,14 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Structure(NamedTuple):
-    """What a compiled loss depends on, besides the shapes: the tree of the inputs, which of them learn, what is static."""
+    """What a compiled loss depends on, besides the shapes: the tree of the inputs, which of them learn, what is static.
+
+    The inputs are named by their places among the leaves.
+    """
 
     tree: Any
     learns: tuple[int, ...]
+    others: tuple[int, ...]
     static: tuple[tuple[int, Any], ...]
 
 

@@ -51,7 +51,7 @@ def record_teacher(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])
-    2 tensor([[2]])
+    2 tensor([[2]], dtype=torch.int32)
     """
     cache.record(path, batches, _numpy, top_k, temperatures, dtype)
     return TeacherCache(path)
@@ -88,8 +88,8 @@ class TeacherCache(cache.Cache):
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        outputs = {name: torch.from_numpy(x) for name, x in self.outputs(_numpy(index), temperature).items()}
-        return {name: x.long() if name == "indices" else x for name, x in outputs.items()}
+        outputs = self.outputs(_numpy(index), temperature)
+        return {name: torch.from_numpy(x) for name, x in outputs.items()}
 
 
 def _numpy(x: Any) -> np.ndarray:
