@@ -60,13 +60,15 @@ class Cache:
                 f"{self.path}: holds no sample {missing.ravel()[0]}, nor {missing.size - 1} others of the {index.size} "
                 f"asked for, but {len(self)} others; record them first"
             )
-        rows = np.take(self._rows, places, axis=0).view(self._row)[..., 0]
-        result = {name: rows[name] for name in self._row.names or ()}
+        run = places.ndim == 1 and places.size and (np.diff(places) == 1).all()
+        rows = self._rows[places[0] : places[-1] + 1] if run else np.take(self._rows, places, axis=0)
+        result = {name: rows.view(self._row)[..., 0][name] for name in self._row.names or ()}
         if self.top_k:
-            rest, result["indices"] = result.pop("rest"), result["indices"].astype(np.int32)
+            rest = result.pop("rest")
             if temperature is not None:
                 result["rest"] = rest[..., self.temperatures.index(temperature)]
-        return {name: x.copy() for name, x in result.items()}
+        narrow = {"indices": np.int32} if self.top_k else {}
+        return {name: x.astype(narrow.get(name, x.dtype), order="C") for name, x in result.items()}
 
     def _places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(self):
@@ -110,6 +112,8 @@ def record(
 def _checked(batch: dict[str, np.ndarray], top_k: int | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if missing := {"index", "logits"} - batch.keys():
         raise ValueError(f"a batch must have `index` and `logits`, got {sorted(batch)}; {min(missing)} is missing")
+    if top_k is not None and (taken := batch.keys() & {"values", "indices", "rest"}):
+        raise ValueError(f"a batch must not name an array `{min(taken)}`, which `top_k` makes of the logits; rename it")
     index = batch.pop("index")
     if index.ndim != 1 or index.dtype.kind not in "iu" or (index < 0).any():
         raise ValueError(f"`index` must be whole numbers of at least 0, [batch], got {index.dtype}{list(index.shape)}")

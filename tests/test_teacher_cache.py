@@ -195,6 +195,7 @@ MISTAKES = {
     "NaN": (one(logits=NAN), {}, "got NaN or inf for sample 2; is the teacher in eval mode"),
     "beyond float16": (one(logits=NAN[:1] * 1e5, index=np.array([1])), {}, '`logits` has numbers beyond float16, .* use dtype="float32"'),
     "top_k": (one(), {"top_k": 4}, r"`top_k` must be from 1 to the number of classes, got 4 of logits \[2, 3\]"),
+    "a name that is taken": (one(rest=np.ones(2)), {"top_k": 2}, "must not name an array `rest`, which `top_k` makes"),
     "dtype": (one(), {"dtype": "int8"}, '`dtype` must be "float16" or "float32", got \'int8\''),
     "temperatures": (one(), {"top_k": 1, "temperatures": [0.0]}, "`temperatures` must be finite and greater than 0, got 0.0"),
 }  # fmt: skip
