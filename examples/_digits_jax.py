@@ -208,10 +208,16 @@ def count(module: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
-def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
-    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+def make_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting) -> Net:
+    """A teacher that has learned."""
     teacher = Net(*setting.teacher, setting.classes, rngs=generators(0))
     fit([teacher], label_loss, jax.tree.map(jnp.asarray, data), [plan], setting.teacher_rate)
+    return teacher
+
+
+def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
+    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+    teacher = make_teacher(data, plan, setting)
     shifts, images, *shape = views.shape
     output = predict(teacher, views.reshape(-1, *shape))
     return {

@@ -192,11 +192,17 @@ def count(module: nn.Module) -> int:
     return sum(x.numel() for x in module.parameters())
 
 
-def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
-    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+def make_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting) -> Net:
+    """A teacher that has learned."""
     torch.manual_seed(0)
     teacher = Net(*setting.teacher, setting.classes)
     fit([teacher], label_loss, tensors(data, torch.float32), [plan], setting.teacher_rate)
+    return teacher
+
+
+def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
+    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+    teacher = make_teacher(data, plan, setting)
     shifts, images, *shape = views.shape
     output = predict(teacher, views.reshape(-1, *shape))
     return {

@@ -7,6 +7,7 @@ from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
+from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -34,5 +35,6 @@ __all__ = [
     "nkd_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
+    "topk_kl_loss",
     "uskd_loss",
 ]

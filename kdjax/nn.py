@@ -260,6 +260,18 @@ def _head(name: str, in_dim: int, dim: int, embed: str, rngs: nnx.Rngs) -> Calla
     return _identity
 
 
+class _BatchNorm(nnx.BatchNorm):
+    """With PyTorch's running variance, that of a sample, so that what is trained here goes on there."""
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> jax.Array:
+        kept = self.momentum * self.var[...]
+        normalised = super().__call__(x, *args, **options)
+        if not self.use_running_average:
+            number = x.size // x.shape[-1]
+            self.var[...] = kept + (self.var[...] - kept) * (number / max(number - 1, 1))
+        return normalised
+
+
 class ABF(nnx.Module):
     """Attention-based fusion, ReviewKD's connector from one level of the student to the teacher's width.
 
@@ -280,9 +292,9 @@ class ABF(nnx.Module):
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool, *, rngs: nnx.Rngs) -> None:
         self.conv1 = nnx.Conv(in_channels, mid_channels, (1, 1), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
+        self.norm1 = _BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
         self.conv2 = nnx.Conv(mid_channels, out_channels, (3, 3), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(out_channels, momentum=0.9, rngs=rngs)
+        self.norm2 = _BatchNorm(out_channels, momentum=0.9, rngs=rngs)
         self.attention = nnx.Conv(2 * mid_channels, 2, (1, 1), rngs=rngs) if fuse else None
 
     def __call__(self, x: Array, deeper: Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -58,8 +58,20 @@ def _maps(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
     return [rng.normal(size=(*n.batch, *shape)) for shape in n.maps]
 
 
+def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
+    """The classes of each example in an order of its own."""
+    return rng.random((*n.batch, n.classes)).argsort(-1)
+
+
+def _kept(n: Sizes) -> int:
+    return max(1, n.classes // 2)
+
+
 KINDS: dict[str, Kind] = {
     "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes))),
+    "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n)))),
+    "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
+    "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch)),
     "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim))),
     "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim + 2))),
     "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim))),
@@ -212,6 +224,15 @@ LOSSES: tuple[Loss, ...] = (
         pairs=True,
         shift=True,
     ),
+    Loss(
+        "topk_kl_loss",
+        {"student_logits": "logits", "values": "kept_logits", "indices": "kept_classes", "rest": "rest"},
+        ("student_logits",),
+        ("values", "rest"),
+        ({}, {"temperature": 4.0}, {"temperature": 2.0, "tail": "renormalize"}),
+        {"temperature": (0.5, 20.0)},
+        shift=True,
+    ),
     Loss("bce_loss", {"student": "features", "teacher": "fractions"}, ("student",), ("teacher",)),
     Loss("mse_loss", _FEATURES, ("student",), ("teacher",), divergence=True),
     Loss(
@@ -354,11 +375,11 @@ def _of_kind(loss: Loss, inputs: dict[str, Any], kinds: tuple[str, ...], functio
     return result if set(kinds) & set(loss.inputs.values()) else None
 
 
-_NUMBERS = ("logits", "features", "wide_features", "maps", "views", "teacher_views")
+_NUMBERS = ("logits", "kept_logits", "rest", "features", "wide_features", "maps", "views", "teacher_views")
 
 
 def _wide(scale: float, loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    return _of_kind(loss, inputs, ("logits",), lambda x: x * (scale / 3))
+    return _of_kind(loss, inputs, ("logits", "kept_logits", "rest"), lambda x: x * (scale / 3))
 
 
 def _confident(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -492,7 +513,7 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
     ordinary = Case(loss, "ordinary", steps, loss.options[0], seed=seed)
     yield ordinary
     for options in loss.options[1:]:
-        name = "-".join(f"{k}={v:g}" for k, v in options.items())
+        name = "-".join(f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in options.items())
         yield dataclasses.replace(ordinary, name=name, options=options)
     yield dataclasses.replace(ordinary, name="none", reduction="none")
 

@@ -13,7 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from parity.arrays import is_array, is_float, leaves, numpy_dtype
+from kdbridge.trees import is_array, leaves, numpy_dtype
+from parity.arrays import is_float
 
 PARTS = ("value", "gradient", "state")
 

@@ -6,13 +6,15 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 
-from parity.arrays import each_leaf, is_float, jax_array, leaves, rounded, to_numpy, torch_tensor
+from kdbridge.layers import KINDS, Layer, Weights, outermost, to_torch
+from kdbridge.trees import each_leaf, leaves
+from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
 from parity.compare import Comparison, Difference
 from parity.functions import by_leaf, checked_arguments, checked_outputs, cotangent, named, precision, pulled_back
 
@@ -20,76 +22,8 @@ if TYPE_CHECKING:
     import torch
     from flax import nnx
 
-Weights = dict[str, np.ndarray]
-_Call = tuple["_Layer", Any]
-
-
-def _linear(x: Weights) -> Weights:
-    return _renamed(x, kernel=("weight", np.transpose))
-
-
-def _conv(x: Weights) -> Weights:
-    """`[*window, in, out]` to `[out, in, *window]`"""
-    return _renamed(x, kernel=("weight", lambda k: np.moveaxis(k, (-1, -2), (0, 1))))
-
-
-def _norm(x: Weights) -> Weights:
-    return _renamed(x, scale=("weight", np.asarray), mean=("running_mean", np.asarray), var=("running_var", np.asarray))
-
-
-def _embedding(x: Weights) -> Weights:
-    return _renamed(x, embedding=("weight", np.asarray))
-
-
-def _attention(x: Weights) -> Weights:
-    """Kernels `[in, heads, dim]` and, of the output, `[heads, dim, out]`, to matrices, the first three stacked."""
-    three = ("query", "key", "value")
-    result = {"in_proj_weight": np.concatenate([x[f"{k}.kernel"].reshape(len(x[f"{k}.kernel"]), -1).T for k in three])}
-    kernel = x["out.kernel"]
-    result["out_proj.weight"] = kernel.reshape(-1, kernel.shape[-1]).T
-    if "query.bias" in x:
-        result["in_proj_bias"] = np.concatenate([x[f"{k}.bias"].ravel() for k in three])
-        result["out_proj.bias"] = x["out.bias"]
-    return result
-
-
-def _renamed(x: Weights, **names: tuple[str, Callable[[np.ndarray], np.ndarray]]) -> Weights:
-    result = {}
-    for name, value in x.items():
-        new, change = names.get(name, (name, np.asarray))
-        result[new] = change(value)
-    return result
-
-
-# the class in PyTorch, the class in Flax, and Flax's weights under PyTorch's names and in its layout
-LAYERS: dict[str, tuple[str, Callable[[Weights], Weights]]] = {
-    "Linear": ("Linear", _linear),
-    "Conv1d": ("Conv", _conv),
-    "Conv2d": ("Conv", _conv),
-    "Conv3d": ("Conv", _conv),
-    "BatchNorm1d": ("BatchNorm", _norm),
-    "BatchNorm2d": ("BatchNorm", _norm),
-    "BatchNorm3d": ("BatchNorm", _norm),
-    "LayerNorm": ("LayerNorm", _norm),
-    "RMSNorm": ("RMSNorm", _norm),
-    "GroupNorm": ("GroupNorm", _norm),
-    "Embedding": ("Embed", _embedding),
-    "MultiheadAttention": ("MultiHeadAttention", _attention),
-}
-_FLAX_KINDS = {kind for kind, _ in LAYERS.values()}
+_Call = tuple[Layer, Any]
 _CHANNELS_FIRST = {"Conv1d": 3, "Conv2d": 4, "Conv3d": 5}
-
-
-class _Layer(NamedTuple):
-    path: str
-    kind: str
-    module: Any
-
-    def __str__(self) -> str:
-        return f"`{self.path}` ({self.kind})"
-
-    def __contains__(self, name: object) -> bool:
-        return not self.path or str(name).startswith(f"{self.path}.")
 
 
 def compare_modules(
@@ -217,30 +151,20 @@ def _differences(
         yield from by_leaf(slopes, wanted, limit=limits[1], scale=scale, part="gradient", subject=subject, **where)
 
 
-def _subject(ours: _Layer, theirs: _Layer) -> str:
+def _subject(ours: Layer, theirs: Layer) -> str:
     return f"{ours}, in PyTorch {theirs}"
 
 
-def _flax_layers(module: Any) -> list[_Layer]:
+def _flax_layers(module: Any) -> list[Layer]:
     from flax import nnx
 
-    return _outermost(((".".join(map(str, path)), x) for path, x in nnx.iter_modules(module)), "flax.nnx", _FLAX_KINDS)
+    return outermost(
+        ((".".join(map(str, path)), x) for path, x in nnx.iter_modules(module)), "flax.nnx", KINDS.values()
+    )
 
 
-def _torch_layers(module: Any) -> list[_Layer]:
-    return _outermost(module.named_modules(), "torch.nn", set(LAYERS))
-
-
-def _outermost(modules: Iterable[tuple[str, Any]], package: str, kinds: set[str]) -> list[_Layer]:
-    """The layers of known kinds, without those inside of another."""
-    layers: list[_Layer] = []
-    for path, module in sorted(modules, key=lambda x: x[0].count(".") if x[0] else -1):
-        kind = next(
-            (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(package) and c.__name__ in kinds), ""
-        )
-        if kind and not any(path in layer for layer in layers):
-            layers.append(_Layer(path, kind, module))
-    return layers
+def _torch_layers(module: Any) -> list[Layer]:
+    return outermost(module.named_modules(), "torch.nn", KINDS)
 
 
 def _run_flax(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, list[_Call]]:
@@ -269,25 +193,25 @@ def _run_torch(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, list[_Call]]:
     calls: list[_Call] = []
     for layer in _torch_layers(module):
 
-        def record(_module: Any, _inputs: Any, output: Any, layer: _Layer = layer) -> None:
+        def record(_module: Any, _inputs: Any, output: Any, layer: Layer = layer) -> None:
             calls.append((layer, output[0] if isinstance(output, tuple) else output))  # attention gives its weights too
 
         layer.module.register_forward_hook(record)
     return module(*inputs), calls
 
 
-def _paired(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Layer, _Layer]]:
-    pairs: dict[tuple[str, str], tuple[_Layer, _Layer]] = {}
+def _paired(ours: list[_Call], theirs: list[_Call]) -> list[tuple[Layer, Layer]]:
+    pairs: dict[tuple[str, str], tuple[Layer, Layer]] = {}
     for number, (our_call, their_call) in enumerate(itertools.zip_longest(ours, theirs)):
         x, y = our_call and our_call[0], their_call and their_call[0]
-        if not (x and y) or LAYERS[y.kind][0] != x.kind:
+        if not (x and y) or KINDS[y.kind] != x.kind:
             raise ValueError(
                 f"compare_modules: call {number} is of {x or 'no layer'} in Flax and of {y or 'no layer'} in PyTorch; "
                 "both must call the same kinds of layers in the same order"
             )
         pairs[x.path, y.path] = x, y
     for side, other in ((0, 1), (1, 0)):
-        twins: dict[str, _Layer] = {}
+        twins: dict[str, Layer] = {}
         for pair in pairs.values():
             if twins.setdefault(pair[side].path, pair[other]) is not pair[other]:
                 raise ValueError(
@@ -303,7 +227,7 @@ def _flat(state: Any) -> Weights:
     return {".".join(map(str, path)): to_numpy(x[...]) for path, x in nnx.to_flat_state(state)}
 
 
-def _translated(weights: Weights, pairs: list[tuple[_Layer, _Layer]]) -> dict[str, Weights]:
+def _translated(weights: Weights, pairs: list[tuple[Layer, Layer]]) -> dict[str, Weights]:
     """Flax's weights, or their gradients, under PyTorch's names and in its layout, by subject."""
     result: dict[str, Weights] = {}
     left = dict(weights)
@@ -311,7 +235,7 @@ def _translated(weights: Weights, pairs: list[tuple[_Layer, _Layer]]) -> dict[st
         own = {name: left.pop(name) for name in weights if name in ours}
         own = {name.removeprefix(f"{ours.path}."): x for name, x in own.items()}
         prefix = f"{theirs.path}." if theirs.path else ""
-        result[_subject(ours, theirs)] = {prefix + name: x for name, x in LAYERS[theirs.kind][1](own).items()}
+        result[_subject(ours, theirs)] = {prefix + name: x for name, x in to_torch(ours.kind, own).items()}
     return {**result, **{f"`{name}`": {name: x} for name, x in left.items()}}
 
 
@@ -322,7 +246,7 @@ def _copy_weights(weights: dict[str, Weights], module: Any) -> None:
     wanted = dict(module.named_parameters()) | {
         k: v for k, v in module.named_buffers() if k.split(".")[-1].startswith("running_")
     }
-    known = f"known are {', '.join(LAYERS)}, and parameters that have the same path on both sides"
+    known = f"known are {', '.join(KINDS)}, and parameters that have the same path on both sides"
     for name in wanted.keys() - given.keys():
         owner = module.get_submodule(name.rpartition(".")[0])
         raise TypeError(f"compare_modules: `{name}`, of a PyTorch {type(owner).__name__}, has no twin in Flax; {known}")

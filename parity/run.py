@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from parity.arrays import is_float, jax_array, numpy_dtype, rounded, to_numpy, torch_tensor
+from kdbridge.trees import numpy_dtype
+from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
 from parity.cases import KINDS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")
@@ -186,7 +187,8 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
 
 def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     function = getattr(package or importlib.import_module("parity.oracle"), case.loss.name)
-    options = {k: numpy_dtype(result_dtype(dtype)).type(v) for k, v in case.options.items()}
+    number = numpy_dtype(result_dtype(dtype)).type
+    options = {k: v if isinstance(v, str) else number(v) for k, v in case.options.items()}
     shape = _batch(case, case.steps[0])
     kept = np.flatnonzero(np.ones(shape) if case.where is None else case.where)
     above = np.broadcast_to(upstream(case, _value_shape(case)), shape).ravel()[kept]

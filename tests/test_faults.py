@@ -30,6 +30,7 @@ class Fault:
 
 
 KL, DKD, NKD, USKD = (f"kdtorch/logits/{x}.py" for x in ("kl", "dkd", "nkd", "uskd"))
+TOPK = "kdtorch/logits/topk_kl.py"
 REGRESSION, DCN, HCL = (f"kdtorch/features/{x}.py" for x in ("regression", "dcn", "hcl"))
 DINO = "kdtorch/selfsupervised/dino.py"
 DIFFERENCE, EUCLIDEAN, CRCD = (
@@ -71,6 +72,10 @@ FAULTS = [
     Fault("masked examples in the batch mean", USKD, "uskd_loss", "present if where is None else present & where.unsqueeze(-1)", "present"),
     Fault("second label forgotten", USKD, "uskd_loss-soft", "torch.cat([first, second], -1)", "torch.cat([first, first], -1)"),
     Fault("padding counted in C", USKD, "uskd_loss", "0.1 / (1 - unused).sum(-1, keepdim=True)", "0.1 / student.shape[-1]"),
+    Fault("no bucket", TOPK, "topk_kl_loss", "if tail == \"bucket\":\n        left", "if False:\n        left"),
+    Fault("the rest without T", TOPK, "topk_kl_loss", "softmax(others, temperature).log_total", "softmax(others).log_total"),
+    Fault("kept classes in the rest", TOPK, "topk_kl_loss", "student.masked_fill(held, -math.inf)", "student + 0 * held"),
+    Fault("one less the sum", TOPK, "topk_kl_loss", "    return torch.cat([(kept - largest) / temperature, rest], -1)", "    p = softmax(student, temperature).p.gather(-1, (kept.unsqueeze(-1) == student.unsqueeze(-2)).double().argmax(-1))\n    return torch.cat([p.log(), (1 - p.sum(-1, keepdim=True)).log()], -1)"),
     Fault("teacher not detached", REGRESSION, "bce_loss", "(student, teacher.detach(), r", "(student, teacher, r"),
     Fault("sum over features", REGRESSION, "bce_loss", "entries.mean(-1)", "entries.sum(-1)"),
     Fault("n - 1 for n", "kdjax/features/regression.py", "mse_loss", "squared_error(student, jax.lax.stop_gradient(teacher))\n", "squared_error(student, jax.lax.stop_gradient(teacher)) * (student.shape[-1] / (student.shape[-1] - 1))\n"),

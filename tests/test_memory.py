@@ -26,6 +26,7 @@ CASES = {
     "kl_loss": (kdjax.kl_loss, (numbers(B, C), numbers(B, C)), B * C, 5),
     "dkd_loss": (kdjax.dkd_loss, (numbers(B, C), numbers(B, C), indices(B)), B * C, 5),
     "nkd_loss": (kdjax.nkd_loss, (numbers(B, C), numbers(B, C), indices(B)), B * C, 7),
+    "topk_kl_loss": (kdjax.topk_kl_loss, (numbers(B, C), numbers(B, 64), indices(B, 64), numbers(B)), B * C, 5),
     "difference_kl_loss": (kdjax.difference_kl_loss, (numbers(B, C), numbers(B, C)), B * B + B * C, 20),
     "euclidean_mse_loss": (kdjax.euclidean_mse_loss, (numbers(B, D), numbers(B, D)), B * B + B * D, 5),
     "dcn_loss": (kdjax.dcn_loss, (numbers(B, D), numbers(B, D), indices(B), numbers(N, D)), B * D + N * D, 2),

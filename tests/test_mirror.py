@@ -10,12 +10,15 @@ import sys
 import pytest
 
 import kdjax
+import kdjax.interop
 import kdjax.nn
 import kdtorch
+import kdtorch.interop
 import kdtorch.nn
 
 ROOT = pathlib.Path(kdjax.__file__).parent.parent
 RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group"}
+OTHER = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}  # each takes what the other framework has
 ONLY_JAX = {"LossState"}  # PyTorch calls it a buffer
 WITHOUT_GENERATOR = {
     "DynamicCenterNormLoss",
@@ -33,15 +36,16 @@ def test_files():
     assert files("kdjax") == files("kdtorch")
 
 
-@pytest.mark.parametrize("module", ["", ".nn"])
+@pytest.mark.parametrize("module", ["", ".nn", ".interop", ".teacher_cache"])
 def test_names(module):
     ours, theirs = (set(sys.modules[package + module].__all__) for package in ("kdjax", "kdtorch"))
-    assert ours - ONLY_JAX == theirs
+    assert {OTHER.get(name, name) for name in ours - ONLY_JAX} == theirs
 
 
 PUBLIC = [(kdjax, kdtorch, name) for name in kdtorch.__all__] + [
     (kdjax.nn, kdtorch.nn, name) for name in kdtorch.nn.__all__
 ]
+PUBLIC += [(kdjax.interop, kdtorch.interop, name) for name in kdtorch.interop.__all__ if name not in OTHER.values()]
 
 
 def callables(ours, theirs):
@@ -50,7 +54,8 @@ def callables(ours, theirs):
         return [(ours, theirs)]
     if issubclass(ours, tuple):
         return [(ours.__new__, theirs.__new__)]
-    pairs = [(ours.__init__, theirs.__init__), (ours.__call__, theirs.forward)]
+    pairs = [(ours.__init__, theirs.__init__)]
+    pairs += [(ours.__call__, theirs.forward)] if "forward" in vars(theirs) else []
     methods = [name for name, value in vars(ours).items() if inspect.isfunction(value) and not name.startswith("_")]
     return pairs + [(getattr(ours, name), getattr(theirs, name)) for name in methods]
 
@@ -84,6 +89,14 @@ def test_summaries(jax_module, torch_module, name):
     assert formula.findall(ours) == formula.findall(theirs)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), OTHER.items())
+def test_summaries_of_what_takes_the_other(ours, theirs):
+    said = (
+        inspect.getdoc(getattr(module, name)) for module, name in ((kdjax.interop, ours), (kdtorch.interop, theirs))
+    )
+    assert len({text.splitlines()[0] for text in said}) == 1
+
+
 @pytest.mark.parametrize("path", files("kdjax"))
 def test_order(path):
     """Functions and classes stand in the same order, helpers that one framework alone needs aside."""
@@ -94,7 +107,14 @@ def test_order(path):
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
 
 
-@pytest.mark.parametrize(("package", "other"), [("kdjax", "torch"), ("kdtorch", "jax")])
-def test_one_framework_does_not_import_the_other(package, other):
-    code = f"import {package}, {package}.nn, sys; sys.exit({other!r} in sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "others"),
+    [
+        ("kdjax, kdjax.nn, kdjax.interop", {"torch", "kdtorch"}),
+        ("kdtorch, kdtorch.nn, kdtorch.interop", {"jax", "kdjax"}),
+        ("kdbridge.cache, kdbridge.files, kdbridge.layers, kdbridge.trees", {"torch", "kdtorch", "jax", "kdjax"}),
+    ],
+)
+def test_one_framework_does_not_import_the_other(modules, others):
+    code = f"import {modules}, sys; sys.exit(bool({others!r} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -69,7 +69,7 @@ def dino_teacher_temperature(
         raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}")
     if warmup_epochs < 2:
         return jnp.full(jnp.shape(epoch), final)
-    return optax.schedules.linear_schedule(warmup, final, warmup_epochs - 1)(jnp.asarray(epoch))
+    return optax.schedules.linear_schedule(warmup, final, warmup_epochs - 1)(jnp.asarray(epoch, float))
 
 
 @checked

@@ -16,6 +16,7 @@ from parity.oracle.hcl import hcl_loss
 from parity.oracle.kl import kl_loss, symmetric_kl_loss
 from parity.oracle.nkd import nkd_loss
 from parity.oracle.regression import bce_loss, mse_loss, smooth_l1_loss
+from parity.oracle.topk_kl import topk_kl_loss
 from parity.oracle.uskd import uskd_loss
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "nkd_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
+    "topk_kl_loss",
     "uskd_loss",
 ]

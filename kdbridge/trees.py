@@ -1,0 +1,199 @@
+"""Trees of arrays, and what a tree is on the way from one framework to the other."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# A packed tree is made of these, and of NumPy arrays, numbers, strings and None:
+#   {"dict": {key: node}}  {"list": [node]}  {"tuple": [node]}
+#   {"state": reference, "fields": {field: node}}
+#   {"function": reference}
+#   {"module": reference or None, "arguments": node, "training": bool, "layers": [...], "weights": {name: array},
+#    "keys": names of weights that are keys of JAX, and their kinds}
+# A reference names what both packages have, by its place in them: "selfsupervised.dino:DINOState". The weights of a
+# module have PyTorch's names and axes; `kdbridge.layers` says what the layers are.
+Packed = Any
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a tree of dicts, lists, tuples and named tuples, by their place in it."""
+    if isinstance(tree, Mapping):
+        children = [(f"{path}.{key}" if path else str(key), tree[key]) for key in tree]
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        children = [(f"{path}.{key}" if path else key, getattr(tree, key)) for key in tree._fields]
+    elif isinstance(tree, list | tuple):
+        children = [(f"{path}[{i}]", child) for i, child in enumerate(tree)]
+    else:
+        return {path: tree}
+    return {place: leaf for name, child in children for place, leaf in leaves(child, name).items()}
+
+
+def each_leaf(function: Callable[[Any], Any], tree: Any, named_tuple: Callable[[type], type] = lambda x: x) -> Any:
+    """The tree with a function of its leaves, and one of the types of its named tuples; `None` is a leaf."""
+    if isinstance(tree, Mapping):
+        return {key: each_leaf(function, child, named_tuple) for key, child in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return named_tuple(type(tree))(*(each_leaf(function, child, named_tuple) for child in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(each_leaf(function, child, named_tuple) for child in tree)
+    return function(tree)
+
+
+def is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Of the name that both frameworks give it."""
+    if name in np.sctypeDict:
+        return np.dtype(name)
+    import ml_dtypes
+
+    if not hasattr(ml_dtypes, name):
+        raise TypeError(f"dtype {name} has no twin in NumPy")
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+def reference(x: Any, package: str) -> str | None:
+    """Where a class or a function stands in one of the packages; None if it does not."""
+    module, name = getattr(x, "__module__", None) or "", getattr(x, "__name__", "")
+    return f"{module.removeprefix(f'{package}.')}:{name}" if module.startswith(f"{package}.") else None
+
+
+def resolve(place: str, package: str) -> Any:
+    """The class or function at a place of a package.
+
+    Raises:
+        ValueError: there is none, or it comes from elsewhere.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(f"{package}.{module}"), name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if reference(found, package) != place:
+        raise ValueError(f"{package} has no `{place}`; it was made by another version")
+    return found
+
+
+def twin(other: str, package: str) -> Callable[[type], type]:
+    """From a state of one package to that of the other; any other named tuple stays what it is."""
+
+    def of(kind: type) -> type:
+        place = reference(kind, other)
+        return kind if place is None else resolve(place, package)
+
+    return of
+
+
+def pack(tree: Any, package: str, leaf: Callable[[str, Any], Packed], path: str = "") -> Packed:
+    """The tree as plain containers that name what they were.
+
+    Args:
+        tree: of the package's framework.
+        package: kdjax or kdtorch, whose states are known.
+        leaf: from a place in the tree and a leaf that is no container, number or string, to its packed form.
+    """
+    if tree is None or (isinstance(tree, bool | int | float | str) and not isinstance(tree, np.generic)):
+        return tree
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        place = reference(type(tree), package)
+        if place is None:
+            raise TypeError(
+                f"`{path or 'tree'}` is a {type(tree).__name__}, which the other framework has not; {_KNOWN}"
+            )
+        fields = zip(tree._fields, tree, strict=True)
+        return {"state": place, "fields": {k: pack(x, package, leaf, _join(path, k)) for k, x in fields}}
+    if type(tree) is dict:
+        if stray := [key for key in tree if not isinstance(key, str)]:
+            raise TypeError(f"`{path or 'tree'}` must have strings as keys, got {stray[0]!r}")
+        return {"dict": {k: pack(x, package, leaf, _join(path, k)) for k, x in tree.items()}}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [pack(x, package, leaf, _join(path, str(i))) for i, x in enumerate(tree)]}
+    if inspect.isfunction(tree) and (place := reference(tree, package)):
+        return {"function": place}
+    return leaf(path, tree)
+
+
+def unpack(node: Packed, package: str, array: Callable[[np.ndarray], Any], module: Callable[[Packed], Any]) -> Any:
+    """The tree of a packed one, in the other framework or the same.
+
+    Args:
+        node: from `pack`.
+        package: kdjax or kdtorch, whose states it shall have.
+        array: from a NumPy array to the framework's own.
+        module: from the node of a module to the module, or to its weights.
+    """
+    if isinstance(node, np.ndarray):
+        return array(node)
+    if not isinstance(node, dict):
+        return node
+    if "module" in node:
+        return module(node)
+    if "function" in node:
+        return resolve(node["function"], package)
+
+    def each(children: Any) -> Any:
+        if isinstance(children, dict):
+            return {key: unpack(x, package, array, module) for key, x in children.items()}
+        return [unpack(x, package, array, module) for x in children]
+
+    if "state" in node:
+        return resolve(node["state"], package)(**each(node["fields"]))
+    (kind, children), *_ = node.items()
+    return tuple(each(children)) if kind == "tuple" else each(children)
+
+
+def no_leaf(path: str, x: Any) -> TypeError:
+    """What is said of a leaf that cannot cross."""
+    return TypeError(f"`{path or 'tree'}` is a {type(x).__name__}, which cannot cross; {_KNOWN}")
+
+
+_KNOWN = (
+    "what can are arrays, numbers, strings, states and modules of this library, and dicts, lists and tuples of them"
+)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+class Turn(NamedTuple):
+    """What a layout asks of arrays on the way into a channels-first module and out of it."""
+
+    axes: int | None
+
+    @classmethod
+    def of(cls, function: str, layout: str | None) -> Turn:
+        if layout not in (None, "NWC", "NHWC", "NDHWC"):
+            raise ValueError(f'{function}: `layout` must be None, "NWC", "NHWC" or "NDHWC", got {layout!r}')
+        return cls(len(layout) if layout else None)
+
+    def channels_first(self, x: Any) -> Any:
+        return self._moved(x, -1, 1)
+
+    def channels_last(self, x: Any) -> Any:
+        return self._moved(x, 1, -1)
+
+    def _moved(self, x: Any, source: int, destination: int) -> Any:
+        return x.movedim(source, destination) if getattr(x, "ndim", 0) == self.axes else x
+
+
+def check_outputs(function: str, tree: Any, kind: type) -> None:
+    """A tree of arrays of one kind, in which a leaf may be None.
+
+    Raises:
+        TypeError: it is not.
+    """
+    for name, x in leaves(tree).items():
+        if not isinstance(x, kind) and (x is not None or not name):
+            place = f"the output `{name}`" if name else "the output"
+            raise TypeError(
+                f"{function}: {place} must be an array or a tree of arrays, got {type(x).__name__}; return what is wanted "
+                "of it, or choose it by `output=`"
+            )

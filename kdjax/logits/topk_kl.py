@@ -1,0 +1,109 @@
+"""Knowledge distillation from the teacher's largest logits alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import _softmax, check_classes, kl_divergence, positive, valid_index, widen
+from kdjax._reduce import keep, reduce
+from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+
+
+@checked
+def topk_kl_loss(
+    student_logits: Float[Array, "*batch classes"],
+    values: Float[Array, "*batch kept"],
+    indices: Integer[Array, "*batch kept"],
+    rest: Float[Array, "*batch"] | None = None,
+    *,
+    temperature: Scalar = 1.0,
+    tail: str = "bucket",
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""KL divergence to a teacher of whom k logits an example are kept, with all other classes as one, or left out.
+
+    $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
+    q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad \bar x=T\log\sum_{c\notin K}e^{x_c/T}$$
+
+    over the k kept classes K and, with `tail="bucket"`, one more for the rest; without it with `"renormalize"`.
+
+    Args:
+        student_logits: `[*batch, classes]`.
+        values: `[*batch, kept]`, the teacher's logits of the kept classes, or their logarithms of probabilities at
+            temperature 1, with `rest` shifted by the same number; constant, their gradient is 0.
+        indices: `[*batch, kept]`, the classes, each once in an example; one outside `0 .. classes - 1` gives NaN for
+            that example, as does a class that is there twice.
+        rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
+            mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
+            `temperatures`. Needed for the bucket, unless all classes are kept; -inf where nothing is left.
+        temperature: T > 0.
+        tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
+            number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
+            kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        where: `[*batch]`, False for examples that count for nothing.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
+        student gives -inf to a class that the teacher uses.
+
+    Raises:
+        ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
+            kept than there are, no `rest` for the bucket.
+        TypeError: a shape or dtype that does not fit.
+
+    Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
+    part of the classes. The mass of the rest is a log-sum-exp over the student's other logits, not one less the sum of
+    the kept ones, which has no digits left where they are nearly all.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import topk_kl_loss
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0]])
+    >>> print(f"{topk_kl_loss(s, t, jnp.array([[1, 0]]), jnp.array([-1.0])):.4f}")
+    0.4112
+    """
+    student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))
+    student, values, indices, *rests = keep(where, student, values, indices, *rests)
+    check_classes(student)
+    temperature = positive("temperature", temperature, student)
+    kept, classes = indices.shape[-1], student.shape[-1]
+    if tail not in ("bucket", "renormalize"):
+        raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
+    if not 1 <= kept <= classes:
+        raise ValueError(
+            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {kept}"
+        )
+    if tail == "bucket" and rest is None and kept < classes:
+        raise ValueError(
+            f'`rest` must be given with tail="bucket" where {kept} of {classes} classes are kept, got None; '
+            'leave the rest out by tail="renormalize"'
+        )
+    indices, factor = valid_index(indices, classes)
+    held = jnp.put_along_axis(jnp.zeros(student.shape, bool), indices, True, axis=-1, inplace=False)
+    factor = jnp.where(held.sum(-1) == kept, factor.prod(-1).astype(student.dtype), jnp.nan)
+    x, y = jnp.take_along_axis(student, indices, axis=-1), jax.lax.stop_gradient(values)
+    if tail == "bucket":
+        left = jnp.full(y.shape[:-1], -jnp.inf, y.dtype) if rest is None else jax.lax.stop_gradient(rests[0])
+        x, y = _with_rest(student, x, held, temperature), jnp.concatenate([y, left[..., None]], -1)
+    else:
+        x = _scaled(x, temperature)
+    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction)
+
+
+def _with_rest(student: jax.Array, kept: jax.Array, held: jax.Array, temperature: Scalar) -> jax.Array:
+    """Logits, at temperature 1, of the kept classes and of the others together."""
+    others = jnp.where(held, -jnp.inf, student)
+    _, peak, _, log_total = _softmax(others, temperature)
+    largest = jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    rest = (peak - largest) / temperature + log_total
+    rest = jnp.where(jnp.isneginf(others).all(-1, keepdims=True), -jnp.inf, rest)
+    return jnp.concatenate([(kept - largest) / temperature, rest], -1)
+
+
+def _scaled(x: jax.Array, temperature: Scalar) -> jax.Array:
+    """Logits, at temperature 1, with the softmax of x / temperature."""
+    largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+    return (x - jnp.where(jnp.isneginf(largest), 0, largest)) / temperature

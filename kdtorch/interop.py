@@ -1,0 +1,403 @@
+"""What crosses to JAX and back: teachers, losses, states, weights, and files that both packages read."""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdbridge import files, layers
+from kdbridge.trees import (
+    Packed,
+    Turn,
+    check_outputs,
+    each_leaf,
+    leaves,
+    no_leaf,
+    numpy_dtype,
+    pack,
+    resolve,
+    twin,
+    unpack,
+)
+from kdtorch._numerics import _Refused
+from kdtorch.teacher_cache import TeacherCache, record_teacher
+
+__all__ = ["TeacherCache", "jax_loss", "jax_teacher", "load", "record_teacher", "save", "to_jax", "to_torch"]
+
+
+def jax_teacher(
+    fn: Any,
+    params: Any = None,
+    *,
+    output: Callable[[Any], Any] | None = None,
+    layout: str | None = None,
+) -> Callable[..., Any]:
+    """A teacher of the other framework as a function of arrays, in eval mode and without gradients; memory is shared.
+
+    Args:
+        fn: an `nnx.Module`, of which a copy in eval mode runs, as it is at the time of the call; or a function of
+            `params` and arrays, as a Linen model's `apply`. It runs under `jit`.
+        params: what the function takes first; None with a module.
+        output: from what it returns to what is wanted of it: an array or a tree of arrays.
+        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors of so many axes are channels-first here and channels-last in
+            the teacher, on the way in and out. None leaves all axes alone.
+
+    Returns:
+        A function of the teacher's further arguments, with tensors for JAX arrays, to the tree of its outputs. Do not
+        write into them: the tensors are memory of JAX.
+
+    Raises:
+        TypeError: parameters beside a module or none beside a function, an output that is no array or tree of arrays, a
+            dtype that DLPack has not.
+        ValueError: an unknown layout, a tensor that requires gradient, 64-bit tensors where JAX has 32.
+
+    >>> import jax, torch
+    >>> from kdtorch.interop import jax_teacher
+    >>> teacher = jax_teacher(lambda scale, x: jax.nn.softmax(scale * x), 2.0)
+    >>> teacher(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    import jax
+    from flax import nnx
+
+    if isinstance(fn, nnx.Module) != (params is None):
+        came = "both" if isinstance(fn, nnx.Module) else f"{type(fn).__name__} and None"
+        raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function with `params` beside it, got {came}")
+    turn = Turn.of("jax_teacher", layout)
+
+    @jax.jit
+    def apply(params: Any, args: Any, kwargs: Any) -> Any:
+        return chosen(fn(params, *args, **kwargs))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def evaluate(graph: Any, state: Any, args: Any, kwargs: Any) -> Any:
+        module = nnx.merge(graph, state)
+        module.eval()
+        return chosen(module(*args, **kwargs))
+
+    def chosen(result: Any) -> Any:
+        result = result if output is None else output(result)
+        check_outputs("jax_teacher", result, jax.Array)
+        return result
+
+    def teacher(*args: Any, **kwargs: Any) -> Any:
+        given = {k: x for k, x in leaves((args, kwargs)).items() if isinstance(x, Tensor)}
+        for name, x in given.items():
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires gradient, and through a "
+                    "teacher none flows; give x.detach(), or call the teacher under torch.no_grad()"
+                )
+        args, kwargs = _arrays("jax_teacher", each_leaf(turn.channels_last, (args, kwargs)))
+        result = evaluate(*nnx.split(fn), args, kwargs) if params is None else apply(params, args, kwargs)
+        place = next((x.device for x in given.values()), torch.device("cpu"))
+        return each_leaf(turn.channels_first, _tensors(result, place))
+
+    return teacher
+
+
+def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of the other framework as a function of arrays that can be differentiated.
+
+    Args:
+        fn: takes JAX arrays and trees of them, and whatever else, which is static; returns the loss, an array or a tree
+            of arrays, or a tuple of the loss and what comes besides, such as the next state, through which no gradient
+            flows. It runs under `jit`, forward and backward.
+
+    Returns:
+        A function of the same arguments, with tensors for JAX arrays and kdtorch's states for kdjax's. A second
+        derivative is refused.
+
+    Raises:
+        TypeError: an output that is no array or tree of arrays, a loss that is not floating-point, a dtype that DLPack
+            has not.
+        ValueError: 64-bit tensors where JAX has 32.
+
+    >>> import jax.numpy as jnp, torch
+    >>> from kdtorch.interop import jax_loss
+    >>> loss = jax_loss(lambda x, y: jnp.square(x - y).mean())
+    >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
+    >>> loss(x, torch.zeros(2)).backward()
+    >>> x.grad
+    tensor([1., 3.])
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def result(structure: _Structure, floats: Any, others: Any) -> tuple[Any, Any]:
+        places = dict(structure.static) | dict(zip(structure.learns, floats, strict=True)) | others
+        given = jax.tree.unflatten(structure.tree, [places[i] for i in range(len(places))])
+        args, kwargs = each_leaf(lambda x: x, given, twin("kdtorch", "kdjax"))
+        result = fn(*args, **kwargs)
+        check_outputs("jax_loss", result, jax.Array)
+        loss, extras = (result[0], result[1:]) if type(result) is tuple else (result, ())
+        for x in jax.tree.leaves(loss):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise TypeError(
+                    f"jax_loss: the loss must be floating-point, got {x.dtype}{list(x.shape)}; return what is not "
+                    "differentiated after it, in a tuple"
+                )
+        return loss, extras
+
+    forward = jax.jit(result, static_argnums=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward_and_pull(structure: _Structure, floats: Any, others: Any) -> Any:
+        return jax.vjp(lambda floats: result(structure, floats, others), floats, has_aux=True)
+
+    pull_back = jax.jit(lambda pull, cotangents: pull(cotangents)[0])
+
+    class Crossing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, structure: _Structure, trees: list[Any], *tensors: Tensor) -> Any:
+            loss, pull, extras = forward_and_pull(structure, *inputs(structure, tensors))
+            (losses, ctx.tree), (besides, besides_tree) = jax.tree.flatten(loss), jax.tree.flatten(extras)
+            trees += [ctx.tree, besides_tree]
+            ctx.pull, ctx.place = pull, tensors[0].device
+            ctx.save_for_backward(*tensors)  # for the error if one of them is written into before the gradient
+            besides = _tensors(besides, ctx.place)
+            ctx.mark_non_differentiable(*besides)
+            return *(x.clone() for x in _tensors(losses, ctx.place)), *besides
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor) -> Any:
+            tensors = ctx.saved_tensors
+            above = _arrays("jax_loss", list(cotangents[: ctx.tree.num_leaves]))
+            slopes = _tensors(pull_back(ctx.pull, jax.tree.unflatten(ctx.tree, above)), ctx.place)
+            if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
+                slopes = [_Refused.apply(slope, *cotangents, *tensors) for slope in slopes]
+            return None, None, *(slope.clone() for slope in slopes), *[None] * (len(tensors) - len(slopes))
+
+    def inputs(structure: _Structure, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[int, Any]]:
+        arrays = _arrays("jax_loss", list(tensors))
+        number = len(structure.learns)
+        return arrays[:number], dict(zip(structure.others, arrays[number:], strict=True))
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        flat, tree = jax.tree.flatten((args, kwargs))
+        tensors = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor)}
+        learns = {i: x for i, x in tensors.items() if x.requires_grad and torch.is_grad_enabled()}
+        others = {i: x for i, x in tensors.items() if i not in learns}
+        static = tuple((i, x) for i, x in enumerate(flat) if i not in tensors)
+        structure = _Structure(tree, tuple(learns), tuple(others), static)
+        if learns:
+            trees: list[Any] = []
+            crossed = Crossing.apply(structure, trees, *learns.values(), *others.values())
+            number = trees[0].num_leaves
+            loss, extras = (
+                jax.tree.unflatten(trees[0], crossed[:number]),
+                jax.tree.unflatten(trees[1], crossed[number:]),
+            )
+        else:
+            place = next((x.device for x in tensors.values()), torch.device("cpu"))
+            loss, extras = _tensors(forward(structure, *inputs(structure, [*others.values()])), place)
+        loss, extras = each_leaf(lambda x: x, (loss, extras), twin("kdjax", "kdtorch"))
+        return (loss, *extras) if extras else loss
+
+    return loss
+
+
+class _Structure(NamedTuple):
+    """What a compiled loss depends on, besides the shapes: the tree of the inputs, which of them learn, what is static.
+
+    The inputs are named by their places among the leaves.
+    """
+
+    tree: Any
+    learns: tuple[int, ...]
+    others: tuple[int, ...]
+    static: tuple[tuple[int, Any], ...]
+
+
+def to_torch(tree: Any) -> Any:
+    """A tree of JAX as one of PyTorch: arrays, states, and modules with their weights. Everything is copied.
+
+    Args:
+        tree: arrays, states and modules of kdjax, numbers and strings, in dicts, lists and tuples.
+
+    Returns:
+        The same tree with tensors, kdtorch's states and kdtorch's modules. A Flax module that is not of this library
+        becomes its weights under the names and in the axes of PyTorch, for the `load_state_dict` of its port. What
+        draws random numbers starts anew.
+
+    Raises:
+        TypeError: what cannot cross; the message names its place.
+
+    >>> from kdjax import dino_init
+    >>> from kdtorch.interop import to_torch
+    >>> to_torch(dino_init(3))
+    DINOState(center=tensor([0., 0., 0.]))
+    """
+    from kdjax import interop
+
+    return unpacked(interop.packed(tree))
+
+
+def to_jax(tree: Any) -> Any:
+    """A tree of PyTorch as one of JAX: arrays, states, and modules with their weights. Everything is copied.
+
+    Args:
+        tree: tensors, states and modules of kdtorch, numbers and strings, in dicts, lists and tuples.
+
+    Returns:
+        The same tree with JAX arrays, kdjax's states and kdjax's modules. A PyTorch module that is not of this library
+        becomes its weights under the names and in the axes of Flax, for `nnx.update` of its port. What draws random
+        numbers starts anew.
+
+    Raises:
+        TypeError: what cannot cross; the message names its place.
+        ValueError: a tensor that requires gradient, 64 bits where JAX has 32.
+
+    >>> from kdtorch import dino_init
+    >>> from kdtorch.interop import to_jax
+    >>> to_jax(dino_init(3))
+    DINOState(center=Array([0., 0., 0.], dtype=float32))
+    """
+    from kdjax import interop
+
+    return interop.unpacked(packed(tree))
+
+
+def save(path: str | os.PathLike[str], tree: Any) -> None:
+    """Write a tree of arrays, states and modules to a file that kdjax and kdtorch read; a killed writer leaves the old.
+
+    Args:
+        path: of the file, in the safetensors format, with a checksum and what was saved in its header.
+        tree: what `to_torch` and `to_jax` take.
+
+    Raises:
+        TypeError: what cannot be saved; the message names its place.
+        OSError: the file cannot be written; what was there before still is.
+
+    >>> import tempfile
+    >>> from kdtorch import dino_init
+    >>> from kdtorch.interop import load, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/state", {"state": dino_init(3), "step": 7})
+    ...     load(f"{folder}/state")
+    {'state': DINOState(center=tensor([0., 0., 0.])), 'step': 7}
+    """
+    files.write(path, packed(tree))
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """What `save` wrote, from either package, in the types of this one.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The tree; a module that is not of this library as its weights, as in `to_torch` and `to_jax`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+    """
+    return unpacked(files.read(path))
+
+
+def packed(tree: Any) -> Packed:
+    """The tree on its way out of PyTorch, in NumPy."""
+
+    def leaf(path: str, x: Any) -> Packed:
+        if isinstance(x, nn.Module):
+            return _packed_module(x)
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                raise ValueError(
+                    f"`{path or 'tree'}` is a tensor that requires gradient, and none flows through here; give x.detach()"
+                )
+            return numpy(x)
+        if isinstance(x, np.ndarray | np.generic):
+            return np.asarray(x)
+        raise no_leaf(path, x)
+
+    return pack(tree, "kdtorch", leaf)
+
+
+def _packed_module(module: nn.Module) -> Packed:
+    parts = dict(module.named_modules())
+
+    def in_flax(path: str) -> str:
+        steps = path.split(".")
+        for i in reversed(range(len(steps))):
+            if isinstance(parts.get(".".join(steps[:i])), nn.Sequential):
+                steps.insert(i, "layers")
+        return ".".join(steps)
+
+    found = layers.outermost(parts.items(), "torch.nn", layers.KINDS)
+    table = [[x.path, in_flax(x.path) if x.path else "", layers.KINDS[x.kind]] for x in found]
+    weights = {name: numpy(x) for name, x in module.state_dict().items()}
+    for path, part in parts.items():
+        if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+            weights[f"{path}.generator" if path else "generator"] = numpy(generator.get_state())
+    table += [[name, in_flax(name), ""] for name in weights if not any(name in layer for layer in found)]
+    return layers.node(module, "kdtorch", packed, weights, table, [], module.training)
+
+
+def unpacked(node: Packed) -> Any:
+    """The tree of a packed one, in PyTorch."""
+
+    def module(node: Packed) -> Any:
+        weights = {name: tensor(x) for name, x in node["weights"].items()}
+        keys = [weights.pop(name) for name, _ in node["keys"]]
+        drawn = [weights.pop(name) for name in list(weights) if name.rpartition(".")[2] == "generator"]
+        if node["module"] is None:
+            return weights
+        kind, arguments = resolve(node["module"], "kdtorch"), unpacked(node["arguments"])
+        if keys or drawn:
+            arguments["generator"] = torch.Generator()
+        built = kind(**arguments)
+        built.load_state_dict(built.state_dict() | weights, assign=True)
+        for state in drawn:
+            built.generator.set_state(state)
+        for key in keys:
+            built.generator.manual_seed(zlib.crc32(numpy(key).tobytes()))
+        return built.train(node["training"])
+
+    return unpack(node, "kdtorch", tensor, module)
+
+
+def tensor(x: np.ndarray) -> Tensor:
+    """A copy, in the array's own dtype, of which NumPy may know nothing."""
+    dtype = getattr(torch, "bool" if x.dtype == bool else x.dtype.name, None)
+    if dtype is None:
+        raise TypeError(f"an array of dtype {x.dtype}, which PyTorch has not; cast it first")
+    return (
+        torch.frombuffer(bytearray(x.tobytes()), dtype=dtype).reshape(x.shape)
+        if x.size
+        else torch.empty(x.shape, dtype=dtype)
+    )
+
+
+def numpy(x: Tensor) -> np.ndarray:
+    """A copy, in the tensor's own dtype, of which NumPy may know nothing."""
+    x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = x.reshape(-1).view(torch.uint8).numpy()
+    return flat.copy().view(numpy_dtype(str(x.dtype).removeprefix("torch."))).reshape(x.shape)
+
+
+def _tensors(tree: Any, place: torch.device) -> Any:
+    """The JAX arrays of a tree as tensors, which share their memory."""
+    return each_leaf(lambda x: None if x is None else torch.from_dlpack(x).to(place), tree)
+
+
+def _arrays(function: str, tree: Any) -> Any:
+    """The tensors of a tree as JAX arrays, which share their memory."""
+    import jax
+
+    from kdjax import interop
+
+    def array(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.device.type != "cpu" and jax.default_backend() == "cpu":
+            x = x.cpu()
+        return interop.array(function, x) if isinstance(x, Tensor) else x
+
+    return each_leaf(array, tree)
