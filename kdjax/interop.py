@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdbridge import files, layers
-from kdbridge.trees import (
+from kdjax.teacher_cache import TeacherCache, record_teacher
+from parity.bridge import files, layers
+from parity.bridge.trees import (
     Packed,
     Turn,
     check_outputs,
@@ -27,7 +28,6 @@ from kdbridge.trees import (
     twin,
     unpack,
 )
-from kdjax.teacher_cache import TeacherCache, record_teacher
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdbridge import cache
+from parity.bridge import cache
 
 __all__ = ["TeacherCache", "record_teacher"]
 

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdbridge import files, layers
-from kdbridge.trees import (
+from kdtorch._numerics import _Refused
+from kdtorch.teacher_cache import TeacherCache, record_teacher
+from parity.bridge import files, layers
+from parity.bridge.trees import (
     Packed,
     Turn,
     check_outputs,
@@ -26,8 +28,6 @@ from kdbridge.trees import (
     twin,
     unpack,
 )
-from kdtorch._numerics import _Refused
-from kdtorch.teacher_cache import TeacherCache, record_teacher
 
 __all__ = ["TeacherCache", "jax_loss", "jax_teacher", "load", "record_teacher", "save", "to_jax", "to_torch"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbridge import cache
+from parity.bridge import cache
 
 __all__ = ["TeacherCache", "record_teacher"]
 

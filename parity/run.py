@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kdbridge.trees import numpy_dtype
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
+from parity.bridge.trees import numpy_dtype
 from parity.cases import KINDS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")

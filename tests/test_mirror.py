@@ -112,7 +112,10 @@ def test_order(path):
     [
         ("kdjax, kdjax.nn, kdjax.interop", {"torch", "kdtorch"}),
         ("kdtorch, kdtorch.nn, kdtorch.interop", {"jax", "kdjax"}),
-        ("kdbridge.cache, kdbridge.files, kdbridge.layers, kdbridge.trees", {"torch", "kdtorch", "jax", "kdjax"}),
+        (
+            "parity.bridge.cache, parity.bridge.files, parity.bridge.layers, parity.bridge.trees",
+            {"torch", "kdtorch", "jax", "kdjax"},
+        ),
     ],
 )
 def test_one_framework_does_not_import_the_other(modules, others):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from frameworks import BOTH, JAX
 
-from kdbridge.cache import _largest
+from parity.bridge.cache import _largest
 from parity.compare import ulps
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kdjax._numerics import _softmax, check_classes, kl_divergence, positive, valid_index, widen
 from kdjax._reduce import keep, reduce
-from kdjax._typing import Array, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
 @checked
@@ -21,6 +21,7 @@ def topk_kl_loss(
     tail: str = "bucket",
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""KL divergence to a teacher of whom k logits an example are kept, with all other classes as one, or left out.
 
@@ -44,6 +45,8 @@ def topk_kl_loss(
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
+            return is then the loss of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
@@ -89,7 +92,7 @@ def topk_kl_loss(
         x, y = _with_rest(student, x, held, temperature), jnp.concatenate([y, left[..., None]], -1)
     else:
         x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction)
+    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, axis_name)
 
 
 def _with_rest(student: jax.Array, kept: jax.Array, held: jax.Array, temperature: Scalar) -> jax.Array:

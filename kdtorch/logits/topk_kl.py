@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdtorch._numerics import check_classes, kl_divergence, positive, softmax, valid_index, widen
 from kdtorch._reduce import keep, reduce
-from kdtorch._typing import Bool, Float, Integer, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
 @checked
@@ -23,6 +23,7 @@ def topk_kl_loss(
     tail: str = "bucket",
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""KL divergence to a teacher of whom k logits an example are kept, with all other classes as one, or left out.
 
@@ -46,6 +47,8 @@ def topk_kl_loss(
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
+            gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
@@ -91,7 +94,7 @@ def topk_kl_loss(
         x, y = _with_rest(student, x, held, temperature), torch.cat([y, left[..., None]], -1)
     else:
         x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction)
+    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, group)
 
 
 def _with_rest(student: Tensor, kept: Tensor, held: Tensor, temperature: Scalar) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdbridge.trees import Packed, reference
+from parity.bridge.trees import Packed, reference
 
 Weights = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ import numpy as np
 #   {"module": reference or None, "arguments": node, "training": bool, "layers": [...], "weights": {name: array},
 #    "keys": names of weights that are keys of JAX, and their kinds}
 # A reference names what both packages have, by its place in them: "selfsupervised.dino:DINOState". The weights of a
-# module have PyTorch's names and axes; `kdbridge.layers` says what the layers are.
+# module have PyTorch's names and axes; `parity.bridge.layers` says what the layers are.
 Packed = Any
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdbridge.files import replacing
+from parity.bridge.files import replacing
 
 FORMAT = "1"
 _HEADER, _INDEX, _ROWS = "header.json", "index", "rows"
