@@ -34,7 +34,7 @@ def check_batch(x: Tensor, group: ProcessGroup | None) -> None:
     if group is None or torch.compiler.is_compiling():
         return
     numbers = torch.empty(ranks, dtype=torch.int64, device=x.device)
-    distributed.all_gather_into_tensor(numbers, numbers.new_tensor([len(x)]), group=group)
+    distributed.all_gather(list(numbers.split(1)), numbers.new_tensor([len(x)]), group=group)
     for other, number in enumerate(numbers.tolist()):
         if number != len(x):
             raise ValueError(
@@ -65,16 +65,16 @@ def replicate(x: Tensor, group: ProcessGroup | None) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group, ctx.rows = group, len(x)
-        every = x.new_empty(size(group) * len(x), *x.shape[1:])
-        distributed.all_gather_into_tensor(every, x.contiguous(), group=group)
-        return every
+        ctx.group, ctx.shape = group, x.shape
+        every = x.new_empty(size(group), *x.shape)
+        distributed.all_gather(list(every.unbind()), x.contiguous(), group=group)
+        return every.flatten(0, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
-        distributed.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        own = gradient.new_empty(ctx.shape)
+        distributed.reduce_scatter(own, list(gradient.reshape(size(ctx.group), *ctx.shape).unbind()), group=ctx.group)
         return own, None
 
 

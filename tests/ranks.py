@@ -5,6 +5,7 @@ import datetime
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,6 +20,7 @@ from parity.cases import LOSSES, Loss, each_array
 
 @contextlib.contextmanager
 def member(rank: int, ranks: int, folder: str, timeout: float = 60) -> Iterator[None]:
+    warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",

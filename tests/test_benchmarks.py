@@ -1,10 +1,11 @@
 """The benchmarks: every form of a workload gives the same numbers, and what the tool says."""
 
+import functools
 import json
 
 import pytest
 
-from benchmarks import workloads
+from benchmarks import scaling, workloads
 from benchmarks.__main__ import main
 from benchmarks.forms import check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -69,3 +70,11 @@ def test_bad_arguments_fail_before_the_run(arguments, says, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert says in capsys.readouterr().err
+
+
+def test_what_the_compiler_says_of_many_devices():
+    """One all-reduce of the centre's sums: a device sends 7/8 of it twice."""
+    program = scaling.Program("small", (8,), functools.partial(scaling._dino, views=4, batch=16, dim=640))
+    figures = scaling.measure(program)
+    assert figures["sent"] == {"all-reduce": 2 * 7 / 8 * 4 * 640 + 2 * 7 / 8 * 4}
+    assert figures["inputs"] == 4 * (6 * 2 * 640 + 640)

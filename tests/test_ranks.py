@@ -160,5 +160,7 @@ def test_a_group_that_is_not_initialised():
     group = torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
     for name in ("kl_loss", "difference_kl_loss"):
-        with pytest.raises(ValueError, match=r"`group` must be a process group of torch\.distributed, which is not init"):
+        with pytest.raises(
+            ValueError, match=r"`group` must be a process group of torch\.distributed, which is not init"
+        ):
             getattr(kdtorch, name)(torch.ones(2, 3), torch.ones(2, 3), group=group)
