@@ -287,7 +287,9 @@ def _relations(
     square, dot = jnp.split(_product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
     square += a_square[:, None] + w_square[None]
     dot -= (rho * a).sum(1, keepdims=True)
-    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(a_square.max(), w_square.max())
+    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(
+        a_square.max(initial=0), w_square.max(initial=0)
+    )
     clear = ~(close & ~same).any()
 
     def over_anchors(function: Callable, *rows: jax.Array) -> Any:

@@ -353,7 +353,8 @@ def _relations(
             pulled = (near[:, None] @ weight @ w)[:, 0] - (near * weight.sum(-1)) @ a
         else:
             weight *= near[..., None]
-            pulled = sum((part[:, None] @ x)[:, 0] for part, x in zip(weight.unbind(1), differences(), strict=True))
+            parts = zip(weight.unbind(1), differences(), strict=True)
+            pulled = torch.stack([(part[:, None] @ x)[:, 0] for part, x in parts]).sum(0)
         return pulled + equal.sum(-1, keepdim=True) * ones - (across[:, None] @ rho)[:, 0]
 
     return relation, pull
