@@ -23,3 +23,12 @@ def float64_in_jax():
     jax.config.update("jax_enable_x64", False)
     if next(_tests) % 200 == 0:
         forget()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules of tests that compile much and run little; what XLA's optimisations do to numbers is for the others."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -13,6 +13,7 @@ from flax import nnx
 
 from parity import assert_parity, compare, compare_modules
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 3))
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"

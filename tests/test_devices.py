@@ -17,6 +17,7 @@ from parity.compare import ulps
 
 LAYOUTS = {kind: P(*[None] * k.axis, "batch") if k.axis is not None else P() for kind, k in KINDS.items()}
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 
 

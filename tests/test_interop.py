@@ -33,6 +33,7 @@ from parity.bridge.trees import each_leaf, leaves
 from parity.cases import LOSSES, Sizes, draw
 from parity.compare import ulps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(kdjax.__file__).parent.parent
 BRIDGES = {"jax": kdjax.interop, "torch": kdtorch.interop}
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)

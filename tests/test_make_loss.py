@@ -10,6 +10,7 @@ from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
 from test_golden import FILES, LIMITS, load
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 BATCH, DIM, WIDE, CLASSES = 6, 8, 10, 5
 

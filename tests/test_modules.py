@@ -14,6 +14,7 @@ import kdjax.nn
 import kdtorch.nn
 from parity.compare import ulps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 
 
