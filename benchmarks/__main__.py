@@ -85,7 +85,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         title="Milliseconds forward and backward; × is how many times faster than direct", title_justify="left"
     )
-    for heading in ("workload", "floor", *FORMS, "MiB: direct", "torch", "jax (temporaries)"):
+    for heading in ("workload", "floor", *FORMS, "MiB: direct", "torch", "jax (its program)"):
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     for row in rows:
         seconds, memory = row["seconds"], row.get("memory", {})
@@ -103,9 +103,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         for name in ("direct", "torch", "jax"):
             size = memory.get(name)
             text = f"{size['resident'] / 2**20:.1f}" if size else ""
-            cells.append(
-                text + (f" ({size['temporaries'] / 2**20:.1f})" if size and size["temporaries"] is not None else "")
-            )
+            cells.append(text + (f" ({size['program'] / 2**20:.1f})" if size and size["program"] is not None else ""))
         table.add_row(row["workload"], *cells)
     return table
 

@@ -92,7 +92,8 @@ def _jax(workload: Workload) -> Form:
         return Outcome(np.asarray(value), _each(gradients, back))
 
     analysis = program.memory_analysis()
-    return Form(step, outcome, analysis.temp_size_in_bytes if analysis else None)
+    held = analysis.temp_size_in_bytes + analysis.output_size_in_bytes if analysis else None
+    return Form(step, outcome, held)
 
 
 def floor(workload: Workload) -> Callable[[], Any]:

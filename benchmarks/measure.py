@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -71,10 +73,25 @@ def _settle_allocator() -> None:
     np.ones(30 * 2**17)
 
 
+# the C library's: an array's pages are given back as it is freed, none are kept for the next
+RETURN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+
+
 def memory(workload: Workload, name: str) -> dict[str, int | None]:
-    """Bytes of resident memory that a call adds at its peak, in a fresh process, and of XLA's temporaries."""
+    """Bytes that a step needs at its peak beyond its inputs: its temporaries, the gradients and a new state.
+
+    `"resident"` is by how much a second step raises the resident memory of a fresh process, in which freed arrays
+    return to the system at once. `"program"` is what the compiler says of the same: XLA's temporaries and results.
+    """
     code = f"from benchmarks.measure import print_memory; print_memory({workload.name!r}, {name!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env=os.environ | RETURN_PAGES,
+    )
     if done.returncode:
         raise RuntimeError(f"{workload.name}, {name}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,12 +103,13 @@ def print_memory(workload: str, name: str) -> None:
 
     every = [*WORKLOADS, *(x for _, sizes in GROWTH.values() for x in sizes.values())]
     made = form(name, next(x for x in every if x.name == workload))
-    result = made.step()  # what stays allocated, stays
-    del result
+    made.step()  # compiles, and starts the libraries
+    gc.collect()
+    time.sleep(0.2)  # other threads free what they held
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
     made.step()
-    print(json.dumps({"resident": max(_status("VmHWM") - before, 0), "temporaries": made.bytes_of_program}))
+    print(json.dumps({"resident": max(_status("VmHWM") - before, 0), "program": made.bytes_of_program}))
 
 
 def _status(field: str) -> int:

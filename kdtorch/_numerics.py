@@ -112,31 +112,29 @@ def is_class(x: Tensor, labels: Tensor) -> Tensor:
 def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
     """Of x / temperature over the last axis."""
     p = softmax(x, temperature)
-    return p.z - p.log_total
+    return (x - p.peak) / temperature - p.log_total
 
 
 class Softmax(NamedTuple):
-    """p = softmax(x / T), what its logarithm is made of, z - log_total with z = (x - largest) / T, and log sum exp(x / T)."""
+    """p = softmax(x / T), the largest entry of x, and log sum exp((x - largest) / T)."""
 
     p: Tensor
-    z: Tensor
+    peak: Tensor
     log_total: Tensor
-    log_sum: Tensor
 
 
 def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
-    """Over the last axis. Where every entry is -inf, p is uniform and z -inf."""
-    lowest = torch.finfo(x.dtype).min
-    peak = x.amax(-1, keepdim=True).clamp(min=lowest)
-    z = (x - peak) / temperature
-    p = z.clamp(min=lowest).softmax(-1)
-    log_total = -p.amax(-1, keepdim=True).log()
-    return Softmax(p, z, log_total, peak / temperature + log_total)
+    """Over the last axis; p is 0 where every entry is -inf."""
+    peak = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+    # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
+    weight = ((x - peak) * (math.log2(math.e) / temperature)).exp2_()
+    total = weight.sum(-1, keepdim=True).clamp(min=1)  # as much is the largest entry's, where there is one
+    return Softmax(weight / total, peak, total.log())
 
 
 def times(q: Tensor, x: Tensor) -> Tensor:
     """q x, and 0 where q is 0 and x infinite. NaN is 0 too, and must be felt elsewhere."""
-    return (q * x).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return (q * x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 class _Refused(torch.autograd.Function):
@@ -249,34 +247,39 @@ def _differentiated(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
 
 
-def log_ratio(p: Softmax, q: Softmax) -> Tensor:
-    """log(p / q); 0 where both are 0."""
-    ratio = (p.z - q.z) - (p.log_total - q.log_total)
-    return ratio.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+def log_ratio(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Softmax, Softmax, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T), and log(p / q), 0 where both are 0.
+
+    It comes from x - y, so that close rows keep their digits.
+    """
+    p, q = softmax(x, temperature), softmax(y, temperature)
+    ratio = (x - y).sub_(p.peak - q.peak) / temperature
+    ratio = ratio.sub_(p.log_total - q.log_total)
+    return p, q, ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 def excess(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
     """p - q = ± max(p, q) (1 - exp(-|log(p / q)|)), in which close rows keep their digits."""
-    result = torch.copysign(torch.maximum(p, q) * (-ratio.abs()).expm1(), ratio)
+    with torch.no_grad():
+        result = torch.maximum(p, q).mul_(ratio.abs().neg_().expm1_()).copysign_(ratio)
     if torch.is_grad_enabled():  # its derivative is that of the difference, at p = q too
         result = (p - q) + (result - (p - q)).detach()
     return result
 
 
-def kl_of_softmaxes(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor]:
+def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) over the last axis, and p - q.
 
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    ratio = log_ratio(p, q)
     difference = excess(p.p, q.p, ratio)
     return (difference - times(q.p, ratio)).sum(-1).clamp(min=0), difference
 
 
 def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
-    value, difference = kl_of_softmaxes(softmax(x, temperature), softmax(y, temperature))
+    value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 
 
@@ -287,7 +290,7 @@ kl_divergence = rowwise(kl_and_gradient)
 def cross_entropy(x: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T."""
     p, total = softmax(x, temperature), target.sum(-1, keepdim=True)
-    value = (p.log_total * total).squeeze(-1) - times(target, p.z).sum(-1)
+    value = (p.log_total * total).squeeze(-1) - times(target, x - p.peak).sum(-1) / temperature
     return value, (p.p * total - target) / temperature
 
 

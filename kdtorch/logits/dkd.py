@@ -9,10 +9,10 @@ from kdtorch._numerics import (
     check_classes,
     kl_and_gradient,
     kl_of_softmaxes,
+    log_ratio,
     non_negative,
     positive,
     rowwise,
-    softmax,
     valid_index,
     widen,
     without_class,
@@ -82,14 +82,15 @@ def _decoupled(
     x: Tensor, y: Tensor, labels: Tensor, alpha: Tensor, beta: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
-    hat_p, hat_q = softmax(without_class(x, labels), temperature), softmax(without_class(y, labels), temperature)
+    label = labels.unsqueeze(-1)
+    hat_p, hat_q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature)
     x_binary, y_binary = (
-        torch.cat([logits.gather(-1, labels.unsqueeze(-1)) / temperature, hat.log_sum], -1)
+        torch.cat([logits.gather(-1, label) / temperature, hat.peak / temperature + hat.log_total], -1)
         for logits, hat in ((x, hat_p), (y, hat_q))
     )
     target, target_gradient = kl_and_gradient(x_binary, y_binary, torch.ones_like(temperature))
-    others, others_gradient = kl_of_softmaxes(hat_p, hat_q)
+    others, others_gradient = kl_of_softmaxes(hat_p, hat_q, ratio)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * others_gradient - at_label * hat_p.p
     value = temperature**2 * (alpha * target + beta * others)
-    return value, gradient.scatter(-1, labels.unsqueeze(-1), at_label)
+    return value, gradient.scatter(-1, label, at_label)

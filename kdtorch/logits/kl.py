@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, rowwise, softmax, times, widen
+from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, rowwise, times, widen
 from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
@@ -108,8 +108,7 @@ def symmetric_kl_loss(
 @rowwise
 def _jeffreys(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
-    p, q = softmax(x, temperature), softmax(y, temperature)
-    ratio = log_ratio(p, q)
+    p, q, ratio = log_ratio(x, y, temperature)
     difference, reverse = excess(p.p, q.p, ratio), times(p.p, ratio)
     gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
     felt = 0 * (p.log_total + q.log_total).squeeze(-1)  # NaN, which times() would hide

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from kdtorch._numerics import (
@@ -82,12 +80,10 @@ def _normalized(x: Tensor, y: Tensor, labels: Tensor, gamma: Tensor, temperature
     """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
     label = labels.unsqueeze(-1)
     p, q_y = softmax(x), softmax(y).p.gather(-1, label)
-    log_p_y = p.z.gather(-1, label) - p.log_total
-    y_others = without_class(y, labels)
-    hat_p, hat_q = softmax(without_class(x, labels), temperature), softmax(y_others, temperature).p
-    hat_q = hat_q * (y_others.amax(-1, keepdim=True) > -math.inf)  # 0 where there is no other class
-    total = hat_q.sum(-1, keepdim=True)
-    others = hat_p.log_total * total - times(hat_q, hat_p.z).sum(-1, keepdim=True)
+    log_p_y = x.gather(-1, label) - p.peak - p.log_total
+    x_others, hat_q = without_class(x, labels), softmax(without_class(y, labels), temperature).p
+    hat_p, total = softmax(x_others, temperature), hat_q.sum(-1, keepdim=True)
+    others = hat_p.log_total * total - times(hat_q, x_others - hat_p.peak).sum(-1, keepdim=True) / temperature
     value = -times(q_y, log_p_y) + gamma * temperature**2 * others
-    gradient = q_y * p.p + gamma * temperature * (hat_p.p * total - hat_q)
-    return value.squeeze(-1), gradient.scatter_add(-1, label, -q_y)
+    gradient = q_y * p.p + gamma * temperature * (hat_p.p * total).sub_(hat_q)
+    return value.squeeze(-1), gradient.scatter_add_(-1, label, -q_y)

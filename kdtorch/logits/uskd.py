@@ -83,7 +83,7 @@ def uskd_loss(
     mu = non_negative("mu", mu, student)
     unused = torch.maximum(student, weak).isneginf().to(student.dtype)
     p, w = softmax(student.detach()), softmax(weak.detach()).p
-    log_p = p.z - p.log_total
+    log_p = student.detach() - p.peak - p.log_total
 
     if labels.ndim < student.ndim:
         (labels,) = keep(where, labels)
@@ -121,16 +121,18 @@ def _target_and_others(
     x: Tensor, classes: Tensor, soft: Tensor, zipf: Tensor, alpha: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z)."""
-    p, hat_p = softmax(x), softmax(x.scatter(-1, classes, -math.inf))
-    target = -times(soft, p.z.gather(-1, classes) - p.log_total).sum(-1, keepdim=True)
-    total = zipf.sum(-1, keepdim=True)
-    others = hat_p.log_total * total - times(zipf, hat_p.z).sum(-1, keepdim=True)
+    p, x_others = softmax(x), x.scatter(-1, classes, -math.inf)
+    target = -times(soft, x.gather(-1, classes) - p.peak - p.log_total).sum(-1, keepdim=True)
+    hat_p, total = softmax(x_others), zipf.sum(-1, keepdim=True)
+    others = hat_p.log_total * total - times(zipf, x_others - hat_p.peak).sum(-1, keepdim=True)
     gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * (hat_p.p * total - zipf)
     return (alpha * target + beta * others).squeeze(-1), gradient.scatter_add(-1, classes, -alpha * soft)
 
 
 def _zipf(score: Tensor) -> Tensor:
     """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes."""
-    order = (-score).argsort(dim=-1, stable=True)
+    bits = (0 - score).view(torch.int64 if score.dtype == torch.float64 else torch.int32)
+    keys = bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)  # in the order of -score
+    order = keys.argsort(dim=-1, stable=True)
     weight = 1 / torch.arange(1, score.shape[-1] + 1, dtype=score.dtype, device=score.device)
     return torch.zeros_like(score).scatter(-1, order, weight.expand_as(score))
