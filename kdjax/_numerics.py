@@ -43,6 +43,11 @@ def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable
     return float(value)
 
 
+def weigh(weight: Scalar, value: Array) -> Array:
+    """weight × value. What weighs 0 is not there, be it infinite."""
+    return jnp.where((weight == 0) & jnp.isinf(value), 0, weight * value)
+
+
 def check_classes(logits: Array) -> None:
     if logits.shape[-1] < 2:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")

@@ -40,6 +40,11 @@ def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callabl
     return float(value)
 
 
+def weigh(weight: Scalar, value: Tensor) -> Tensor:
+    """weight × value. What weighs 0 is not there, be it infinite."""
+    return torch.where((weight == 0) & value.isinf(), 0, weight * value)
+
+
 def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")

@@ -130,7 +130,7 @@ def crcd_loss(
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
-        would leave no direction to remember (zero, or not finite) leaves the row as it was.
+        would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
@@ -183,13 +183,15 @@ def crcd_loss(
     loss = reduce(factor * (on_student + on_teacher), where, reduction, axis_name)
     if not update:
         return loss, state
-    last = _last_of_equals(every_index, every_valid)
+    every_student, every_teacher = replicate(student, axis_name), replicate(teacher, axis_name)
+    finite = jnp.isfinite(every_student).all() & jnp.isfinite(every_teacher).all()
+    last = jnp.where(finite, _last_of_equals(every_index, every_valid), -1)
     here = every_index - (rank(axis_name) * rows if sharded_memory else 0)
     return loss, CRCDState(
-        _remember(old.student_memory, here, last, replicate(student, axis_name), momentum),
-        _remember(old.teacher_memory, here, last, replicate(teacher, axis_name), momentum),
-        student_normalizer,
-        teacher_normalizer,
+        _remember(old.student_memory, here, last, every_student, momentum),
+        _remember(old.teacher_memory, here, last, every_teacher, momentum),
+        jnp.where(finite, student_normalizer, old.student_normalizer),
+        jnp.where(finite, teacher_normalizer, old.teacher_normalizer),
     )
 
 
@@ -236,7 +238,7 @@ def _side(
     fresh = jnp.exp(log_mean).astype(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & jnp.isfinite(fresh)
     normalizer = jnp.where(usable, fresh, normalizer)
-    log_z = jnp.log(jnp.where(unset, fresh, normalizer)).astype(embedding.dtype)
+    log_z = jnp.where(unset, log_mean + math.log(num_data), jnp.log(normalizer).astype(embedding.dtype))
     contrast = rowwise(functools.partial(_contrast, (number - 1) / num_data))
     return contrast(embedding, known, log_z, temperature), normalizer
 

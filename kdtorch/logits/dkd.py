@@ -14,6 +14,7 @@ from kdtorch._numerics import (
     positive,
     rowwise,
     valid_index,
+    weigh,
     widen,
     without_class,
 )
@@ -92,5 +93,5 @@ def _decoupled(
     others, others_gradient = kl_of_softmaxes(hat_p, hat_q, ratio)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * others_gradient - at_label * hat_p.p
-    value = temperature**2 * (alpha * target + beta * others)
+    value = temperature**2 * (weigh(alpha, target) + weigh(beta, others))
     return value, gradient.scatter(-1, label, at_label)

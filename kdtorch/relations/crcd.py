@@ -134,7 +134,7 @@ def crcd_loss(
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
-        would leave no direction to remember (zero, or not finite) leaves the row as it was.
+        would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
@@ -189,16 +189,18 @@ def crcd_loss(
     loss = reduce(on_student + on_teacher, where, reduction, group)
     if not update:
         return loss, state
-    here, last = every_index, _last_of_equals(every_index, every_valid)
+    every_student, every_teacher = replicate(student, group), replicate(teacher, group)
+    finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
+    here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
     if sharded_memory:  # the rows of other ranks are theirs to remember
         here = here - rank(group) * rows
         inside = (here >= 0) & (here < rows)
         here, last = here[inside], last[inside]
     return loss, CRCDState(
-        _remember(old.student_memory, here, last, replicate(student, group), momentum),
-        _remember(old.teacher_memory, here, last, replicate(teacher, group), momentum),
-        student_normalizer,
-        teacher_normalizer,
+        _remember(old.student_memory, here, last, every_student, momentum),
+        _remember(old.teacher_memory, here, last, every_teacher, momentum),
+        torch.where(finite, student_normalizer, old.student_normalizer),
+        torch.where(finite, teacher_normalizer, old.teacher_normalizer),
     )
 
 
@@ -245,7 +247,7 @@ def _side(
     fresh = log_mean.exp().to(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
-    log_z = torch.where(unset, fresh, normalizer).log().to(embedding.dtype)
+    log_z = torch.where(unset, log_mean + math.log(num_data), normalizer.log().to(embedding.dtype))
     noise = torch.tensor((number - 1) / num_data, dtype=torch.float64)
     return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 
