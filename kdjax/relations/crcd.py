@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import fetch, rank, replicate, size
-from kdjax._numerics import HIGHEST, fraction, positive, rowwise, unit, valid_index, widen
+from kdjax._numerics import HIGHEST, check_state, fraction, positive, rowwise, unit, valid_index, widen
 from kdjax._reduce import count, keep, reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
@@ -133,7 +133,8 @@ def crcd_loss(
         would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
-        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
+            precision, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
@@ -151,6 +152,7 @@ def crcd_loss(
     (True, True)
     """
     student, teacher = widen(student, teacher)
+    check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, state.student_memory)
     if negatives.shape[1] < 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtorch._collectives import check_batch, fetch, rank, replicate, size
-from kdtorch._numerics import fraction, opaque, positive, rowwise, unit, valid_index, widen
+from kdtorch._numerics import check_state, fraction, opaque, positive, rowwise, unit, valid_index, widen
 from kdtorch._reduce import count, keep, reduce
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
@@ -137,7 +137,8 @@ def crcd_loss(
         would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
-        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
+            precision, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
@@ -155,6 +156,7 @@ def crcd_loss(
     """
     student, teacher = widen(student, teacher)
     old = CRCDState(*(x.detach().to(student.device) for x in state))
+    check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
