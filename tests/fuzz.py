@@ -46,11 +46,15 @@ def main() -> int:
                 number = len(laws.laws(loss)) + sum(bool(applies(name, loss)) for applies in laws.TOGETHER.values())
                 seconds = f"{time.perf_counter() - start:.0f}"
                 table.add_row(loss.title, name, f"{tried:,}", str(number), seconds, "" if error is None else "one")
-    steps = Table("loss", "steps", "state, ULP", "value, ULP", "growth, MiB", title="from step to step, package to package")
+    steps = Table(
+        "loss", "steps", "state, ULP", "value, ULP", "growth, MiB", title="from step to step, package to package"
+    )
     for loss in (x for x in chosen if x.state):
         figures = long_run.check(loss, options.steps)
         growth = max(figures["growth in JAX"], figures["growth in PyTorch"])
-        steps.add_row(loss.title, f"{options.steps:,}", f"{figures['state']:.1f}", f"{figures['value']:.1f}", f"{growth:.1f}")
+        steps.add_row(
+            loss.title, f"{options.steps:,}", f"{figures['state']:.1f}", f"{figures['value']:.1f}", f"{growth:.1f}"
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table, steps)
     for text in broken:
