@@ -419,7 +419,10 @@ class CombinedLoss(nnx.Module):
         axis_name: AxisName | None = None,
         update: bool = True,
     ) -> dict[str, jax.Array]:
-        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
+        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
+
+        `axis_name` goes to every loss, `update` to those with a state.
+        """
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
         for name, reads in zip(self.names, self.reads, strict=True):

@@ -400,7 +400,10 @@ class CombinedLoss(nn.Module):
         group: ProcessGroup | None = None,
         update: bool = True,
     ) -> dict[str, Tensor]:
-        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it."""
+        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
+
+        `group` goes to every loss, `update` to those with a state.
+        """
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
         for name, reads in zip(self.names, self.reads, strict=True):

@@ -285,3 +285,17 @@ def test_a_combined_loss_hands_the_axis_on():
 
     parts = jax.jit(jax.shard_map(local, mesh=mesh(8), in_specs=P("batch"), out_specs=P("batch")))(views)
     assert float(parts.mean()) == pytest.approx(float(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")], ids=lambda x: x.title
+)
+def test_a_mesh_of_explicit_axes(loss):
+    """Whose shardings are part of the types: `auto_axes` hands a loss to the compiler."""
+    devices = jax.make_mesh((8,), ("batch",))
+    (inputs, *_), state = given(loss)
+    with jax.set_mesh(devices):
+        function = jax.sharding.auto_axes(functools.partial(objective, loss, {}), out_sharding=P())
+        step = jax.jit(jax.value_and_grad(function, has_aux=True))
+        (value, state), gradients = step(*split(loss, placed(loss, devices, inputs)), state, None)
+    agree([(value, gradients, state)], alone(loss.title, False)[:1])

@@ -35,13 +35,13 @@ DINO = "kdtorch/selfsupervised/dino.py"
 DIFFERENCE, EUCLIDEAN, CRCD = (
     f"kdjax/{x}.py" for x in ("logits/difference_kl", "relations/euclidean_mse", "relations/crcd")
 )
-RETURN = "return reduce(temperature**2 * divergence, where, reduction)"
+RETURN = "return reduce(temperature**2 * divergence, where, reduction, group)"
 
 FAULTS = [
-    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction)"),
-    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction)"),
-    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum")'),
-    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction)"),
+    Fault("no T²", KL, "kl_loss", RETURN, "return reduce(divergence, where, reduction, group)"),
+    Fault("T for T²", KL, "kl_loss", RETURN, "return reduce(temperature * divergence, where, reduction, group)"),
+    Fault("sum for mean", KL, "kl_loss", RETURN, 'return reduce(temperature**2 * divergence, where, "sum", group)'),
+    Fault("mask forgotten", KL, "kl_loss", RETURN, "return reduce(temperature**2 * divergence, None, reduction, group)"),
     Fault("mean over all where some are masked", KL, "kl_loss", RETURN, RETURN.replace("divergence,", "divergence * (1 if where is None else where.double().mean().to(divergence)),")),
     Fault("float32 for float64", KL, "kl_loss", RETURN, RETURN + ".float()"),
     Fault("float64 for float32", KL, "kl_loss", RETURN, RETURN + ".double()"),
@@ -92,14 +92,14 @@ FAULTS = [
     Fault("teacher temperature for the student", DINO, "dino_loss", "cross_entropy(x, target, student_temperature)", "cross_entropy(x, target, teacher_temperature)"),
     Fault("columns for rows", DIFFERENCE, "difference_kl_loss", "pairs.sum(1)", "pairs.sum(0)"),
     Fault("n - 1 for n", DIFFERENCE, "difference_kl_loss", "count(kept, x.dtype)", "(count(kept, x.dtype) - 1)"),
-    Fault("teacher not detached", EUCLIDEAN, "euclidean_mse_loss", "jax.lax.stop_gradient(_distances(teacher, partners))", "_distances(teacher, partners)"),
+    Fault("teacher not detached", EUCLIDEAN, "euclidean_mse_loss", "replicate(teacher, axis_name)", "gather(teacher, axis_name)"),
     Fault("absolute for square", EUCLIDEAN, "euclidean_mse_loss", "jnp.square(gap)", "jnp.abs(gap)"),
-    Fault("near rows by products", EUCLIDEAN, "euclidean_mse_loss", "(~partners | (square * 64 > length.max())).all()", "jnp.asarray(True)"),
-    Fault("wrong memory", CRCD, "crcd_loss", "state.teacher_memory, state.student_normalizer", "state.student_memory, state.student_normalizer"),
-    Fault("no 1e-7", CRCD, "crcd_loss", "jnp.log(noise + 1e-7)", "jnp.log(noise)"),
-    Fault("first of equal indices", CRCD, "crcd_loss", "last = _last_of_equals(index, valid)", "last = jnp.argmax((index[:, None] == index[None]) & valid[None], 1)"),
+    Fault("near rows by products", EUCLIDEAN, "euclidean_mse_loss", "(~partners | (square * 64 > length.max(initial=0))).all()", "jnp.asarray(True)"),
+    Fault("wrong memory", CRCD, "crcd_loss", "old.teacher_memory, old.student_normalizer", "old.student_memory, old.student_normalizer"),
+    Fault("no 1e-7", CRCD, "crcd_loss", "math.log(noise + 1e-7)", "math.log(noise)"),
+    Fault("first of equal indices", CRCD, "crcd_loss", "last = _last_of_equals(every_index, every_valid)", "last = jnp.argmax((every_index[:, None] == every_index[None]) & every_valid[None], 1)"),
     Fault("memory not normalised", CRCD, "crcd_loss", "new = unit(momentum * old", "new = (momentum * old"),
-    Fault("teacher's normaliser for both", CRCD, "crcd_loss", "        student_normalizer,\n        teacher_normalizer,\n    )\n    return", "        teacher_normalizer,\n        teacher_normalizer,\n    )\n    return"),
+    Fault("teacher's normaliser for both", CRCD, "crcd_loss", "        student_normalizer,\n        teacher_normalizer,\n    )", "        teacher_normalizer,\n        teacher_normalizer,\n    )"),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -265,13 +265,11 @@ def _contrast(
 
     def row(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         relation, pull = _relations(known, *inputs)
-        log_x = relation / temperature - log_z
-        positive, negative = log_x[:, :1], log_x[:, 1:]
-        terms = -jax.nn.log_sigmoid(positive - log_shifted).sum(1)
-        terms -= (jax.nn.log_sigmoid(log_shifted - negative) - shift).sum(1)
-        slope = jnp.concatenate([-jax.nn.sigmoid(log_shifted - positive), jax.nn.sigmoid(negative - log_shifted)], 1)
-        slope = jnp.where(known.valid[:, None], slope, 0) / temperature
-        return jnp.where(known.valid, terms, 0).sum() / number, pull(slope) / number
+        sign = jnp.ones(relation.shape[1], relation.dtype).at[0].set(-1)[None]  # the first is pulled, the others pushed
+        drawn = sign * (relation / temperature - (log_z + log_shifted))
+        terms = jax.nn.softplus(drawn).sum(1) + shift * (relation.shape[1] - 1)
+        pulled = pull(sign * jax.nn.sigmoid(drawn))
+        return jnp.where(known.valid, terms, 0).sum() / number, pulled / (number * temperature)
 
     return jax.lax.map(row, (embedding, known.at, known.places))
 
@@ -290,36 +288,38 @@ def _relations(
 
     same = known.anchor_places[:, None] == places[None]
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
-    square = a_square[:, None] + w_square[None] - 2 * _product(a, w.T)
-    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(a_square.max(initial=0), w_square.max())
+    square, dot = jnp.split(_product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
+    square += a_square[:, None] + w_square[None]
+    dot -= (rho * a).sum(1, keepdims=True)
+    close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(
+        a_square.max(initial=0), w_square.max(initial=0)
+    )
     clear = ~(close & ~same).any()
 
-    def by_products(weight: jax.Array) -> jax.Array:
-        """sum_k weight_jk (w_k - a'_j)"""
-        return _product(weight, w) - weight.sum(1, keepdims=True) * a
+    def over_anchors(function: Callable, *rows: jax.Array) -> Any:
+        """Of the differences of all places from one anchor after the other, and the anchor's rows."""
+        return jax.lax.map(lambda x: function((remembered - x[0][None]) + 1e-6, *x[1:]), (anchors, *rows))
 
-    def by_differences(weight: jax.Array) -> jax.Array:
-        return (weight[:, :, None] * differences()).sum(1)
+    def by_differences() -> tuple[jax.Array, jax.Array]:
+        return over_anchors(lambda x, row: (jnp.square(x).sum(1), (x * row[None]).sum(1)), rho)
 
-    def differences() -> jax.Array:  # fused into the sums, never held
-        return (remembered[None] - anchors[:, None]) + 1e-6
-
-    def dot_by_differences() -> tuple[jax.Array, jax.Array]:
-        return jnp.square(differences()).sum(-1), (differences() * rho[:, None]).sum(-1)
-
-    square, dot = jax.lax.cond(
-        clear, lambda: (square, _product(rho, w.T) - (rho * a).sum(1, keepdims=True)), dot_by_differences
-    )
+    square, dot = jax.lax.cond(clear, lambda: (square, dot), by_differences)
     length = jnp.sqrt(jnp.where(same | (square <= 0), 1, square))
     ones = 1 / jnp.sqrt(jnp.asarray(w.shape[1], w.dtype))
     relation = jnp.where(same, rho.sum(1, keepdims=True) * ones, dot / length)
 
     def pull(slope: jax.Array) -> jax.Array:
-        apart = jnp.where(same, 0, slope / length)
-        towards = jax.lax.cond(clear, by_products, by_differences, apart)
-        towards += jnp.where(same, slope, 0).sum(1, keepdims=True) * ones
-        across = towards - (towards * rho).sum(1, keepdims=True) * rho
-        return (across / jnp.where(rho_length == 0, 1, rho_length)).sum(0)
+        """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j."""
+        near = known.valid.astype(slope.dtype) / jnp.where(rho_length == 0, 1, rho_length)[:, 0]
+        across = near * (slope * relation).sum(1)
+        equal = near * jnp.where(same, slope, 0).sum(1)
+        weight = jnp.where(same, 0, slope / length)
+        pulled = jax.lax.cond(
+            clear,
+            lambda: _product(_product(near, weight), w) - _product(near * weight.sum(1), a),
+            lambda: over_anchors(lambda x, row: (row[:, None] * x).sum(0), near[:, None] * weight).sum(0),
+        )
+        return pulled + equal.sum() * ones - _product(across, rho)
 
     return relation, pull
 

@@ -143,11 +143,10 @@ def dino_loss(
     momentum = fraction("center_momentum", center_momentum, state.center)
 
     q = jnp.exp(log_softmax(teacher - state.center.astype(teacher.dtype)[None, None], teacher_temperature))
-    every = q.sum(0)
-    targets = [*jnp.maximum(every[None] - q, 0), *[every] * (views - teacher_views)]  # all teacher views but itself
-    pairs = jnp.stack(
-        [cross_entropy(x, target, student_temperature) for x, target in zip(student, targets, strict=True)]
-    ).sum(0)
+    q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
+    ours, others = student[:teacher_views], student[teacher_views:]  # all teacher views but itself, and all
+    pairs = cross_entropy(ours, jnp.maximum(every[None] - q, 0), student_temperature).sum(0)
+    pairs += cross_entropy(others, jnp.broadcast_to(every[None], others.shape), student_temperature).sum(0)
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, axis_name)
 
     batch = size(axis_name) * teacher.shape[1]

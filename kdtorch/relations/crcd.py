@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtorch._collectives import check_batch, fetch, rank, replicate, size
-from kdtorch._numerics import check_state, fraction, opaque, positive, rowwise, unit, valid_index, widen
+from kdtorch._numerics import BLOCK, check_state, fraction, opaque, positive, rowwise, unit, valid_index, widen
 from kdtorch._reduce import count, keep, reduce
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
@@ -264,11 +265,12 @@ def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
     known = _Known(*fields)
     if not unset:
         return embedding.new_zeros(())
-    rows = [
-        (_relations(known, *inputs)[0][known.valid] / temperature).flatten().logsumexp(0)
-        for inputs in zip(embedding[kept], known.at[kept], known.places[kept], strict=True)
+    known, embedding = known._replace(at=known.at[kept], places=known.places[kept]), embedding[kept]
+    logs = [
+        (_relations(known, embedding, *block)[0][:, known.valid] / temperature).flatten().logsumexp(0)
+        for block in _blocks(known)
     ]
-    return (torch.stack(rows) if rows else embedding.new_full((1,), -math.inf)).logsumexp(0)
+    return (torch.stack(logs) if logs else embedding.new_full((1,), -math.inf)).logsumexp(0)
 
 
 @functools.partial(rowwise, opaque=True)
@@ -283,71 +285,96 @@ def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     number = count(known.valid, embedding.dtype)
     log_shifted, shift = math.log(float(noise) + 1e-7), math.log1p(1e-7 / float(noise))
 
-    def row(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        relation, pull = _relations(known, *inputs)
-        log_x = relation / temperature - log_z
-        positive, negative = log_x[:, :1], log_x[:, 1:]
-        terms = -functional.logsigmoid(positive - log_shifted).sum(1)
-        terms -= (functional.logsigmoid(log_shifted - negative) - shift).sum(1)
-        slope = torch.cat([-(log_shifted - positive).sigmoid(), (negative - log_shifted).sigmoid()], 1)
-        slope = torch.where(known.valid[:, None], slope, 0) / temperature
-        return torch.where(known.valid, terms, 0).sum() / number, pull(slope) / number
+    value, gradient = embedding.new_zeros(len(embedding)), torch.zeros_like(embedding)
+    for rows, columns in _blocks(known):
+        relation, pull = _relations(known, embedding, rows, columns)
+        drawn = (relation / temperature).sub_(log_z + log_shifted)
+        positive = drawn[..., : int(columns.start == 0)]
+        positive.neg_()  # it is pulled where negatives are pushed
+        terms = functional.softplus(drawn, threshold=40).sum(-1) + shift * (drawn.shape[-1] - positive.shape[-1])
+        value[rows] += torch.where(known.valid, terms, 0).sum(-1) / number
+        slope = drawn.sigmoid_()
+        positive.neg_()
+        gradient[rows] += pull(slope) / (number * temperature)
+    return value, gradient
 
-    if not len(embedding):
-        return embedding.new_empty(0), torch.empty_like(embedding)
-    values, gradients = zip(*map(row, zip(embedding, known.at, known.places, strict=True)), strict=True)
-    return torch.stack(values), torch.stack(gradients)
+
+def _blocks(known: _Known) -> Iterator[tuple[slice, slice]]:
+    """Of examples and places: as many at once as let a CPU's caches hold an array of theirs with all anchors."""
+    size = (1 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
+    examples, places = known.places.shape
+    wide = max(min(size, places), 1)
+    high = max(size // wide, 1)
+    for i, k in itertools.product(range(0, examples, high), range(0, places, wide)):
+        yield slice(i, i + high), slice(k, k + wide)
 
 
 def _relations(
-    known: _Known, embedding: Tensor, at: Tensor, places: Tensor
+    known: _Known, embedding: Tensor, rows: slice, columns: slice
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """r.rho of one example for every anchor and place, `[batch, K + 1]`, and the function that takes a slope on it back.
+    """r.rho of some examples and places for every anchor, `[examples, batch, places]`, and what takes a slope on it back.
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
     """
-    anchors, remembered = known.anchors, known.bank[at]
-    rho, rho_length = _unit_and_length((embedding - anchors) + 1e-6)
+    anchors, at, places = known.anchors, known.at[rows, columns], known.places[rows, columns]
+    rho, rho_length = _unit_and_length((embedding[rows, None] - anchors) + 1e-6)
     middle = anchors.mean(0)  # what is common to all rows only costs digits
-    a, w = anchors - 1e-6 - middle, remembered - middle
+    a, w = anchors - 1e-6 - middle, known.bank[at].sub_(middle)
 
-    same = known.anchor_places[:, None] == places
-    a_square, w_square = a.square().sum(1), w.square().sum(1)
-    square = a_square[:, None] + w_square - 2 * a @ w.T
-    close = square < math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())
-    clear = not (close & ~same).any()
+    same = _same(known.anchor_places, places)
+    a_square, w_square = a.square().sum(-1), torch.linalg.vecdot(w, w)
+    square, dot = (torch.cat([-2 * a.expand_as(rho), rho], 1) @ w.mT).chunk(2, 1)  # one product reads w once
+    square += a_square[:, None]
+    square += w_square[:, None]
+    square[same] = math.inf
+    limit = math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())
+    clear = not square.amin() < limit
 
-    def by_products(weight: Tensor) -> Tensor:
-        """sum_k weight_jk (w_k - a'_j)"""
-        return weight @ w - weight.sum(1, keepdim=True) * a
-
-    def by_differences(weight: Tensor) -> Tensor:
-        return torch.stack([row @ difference for row, difference in zip(weight, differences(), strict=True)])
-
-    def differences() -> Iterator[Tensor]:  # one anchor at a time
+    def differences() -> Iterator[Tensor]:  # of all places from one anchor after the other
+        remembered = known.bank[at]
         return ((remembered - anchor) + 1e-6 for anchor in anchors)
 
-    def dot_by_differences() -> tuple[Tensor, Tensor]:
-        square = torch.stack([difference.square().sum(1) for difference in differences()])
-        return square, torch.stack([difference @ row for difference, row in zip(differences(), rho, strict=True)])
-
-    square, dot = (square, rho @ w.T - (rho * a).sum(1, keepdim=True)) if clear else dot_by_differences()
-    length = torch.where(same | (square <= 0), 1, square).sqrt()
-    ones = 1 / math.sqrt(w.shape[1])
-    relation = torch.where(same, rho.sum(1, keepdim=True) * ones, dot / length)
+    if clear:
+        dot -= (rho * a).sum(-1, keepdim=True)
+    else:
+        square = torch.stack([difference.square().sum(-1) for difference in differences()], 1)
+        dot = torch.stack([(x @ r[..., None])[..., 0] for x, r in zip(differences(), rho.unbind(1), strict=True)], 1)
+        square.masked_fill_(square <= 0, 1)
+    square[same] = 1
+    length = square.sqrt_()
+    ones = 1 / math.sqrt(w.shape[-1])
+    relation = dot.div_(length)
+    relation[same] = (rho.sum(-1) * ones)[same[:2]]
 
     def pull(slope: Tensor) -> Tensor:
-        apart = torch.where(same, 0, slope / length)
-        towards = by_products(apart) if clear else by_differences(apart)
-        towards = towards + torch.where(same, slope, 0).sum(1, keepdim=True) * ones
-        across = towards - (towards * rho).sum(1, keepdim=True) * rho
-        return (across / torch.where(rho_length == 0, 1, rho_length)).sum(0)
+        """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j. Writes into the slope."""
+        near = (known.valid / torch.where(rho_length == 0, 1, rho_length)[..., 0]).to(slope.dtype)
+        across = near * torch.linalg.vecdot(slope, relation)
+        equal = near.new_zeros(near.shape).index_put_(same[:2], slope[same], accumulate=True) * near
+        slope[same] = 0
+        weight = slope.div_(length)
+        if clear:
+            pulled = (near[:, None] @ weight @ w)[:, 0] - (near * weight.sum(-1)) @ a
+        else:
+            weight *= near[..., None]
+            parts = zip(weight.unbind(1), differences(), strict=True)
+            pulled = torch.stack([(part[:, None] @ x)[:, 0] for part, x in parts]).sum(0)
+        return pulled + equal.sum(-1, keepdim=True) * ones - (across[:, None] @ rho)[:, 0]
 
     return relation, pull
 
 
+def _same(anchor_places: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+    """The few triples of example, anchor and place where the last two are one."""
+    known = anchor_places.new_zeros(int(torch.maximum(anchor_places.amax(), places.amax())) + 1, dtype=torch.bool)
+    known[anchor_places] = True
+    example, place = known[places].nonzero(as_tuple=True)
+    hit, anchor = (places[example, place][:, None] == anchor_places).nonzero(as_tuple=True)
+    return example[hit], anchor, place[hit]
+
+
 def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
-    length = x.square().sum(1, keepdim=True).sqrt()
+    length = x.square().sum(-1, keepdim=True).sqrt()
     return x / torch.where(length == 0, 1, length), length
 
 
