@@ -87,6 +87,17 @@ RECIPES = st.builds(
 )
 
 
+# what once broke a law
+KEPT = (
+    Recipe(4135871039, "ties", "ordinary", "excluded", "least", 255, 4),  # a weight of 0 times an infinite part
+    Recipe(1835295431, "ordinary", "largest", "excluded", "most", 255, 4),  # a probability of 0 at an excluded label
+    Recipe(64890790, "ordinary", "zero", "apart", "least", 255, 0),  # NaN at the label that NKD did not feel
+    Recipe(0, "1e4", "1e4", "apart", "ordinary", 255, 0),  # digits of DKD's target part
+    Recipe(3217372416, "of all sizes", "ordinary", "lowest", "drawn", 138, 4),  # a column whose sum overflows
+    Recipe(2409223080, "ordinary", "ordinary", "equal", "least", 255, 4),  # CRCD's normaliser beyond float32
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """The batch's axes (those of losses that take no leading axes are their product), classes and precision."""
