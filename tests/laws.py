@@ -463,11 +463,11 @@ def reductions(trial: Trial) -> None:
     """The sum is the sum of the values, the mean their mean over kept examples."""
     given, got = trial.own
     values = got.values.astype(np.longdouble)
-    dtype = str(got.values.dtype)
+    dtype, scale = str(got.values.dtype), _scales(trial.loss, given)[0]  # each is a program of its own
     with np.errstate(all="ignore"):
         for got_one, want in ((got.sum, values.sum()), (got.mean, values.sum() / max(given.where.sum(), 1))):
             if np.abs(values).sum() < float(_limits(dtype).max):
-                close(got_one, want, dtype, 16, max(trial.loss.scale, float(np.abs(values).max(initial=0))))
+                close(got_one, want, dtype, 16, max(scale, float(np.abs(values).max(initial=0))))
 
 
 def masked_is_nothing(trial: Trial) -> None:

@@ -58,33 +58,35 @@ def in_jax(loss: Loss, steps: int) -> tuple[np.ndarray, list[np.ndarray], float]
         return state, (value, state)
 
     scan = jax.jit(lambda state, given: jax.lax.scan(step, state, given))
-    state, results, before = start(loss, JAX.kd, JAX.array), [], 0.0
-    drawn = [
-        ({k: JAX.array(v) for k, v in inputs.items()}, jnp.asarray(where)) for _, inputs, where in batches(loss, steps)
-    ]
+    state, before = start(loss, JAX.kd, JAX.array), 0.0
+    values, states = _room(steps, state)
+    drawn = [({k: JAX.array(v) for k, v in x.items()}, jnp.asarray(where)) for _, x, where in batches(loss, steps)]
     for i in range(0, steps, 100):
         if i >= WARM_UP * steps and not before:
             before = resident()
         state, result = scan(state, jax.tree.map(lambda *x: jnp.stack(x), *drawn[i : i + 100]))
-        results.append(jax.tree.map(np.asarray, result))
-    growth = resident() - before
-    values, *states = (np.concatenate(x) for x in zip(*map(jax.tree.leaves, results), strict=True))
-    return values, states, growth
+        for kept, x in zip((values, *states), jax.tree.leaves(result), strict=True):
+            kept[i : i + 100] = x
+    return values, states, resident() - before
 
 
 def in_torch(loss: Loss, steps: int) -> tuple[np.ndarray, list[np.ndarray], float]:
-    state, values, before = start(loss, TORCH.kd, TORCH.array), [], 0.0
-    states: list[list[np.ndarray]] = [[] for _ in state]
+    state, before = start(loss, TORCH.kd, TORCH.array), 0.0
+    values, states = _room(steps, state)
     for i, (_, inputs, where) in enumerate(batches(loss, steps)):
         if i >= WARM_UP * steps and not before:
             before = resident()
         given = [TORCH.array(x).requires_grad_(x.dtype.kind == "f") for x in inputs.values()]
         value, state = getattr(TORCH.kd, loss.name)(*given, state, where=torch.from_numpy(where))
         value.backward()
-        values.append(value.item())
-        for kept, x in zip(states, state, strict=True):
-            kept.append(x.numpy())
-    return np.array(values), [np.stack(x) for x in states], resident() - before
+        for kept, x in zip((values, *states), (value, *state), strict=True):
+            kept[i] = x.detach()
+    return values, states, resident() - before
+
+
+def _room(steps: int, state: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """For the values and states of all steps, held from the start, so that memory does not grow by them."""
+    return np.full(steps, np.nan), [np.full((steps, *x.shape), np.nan) for x in state]
 
 
 def resident() -> float:
@@ -115,8 +117,8 @@ def check(loss: Loss, steps: int) -> dict[str, float]:
     steady = kinds == "ordinary"
     apart = float((np.abs(ours[0] - theirs[0])[steady] / np.abs(theirs[0][steady])).max())
     return {
-        "state": drift / eps,
-        "value": apart / eps,
+        "state": float(drift / eps),
+        "value": float(apart / eps),
         "growth in JAX": ours[2],
         "growth in PyTorch": theirs[2],
     }
