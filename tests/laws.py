@@ -275,8 +275,11 @@ def jax_arguments(loss: Loss, given: Example) -> tuple[Any, ...]:
     )
 
 
-def objective(title: str) -> Callable[..., Any]:
-    """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings and cotangent."""
+def objective(title: str, reductions: bool = False) -> Callable[..., Any]:
+    """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings and cotangent.
+
+    Without `reductions` the values stand in the place of their sum and mean.
+    """
     loss = next(x for x in LOSSES if x.title == title)
 
     def outcome(free: Any, fixed: Any, where: Any, options: Any, cotangent: Any) -> Any:
@@ -291,14 +294,15 @@ def objective(title: str) -> Callable[..., Any]:
             return (values * cotangent).sum(), (values, state)
 
         gradients, (values, state) = jax.grad(weighted, has_aux=True)(free)
-        return values, call(free, "sum")[0], call(free, "mean")[0], gradients, state
+        total, mean = (call(free, x)[0] if reductions else values for x in ("sum", "mean"))
+        return values, total, mean, gradients, state
 
     return outcome
 
 
 @functools.cache
 def _program(title: str) -> Callable[..., Any]:
-    return jax.jit(objective(title))
+    return jax.jit(objective(title, reductions=True))
 
 
 def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
@@ -379,8 +383,19 @@ def _scales(loss: Loss, given: Example) -> tuple[float, float]:
     # of rows of unit length: a gradient is the greater the shorter the row was
     tiny = float(_limits(given.dtype).tiny)
     lengths = [float(x) for x in np.abs(entries[0]).max(-1).ravel() if x >= tiny]
-    steepness = 1 / options.get("temperature", 1.0)
+    steepness = 1 / options["temperature"] / _nearest(given.inputs) if loss.state else 1.0
     return steepness, steepness / min(lengths, default=1.0)
+
+
+def _nearest(inputs: dict[str, Any]) -> float:
+    """How near CRCD's embeddings come to an anchor, whose direction from them is known no better than that; 1 at most."""
+    distances = [1.0]
+    for side, other in (("student", "teacher"), ("teacher", "student")):
+        x = inputs[side] / (np.abs(inputs[side]).max(-1, keepdims=True) + 1e-300)
+        x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-300)
+        anchors = inputs["state"][f"{other}_memory"][inputs["index"]]
+        distances += np.linalg.norm(x[:, None] - anchors[None], axis=-1).ravel().tolist()
+    return max(min(distances), 1e-6)
 
 
 def _size(x: np.ndarray) -> float:
@@ -703,19 +718,16 @@ def _stacked_torch(loss: Loss, tried: list[tuple[Example, Outcome]]) -> tuple[An
     learns = loss.learns + loss.constant
 
     def one(given: dict[str, Any]) -> tuple[Any, ...]:
-        def call(free: dict[str, Any], reduction: str) -> tuple[Any, Any]:
+        def weighted(free: dict[str, Any]) -> Any:
             inputs = {**given["inputs"], **free}.values()
             function = getattr(TORCH.kd, loss.name)
-            result = function(*inputs, where=given["where"], reduction=reduction, **given["options"])
-            return result if loss.state else (result, {})
-
-        def weighted(free: dict[str, Any]) -> Any:
-            values, state = call(free, "none")
+            result = function(*inputs, where=given["where"], reduction="none", **given["options"])
+            values, state = result if loss.state else (result, {})
             return (values * given["weights"]).sum(), (values, state)
 
         free = {k: given["inputs"][k] for k in learns}
         gradients, (values, state) = torch.func.grad(weighted, has_aux=True)(free)
-        return values, call(free, "sum")[0], call(free, "mean")[0], gradients, state
+        return values, values, values, gradients, state
 
     stacked = torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *arguments)
     return torch.func.vmap(one)(stacked)
