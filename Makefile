@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN = .venv/bin
 export MPLBACKEND = Agg
 
-.PHONY: demo test check
+.PHONY: demo test check fuzz
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,19 @@ def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
     return float(value)
+
+
+def check_state(state: Any) -> None:
+    for name, x in zip(state._fields, state, strict=True):
+        if x.dtype.itemsize < 4:
+            raise ValueError(
+                f"`state.{name}` must be float32 or float64, got {x.dtype.name}; in half precision small steps are lost"
+            )
+
+
+def weigh(weight: Scalar, value: Array) -> Array:
+    """weight × value. What weighs 0 is not there, be it infinite."""
+    return jnp.where((weight == 0) & jnp.isinf(value), 0, weight * value)
 
 
 def check_classes(logits: Array) -> None:

@@ -73,8 +73,41 @@ def _explain(function: str, name: str, given: dict[str, tuple[Any, Any, str]]) -
     before = list(given)[: list(given).index(name)]
     beside = [f"{k} {_describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
     message += f" beside {', '.join(beside)}" if beside else ""
-    mend = None if isinstance(value, Array) else _MEND.get(type(value).__module__.partition(".")[0])
+    mend = _mend(name, value, text, given)
     return message + (f"; {mend}" if mend else "")
+
+
+def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str]]) -> str | None:
+    """What to write instead, where the mistake is a known one."""
+    if not isinstance(value, Array):
+        return _MEND.get(type(value).__module__.partition(".")[0])
+    arrays = {k: v for k, (v, _, _) in given.items() if isinstance(v, Array)}
+    first, like = next(iter(arrays.items()))
+    floating, shape, likes = "float" in str(value.dtype), tuple(value.shape), tuple(like.shape)
+    if shape == (*likes[:-1], 1) and not text.startswith("Float"):
+        return f"give {name}[..., 0]"
+    if text.startswith("Bool"):
+        return None if "bool" in str(value.dtype) else f"give {name} != 0"
+    if text.startswith("Integer"):
+        return (
+            f"give {name}.argmax(-1)"
+            if floating and shape == likes
+            else f"cast {name} to integers"
+            if floating
+            else None
+        )
+    if not floating:
+        return f"the order of the arrays is {', '.join(arrays)}"
+    if len(shape) > 2 and "'batch " in text and len(text.split("'")[1].split()) == 2:
+        return f"give {name}.reshape(-1, {shape[-1]})"
+    if name.startswith("state."):
+        return f"make a state of width {likes[-1]}"
+    if "classes" in text and shape[:-1] == likes[:-1]:
+        wider, (few, many) = name if shape[-1] > likes[-1] else first, sorted((shape[-1], likes[-1]))
+        return f"{wider} has {many - few} classes more; if they are padding, cut them off: {wider}[..., :{few}]"
+    if "batch" in text and shape[1:] == likes[1:]:
+        return "give both the same examples"
+    return None
 
 
 def _describe(value: Any) -> str:

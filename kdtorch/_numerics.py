@@ -40,6 +40,19 @@ def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callabl
     return float(value)
 
 
+def check_state(state: Any) -> None:
+    for name, x in zip(state._fields, state, strict=True):
+        if x.dtype.itemsize < 4:
+            raise ValueError(
+                f"`state.{name}` must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; in half precision small steps are lost"
+            )
+
+
+def weigh(weight: Scalar, value: Tensor) -> Tensor:
+    """weight × value. What weighs 0 is not there, be it infinite."""
+    return torch.where((weight == 0) & value.isinf(), 0, weight * value)
+
+
 def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")

@@ -97,7 +97,8 @@ class DINOLoss(nn.Module):
 def _unstack(name: str, x: Tensor, views: int) -> Tensor:
     if x.ndim != 2 or x.shape[0] % views:
         raise ValueError(
-            f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}"
+            f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}; stack "
+            "the views of the same examples"
         )
     return x.reshape(views, -1, x.shape[1])
 

@@ -2,14 +2,19 @@
 
 import itertools
 
+import hypothesis
 import jax
 import pytest
+import torch
 
 from parity.run import forget
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # a worker a core: threads that wait for one another would take most of the time
+hypothesis.settings.register_profile("tests", max_examples=200, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 _tests = itertools.count(1)

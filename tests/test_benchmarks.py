@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import scaling, workloads
+from benchmarks import hostile, scaling, workloads
 from benchmarks.__main__ import main
 from benchmarks.forms import check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -41,6 +41,13 @@ def test_a_wrong_value_is_not_timed():
     got = made.outcome(made.step())
     with pytest.raises(AssertionError, match="x: the value differs from the direct form's by"):
         check("x", got._replace(value=1.01 * got.value), got)
+
+
+def test_hostile_inputs():
+    """kdtorch never fails; some direct form does."""
+    pairs = [pair for _, counts in hostile.count(1) for pair in counts.values()]
+    assert sum(direct for direct, _ in pairs) > 0
+    assert all(ours == 0 for _, ours in pairs)
 
 
 def test_names_are_unique():

@@ -11,9 +11,10 @@ LOGITS, LABELS, MAP = np.zeros((4, 10)), np.zeros(4, int), np.zeros((2, 8, 8, 3)
 VIEWS = np.zeros((2, 4, 6))
 
 
-def crcd(f, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, **options):
+def crcd(f, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, dtype="float64", **options):
     given = f.arrays([np.ones((2, dim)), np.ones((2, dim)), np.array(index), np.array(negatives)])
-    state = f.kd.CRCDState(*f.arrays([np.ones((6, state_dim)), np.ones((6, state_dim)), np.zeros(()), np.zeros(())]))
+    memories = [np.ones((6, state_dim)), np.ones((6, state_dim)), np.zeros(()), np.zeros(())]
+    state = f.kd.CRCDState(*f.arrays(memories, dtype))
     return f.kd.crcd_loss(*given, state, **options)
 
 
@@ -56,6 +57,16 @@ MISTAKES = {
         TypeError,
         r"kl_loss: `temperature` must be a number or a floating-point array of shape \[\], got '4'",
     ),
+    "temperature infinite": (
+        call("kl_loss", LOGITS, LOGITS, temperature=float("inf")),
+        ValueError,
+        "`temperature` .* got inf",
+    ),
+    "a temperature an example": (
+        lambda f: f.kd.kl_loss(*f.arrays([LOGITS, LOGITS]), temperature=f.array(np.ones(4))),
+        TypeError,
+        r"`temperature` must be a number or a floating-point array of shape \[\], got float64\[4\]",
+    ),
     "negative weight": (
         call("dkd_loss", LOGITS, LOGITS, LABELS, beta=-1.0),
         ValueError,
@@ -85,17 +96,32 @@ MISTAKES = {
         call("kl_loss", LOGITS, np.zeros((4, 12))),
         TypeError,
         r"kl_loss: `teacher_logits` must be Float\[Array, '\*batch classes'\], got float64\[4, 12\] beside "
-        r"student_logits float64\[4, 10\]",
+        r"student_logits float64\[4, 10\]; teacher_logits has 2 classes more",
+    ),
+    "a padded vocabulary": (
+        call("kl_loss", np.zeros((1, 152064)), np.zeros((1, 151936))),
+        TypeError,
+        r"student_logits has 128 classes more; if they are padding, cut them off: student_logits\[..., :151936\]$",
+    ),
+    "features beside logits": (
+        call("nkd_loss", np.zeros((4, 2, 256)), LOGITS, LABELS),
+        TypeError,
+        r"`teacher_logits` must be .*got float64\[4, 10\] beside student_logits float64\[4, 2, 256\]",
+    ),
+    "arguments swapped": (
+        call("dkd_loss", LABELS, LOGITS, LOGITS),
+        TypeError,
+        r"`student_logits` must be Float.*; the order of the arrays is student_logits, teacher_logits, labels$",
     ),
     "batches differ": (
         call("mse_loss", LOGITS, LOGITS[:3]),
         TypeError,
-        r"`teacher` must be .*got float64\[3, 10\] beside student",
+        r"`teacher` must be .*got float64\[3, 10\] beside student .*; give both the same examples$",
     ),
     "rank": (
         call("difference_kl_loss", LOGITS[None], LOGITS[None]),
         TypeError,
-        r"`student_logits` .*got float64\[1, 4, 10\]",
+        r"`student_logits` .*got float64\[1, 4, 10\]; give student_logits.reshape\(-1, 10\)$",
     ),
     "integer logits": (
         call("kl_loss", LABELS, LABELS),
@@ -105,22 +131,27 @@ MISTAKES = {
     "float labels": (
         call("dkd_loss", LOGITS, LOGITS, np.zeros(4)),
         TypeError,
-        r"dkd_loss: `labels` must be Integer\[Array, '\*batch'\], got float64\[4\] beside",
+        r"dkd_loss: `labels` must be Integer\[Array, '\*batch'\], got float64\[4\] beside .*; cast labels to integers$",
+    ),
+    "one-hot labels": (
+        call("dkd_loss", LOGITS, LOGITS, np.eye(10)[LABELS]),
+        TypeError,
+        r"`labels` must be Integer.*got float64\[4, 10\] beside .*; give labels.argmax\(-1\)$",
     ),
     "labels in a column": (
         call("dkd_loss", LOGITS, LOGITS, LABELS[:, None]),
         TypeError,
-        r"`labels` must be .*got int(32|64)\[4, 1\]",
+        r"`labels` must be .*got int(32|64)\[4, 1\] beside .*; give labels\[..., 0\]$",
     ),
     "mask of the wrong shape": (
         call("kl_loss", LOGITS, LOGITS, where=np.ones((4, 1), bool)),
         TypeError,
-        r"`where` must be Bool\[Array, .* got bool\[4, 1\]",
+        r"`where` must be Bool\[Array, .* got bool\[4, 1\] beside .*; give where\[..., 0\]$",
     ),
     "mask of numbers": (
         call("kl_loss", LOGITS, LOGITS, where=np.ones(4)),
         TypeError,
-        r"`where` must be Bool.* got float64\[4\]",
+        r"`where` must be Bool.* got float64\[4\] beside .*; give where != 0$",
     ),
     "width of the centres": (
         call("dcn_loss", LOGITS, LOGITS, LABELS, np.zeros((5, 7))),
@@ -134,6 +165,12 @@ MISTAKES = {
         ValueError,
         r"`student_maps\[1\]` and `teacher_maps\[1\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 4, 8, 3\]; "
         "ReviewKD's connectors",
+    ),
+    "channels first and last": (
+        call("hcl_loss", [MAP], [np.moveaxis(MAP, -1, 1)]),
+        ValueError,
+        r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; bring both to one order of the axes, and say where the "
+        "channels are by `channel_axis`$",
     ),
     "a flat map": (
         call("hcl_loss", [LOGITS], [LOGITS]),
@@ -159,7 +196,7 @@ MISTAKES = {
     "a centre of another width": (
         dino(VIEWS, VIEWS, dim=5),
         TypeError,
-        r"dino_loss: `state.center` must be Float\[Array, 'dim'\], got float32\[5\] beside student",
+        r"dino_loss: `state.center` must be Float\[Array, 'dim'\], got float32\[5\] beside student .*; make a state of width 6$",
     ),
     "no state": (
         lambda f: f.kd.dino_loss(*f.arrays([VIEWS, VIEWS]), None),
@@ -171,6 +208,16 @@ MISTAKES = {
         lambda f: f.kd.dino_init(3, jnp.bfloat16 if f is JAX else torch.bfloat16),
         ValueError,
         "`dtype` must be float32 or float64, got bfloat16",
+    ),
+    "a half-precision centre": (
+        lambda f: f.kd.dino_loss(*f.arrays([VIEWS, VIEWS]), f.kd.DINOState(f.array(np.zeros(6), "float16"))),
+        ValueError,
+        "`state.center` must be float32 or float64, got float16; in half precision small steps are lost",
+    ),
+    "a half-precision bank": (
+        lambda f: crcd(f, dtype="bfloat16"),
+        ValueError,
+        "`state.student_memory` must be float32 or float64, got bfloat16",
     ),
     "warm-up": (
         lambda f: f.kd.dino_teacher_temperature(0, warmup_epochs=-1),
@@ -185,7 +232,7 @@ MISTAKES = {
     "a memory of another width": (
         lambda f: crcd(f, state_dim=5),
         TypeError,
-        r"crcd_loss: `state.student_memory` must be .*got float64\[6, 5\] beside student float64\[2, 4\]",
+        r"crcd_loss: `state.student_memory` must be .*got float64\[6, 5\] beside student float64\[2, 4\].*; make a state of width 4$",
     ),
     "no negatives": (
         lambda f: crcd(f, negatives=np.zeros((2, 0), int)),
@@ -251,6 +298,10 @@ def module(name, *arguments, **options):
         (
             lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")),
             "`deeper` must be given",
+        ),
+        (
+            lambda f: f.kd.nn.DINOLoss(6)(*f.arrays([np.zeros((5, 6)), np.zeros((5, 6))])),
+            r"`student` must be \[views \* batch, dim\] with 2 views stacked on the batch axis, got \[5, 6\]; stack the",
         ),
     ],
 )

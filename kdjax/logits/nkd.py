@@ -14,6 +14,7 @@ from kdjax._numerics import (
     positive,
     take_class,
     valid_index,
+    weigh,
     widen,
 )
 from kdjax._reduce import keep, reduce
@@ -75,7 +76,8 @@ def nkd_loss(
     labels, factor = valid_index(labels, student.shape[-1])
     label = is_class(student, labels)
 
-    target = -jnp.exp(take_class(log_softmax(teacher), labels)) * take_class(log_softmax(student), labels)
+    q_y = jnp.exp(take_class(log_softmax(teacher), labels))
+    target = -jnp.where(q_y == 0, 0, q_y * take_class(log_softmax(student), labels))
     hat_q = jnp.exp(log_softmax(jnp.where(label, -jnp.inf, teacher), temperature))
     others = cross_entropy(jnp.where(label, -jnp.inf, student), hat_q, temperature)
-    return reduce(factor * (target + gamma * temperature**2 * others), where, reduction, axis_name)
+    return reduce(factor * (target + weigh(gamma, temperature**2 * others)), where, reduction, axis_name)

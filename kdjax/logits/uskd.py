@@ -14,6 +14,7 @@ from kdjax._numerics import (
     non_negative,
     take_class,
     valid_index,
+    weigh,
     widen,
 )
 from kdjax._reduce import count, keep, reduce
@@ -117,7 +118,7 @@ def uskd_loss(
 
     smooth = 0.9 * distribution + 0.1 / used.sum(-1, keepdims=True, dtype=student.dtype)
     head = cross_entropy(weak, jnp.where(used, smooth, 0), 1.0)
-    return reduce(factor * (alpha * target + beta * others + mu * head), where, reduction, axis_name)
+    return reduce(factor * (weigh(alpha, target) + weigh(beta, others) + weigh(mu, head)), where, reduction, axis_name)
 
 
 def _zipf(score: jax.Array, where: jax.Array | None) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import fetch, rank, replicate, size
-from kdjax._numerics import HIGHEST, fraction, positive, rowwise, unit, valid_index, widen
+from kdjax._numerics import HIGHEST, check_state, fraction, positive, rowwise, unit, valid_index, widen
 from kdjax._reduce import count, keep, reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
@@ -130,10 +130,11 @@ def crcd_loss(
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
-        would leave no direction to remember (zero, or not finite) leaves the row as it was.
+        would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
-        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
+            precision, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
@@ -151,6 +152,7 @@ def crcd_loss(
     (True, True)
     """
     student, teacher = widen(student, teacher)
+    check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, state.student_memory)
     if negatives.shape[1] < 1:
@@ -183,13 +185,15 @@ def crcd_loss(
     loss = reduce(factor * (on_student + on_teacher), where, reduction, axis_name)
     if not update:
         return loss, state
-    last = _last_of_equals(every_index, every_valid)
+    every_student, every_teacher = replicate(student, axis_name), replicate(teacher, axis_name)
+    finite = jnp.isfinite(every_student).all() & jnp.isfinite(every_teacher).all()
+    last = jnp.where(finite, _last_of_equals(every_index, every_valid), -1)
     here = every_index - (rank(axis_name) * rows if sharded_memory else 0)
     return loss, CRCDState(
-        _remember(old.student_memory, here, last, replicate(student, axis_name), momentum),
-        _remember(old.teacher_memory, here, last, replicate(teacher, axis_name), momentum),
-        student_normalizer,
-        teacher_normalizer,
+        _remember(old.student_memory, here, last, every_student, momentum),
+        _remember(old.teacher_memory, here, last, every_teacher, momentum),
+        jnp.where(finite, student_normalizer, old.student_normalizer),
+        jnp.where(finite, teacher_normalizer, old.teacher_normalizer),
     )
 
 
@@ -236,7 +240,7 @@ def _side(
     fresh = jnp.exp(log_mean).astype(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & jnp.isfinite(fresh)
     normalizer = jnp.where(usable, fresh, normalizer)
-    log_z = jnp.log(jnp.where(unset, fresh, normalizer)).astype(embedding.dtype)
+    log_z = jnp.where(unset, log_mean + math.log(num_data), jnp.log(normalizer).astype(embedding.dtype))
     contrast = rowwise(functools.partial(_contrast, (number - 1) / num_data))
     return contrast(embedding, known, log_z, temperature), normalizer
 

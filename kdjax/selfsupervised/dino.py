@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import size, total
-from kdjax._numerics import cross_entropy, fraction, log_softmax, positive, widen
+from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, widen
 from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
@@ -112,8 +112,8 @@ def dino_loss(
         no kept example, leaves it as it was.
 
     Raises:
-        ValueError: views that do not fit, a temperature that is not positive, a momentum outside [0, 1], an unknown
-            reduction.
+        ValueError: views that do not fit, a temperature that is not positive, a momentum outside [0, 1], a state
+            in half precision, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021,
@@ -133,6 +133,7 @@ def dino_loss(
             "the views must fit: at least 1 teacher view, at least 2 student views, the first of them the teacher's, "
             f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
         )
+    check_state(state)
     student, teacher = widen(student, teacher)
     if where is not None:
         student, teacher = (jnp.where(where[None, :, None], x, 0) for x in (student, teacher))

@@ -67,13 +67,19 @@ def hcl_loss(
         if student.shape != teacher.shape:
             raise ValueError(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
-                f"and {list(teacher.shape)}; ReviewKD's connectors bring a student's maps to the teacher's shapes"
+                f"and {list(teacher.shape)}; {_mend(student, teacher)}"
             )
     maps = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student, teacher = keep(where, *widen(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
     return reduce(torch.stack(maps).sum(0), where, reduction, group)
+
+
+def _mend(student: Tensor, teacher: Tensor) -> str:
+    if sorted(student.shape) == sorted(teacher.shape):
+        return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
+    return "ReviewKD's connectors bring a student's maps to the teacher's shapes"
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:

@@ -76,7 +76,7 @@ def _center(x: Tensor, kept: Tensor) -> Tensor:
     """Without the column means over kept rows, which no difference feels; masked rows are 0."""
     finite = torch.where(torch.isneginf(x), 0, x)
     number = (kept[:, None] & ~torch.isneginf(x)).sum(0, dtype=x.dtype).clamp(min=1)
-    return torch.where(kept[:, None], x - finite.sum(0).detach() / number, 0)
+    return torch.where(kept[:, None], x - (finite / number).sum(0).detach(), 0)
 
 
 @opaque(

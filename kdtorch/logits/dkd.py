@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
+    Softmax,
     check_classes,
     kl_and_gradient,
     kl_of_softmaxes,
@@ -14,6 +15,7 @@ from kdtorch._numerics import (
     positive,
     rowwise,
     valid_index,
+    weigh,
     widen,
     without_class,
 )
@@ -85,12 +87,18 @@ def _decoupled(
     label = labels.unsqueeze(-1)
     hat_p, hat_q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature)
     x_binary, y_binary = (
-        torch.cat([logits.gather(-1, label) / temperature, hat.peak / temperature + hat.log_total], -1)
-        for logits, hat in ((x, hat_p), (y, hat_q))
+        _binary(logits.gather(-1, label), hat, temperature) for logits, hat in ((x, hat_p), (y, hat_q))
     )
     target, target_gradient = kl_and_gradient(x_binary, y_binary, torch.ones_like(temperature))
     others, others_gradient = kl_of_softmaxes(hat_p, hat_q, ratio)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * others_gradient - at_label * hat_p.p
-    value = temperature**2 * (alpha * target + beta * others)
+    value = temperature**2 * (weigh(alpha, target) + weigh(beta, others))
     return value, gradient.scatter(-1, label, at_label)
+
+
+def _binary(at_label: Tensor, others: Softmax, temperature: Tensor) -> Tensor:
+    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    largest = torch.maximum(at_label, others.peak)
+    rest = (others.peak - largest) / temperature + others.log_total
+    return torch.cat([(at_label - largest) / temperature, rest], -1)

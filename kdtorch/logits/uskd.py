@@ -16,6 +16,7 @@ from kdtorch._numerics import (
     softmax,
     times,
     valid_index,
+    weigh,
     widen,
 )
 from kdtorch._reduce import keep, reduce
@@ -112,7 +113,7 @@ def uskd_loss(
     zipf = _zipf(w / over_w + log_p / over_p).scatter(-1, classes, 0) * (1 - unused)
     zipf = zipf / zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny)
     smooth = (0.9 * distribution + 0.1 / (1 - unused).sum(-1, keepdim=True)) * (1 - unused)
-    value = _target_and_others(student, classes, soft, zipf, alpha, beta) + mu * cross_entropy(weak, smooth, 1.0)
+    value = _target_and_others(student, classes, soft, zipf, alpha, beta) + weigh(mu, cross_entropy(weak, smooth, 1.0))
     return reduce(value, where, reduction, group)
 
 
@@ -126,7 +127,7 @@ def _target_and_others(
     hat_p, total = softmax(x_others), zipf.sum(-1, keepdim=True)
     others = hat_p.log_total * total - times(zipf, x_others - hat_p.peak).sum(-1, keepdim=True)
     gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * (hat_p.p * total - zipf)
-    return (alpha * target + beta * others).squeeze(-1), gradient.scatter_add(-1, classes, -alpha * soft)
+    return (weigh(alpha, target) + weigh(beta, others)).squeeze(-1), gradient.scatter_add(-1, classes, -alpha * soft)
 
 
 def _zipf(score: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtorch._collectives import check_batch, fetch, rank, replicate, size
-from kdtorch._numerics import BLOCK, fraction, opaque, positive, rowwise, unit, valid_index, widen
+from kdtorch._numerics import BLOCK, check_state, fraction, opaque, positive, rowwise, unit, valid_index, widen
 from kdtorch._reduce import count, keep, reduce
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
@@ -135,10 +135,11 @@ def crcd_loss(
 
     Returns:
         The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
-        would leave no direction to remember (zero, or not finite) leaves the row as it was.
+        would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
 
     Raises:
-        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, an unknown reduction.
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
+            precision, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
@@ -156,6 +157,7 @@ def crcd_loss(
     """
     student, teacher = widen(student, teacher)
     old = CRCDState(*(x.detach().to(student.device) for x in state))
+    check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
@@ -190,16 +192,18 @@ def crcd_loss(
     loss = reduce(on_student + on_teacher, where, reduction, group)
     if not update:
         return loss, state
-    here, last = every_index, _last_of_equals(every_index, every_valid)
+    every_student, every_teacher = replicate(student, group), replicate(teacher, group)
+    finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
+    here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
     if sharded_memory:  # the rows of other ranks are theirs to remember
         here = here - rank(group) * rows
         inside = (here >= 0) & (here < rows)
         here, last = here[inside], last[inside]
     return loss, CRCDState(
-        _remember(old.student_memory, here, last, replicate(student, group), momentum),
-        _remember(old.teacher_memory, here, last, replicate(teacher, group), momentum),
-        student_normalizer,
-        teacher_normalizer,
+        _remember(old.student_memory, here, last, every_student, momentum),
+        _remember(old.teacher_memory, here, last, every_teacher, momentum),
+        torch.where(finite, student_normalizer, old.student_normalizer),
+        torch.where(finite, teacher_normalizer, old.teacher_normalizer),
     )
 
 
@@ -246,7 +250,7 @@ def _side(
     fresh = log_mean.exp().to(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
-    log_z = torch.where(unset, fresh, normalizer).log().to(embedding.dtype)
+    log_z = torch.where(unset, log_mean + math.log(num_data), normalizer.log().to(embedding.dtype))
     noise = torch.tensor((number - 1) / num_data, dtype=torch.float64)
     return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 

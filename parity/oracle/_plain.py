@@ -38,8 +38,9 @@ def kl(teacher_logits: Sequence[Any], student_logits: Sequence[Any]) -> Any:
     """KL(softmax(teacher) || softmax(student))."""
     total = 0.0
     for log_q, log_p in zip(log_softmax(teacher_logits), log_softmax(student_logits), strict=True):
-        if not is_left_out(log_q):
-            total = total + np.exp(log_q) * (log_q - log_p)
+        q = 0.0 if is_left_out(log_q) else np.exp(log_q)
+        if np.real(q) > 0:
+            total = total + q * (log_q - log_p)
     return total
 
 

@@ -1,0 +1,31 @@
+"""The same inputs give the same bits: on a second call, in another process, with another number of threads."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from digest import digests
+
+TESTS = pathlib.Path(__file__).parent
+# a sum over a whole array or a product of matrices is divided among threads as there are threads
+DEPENDS_ON_THREADS = {"torch difference_kl_loss", "torch euclidean_mse_loss"}
+
+
+@pytest.fixture(scope="module")
+def here():
+    return digests()
+
+
+def test_a_second_call(here):
+    assert digests() == here
+
+
+def test_another_process_with_other_threads(here):
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    command = [sys.executable, "-W", "error", str(TESTS / "digest.py"), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    there = json.loads(done.stdout)
+    assert {k for k in here if here[k] != there[k]} <= DEPENDS_ON_THREADS

@@ -1,0 +1,110 @@
+"""Nothing happens at import, nothing in the packages runs what it reads, and the dependencies are what they should be."""
+
+import ast
+import importlib.metadata
+import itertools
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("kdjax", "kdtorch", "parity")
+IMPORT_JAX = """
+import time, threading
+import jax, flax.nnx, optax, jaxtyping, beartype.door
+from jax._src import xla_bridge
+before = dict(jax.config.values), threading.active_count()
+start = time.process_time()
+import kdjax, kdjax.nn
+seconds = time.process_time() - start
+assert not xla_bridge._backends, "a device was initialised"
+assert before == (dict(jax.config.values), threading.active_count())
+print(seconds)
+"""
+IMPORT_TORCH = """
+import time, threading
+import torch, jaxtyping, beartype.door, torch._library, torch.distributed
+def settings():
+    random = torch.random.get_rng_state().tolist()
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), threading.active_count(), random
+before = settings()
+start = time.process_time()
+import kdtorch, kdtorch.nn
+seconds = time.process_time() - start
+assert not torch.cuda.is_initialized(), "a device was initialised"
+assert before == settings()
+print(seconds)
+"""
+
+
+@pytest.mark.parametrize("code", [IMPORT_JAX, IMPORT_TORCH], ids=["kdjax", "kdtorch"])
+def test_import_does_nothing_but_define(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3
+
+
+RUNS_TEXT = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load"}
+RUNS_DATA = {
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "subprocess",
+    "ctypes",
+    "socket",
+    "urllib",
+    "requests",
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_runs_what_it_reads(package):
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {x.name.partition(".")[0] for x in node.names} | {
+                    str(getattr(node, "module", "")).partition(".")[0]
+                }
+                assert not names & RUNS_DATA, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in RUNS_TEXT, f"{path}:{node.lineno}"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [
+    requirement
+    for text in [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    if (requirement := Requirement(text)).name != "kdlosses"
+]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower(), re.M))
+FREE = re.compile(r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|MPL-2.0|Mozilla Public", re.I)
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda x: x.name)
+def test_dependencies_are_pinned_within_their_bounds(requirement):
+    assert requirement.specifier.contains(PINS[requirement.name])
+    assert requirement.specifier.contains(importlib.metadata.version(requirement.name).partition("+")[0])
+
+
+def test_licences():
+    """Of whatever the packages bring: none that a closed project could not use."""
+    names, seen = [x.name for x in REQUIREMENTS], set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        meta = importlib.metadata.metadata(name)
+        texts = [meta.get("License-Expression"), meta.get("License"), *(meta.get_all("Classifier") or [])]
+        assert any(FREE.search(x.splitlines()[0]) for x in texts if x), f"{name}: {texts}"
+        for text in importlib.metadata.requires(name) or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                names.append(requirement.name)

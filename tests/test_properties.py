@@ -1,0 +1,23 @@
+"""Every law of `laws.py` on 200 drawn examples of every loss, in both packages; `make fuzz` draws a hundred times as many."""
+
+import hypothesis
+import laws
+import pytest
+
+from parity.cases import LOSSES
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
+@pytest.mark.parametrize("name", laws.PACKAGES)
+def test_laws(name, loss):
+    trials = [laws.Trial(name, loss, recipe) for recipe in laws.KEPT]
+    for trial in trials:
+        laws.obey(trial)
+
+    @hypothesis.given(laws.RECIPES)
+    def each(recipe):
+        trials.append(laws.Trial(name, loss, recipe))
+        laws.obey(trials[-1])
+
+    each()
+    laws.obey_together(name, loss, trials)
