@@ -95,6 +95,10 @@ KEPT = (
     Recipe(0, "1e4", "1e4", "apart", "ordinary", 255, 0),  # digits of DKD's target part
     Recipe(3217372416, "of all sizes", "ordinary", "lowest", "drawn", 138, 4),  # a column whose sum overflows
     Recipe(2409223080, "ordinary", "ordinary", "equal", "least", 255, 4),  # CRCD's normaliser beyond float32
+    Recipe(1, "ordinary", "ordinary", "lowest in the student", "drawn", 255, 0),  # β KL beyond float64, and T² β KL not
+    Recipe(
+        40180, "1e4", "ordinary", "lowest in the student", "drawn", 255, 0
+    ),  # T² times a part, and γ T² times it not
 )
 
 

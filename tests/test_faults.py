@@ -53,7 +53,7 @@ FAULTS = [
     Fault("no half", KL, "symmetric_kl_loss", "temperature**2 / 2 * divergence", "temperature**2 * divergence"),
     Fault("gradient's other distribution", KL, "symmetric_kl_loss", "p.p * reverse.sum", "q.p * reverse.sum"),
     Fault("gradient without 1/T", KL, "symmetric_kl_loss", "+ felt, gradient / temperature", "+ felt, gradient"),
-    Fault("alpha and beta swapped", DKD, "dkd_loss", "(weigh(alpha, target) + weigh(beta, others))", "(weigh(beta, target) + weigh(alpha, others))"),
+    Fault("alpha and beta swapped", DKD, "dkd_loss", "weigh(square * alpha, target) + weigh(square * beta, others)", "weigh(square * beta, target) + weigh(square * alpha, others)"),
     Fault("next label", DKD, "dkd_loss", "teacher.detach(), labels,", "teacher.detach(), (labels + 1) % student.shape[-1],"),
     Fault("T twice", DKD, "dkd_loss", "torch.ones_like(temperature)", "temperature"),
     Fault("student detached", DKD, "dkd_loss", "_decoupled(student, teacher", "_decoupled(student.detach(), teacher"),

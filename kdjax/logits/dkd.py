@@ -77,4 +77,5 @@ def dkd_loss(
     teacher_binary, teacher_others = binary_and_others(jax.lax.stop_gradient(teacher), label, temperature)
     target = kl_divergence(student_binary, teacher_binary, 1.0)
     others = kl_divergence(student_others, teacher_others, temperature)
-    return reduce(factor * temperature**2 * (weigh(alpha, target) + weigh(beta, others)), where, reduction, axis_name)
+    alpha, beta = temperature**2 * alpha, temperature**2 * beta  # before a sum that might not exist
+    return reduce(factor * (weigh(alpha, target) + weigh(beta, others)), where, reduction, axis_name)

@@ -80,4 +80,4 @@ def nkd_loss(
     target = -jnp.where(q_y == 0, 0, q_y * take_class(log_softmax(student), labels))
     hat_q = jnp.exp(log_softmax(jnp.where(label, -jnp.inf, teacher), temperature))
     others = cross_entropy(jnp.where(label, -jnp.inf, student), hat_q, temperature)
-    return reduce(factor * (target + weigh(gamma, temperature**2 * others)), where, reduction, axis_name)
+    return reduce(factor * (target + weigh(gamma * temperature**2, others)), where, reduction, axis_name)

@@ -93,7 +93,8 @@ def _decoupled(
     others, others_gradient = kl_of_softmaxes(hat_p, hat_q, ratio)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * others_gradient - at_label * hat_p.p
-    value = temperature**2 * (weigh(alpha, target) + weigh(beta, others))
+    square = temperature**2  # before a sum that might not exist
+    value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, gradient.scatter(-1, label, at_label)
 
 

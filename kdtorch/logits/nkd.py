@@ -85,6 +85,6 @@ def _normalized(x: Tensor, y: Tensor, labels: Tensor, gamma: Tensor, temperature
     x_others, hat_q = without_class(x, labels), softmax(without_class(y, labels), temperature).p
     hat_p, total = softmax(x_others, temperature), hat_q.sum(-1, keepdim=True)
     others = hat_p.log_total * total - times(hat_q, x_others - hat_p.peak).sum(-1, keepdim=True) / temperature
-    value = 0 * q_y - times(q_y, log_p_y) + weigh(gamma, temperature**2 * others)  # NaN, which times() would hide
+    value = 0 * q_y - times(q_y, log_p_y) + weigh(gamma * temperature**2, others)  # NaN, which times() would hide
     gradient = q_y * p.p + gamma * temperature * (hat_p.p * total).sub_(hat_q)
     return value.squeeze(-1), gradient.scatter_add_(-1, label, -q_y)
