@@ -26,7 +26,7 @@ from kdtorch.teacher_cache import TeacherCache, record_teacher
 CLASSES, TOP_K, BATCH = 1000, 64, 4096
 
 
-def seconds(function: Callable[[], Any], repeats: int = 100) -> float:
+def seconds(function: Callable[[], Any], repeats: int) -> float:
     """The shortest of some calls, after one that is not counted."""
     jax.block_until_ready(function())
     times = []
@@ -37,7 +37,7 @@ def seconds(function: Callable[[], Any], repeats: int = 100) -> float:
     return min(times)
 
 
-def teachers() -> None:
+def teachers(calls: int) -> None:
     """Milliseconds a call, of each way, for a light and a heavy teacher; PyTorch on one core, where others may work too."""
     torch.set_num_threads(1)
     for width in (64, 1024):
@@ -64,7 +64,7 @@ def teachers() -> None:
             "the same, from PyTorch": lambda: theirs(tensor),  # noqa: B023
         }
         for name, call in ways.items():
-            print(f"width {width:4d}: {name:42s} {1e3 * seconds(call):8.3f} ms")
+            print(f"width {width:4d}: {name:42s} {1e3 * seconds(call, calls):8.3f} ms")
 
 
 def batches(samples: int) -> Iterator[dict[str, Any]]:
@@ -132,9 +132,10 @@ def disk(samples: int, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--calls", type=int, default=100, help="of each teacher, the shortest of which counts")
     options = parser.parse_args(arguments)
     print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
-    teachers()
+    teachers(options.calls)
     with tempfile.TemporaryDirectory() as folder:
         disk(options.samples, Path(folder) / "teacher")
 
