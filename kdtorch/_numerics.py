@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -197,6 +198,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
                 gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
+
+    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
 
     def value(x: Tensor, *constants: Tensor | float) -> Tensor:
         constants = _constants(x, constants)
