@@ -150,9 +150,6 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
             if rank:
                 inputs["teacher"][..., -1, :] = torch.nan
 
-        def masked(inputs: dict) -> dict:
-            return {"where": torch.full((16 // ranks,), not rank)}
-
         def skewed(inputs: dict) -> None:
             inputs["negatives"] %= 4
 
@@ -160,6 +157,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
             results[f"nan {loss.name}"] = one_step(loss, group, nan)
             results[f"masked {loss.name}"] = one_step(loss, group, where=torch.full((16 // ranks,), not rank))
             results[f"nothing {loss.name}"] = one_step(loss, group, where=torch.zeros(16 // ranks, dtype=torch.bool))
+            results[f"update {loss.name}"] = one_step(loss, group)
             results[f"no update {loss.name}"] = one_step(loss, group, update=False)
         for name, change in (("uniform", lambda inputs: None), ("skewed", skewed)):
             for sharded in (False, True):

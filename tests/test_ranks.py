@@ -114,7 +114,8 @@ def test_empty_batches(name, wrong):
 def test_no_update(name, wrong):
     for x in wrong:
         assert x[f"no update {name}"]["same"]
-        assert x[f"no update {name}"]["value"] == x[f"no update {name}"]["value"]
+        assert not x[f"update {name}"]["same"]
+        assert x[f"no update {name}"]["value"] == x[f"update {name}"]["value"]
 
 
 @pytest.mark.parametrize("places", ["uniform", "skewed"])
