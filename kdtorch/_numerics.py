@@ -222,34 +222,35 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
     return value.reshape(batch), gradient.reshape(x.shape)
 
 
-def pulled_back(value: Callable[..., Tensor], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function whose gradient with respect to its first argument is `pull(cotangent, value, *inputs)`, both opaque.
+def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first of what `value` returns, whose gradient with respect to the first input is `pull(cotangent, *all, *inputs)`.
 
-    A second derivative is refused.
+    Both are opaque. A second derivative is refused.
     """
 
     class PulledBack(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*inputs: Tensor) -> Tensor:
+        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
             return value(*inputs)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-            ctx.save_for_backward(output, *inputs)
+        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.save_for_backward(inputs[0], *output, *inputs)
 
         @staticmethod
-        def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-            _, *inputs = ctx.saved_tensors
-            gradient = pull(cotangent.detach(), *(x.detach() for x in ctx.saved_tensors))
+        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+            x, *others = ctx.saved_tensors
+            gradient = pull(*(t.detach() for t in (cotangents[0], *others)))
             if torch.is_grad_enabled():
-                gradient = _Refused.apply(gradient, cotangent, inputs[0])
-            return gradient, *(None for _ in inputs[1:])
+                gradient = _Refused.apply(gradient, cotangents[0], x)
+            return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
     def pulled(x: Tensor, *constants: Tensor | float) -> Tensor:
         constants = _constants(x, constants)
-        return (PulledBack.apply if _differentiated(x) else value)(x, *constants)
+        return (PulledBack.apply if _differentiated(x) else value)(x, *constants)[0]
 
     return pulled
 
@@ -319,6 +320,6 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| along the last axis, for any finite x; a row of zeros (or subnormals) becomes zeros, with gradient 0."""
     scale = x.detach().abs().amax(-1, keepdim=True)
     zero = scale < torch.finfo(x.dtype).tiny
-    x = x / torch.where(zero, 1, scale)
+    x = x / torch.where(zero, math.inf, scale)
     square = (x * x).sum(-1, keepdim=True)
-    return torch.where(zero, 0, x / torch.where(zero, 1, square).sqrt())
+    return x / torch.where(zero, 1, square).sqrt()

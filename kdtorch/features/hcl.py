@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import widen
+from kdtorch._numerics import rowwise, widen
 from kdtorch._reduce import keep, reduce
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
@@ -83,20 +84,30 @@ def _mend(student: Tensor, teacher: Tensor) -> str:
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:
-    # pooling is linear, so the difference is pooled
-    difference = (student - teacher.detach()).movedim(channel_axis, 1)
-    weight, weights, source = 1.0, 1.0, difference
-    total = difference.square().mean((1, 2, 3))
-    for size in (4, 2, 1):
-        if size < difference.shape[2]:
-            weight /= 2
-            weights += weight
-            pooled = functional.adaptive_avg_pool2d(source, size)
-            source = pooled if _fits(source, size) else source
-            total = total + weight * pooled.square().mean((1, 2, 3))
-    return total / weights
+    student, teacher = (x.movedim(channel_axis, 1) for x in (student, teacher.detach()))
+    batch, channels, height, width = student.shape
+    sizes = [size for size in (4, 2, 1) if size < height]
+    scaled = [
+        math.sqrt(0.5**level * height * width)
+        / size
+        * torch.kron(_pooling(height, size, student), _pooling(width, size, student))
+        for level, size in enumerate(sizes, 1)
+    ]
+    pools = torch.cat([student.new_empty(height * width, 0), *scaled], 1).expand(max(batch, 1), -1, -1)
+    weights = 2 - 0.5 ** len(sizes)
+    return _squares(student.flatten(1), teacher.flatten(1), pools) / (channels * height * width * weights)
 
 
-def _fits(x: Tensor, size: int) -> bool:
-    """Whether the bins are equal and do not overlap, so that averages of averages are averages."""
-    return x.shape[2] % size == 0 and x.shape[3] % size == 0
+@rowwise
+def _squares(x: Tensor, y: Tensor, pools: Tensor) -> tuple[Tensor, Tensor]:
+    """|d|^2 + |d K|^2 with d = x - y and K the pooling, a column a bin; pooling is linear, so the difference is pooled."""
+    difference, pool = x - y, pools[0]
+    pooled = difference.unflatten(-1, (-1, len(pool))) @ pool
+    value = torch.linalg.vecdot(difference, difference) + pooled.square().sum((-2, -1))
+    return value, 2 * (difference + (pooled @ pool.T).flatten(-2))
+
+
+def _pooling(length: int, bins: int, like: Tensor) -> Tensor:
+    """`[length, bins]`: the matrix that averages positions into bins, which overlap where the length is no multiple."""
+    eye = torch.eye(length, dtype=like.dtype, device=like.device)
+    return functional.adaptive_avg_pool1d(eye, bins)

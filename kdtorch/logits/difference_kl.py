@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,132 +65,151 @@ def difference_kl_loss(
     check_batch(student, group)
     mine = own(len(student), group)
     student, teacher = gather(student, group), replicate(teacher, group)
-    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else replicate(where, group)
+    kept = None if where is None else replicate(where, group)
     x, y = _center(student, kept), _center(teacher, kept)
-    place = torch.arange(len(x), device=x.device)
-    partners = kept & (mine.to(x.device)[:, None] != place)
+    partners = mine.to(x.device)[:, None] != torch.arange(len(x), device=x.device)
+    partners = partners if kept is None else partners & kept
     pairs = torch.where(partners, _divergences(x, y, mine, temperature), 0)
-    return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction, group)
+    number = max(len(x), 1) if kept is None else count(kept, x.dtype)
+    return reduce(temperature**2 * pairs.sum(1) / number, where, reduction, group)
 
 
-def _center(x: Tensor, kept: Tensor) -> Tensor:
+def _center(x: Tensor, kept: Tensor | None) -> Tensor:
     """Without the column means over kept rows, which no difference feels; masked rows are 0."""
-    finite = torch.where(torch.isneginf(x), 0, x)
-    number = (kept[:, None] & ~torch.isneginf(x)).sum(0, dtype=x.dtype).clamp(min=1)
-    return torch.where(kept[:, None], x - (finite / number).sum(0).detach(), 0)
+    if kept is not None:
+        x = torch.where(kept[:, None], x, 0)
+    absent = torch.isneginf(x).to(x.dtype).sum(0)
+    number = (len(x) if kept is None else kept.sum(dtype=x.dtype)) - absent
+    mean = (_finite(x.detach(), 0.0) / number.clamp(min=1)).sum(0)
+    return x - mean if kept is None else torch.where(kept[:, None], x - mean, 0)
+
+
+def _finite(x: Tensor, absent: float) -> Tensor:
+    """x with another number for -inf; a tenth of the time of `torch.where` on a CPU."""
+    return x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=absent)
 
 
 @opaque(
-    "(Tensor x, Tensor y, Tensor mine, Tensor temperature) -> Tensor",
-    lambda x, y, mine, _: x.new_empty(len(mine), len(x)),
+    "(Tensor x, Tensor y, Tensor mine, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    lambda x, y, mine, _: tuple(x.new_empty(len(mine), len(x), dtype=t) for t in (x.dtype, _widest(x), _widest(x))),
 )
-def _forward(x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor) -> Tensor:
-    """KL of the pairs of this rank's rows and all, `[batch, whole batch]`."""
-    if _narrow(x, y, temperature):
-        near = bool((_levelled(_ahead(x, y, temperature)).abs() < 4).all())
-        return (_by_expansion if near else _by_products)(x, y, as_slice(mine), temperature)
-    return _by_rows(x, y, as_slice(mine), temperature)
+def _forward(x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of the pairs of this rank's rows and all, `[batch, whole batch]`; from products, the normalisers too."""
+    rows, dtype = as_slice(mine), _dtype_of_products(x, y, temperature)
+    if dtype is None:
+        divergence = _by_rows(x, y, rows, temperature)
+        unused = torch.empty_like(divergence, dtype=_widest(x))
+        return divergence, unused, unused.clone()
+    divergence, z_x, z_y = _by_products(x.to(dtype), y.to(dtype), rows, temperature)
+    return divergence.to(x.dtype), z_x.to(_widest(x)), z_y.to(_widest(x))
 
 
 @opaque(
-    "(Tensor cotangent, Tensor value, Tensor x, Tensor y, Tensor mine, Tensor temperature) -> Tensor",
-    lambda cotangent, value, x, *_: torch.empty_like(x),
+    "(Tensor cotangent, Tensor value, Tensor z_x, Tensor z_y, Tensor x, Tensor y, Tensor mine, Tensor temperature)"
+    " -> Tensor",
+    lambda cotangent, value, z_x, z_y, x, *_: torch.empty_like(x),
 )
-def _backward(cotangent: Tensor, value: Tensor, x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor) -> Tensor:
+def _backward(
+    cotangent: Tensor, value: Tensor, z_x: Tensor, z_y: Tensor, x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor
+) -> Tensor:
     """sum_j [c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji)] / T, p and q the softmaxes of the pair's differences by T."""
-    rows = as_slice(mine)
-    if _narrow(x, y, temperature):
-        cotangent = cotangent / temperature
-        return _pulled_products(cotangent, x, rows, temperature) - _pulled_products(cotangent, y, rows, temperature)
-    result = torch.zeros_like(x)
-    for i, (a, b) in enumerate(zip(x[rows], y[rows], strict=True)):
-        _, gradient = kl_and_gradient(_differences(a, x), _differences(b, y), temperature)
-        gradient *= cotangent[i, :, None]
-        result[rows][i] += gradient.sum(0)
-        result -= gradient
-    return result
+    rows, dtype = as_slice(mine), _dtype_of_products(x, y, temperature)
+    if dtype is None:
+        return _pulled_rows(cotangent, x, y, rows, temperature)
+    of_student, of_teacher = (
+        _pulled_products((cotangent / (temperature * z)).to(dtype), a.to(dtype), rows, temperature)
+        for z, a in ((z_x, x), (z_y, y))
+    )
+    return (of_student - of_teacher).to(x.dtype)
 
 
 _divergences = pulled_back(_forward, _backward)
 
 
-def _narrow(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
-    limit = -0.7 * math.log(torch.finfo(x.dtype).tiny) * temperature
-    left_out = torch.isneginf(x) & ~torch.isneginf(y)
-    return bool((_span(x) < limit).all() & (_span(y) < limit).all() & ~left_out.any())
+def _widest(x: Tensor) -> torch.dtype:
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
+def _dtype_of_products(x: Tensor, y: Tensor, temperature: Tensor) -> torch.dtype | None:
+    """The first in which exponentials of a row's entries keep their digits; None if they do in none.
+
+    The largest term of a normaliser is at least exp(-span); those below the smallest number, exp(10) of them, must not
+    be felt beside it.
+    """
+    if torch.isneginf(x.amin(-1)).any() and (torch.isneginf(x) & ~torch.isneginf(y)).any():
+        return None
+    span, digits = torch.maximum(_span(x), _span(y)) / temperature, math.log(torch.finfo(x.dtype).eps)
+    reach = {dtype: digits - math.log(torch.finfo(dtype).tiny) - 10 for dtype in (x.dtype, _widest(x))}
+    return next((dtype for dtype, limit in reach.items() if (span < limit).all()), None)
 
 
 def _span(x: Tensor) -> Tensor:
-    return x.amax(-1) - torch.where(torch.isneginf(x), x.amax(-1, keepdim=True), x).amin(-1)
+    return x.amax(-1) - _finite(x, math.inf).amin(-1)
 
 
-def _by_products(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    """KL of all pairs from products of matrices: log Z_ij is a product of exponentials of the two rows.
+def _by_products(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL and normalisers of all pairs from products of matrices: Z_ij is one of exponentials of the two rows.
 
-    KL_ij = sum_k q_ijk (d_ik - d_jk) - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
+    KL_ij = m - log Z^t_ij + log Z^s_ij with m = E_q[d_i - d_j], d = (y - x) / T. Where student and teacher are near, so
+    that these terms would cancel, it comes from small ones: log(1 + s - m) + m with s = E_q[exp(d_j - d_i) - 1 + d_i - d_j],
+    and exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
     """
     e_x, f_x, offset_x = _exponentials(x, rows, temperature)
-    e_y, f_y, offset_y = _exponentials(y, rows, temperature)
-    z_x, z_y = e_x @ f_x.T, e_y @ f_y.T
+    e, f, offset = _exponentials(y, rows, temperature)
+    z_x, z = e_x @ f_x.T, e @ f.T
     d = _ahead(x, y, temperature)
-    mean = ((e_y * d[rows]) @ f_y.T - e_y @ (f_y * d).T) / z_y
-    divergence = mean + (z_x.log() - z_y.log()) + (offset_x - offset_y)
-    return divergence.clamp(min=0)
-
-
-def _by_expansion(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
-
-    KL_ij = log(1 + s - m) + m with m = E_q[d_i - d_j], s = E_q[exp(d_j - d_i) - 1 + d_i - d_j], d = (y - x) / T, and
-    exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
-    """
-    e, f, _ = _exponentials(y, rows, temperature)
-    d = _levelled(_ahead(x, y, temperature))
-    u, v = (-d).expm1(), d.expm1()
-    z = e @ f.T
+    level = d - d.mean(-1, keepdim=True)  # which no softmax feels
+    near = bool((level.abs().amax(-1) < 4).all())
+    d = level if near else d
     mean = ((e * d[rows]) @ f.T - e @ (f * d).T) / z
-    square = ((e * (u + d)[rows]) @ f.T + e @ (f * (v - d)).T + (e * u[rows]) @ (f * v).T) / z
-    divergence = square + ((square - mean).log1p() - (square - mean))
-    return divergence.clamp(min=0)
+    if near:
+        u, v = (-d).expm1(), d.expm1()
+        square = ((e * (u + d)[rows]) @ f.T + e @ (f * (v - d)).T + (e * u[rows]) @ (f * v).T) / z
+        divergence = square + ((square - mean).log1p() - (square - mean))
+    else:
+        divergence = mean + (z_x.log() - z.log()) + (offset_x - offset)
+    return divergence.clamp_(min=0), z_x, z
 
 
 def _ahead(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     """(y - x) / T; 0 where y is -inf."""
-    return torch.where(torch.isneginf(y), 0, y - torch.where(torch.isneginf(x), 0, x)) / temperature
+    return ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
 
 
-def _levelled(d: Tensor) -> Tensor:
-    """Without the rows' means, which no softmax feels."""
-    return d - d.mean(-1, keepdim=True)
-
-
-def _pulled_products(cotangent: Tensor, x: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    """sum_j c_ij p_ij - c_ji p_ji, where p_ijk = e_ik f_jk / z_ij."""
+def _pulled_products(weight: Tensor, x: Tensor, rows: slice, temperature: Tensor) -> Tensor:
+    """sum_j c_ij p_ij - c_ji p_ji, where p_ijk = e_ik f_jk / z_ij and the weight is c / z."""
     e, f, _ = _exponentials(x, rows, temperature)
-    weight = cotangent / (e @ f.T)
-    result = -f * (weight.T @ e)
-    result[rows] += e * (weight @ f)
+    result = (weight.T @ e).mul_(f).neg_()
+    result[rows] += (weight @ f).mul_(e)
     return result
 
 
 def _exponentials(x: Tensor, rows: slice, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp((x - max)/T) of some rows, exp((min - x)/T) of all, and (max_i - min_j)/T; a class at -inf is 0 in both."""
-    left_out = torch.isneginf(x)
-    largest = x.amax(-1, keepdim=True)
-    smallest = torch.where(left_out, largest, x).amin(-1, keepdim=True)
-    fall = torch.where(left_out, 0, ((smallest - torch.where(left_out, smallest, x)) / temperature).exp())
-    rise = ((x[rows] - largest[rows]) / temperature).exp()
-    return rise, fall, (largest[rows] - smallest.T) / temperature
+    largest, above = x[rows].amax(-1, keepdim=True), _finite(x, math.inf)
+    smallest = above.amin(-1, keepdim=True)
+    scale = math.log2(math.e) / temperature
+    rise, fall = ((x[rows] - largest) * scale).exp2_(), ((smallest - above) * scale).exp2_()
+    return rise, fall, (largest - smallest.T) / temperature
 
 
 def _by_rows(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
     """KL of all pairs from the differences themselves, a row at a time."""
-
-    def row(a: Tensor, b: Tensor) -> Tensor:
-        return kl_and_gradient(_differences(a, x), _differences(b, y), temperature)[0]
-
-    return torch.stack(list(map(row, x[rows], y[rows])))
+    student, teacher = _differences(x), _differences(y)
+    return torch.stack([kl_and_gradient(student(i), teacher(i), temperature)[0] for i in range(rows.start, rows.stop)])
 
 
-def _differences(row: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(torch.isneginf(row) | torch.isneginf(rows), -math.inf, row - rows)
+def _pulled_rows(cotangent: Tensor, x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
+    student, teacher, result = _differences(x), _differences(y), torch.zeros_like(x)
+    for i, c in zip(range(rows.start, rows.stop), cotangent, strict=True):
+        gradient = kl_and_gradient(student(i), teacher(i), temperature)[1].mul_(c[:, None])
+        result[i] += gradient.sum(0)
+        result -= gradient
+    return result
+
+
+def _differences(x: Tensor) -> Callable[[int], Tensor]:
+    """x_i - x_j for all j, by i; -inf where one of them is."""
+    present = _finite(x, 0.0)
+    absent = x - present
+    return lambda i: (x[i] - present).add_(absent)

@@ -301,7 +301,7 @@ def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(known: _Known) -> Iterator[tuple[slice, slice]]:
     """Of examples and places: as many at once as let a CPU's caches hold an array of theirs with all anchors."""
-    size = (1 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
+    size = (2 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
     examples, places = known.places.shape
     wide = max(min(size, places), 1)
     high = max(size // wide, 1)

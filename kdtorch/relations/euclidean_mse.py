@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from kdtorch._collectives import as_slice, check_batch, gather, own, replicate
-from kdtorch._numerics import opaque, pulled_back, unit, widen
+from kdtorch._numerics import BLOCK, opaque, pulled_back, unit, widen
 from kdtorch._reduce import count, keep, reduce
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
@@ -60,61 +61,91 @@ def euclidean_mse_loss(
     mine = own(len(student), group)
     student, teacher = gather(student, group), replicate(teacher, group)
     kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else replicate(where, group)
-    gap = _distances(student, kept, mine) - _distances(teacher, kept, mine)
-    return reduce(gap.square().sum(1) / count(kept, student.dtype), where, reduction, group)
-
-
-@opaque("(Tensor x, Tensor kept, Tensor mine) -> Tensor", lambda x, kept, mine: x.new_empty(len(mine), len(x)))
-def _forward(x: Tensor, kept: Tensor, mine: Tensor) -> Tensor:
-    """|x_i - x_j| for this rank's i and every j, 0 where one of them is masked."""
-    rows = as_slice(mine)
-    centered = x - x.mean(0)  # what is common to all rows only costs digits
-    length = centered.square().sum(-1)
-    square = torch.addmm(length, centered[rows], centered.T, alpha=-2).add_(length[rows, None])
-    if not _clear(square, length, kept, rows):
-        torch.stack([(row - x).square().sum(-1) for row in x[rows]], out=square)
-    square.diagonal(rows.start).fill_(0)
-    return _without_masked(square, kept, rows).clamp_(min=0).sqrt_()
+    return reduce(_squares(student, teacher, kept, mine) / count(kept, student.dtype), where, reduction, group)
 
 
 @opaque(
-    "(Tensor cotangent, Tensor distance, Tensor x, Tensor kept, Tensor mine) -> Tensor",
-    lambda cotangent, distance, x, kept, mine: torch.empty_like(x),
+    "(Tensor x, Tensor y, Tensor kept, Tensor mine) -> (Tensor, Tensor, Tensor)",
+    lambda x, y, kept, mine: (x.new_empty(len(mine)), x.new_empty(len(mine), len(x)), kept.new_empty(())),
 )
-def _backward(cotangent: Tensor, distance: Tensor, x: Tensor, kept: Tensor, mine: Tensor) -> Tensor:
-    """sum_j (c_ij + c_ji) (x_i - x_j) / d_ij, 0 where d_ij is."""
-    rows = as_slice(mine)
-    if len(mine) == len(x):  # every pair is here twice
-        cotangent = cotangent + cotangent.T
-    weight = _without_masked(distance.reciprocal().nan_to_num_(nan=math.nan, posinf=0).mul_(cotangent), kept, rows)
-    centered = x - x.mean(0)
-    clear = _clear(distance.square(), centered.square().sum(-1), kept, rows)
+def _forward(x: Tensor, y: Tensor, kept: Tensor, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_j (d_ij - e_ij)^2 of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; 1 - e / d; whether all x are apart."""
+    of_x, of_y, clear = _distances(x), _distances(y), True
+    value, weight, strangers = x.new_zeros(len(mine)), x.new_empty(len(mine), len(x)), None
+    for here, rows, columns, others in _blocks(mine, x):
+        if not kept.all():
+            strangers = ~(kept[rows, None] & kept[columns])
+        distance, apart = of_x(rows, columns, strangers)
+        gap = distance - of_y(rows, columns, strangers)[0]
+        if strangers is not None:
+            gap.masked_fill_(strangers, 0)
+        torch.mul(distance.reciprocal_().nan_to_num_(nan=math.nan, posinf=0), gap, out=weight[here, columns])
+        value[here] += torch.linalg.vecdot(gap, gap)
+        if len(mine) == len(x):
+            value[others] += torch.linalg.vecdot(gap, gap, dim=0)[others.start - columns.start :]
+        clear &= apart
+    return value, weight, torch.tensor(clear, device=x.device)
+
+
+@opaque(
+    "(Tensor cotangent, Tensor value, Tensor weight, Tensor clear, Tensor x, Tensor y, Tensor kept, Tensor mine)"
+    " -> Tensor",
+    lambda cotangent, value, weight, clear, x, *_: torch.empty_like(x),
+)
+def _backward(
+    cotangent: Tensor, value: Tensor, weight: Tensor, clear: Tensor, x: Tensor, y: Tensor, kept: Tensor, mine: Tensor
+) -> Tensor:
+    """2 sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
+    whole, twice, result = len(mine) == len(x), 2 * cotangent, torch.zeros_like(x)
     if clear:
-        towards = weight.sum(1, keepdim=True) * centered[rows] - weight @ centered
-    else:
-        towards = torch.stack([part @ (row - x) for row, part in zip(x[rows], weight, strict=True)])
-    if len(mine) == len(x):
-        return towards
-    if clear:
-        result = weight.sum(0)[:, None] * centered - weight.T @ centered[rows]
-    else:
-        result = torch.stack([part @ (row - x[rows]) for row, part in zip(x, weight.T, strict=True)])
-    result[rows] += towards
+        x = x - x.mean(0)
+    for here, rows, columns, others in _blocks(mine, x):
+        pull = weight[here, columns] * (twice[here, None] + (twice[columns] if whole else 0))
+        result[rows] += _towards(pull, x[rows], x[columns], clear)
+        result[others] += _towards(pull[:, others.start - columns.start :].T, x[others], x[rows], clear)
     return result
 
 
-_distances = pulled_back(_forward, _backward)
+_squares = pulled_back(_forward, _backward)
 
 
-def _clear(square: Tensor, length: Tensor, kept: Tensor, rows: slice) -> bool:
-    """Whether no squared distance loses its digits in a product of matrices. The diagonal is put out of the way."""
-    if not square.numel():
-        return True
-    square.diagonal(rows.start).fill_(math.inf)
-    smallest = (square if kept.all() else torch.where(kept[rows, None] & kept, square, math.inf)).amin()
-    return bool(smallest * 64 > length.amax())
+def _blocks(mine: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
+    """As many rows at once as let a CPU's caches hold their pairs: their places here, and among all; those of the columns
+    that they are compared with, each pair once; and of those columns that are not rows of the block.
+    """
+    first, size = as_slice(mine).start, len(x)
+    number = max(BLOCK // max(size, 1), 1) if x.device.type == "cpu" else size
+    for start in range(0, len(mine), number):
+        here = slice(start, min(start + number, len(mine)))
+        rows = slice(first + here.start, first + here.stop)
+        if len(mine) == size:
+            yield here, rows, slice(rows.start, size), slice(rows.stop, size)
+        else:
+            yield here, rows, slice(0, size), slice(0, size)
 
 
-def _without_masked(pairs: Tensor, kept: Tensor, rows: slice) -> Tensor:
-    """0 for pairs with a masked row, of which there are none as a rule."""
-    return pairs if kept.all() else torch.where(kept[rows, None] & kept, pairs, 0)
+def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tensor, bool]]:
+    """|x_i - x_j| of some i and every j, and whether no two of them lose their digits in a product of matrices."""
+    centered = x - x.mean(0)  # what is common to all rows only costs digits
+    length = torch.linalg.vecdot(centered, centered)
+
+    def distances(rows: slice, columns: slice, strangers: Tensor | None) -> tuple[Tensor, bool]:
+        square = torch.addmm(length[columns], centered[rows], centered[columns].T, alpha=-2).add_(length[rows, None])
+        themselves = square.diagonal(rows.start - columns.start)
+        themselves.fill_(math.inf)
+        if strangers is not None:
+            square.masked_fill_(strangers, math.inf)
+        clear = bool(square.amin() * 64 > length.amax())
+        if not clear:
+            torch.stack([(row - x[columns]).square().sum(-1) for row in x[rows]], out=square)
+        themselves.fill_(0)
+        return square.clamp_(min=0).sqrt_(), clear
+
+    return distances
+
+
+def _towards(weight: Tensor, a: Tensor, b: Tensor, clear: bool | Tensor) -> Tensor:
+    """sum_j w_ij (a_i - b_j)."""
+    if clear or not len(a):
+        return weight.sum(1, keepdim=True) * a - weight @ b
+    return torch.stack([part @ (row - b) for row, part in zip(a, weight, strict=True)])
