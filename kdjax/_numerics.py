@@ -80,11 +80,11 @@ def is_class(x: Array, labels: Array) -> Array:
 
 def log_softmax(x: Array, temperature: Scalar = 1.0) -> Array:
     """Of x / temperature over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
-    _, _, z, log_total = _softmax(x, temperature)
+    _, _, z, log_total = softmax(x, temperature)
     return z - log_total
 
 
-def _softmax(x: Array, temperature: Scalar) -> tuple[Array, Array, Array, Array]:
+def softmax(x: Array, temperature: Scalar) -> tuple[Array, Array, Array, Array]:
     """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z.
 
     The largest entry is taken off before the division: XLA may compute x / T twice, rounded to find the largest and
@@ -120,8 +120,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]]) -> Callable[
 
 def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Array]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    p, peak_x, _, log_total_x = _softmax(x, temperature)
-    q, peak_y, _, log_total_y = _softmax(y, temperature)
+    p, peak_x, _, log_total_x = softmax(x, temperature)
+    q, peak_y, _, log_total_y = softmax(y, temperature)
     both = jnp.isneginf(x) & jnp.isneginf(y)
     r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
     return p, q, jnp.where(both, 0, r)
@@ -148,7 +148,7 @@ def cross_entropy(x: Array, target: Array, temperature: Scalar) -> tuple[Array, 
 
     A class with target 0 adds nothing, even at p = 0.
     """
-    p, _, z, log_total = _softmax(x, temperature)
+    p, _, z, log_total = softmax(x, temperature)
     total = target.sum(-1, keepdims=True)
     value = (log_total * total).squeeze(-1) - jnp.where(target == 0, 0, target * z).sum(-1)
     return value, (p * total - target) / temperature
@@ -157,7 +157,7 @@ def cross_entropy(x: Array, target: Array, temperature: Scalar) -> tuple[Array, 
 def binary_and_others(x: Array, label: Array, temperature: Scalar) -> tuple[Array, Array]:
     """Logits, at temperature 1, of (the label, any other class); and x without the label."""
     others = jnp.where(label, -jnp.inf, x)
-    _, peak, _, log_total = _softmax(others, temperature)
+    _, peak, _, log_total = softmax(others, temperature)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     target = jnp.sum(jnp.where(label, x, 0), -1, keepdims=True)
     rest = (peak - largest) / temperature + log_total

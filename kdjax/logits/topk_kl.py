@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import _softmax, check_classes, kl_divergence, positive, valid_index, widen
+from kdjax._numerics import check_classes, kl_divergence, positive, softmax, valid_index, widen
 from kdjax._reduce import keep, reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
@@ -98,7 +98,7 @@ def topk_kl_loss(
 def _with_rest(student: jax.Array, kept: jax.Array, held: jax.Array, temperature: Scalar) -> jax.Array:
     """Logits, at temperature 1, of the kept classes and of the others together."""
     others = jnp.where(held, -jnp.inf, student)
-    _, peak, _, log_total = _softmax(others, temperature)
+    _, peak, _, log_total = softmax(others, temperature)
     largest = jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
     largest = jnp.where(jnp.isneginf(largest), 0, largest)
     rest = (peak - largest) / temperature + log_total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import size, total
-from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, widen
+from kdjax._numerics import check_state, fraction, log_softmax, positive, rowwise, softmax, widen
 from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
@@ -144,9 +144,7 @@ def dino_loss(
 
     q = jnp.exp(log_softmax(teacher - state.center.astype(teacher.dtype)[None, None], teacher_temperature))
     q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
-    ours, others = student[:teacher_views], student[teacher_views:]  # all teacher views but itself, and all
-    pairs = cross_entropy(ours, jnp.maximum(every[None] - q, 0), student_temperature).sum(0)
-    pairs += cross_entropy(others, jnp.broadcast_to(every[None], others.shape), student_temperature).sum(0)
+    pairs = _cross_entropies(student, q, every, student_temperature).sum(0)
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, axis_name)
 
     batch = size(axis_name) * teacher.shape[1]
@@ -156,3 +154,27 @@ def dino_loss(
     center = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
     usable = jnp.isfinite(center).all() & (kept > 0)
     return loss, DINOState(jnp.where(usable, center, state.center)) if update else state
+
+
+@rowwise
+def _cross_entropies(x: jax.Array, q: jax.Array, every: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+    """Of each view with the sum of all teacher views but itself; the gradient is (p sum target - target) / T.
+
+    XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches hold.
+    """
+    teacher_views = len(q)
+    ours, others = jnp.maximum(every[None] - q, 0), every[None]
+
+    def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        _, peak, z, log_total = softmax(view, temperature)
+        total = target.sum(-1, keepdims=True)
+        value = (log_total * total).squeeze(-1) - jnp.where(target == 0, 0, target * z).sum(-1)
+        return value, peak, total / jnp.maximum(jnp.exp(z).sum(-1, keepdims=True), 1)
+
+    targets = [*ours, *[every] * (len(x) - teacher_views)]
+    value, peak, scale = map(jnp.stack, zip(*map(one, x, targets), strict=True))
+
+    def gradient(views: slice, target: jax.Array) -> jax.Array:
+        return (jnp.exp((x[views] - peak[views]) / temperature) * scale[views] - target) / temperature
+
+    return value, jnp.concatenate([gradient(slice(teacher_views), ours), gradient(slice(teacher_views, None), others)])
