@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export MPLBACKEND = Agg
 
-.PHONY: demo test check fuzz
+.PHONY: demo test check fuzz docs docs-serve
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -14,6 +14,13 @@ test: .venv/installed
 fuzz: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
+docs: .venv/installed
+	PYTHONPATH=. $(BIN)/python docs/pictures.py
+	$(BIN)/mkdocs build --strict
+
+docs-serve: docs
+	$(BIN)/mkdocs serve --strict
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,5 +29,5 @@ check: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check --group docs
 	touch $@

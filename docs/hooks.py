@@ -68,7 +68,9 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
-            obj.docstring.value = re.sub(r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value)
+            obj.docstring.value = re.sub(
+                r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value
+            )
 
     def on_package(self, *, pkg, **kwargs):
         origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}
