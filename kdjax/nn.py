@@ -286,7 +286,8 @@ class ABF(nnx.Module):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from kdjax.nn import ABF
-    >>> output, fused = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 4, 8)))
+    >>> connector = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))
+    >>> output, fused = connector(jnp.ones((2, 4, 4, 8)))
     >>> output.shape, fused.shape
     ((2, 4, 4, 32), (2, 4, 4, 16))
     """
@@ -336,7 +337,8 @@ class ReviewKD(nnx.Module):
     >>> from flax import nnx
     >>> from kdjax.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
-    >>> [x.shape for x in review([jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))])]
+    >>> maps = [jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))]
+    >>> [x.shape for x in review(maps)]
     [(2, 8, 8, 16), (2, 4, 4, 32)]
     """
 

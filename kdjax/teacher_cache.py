@@ -47,7 +47,8 @@ def record_teacher(
     >>> import tempfile
     >>> import jax.numpy as jnp
     >>> from kdjax.teacher_cache import record_teacher
-    >>> batch = {"index": jnp.array([7, 3]), "logits": jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])}
+    >>> logits = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> batch = {"index": jnp.array([7, 3]), "logits": logits}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])

@@ -253,7 +253,8 @@ class ABF(nn.Module):
 
     >>> import torch
     >>> from kdtorch.nn import ABF
-    >>> output, fused = ABF(8, 16, 32, False)(torch.ones((2, 8, 4, 4)))
+    >>> connector = ABF(8, 16, 32, False)
+    >>> output, fused = connector(torch.ones((2, 8, 4, 4)))
     >>> output.shape, fused.shape
     (torch.Size([2, 32, 4, 4]), torch.Size([2, 16, 4, 4]))
     """
@@ -304,7 +305,8 @@ class ReviewKD(nn.Module):
     >>> import torch
     >>> from kdtorch.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8)
-    >>> [x.shape for x in review([torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))])]
+    >>> maps = [torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))]
+    >>> [x.shape for x in review(maps)]
     [torch.Size([2, 16, 8, 8]), torch.Size([2, 32, 4, 4])]
     """
 

@@ -47,7 +47,8 @@ def record_teacher(
     >>> import tempfile
     >>> import torch
     >>> from kdtorch.teacher_cache import record_teacher
-    >>> batch = {"index": torch.tensor([7, 3]), "logits": torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])}
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> batch = {"index": torch.tensor([7, 3]), "logits": logits}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])

@@ -60,7 +60,8 @@ def dino_teacher_temperature(
         ValueError: a temperature that is not positive, negative `warmup_epochs`.
 
     >>> from kdjax import dino_teacher_temperature
-    >>> [round(float(dino_teacher_temperature(e, warmup=0.04, final=0.07, warmup_epochs=4)), 3) for e in range(5)]
+    >>> warmup = {"warmup": 0.04, "final": 0.07, "warmup_epochs": 4}
+    >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
     for name, value in (("warmup", warmup), ("final", final)):
@@ -88,7 +89,7 @@ def dino_loss(
 ) -> tuple[jax.Array, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
 
-    $$\frac1{N}\sum_{u\ne v}-\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
+    $$-\frac1N\sum_{u\ne v}\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
     p_v=\mathrm{softmax}(s_v/\tau_s)$$
 
     over the N = U·V − U pairs of different views. The centre c is used first, and then becomes

@@ -66,7 +66,8 @@ def topk_kl_loss(
     >>> import torch
     >>> from kdtorch import topk_kl_loss
     >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0]])
-    >>> print(f"{topk_kl_loss(s, t, torch.tensor([[1, 0]]), torch.tensor([-1.0])):.4f}")
+    >>> kept, rest = torch.tensor([[1, 0]]), torch.tensor([-1.0])
+    >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
     student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))

@@ -109,7 +109,8 @@ def crcd_loss(
     $$\rho_{ij}=\mathrm{unit}(v_i-a_j+10^{-6}),\quad r_{ijk}=\mathrm{unit}(w_{ik}-a_j+10^{-6}),\quad
     x_{ijk}=\frac{e^{r_{ijk}\cdot\rho_{ij}/\tau}}{Z}$$
 
-    $$-\frac1B\sum_j\left[\log\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}+\sum_{k\ge1}\log\frac{c}{x_{ijk}+c+10^{-7}}\right],
+    $$-\frac1B\sum_j\left[\log\left(\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}\right)
+    +\sum_{k\ge1}\log\left(\frac{c}{x_{ijk}+c+10^{-7}}\right)\right],
     \qquad c=K/\mathrm{num\_data}$$
 
     for sample i; the teacher's side is the same with its embedding and student_memory, and the loss is their sum. An
@@ -149,9 +150,11 @@ def crcd_loss(
 
     >>> import torch
     >>> from kdtorch import crcd_init, crcd_loss
-    >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     >>> state = crcd_init(None, 5, 2)
-    >>> loss, state = crcd_loss(s, t, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]]), state)
+    >>> index, negatives = torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]])
+    >>> loss, state = crcd_loss(s, t, index, negatives, state)
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
