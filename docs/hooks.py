@@ -98,7 +98,7 @@ def on_page_markdown(markdown, page, **kwargs):
         target = path.removeprefix("docs/") if path.startswith("docs/") else target
         if target is None:
             return match["text"]
-        return f"[{match['text']}]({os.path.relpath(target, pathlib.Path(page.file.src_uri).parent)}{match['anchor']})"
+        return f"[{match['text']}]({os.path.relpath(target, pathlib.Path(page.file.src_uri).parent)}{match['anchor'] or ''})"
 
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
 
