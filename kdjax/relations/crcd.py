@@ -24,6 +24,11 @@ class CRCDState(NamedTuple):
         teacher_memory: `[num_data, dim]`, unit rows.
         student_normalizer: a scalar, 0 until the first step sets it.
         teacher_normalizer: a scalar, 0 until the first step sets it.
+
+    >>> import jax
+    >>> from kdjax import crcd_init
+    >>> crcd_init(jax.random.key(0), 50, 8).student_normalizer.item()
+    0.0
     """
 
     student_memory: Float[Array, "num_data dim"]
@@ -39,6 +44,9 @@ def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
         key: of `jax.random`.
         num_data: the number of samples in the data set.
         dim: the width of the embeddings.
+
+    Returns:
+        The state that `crcd_loss` starts from, in float32.
 
     Raises:
         ValueError: `num_data` or `dim` below 1.
@@ -61,6 +69,9 @@ def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int
         batch: the number of rows.
         num_negatives: the number of negatives of each.
         num_data: the number of samples in the data set.
+
+    Returns:
+        Integers in `0 .. num_data - 1`.
 
     Raises:
         ValueError: a number below 1.

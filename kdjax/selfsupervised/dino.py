@@ -19,6 +19,10 @@ class DINOState(NamedTuple):
 
     Attributes:
         center: `[dim]`, subtracted from the teacher's outputs.
+
+    >>> from kdjax import dino_init
+    >>> dino_init(3)
+    DINOState(center=Array([0., 0., 0.], dtype=float32))
     """
 
     center: Float[Array, "dim"]
@@ -30,6 +34,9 @@ def dino_init(dim: int, dtype: Any = jnp.float32) -> DINOState:
     Args:
         dim: the width of the outputs.
         dtype: of the centre, float32 or wider.
+
+    Returns:
+        The state that `dino_loss` starts from.
 
     Raises:
         ValueError: a `dim` below 1, a dtype narrower than float32.
@@ -55,6 +62,9 @@ def dino_teacher_temperature(
         warmup: the first temperature.
         final: the last one.
         warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+
+    Returns:
+        The temperature, of the shape of `epoch`.
 
     Raises:
         ValueError: a temperature that is not positive, negative `warmup_epochs`.

@@ -41,6 +41,7 @@ def dcn_loss(
 
     Raises:
         ValueError: an unknown reduction.
+        IndexError: a label outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     The founding repository's DynamicCenterNormLoss, after Wang et al., *Improving Knowledge Distillation via

@@ -18,6 +18,10 @@ class DINOState(NamedTuple):
 
     Attributes:
         center: `[dim]`, subtracted from the teacher's outputs.
+
+    >>> from kdtorch import dino_init
+    >>> dino_init(3)
+    DINOState(center=tensor([0., 0., 0.]))
     """
 
     center: Float[Tensor, "dim"]
@@ -29,6 +33,9 @@ def dino_init(dim: int, dtype: torch.dtype = torch.float32) -> DINOState:
     Args:
         dim: the width of the outputs.
         dtype: of the centre, float32 or wider.
+
+    Returns:
+        The state that `dino_loss` starts from.
 
     Raises:
         ValueError: a `dim` below 1, a dtype narrower than float32.
@@ -54,6 +61,9 @@ def dino_teacher_temperature(
         warmup: the first temperature.
         final: the last one.
         warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+
+    Returns:
+        The temperature, of the shape of `epoch`.
 
     Raises:
         ValueError: a temperature that is not positive, negative `warmup_epochs`.
