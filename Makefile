@@ -29,5 +29,5 @@ check: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check --group docs
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
 	touch $@
