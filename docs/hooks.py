@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")}
+OUTSIDE["README.md"] = "index.md"
 PARTS = ("", "nn", "teacher_cache", "interop")
 TWINS = {"kdjax": "kdtorch", "kdtorch": "kdjax"}
 RENAMED = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}
@@ -21,7 +22,7 @@ ALONE = {"LossState"}  # PyTorch calls it a buffer
 def on_files(files, config):
     """The pages that no one writes."""
     for source, page in OUTSIDE.items():
-        if (ROOT / source).exists():
+        if page != "index.md" and (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     rows = ["| JAX | PyTorch | |", "| --- | --- | --- |"]
     for package in (*TWINS, "parity"):
@@ -92,19 +93,20 @@ def on_page_markdown(markdown, page, **kwargs):
 
     def link(match):
         path = os.path.relpath(folder / match["path"], ROOT)
-        if (path.startswith("docs/") and source) or not (ROOT / path).exists():
+        inside = path.startswith("docs/")
+        if (inside and source) or not (ROOT / path).exists():
             return match[0]
-        target = OUTSIDE.get(path) or {"README.md": "index.md"}.get(path)
-        target = path.removeprefix("docs/") if path.startswith("docs/") else target
-        if target is None:
+        if not inside and path not in OUTSIDE:
             return match["text"]
-        return f"[{match['text']}]({os.path.relpath(target, pathlib.Path(page.file.src_uri).parent)}{match['anchor'] or ''})"
+        target = OUTSIDE.get(path, path.removeprefix("docs/"))
+        target = os.path.relpath(target, pathlib.Path(page.file.src_uri).parent)
+        return f"[{match['text']}]({target}{match['anchor'] or ''})"
 
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
 
 
 def on_page_content(content, **kwargs):
-    """LaTeX, as arithmatex leaves it, becomes MathML."""
+    """LaTeX, as arithmatex leaves it, becomes MathML; what is said of a picture stands under it."""
 
     def formula(match):
         display = "block" if match["tag"] == "div" else "inline"
@@ -113,4 +115,6 @@ def on_page_content(content, **kwargs):
         math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
         return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'
 
-    return re.sub(r'(?s)<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', formula, content)
+    left = r'(?s)<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
+    content = re.sub(left, formula, content)
+    return re.sub(r'<p>(<img alt="([^"]+)"[^>]*>)</p>', r"<figure>\1<figcaption>\2</figcaption></figure>", content)
