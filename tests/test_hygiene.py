@@ -21,6 +21,7 @@ import kdtorch.interop
 import kdtorch.nn
 import parity
 from parity.bridge.pages import blocks, entries, losses, paper
+from parity.cases import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("kdjax", "kdtorch", "parity")
@@ -110,6 +111,10 @@ def test_dependencies_are_pinned_within_their_bounds(requirement):
     assert requirement.specifier.contains(importlib.metadata.version(requirement.name).partition("+")[0])
 
 
+def test_the_hook_of_ruff_has_its_version():
+    assert re.findall(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text()) == [PINS["ruff"]]
+
+
 def test_licences():
     """Of whatever the packages bring: none that a closed project could not use."""
     names, seen = [x.name for x in REQUIREMENTS], set()
@@ -181,7 +186,7 @@ def raised(x, seen=()):
 
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_a_loss_has_a_formula_and_says_whose_it_is(package):
-    assert len(losses(package)) == 15
+    assert set(losses(package)) == {loss.name for loss in LOSSES}
     for function in losses(package).values():
         assert "Formula" in dict(blocks(function.__doc__))
         assert paper(function.__doc__)[0]
