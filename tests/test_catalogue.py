@@ -61,7 +61,9 @@ def run(code):
 
 def test_pages():
     assert {path.stem for path in PAGES.glob("*.md")} == {*LOSSES, "index"}
-    assert set(re.findall(r"\((\w+)\.md\)", page("index"))) == set(LOSSES)
+    for table in (page("index"), (PAGES.parent / "choosing.md").read_text()):
+        rows = re.findall(r"^\| \[`(\w+)`\]\((?:losses/)?(\w+)\.md\)", table, re.M)
+        assert sorted(rows) == [(name, name) for name in sorted(LOSSES)]
 
 
 @pytest.mark.parametrize("name", LOSSES)
