@@ -39,6 +39,8 @@ def bce_loss(
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
+    The founding repository's BCE, which is PyTorch's `binary_cross_entropy_with_logits`; the value is the same.
+
     >>> import torch
     >>> from kdtorch import bce_loss
     >>> s, t = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 1.0]])
