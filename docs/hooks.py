@@ -4,10 +4,13 @@ import html
 import os
 import pathlib
 import re
+from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUTSIDE = {f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")}
@@ -19,7 +22,7 @@ RENAMED |= {other: name for name, other in RENAMED.items()}
 ALONE = {"LossState"}  # PyTorch calls it a buffer
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The pages that no one writes."""
     for source, page in OUTSIDE.items():
         if page != "index.md" and (ROOT / source).exists():
@@ -37,10 +40,11 @@ def on_files(files, config):
     return files
 
 
-def public(package):
+def public(package: str) -> dict[str, dict[str, str]]:
     """Page by page the public names, each once, with their summaries."""
     module = griffe.load(package, search_paths=[ROOT], allow_inspection=False)
-    pages, seen = {}, set()
+    pages: dict[str, dict[str, str]] = {}
+    seen = set()
     for part in PARTS if package in TWINS else PARTS[:1]:
         face = module[part] if part else module
         for name in sorted(face.exports, key=str.lower):
@@ -53,27 +57,27 @@ def public(package):
     return pages
 
 
-def twin(path):
+def twin(path: str) -> str:
     """The name in the other package, "" where there is none."""
     package, _, rest = path.partition(".")
     *modules, name = rest.split(".")
     return "" if name in ALONE else ".".join([TWINS[package], *modules, RENAMED.get(name, name)])
 
 
-def reference(path):
+def reference(path: str) -> str:
     return path and f"[`{path.partition('.')[2]}`][{path}]"
 
 
 class Docstrings(griffe.Extension):
     """Doctests are shown as a session, and each public object leads to the one of the other framework."""
 
-    def on_object(self, *, obj, **kwargs):
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value
             )
 
-    def on_package(self, *, pkg, **kwargs):
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}
         for name, obj in origins.items():  # before a module of the same name
             pkg.set_member(name, obj)
@@ -86,12 +90,12 @@ class Docstrings(griffe.Extension):
                     obj.docstring.value = f"{summary}\n\n{link}\n\n{rest}"
 
 
-def on_page_markdown(markdown, page, **kwargs):
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     """A link to a file of the repository leads to its page, or, where it has none, is its text."""
     source = page.file.abs_src_path
     folder = pathlib.Path(source).parent if source else ROOT
 
-    def link(match):
+    def link(match: re.Match[str]) -> str:
         path = os.path.relpath(folder / match["path"], ROOT)
         inside = path.startswith("docs/")
         if (inside and source) or not (ROOT / path).exists():
@@ -105,10 +109,10 @@ def on_page_markdown(markdown, page, **kwargs):
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
 
 
-def on_page_content(content, **kwargs):
+def on_page_content(content: str, **kwargs: Any) -> str:
     """LaTeX, as arithmatex leaves it, becomes MathML; what is said of a picture stands under it."""
 
-    def formula(match):
+    def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
         math = convert(html.unescape(match["tex"]), display=display)
         # the names of functions need some air

@@ -3,8 +3,12 @@
 Black on nothing; on a dark page site.css turns the colours around.
 """
 
+from __future__ import annotations
+
 import functools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -12,8 +16,13 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from torch import Tensor
 
 import kdtorch
+
+Alone = Callable[[Tensor], Tensor]  # of the student
+Pair = Callable[[Tensor, Tensor], Tensor]  # of student and teacher
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 BLUE, RED, GREEN, GREY = "#1f5fb4", "#d1495b", "#2e8b57", "#8a8a8a"
@@ -33,51 +42,62 @@ STYLE = {
 ALONE, OTHERS = torch.zeros(0, 3), torch.tensor([[0.0, 1.0, 0.5], [-1.0, 0.0, 2.0]])
 
 
-def slope(loss, x):
+def slope(loss: Alone, x: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient."""
     x = x.clone().requires_grad_()
     value = loss(x)
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
-def pull(axes, loss, points, scale):
+def pull(axes: Axes, loss: Alone, points: Tensor, scale: float) -> None:
     """Arrows against the gradient, the longest one `1 / scale` of the width."""
     against = -slope(loss, points)[1]
     axes.quiver(*points.T, *against.T, color=BLUE, width=0.008, scale=scale * float(against.norm(dim=1).max()))
 
 
-def circle(*degrees):
+def circle(*degrees: float) -> Tensor:
     angles = torch.tensor(degrees).deg2rad()
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-def round_axes(axes, title):
+def round_axes(axes: Axes, title: str) -> None:
     axes.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, linewidth=0.5))
     axes.set(aspect="equal", xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), xticks=[], yticks=[], title=title)
     axes.spines[:].set_visible(False)
 
 
-def each(loss, inputs, settings, others, students, teachers):
+def each(
+    loss: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    settings: dict[str, float],
+    others: Tensor,
+    students: Tensor,
+    teachers: Tensor,
+) -> Tensor:
     """A loss of as many batches as there are rows: a row, and others that stay."""
     rows = ([torch.cat([x[None], others]) for x in pair] for pair in zip(students, teachers, strict=True))
     return torch.stack([loss(*pair, *inputs, **settings) for pair in rows])
 
 
-def lines(loss, option, values, *inputs, others=ALONE):
+def family(
+    loss: Callable[..., Tensor], option: str, values: Sequence[float], *inputs: Tensor, others: Tensor = ALONE
+) -> dict[str, Pair]:
     """One loss with several values of one setting."""
     letter = {"temperature": "T", "beta": "β", "gamma": "γ"}[option]
     return {f"{letter} = {x:g}": functools.partial(each, loss, inputs, {option: x}, others) for x in values}
 
 
-def curves(lines, moved=0, teacher=(2.0, 0.5, -1.0), whose="the teacher's"):
+def curves(
+    lines: dict[str, Pair], moved: int = 0, logits: Sequence[float] = (2.0, 0.5, -1.0), whose: str = "the teacher's"
+) -> None:
     """Values and gradients as one logit of the student moves and the others are the teacher's."""
-    teacher = torch.tensor(teacher)
+    teacher = torch.tensor(logits)
     moving = torch.linspace(-4, 8, 121)
-    logits = teacher.repeat(len(moving), 1)
-    logits[:, moved] = moving
+    student = teacher.repeat(len(moving), 1)
+    student[:, moved] = moving
     figure, panels = plt.subplots(1, 2)
     for name, loss in lines.items():
-        value, gradient = slope(lambda x, loss=loss: loss(x, teacher.expand_as(x)), logits)
+        value, gradient = slope(lambda x, loss=loss: loss(x, teacher.expand_as(x)), student)
         panels[0].plot(moving, value, label=name)
         panels[1].plot(moving, gradient[:, moved])
     for panel, title in zip(panels, ("value", "gradient"), strict=True):
@@ -89,7 +109,7 @@ def curves(lines, moved=0, teacher=(2.0, 0.5, -1.0), whose="the teacher's"):
     figure.legend(loc="outside upper center", ncols=4)
 
 
-def plane(loss, aim, profile):
+def plane(loss: Alone, aim: Sequence[float], profile: Callable[[Axes], None]) -> Axes:
     """Where a feature of two numbers is pulled; beside it what `profile` draws."""
     figure, (left, right) = plt.subplots(1, 2)
     ticks = torch.linspace(-2.5, 2.5, 101)
@@ -103,14 +123,16 @@ def plane(loss, aim, profile):
     return left
 
 
-def to(loss, teacher, **settings):
+def to(loss: Callable[..., Tensor], teacher: float | Sequence[float], **settings: float) -> Alone:
     return lambda x: loss(x, torch.tensor(teacher).expand_as(x), reduction="none", **settings)
 
 
-def regression(loss, teacher, aim, lines, title):
+def regression(
+    loss: Callable[..., Tensor], teacher: Sequence[float], aim: Sequence[float], lines: dict[str, Alone], title: str
+) -> None:
     """A plane, and values or gradients of several losses of one feature."""
 
-    def profile(axes):
+    def profile(axes: Axes) -> None:
         s = torch.linspace(-3, 3, 301)[:, None]
         for name, line in lines.items():
             axes.plot(s, slope(line, s)[title == "gradient"], label=name)
@@ -120,17 +142,17 @@ def regression(loss, teacher, aim, lines, title):
     plane(to(loss, teacher), aim, profile)
 
 
-def dcn():
-    teacher, centers = torch.tensor([0.9, 1.2]), torch.tensor([[2.0, 0.6]])
+def dcn() -> None:
+    teacher, centers = torch.tensor([0.9, 1.2]), 2 * circle(17.0)
 
-    def loss(x):
+    def loss(x: Tensor) -> Tensor:
         labels = torch.zeros(len(x), dtype=torch.int64)
         return kdtorch.dcn_loss(x, teacher.expand_as(x), labels, centers, reduction="none")
 
-    def profile(axes):
+    def profile(axes: Axes) -> None:
         length = torch.linspace(0.05, 3, 200)[:, None]
         for degrees in (0, 45, 90):
-            towards = circle(16.7 + degrees)
+            towards = circle(17.0 + degrees)
             axes.plot(length, loss(length * towards), label=f"{degrees}° off")
         axes.axvline(teacher.norm(), color=GREY, linestyle=":", label="the teacher")
         axes.set(title="value", xlabel="the student's norm")
@@ -140,12 +162,12 @@ def dcn():
     left.add_patch(plt.Circle((0, 0), teacher.norm(), fill=False, color=RED, linestyle=":"))
 
 
-def euclidean_mse():
+def euclidean_mse() -> None:
     """A few points of the student, where they go, and the teacher's."""
     teacher = circle(20.0, 50.0, 170.0, 215.0, 260.0)
     student = circle(10.0, 60.0, 110.0, 190.0, 290.0) * torch.tensor([0.7, 1.3, 1.0, 1.4, 0.8])[:, None]
 
-    def loss(x):
+    def loss(x: Tensor) -> Tensor:
         return kdtorch.euclidean_mse_loss(x, teacher)
 
     path = [student]
@@ -165,14 +187,14 @@ def euclidean_mse():
     pull(right, loss, student, 4)
 
 
-def crcd():
+def crcd() -> None:
     """On the unit circle: the relations of one sample to the anchors, and its loss wherever it may be."""
     memory = circle(20.0, 80.0, 140.0, 205.0, 250.0, 300.0)
     index, negatives = torch.arange(3), torch.tensor([[3, 4, 5]] * 3)
     state = kdtorch.CRCDState(memory, memory, torch.tensor(40.0), torch.tensor(40.0))
     student = circle(320.0, 110.0, 190.0)
 
-    def loss(x):
+    def loss(x: Tensor) -> Tensor:
         return kdtorch.crcd_loss(x, memory[:3], index, negatives, state, temperature=0.5)[0]
 
     figure, (left, right) = plt.subplots(1, 2)
@@ -193,7 +215,7 @@ def crcd():
     right.set(title="value", xlabel="degrees of sample 1")
 
 
-def dino():
+def dino() -> None:
     """A teacher that gives one output to all examples, and the centre that takes it away."""
     rng = np.random.default_rng(0)
     teacher = torch.tensor(0.05 * rng.normal(size=(2, 64, 6)) + np.array([0.3, 0.0, 0.05, -0.05, 0.0, 0.1]))
@@ -215,7 +237,7 @@ def dino():
     left.legend()
 
 
-def hcl():
+def hcl() -> None:
     """A difference of two maps, and the pull of the whole maps and of the pooled ones."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:16, :16]
@@ -236,17 +258,17 @@ def hcl():
         axes.set(title=title, xticks=[], yticks=[])
 
 
-def symmetric_kl():
+def symmetric_kl() -> None:
     losses = {"KL(q‖p)": kdtorch.kl_loss, "symmetric": kdtorch.symmetric_kl_loss}
     lines = {name: functools.partial(each, loss, (), {}, ALONE) for name, loss in losses.items()}
     curves(lines | {"KL(p‖q)": lambda s, t: 2 * lines["symmetric"](s, t) - lines["KL(q‖p)"](s, t)})
 
 
-def topk_kl():
-    teacher = (2.0, 0.5, -0.5, 0.0, -1.0, -1.5)
+def topk_kl() -> None:
+    logits = (2.0, 0.5, -0.5, 0.0, -1.0, -1.5)
 
-    def kept(number, tail):
-        def loss(s, t):
+    def kept(number: int, tail: str) -> Pair:
+        def loss(s: Tensor, t: Tensor) -> Tensor:
             values, indices = t.topk(number)
             rest = t.scatter(1, indices, -torch.inf).logsumexp(1)
             return kdtorch.topk_kl_loss(s, values, indices, rest, tail=tail, reduction="none")
@@ -254,20 +276,20 @@ def topk_kl():
         return loss
 
     lines = {"all": kept(6, "bucket"), "2 and the rest": kept(2, "bucket"), "2 alone": kept(2, "renormalize")}
-    curves(lines, moved=2, teacher=teacher)
+    curves(lines, moved=2, logits=logits)
 
 
 MSE, HUBER, BCE = kdtorch.mse_loss, kdtorch.smooth_l1_loss, kdtorch.bce_loss
 LABEL = torch.tensor([0])
-PICTURES = {
-    "kl_loss": lambda: curves(lines(kdtorch.kl_loss, "temperature", (1, 2, 4))),
+PICTURES: dict[str, Callable[[], Any]] = {
+    "kl_loss": lambda: curves(family(kdtorch.kl_loss, "temperature", (1, 2, 4))),
     "symmetric_kl_loss": symmetric_kl,
-    "difference_kl_loss": lambda: curves(lines(kdtorch.difference_kl_loss, "temperature", (1, 2, 4), others=OTHERS)),
+    "difference_kl_loss": lambda: curves(family(kdtorch.difference_kl_loss, "temperature", (1, 2, 4), others=OTHERS)),
     "topk_kl_loss": topk_kl,
-    "dkd_loss": lambda: curves(lines(kdtorch.dkd_loss, "beta", (0, 1, 8), LABEL), moved=1),
-    "nkd_loss": lambda: curves(lines(kdtorch.nkd_loss, "gamma", (0, 1.5, 4), LABEL), moved=1),
+    "dkd_loss": lambda: curves(family(kdtorch.dkd_loss, "beta", (0, 1, 8), LABEL), moved=1),
+    "nkd_loss": lambda: curves(family(kdtorch.nkd_loss, "gamma", (0, 1.5, 4), LABEL), moved=1),
     "uskd_loss": lambda: curves(
-        lines(kdtorch.uskd_loss, "beta", (0, 0.1, 1), torch.arange(3), others=OTHERS), 1, whose="the weak head's"
+        family(kdtorch.uskd_loss, "beta", (0, 0.1, 1), torch.arange(3), others=OTHERS), 1, whose="the weak head's"
     ),
     "bce_loss": lambda: regression(
         BCE, [0.9, 0.3], [2.2, -0.85], {f"teacher {t}": to(BCE, t) for t in (0.5, 0.9, 1.2)}, "value"
