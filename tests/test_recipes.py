@@ -1,6 +1,10 @@
 """Every recipe runs, as a user runs it, and does what its page says."""
 
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+RECIPES = EXAMPLES / "recipes"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -24,11 +30,11 @@ def float64_in_jax():
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.syspath_prepend(EXAMPLES / "recipes")
+    monkeypatch.syspath_prepend(RECIPES)
     monkeypatch.chdir(tmp_path)
 
     def run(name):
-        names = runpy.run_path(str(EXAMPLES / "recipes" / f"{name}.py"), run_name="__main__")
+        names = runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
         assert "->" in capsys.readouterr().out
         return names
 
@@ -40,8 +46,24 @@ def falls(losses, to=0.3):
     assert 0 < last < to * first
 
 
-@pytest.mark.parametrize("name", ["flax_nnx", "flax_linen", "pytorch"])
-def test_plain(name, run):
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_page_prints_it(recipe):
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "recipes").glob("*.md"))
+    assert f'--8<-- "examples/recipes/{recipe.name}"' in pages
+    assert f"`python examples/recipes/{recipe.name}`" in pages
+
+
+def test_pytorch_as_a_script(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", str(RECIPES / "pytorch.py")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    first, last, accuracy = map(float, re.findall(r"\d+\.\d+", text))
+    assert last < 0.3 * first
+    assert accuracy > 88
+
+
+@pytest.mark.parametrize("name", ["flax_nnx", "flax_linen"])
+def test_flax(name, run):
     names = run(name)
     falls(names["losses"])
     assert names["accuracy"] > 0.88

@@ -24,7 +24,7 @@ def parts(*batch):
 
 
 def means(loss, images, teacher_logits, where):
-    """What one writes first: right only if every part keeps as many examples and the loss knows no pairs."""
+    """What one writes first: right only if all parts keep equally many examples and the loss knows no pairs."""
     for x, t, kept in parts(images, teacher_logits, where):
         (loss(student(x), t, where=kept) / 4).backward()
 

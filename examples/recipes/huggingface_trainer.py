@@ -19,9 +19,8 @@ from kdtorch import dkd_loss
 
 
 class DistillationTrainer(Trainer):
-    loss_is_scaled_for_ga = (
-        False  # what `compute_loss` returns is a mean; the Trainer divides by the accumulation steps
-    )
+    # `compute_loss` returns a mean, so the Trainer is to divide it by the number of accumulation steps
+    loss_is_scaled_for_ga = False
 
     def __init__(self, *args, teacher: nn.Module, **options) -> None:
         super().__init__(*args, **options)

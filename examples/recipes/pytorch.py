@@ -1,8 +1,8 @@
-"""Distillation in PyTorch: the loop that everybody has, with one line more.
+"""Distillation in PyTorch: the loop that everybody has, and a teacher in it.
 
     python examples/recipes/pytorch.py
 
-What is new in it is the teacher, asked under `no_grad`, and one term of the loss.
+The teacher is asked under `no_grad`, and the loss has one term more.
 """
 
 import torch
