@@ -1,10 +1,12 @@
 """Every recipe runs, as a user runs it, and does what its page says."""
 
+import copy
 import os
 import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -13,6 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+
+from kdtorch import kl_loss
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -94,6 +98,44 @@ def test_huggingface(run, monkeypatch):
     assert names["accuracy"] > 0.88
     assert names["trainer"].state.global_step == 160
     assert names["losses"][0] < 16  # of a student that guesses: the accumulated loss is a mean, not a sum
+
+
+def test_the_page_of_huggingface_on_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    names = {"Trainer": Trainer, "torch": torch, "kl_loss": kl_loss}
+    (code,) = re.findall(r"    ```py\n(.*?)    ```", (ROOT / "docs" / "recipes" / "huggingface.md").read_text(), re.S)
+    exec(textwrap.dedent(code), names)
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    student, tokens, data = GPT2LMHeadModel(config), torch.randint(50, (8, 16)), []
+    names["DistillationTrainer"].teacher = GPT2LMHeadModel(config).eval()
+    for row, text in enumerate(tokens):  # the labels of each row end elsewhere
+        data.append({"input_ids": text, "labels": torch.where(torch.arange(16) < 2 + row, text, -100)})
+
+    def moved(parts):
+        model = copy.deepcopy(student)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=8 // parts,
+            gradient_accumulation_steps=parts,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        )
+        names["DistillationTrainer"](model, arguments, train_dataset=data).train()
+        weights = zip(model.parameters(), student.parameters(), strict=True)
+        return torch.cat([(after - before).detach().flatten() for after, before in weights])
+
+    whole = moved(1)
+    assert whole.norm() > 0.1
+    assert (moved(4) - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_accumulation_torch(run):
