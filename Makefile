@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export MPLBACKEND = Agg
 
-.PHONY: demo test check fuzz
+.PHONY: demo test check fuzz docs docs-serve
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -13,6 +13,13 @@ test: .venv/installed
 
 fuzz: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
+
+docs: .venv/installed
+	PYTHONPATH=. $(BIN)/python docs/pictures.py
+	$(BIN)/mkdocs build --strict
+
+docs-serve: docs
+	$(BIN)/mkdocs serve --strict
 
 check: .venv/installed
 	$(BIN)/ruff check .

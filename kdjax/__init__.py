@@ -1,5 +1,14 @@
 """Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch."""
 
+import importlib.metadata
+
+try:
+    import flax  # noqa: F401
+    import jax  # noqa: F401
+    import optax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"kdjax needs {error.name}: pip install 'kdlosses[jax]'", name=error.name) from error
+
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -13,6 +22,11 @@ from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+
+try:
+    __version__ = importlib.metadata.version("kdlosses")
+except importlib.metadata.PackageNotFoundError:  # a tree that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "CRCDState",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -23,13 +24,19 @@ Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Array, ""]
 AxisName = str | tuple[str, ...]
 
+_CHECK = os.environ.get("KDLOSSES_CHECK") != "0"
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 _MEND = {"torch": "give kdjax jnp.from_dlpack(x.detach())"}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def checked(function: _F) -> _F:
-    """Check every argument against its annotation, one after the other; under `jit` this costs nothing."""
+    """Check every argument against its annotation, one after the other; under `jit` this costs nothing.
+
+    With the environment variable `KDLOSSES_CHECK=0` at import the function stays as it is.
+    """
+    if not _CHECK:
+        return function
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -210,6 +210,7 @@ def to_torch(tree: Any) -> Any:
 
     Raises:
         TypeError: what cannot cross; the message names its place.
+        ValueError: a state or a module that kdtorch has not.
 
     >>> from kdjax import dino_init
     >>> from kdjax.interop import to_torch
@@ -280,6 +281,13 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+
+    >>> import tempfile
+    >>> from kdjax.interop import load, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/step", {"step": 7})
+    ...     load(f"{folder}/step")
+    {'step': 7}
     """
     return unpacked(files.read(path))
 

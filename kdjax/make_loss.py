@@ -115,9 +115,10 @@ def make_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss
-    >>> config = {"MODEL": {"METRIC_LOSS_TYPE": "kd-kld-dkd", "KD_LOSS_WEIGHT": [1.0, 0.5]}}
-    >>> loss = make_loss(config, num_classes=3, num_data=100)
-    >>> scores = {"score_stu": jnp.array([[2.0, 0.0, -1.0]]), "score_tea": jnp.array([[1.0, 1.0, -1.0]])}
+    >>> model = {"METRIC_LOSS_TYPE": "kd-kld-dkd", "KD_LOSS_WEIGHT": [1.0, 0.5]}
+    >>> loss = make_loss({"MODEL": model}, num_classes=3, num_data=100)
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> scores = {"score_stu": s, "score_tea": t}
     >>> print(f"{loss(feat=scores, target=jnp.array([0])):.4f}")
     0.6326
     """

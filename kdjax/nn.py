@@ -39,6 +39,12 @@ class LossState(nnx.Variable):
 
     A step puts a new one in the place of the old, so that a module merged inside `jax.grad` from a state outside of it
     can move its state.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from kdjax.nn import DINOLoss, LossState
+    >>> print(nnx.state(DINOLoss(3), LossState)["center"][...])
+    [0. 0. 0.]
     """
 
 
@@ -54,6 +60,9 @@ class DINOLoss(nnx.Module):
         warmup_epochs: how many epochs the warm-up takes.
         student_temperature: the student's temperature.
         center_momentum: of the centre.
+
+    Raises:
+        ValueError: a `dim` below 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax.nn import DINOLoss
@@ -82,10 +91,20 @@ class DINOLoss(nnx.Module):
         self.use_running_average = False
 
     def __call__(self, student: Array, teacher: Array, epoch: int | Array = 0, **options: Any) -> jax.Array:
-        """The loss for `student [views * batch, dim]` and `teacher [teacher_views * batch, dim]`.
+        """The loss of a batch; in training mode the centre moves.
+
+        Args:
+            student: `[views * batch, dim]`.
+            teacher: `[teacher_views * batch, dim]`.
+            epoch: of the training, for the warm-up.
+            options: of `dino_loss`: `where`, `reduction`, `axis_name`, `update`.
+
+        Returns:
+            A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: a batch axis that is not so many views.
+            ValueError: a batch axis that is not so many views; what `dino_loss` refuses.
+            TypeError: a shape or dtype that does not fit.
         """
         temperature = dino_teacher_temperature(
             epoch, warmup=self.warmup_temperature, final=self.teacher_temperature, warmup_epochs=self.warmup_epochs
@@ -131,7 +150,21 @@ class DynamicCenterNormLoss(nnx.Module):
         self.centers = nnx.Param(jax.random.normal(rngs.params(), (num_classes, dim), jnp.float32))
 
     def __call__(self, student: Array, teacher: Array, labels: Array, **options: Any) -> jax.Array:
-        """The loss for `student [*batch, dim]`, `teacher [*batch, dim]` and `labels [*batch]`."""
+        """The loss of a batch.
+
+        Args:
+            student: `[*batch, dim]`.
+            teacher: the same shape; constant, its gradient is 0.
+            labels: `[*batch]`, the class of each example.
+            options: of `dcn_loss`: `where`, `reduction`, `axis_name`.
+
+        Returns:
+            A scalar, or `[*batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: an unknown reduction.
+            TypeError: a shape or dtype that does not fit.
+        """
         return dcn_loss(student, teacher, labels, self.centers[...], **options)
 
 
@@ -168,7 +201,21 @@ class USKDLoss(nnx.Module):
         self.alpha, self.beta, self.mu = alpha, beta, mu
 
     def __call__(self, features: Array, student_logits: Array, labels: Array, **options: Any) -> jax.Array:
-        """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
+        """The loss of a batch; the weak head learns from it too.
+
+        Args:
+            features: `[*batch, feature_dim]`, of the student.
+            student_logits: `[*batch, num_classes]`.
+            labels: `[*batch]`, the class of each example, or a distribution `[*batch, num_classes]`.
+            options: of `uskd_loss`: `where`, `reduction`, `axis_name`.
+
+        Returns:
+            A scalar, or `[*batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: what `uskd_loss` refuses.
+            TypeError: a shape or dtype that does not fit.
+        """
         weak_logits = self.head(*widen(features))
         return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
 
@@ -223,7 +270,22 @@ class CRCDLoss(nnx.Module):
     def __call__(
         self, student: Array, teacher: Array, index: Array, negatives: Array | None = None, **options: Any
     ) -> jax.Array:
-        """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
+        """The loss of a batch; in training mode the memories move.
+
+        Args:
+            student: `[batch, student_dim]`.
+            teacher: `[batch, teacher_dim]`; constant, though its head learns.
+            index: `[batch]`, the samples' places in the data set.
+            negatives: `[batch, num_negatives]`, places too; drawn if None.
+            options: of `crcd_loss`: `where`, `reduction`, `axis_name`, `sharded_memory`, `update`.
+
+        Returns:
+            A scalar, or `[batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: what `crcd_loss` refuses.
+            TypeError: a shape or dtype that does not fit.
+        """
         key, used = jax.random.split(self.key[...])
         if negatives is None:
             negatives = crcd_negatives(used, len(index), self.num_negatives, self.num_data)
@@ -286,7 +348,8 @@ class ABF(nnx.Module):
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from kdjax.nn import ABF
-    >>> output, fused = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 4, 8)))
+    >>> connector = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))
+    >>> output, fused = connector(jnp.ones((2, 4, 4, 8)))
     >>> output.shape, fused.shape
     ((2, 4, 4, 32), (2, 4, 4, 16))
     """
@@ -299,7 +362,18 @@ class ABF(nnx.Module):
         self.attention = nnx.Conv(2 * mid_channels, 2, (1, 1), rngs=rngs) if fuse else None
 
     def __call__(self, x: Array, deeper: Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """The map for the teacher, and the map to hand on; `deeper` is what the deeper level handed on."""
+        """Bring a map to the teacher's width.
+
+        Args:
+            x: `[batch, height, width, in_channels]`, the student's map.
+            deeper: what the connector of the deeper level handed on, of any height and width; for `fuse=True`.
+
+        Returns:
+            The map for the teacher, `[batch, height, width, out_channels]`, and the map to hand on, of `mid_channels`.
+
+        Raises:
+            ValueError: no `deeper` where `fuse=True`.
+        """
         x = self.norm1(self.conv1(x))
         if self.attention is not None:
             if deeper is None:
@@ -336,7 +410,8 @@ class ReviewKD(nnx.Module):
     >>> from flax import nnx
     >>> from kdjax.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
-    >>> [x.shape for x in review([jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))])]
+    >>> maps = [jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))]
+    >>> [x.shape for x in review(maps)]
     [(2, 8, 8, 16), (2, 4, 4, 32)]
     """
 
@@ -355,7 +430,17 @@ class ReviewKD(nnx.Module):
         )
 
     def __call__(self, maps: Sequence[Array]) -> list[jax.Array]:
-        """The student's maps, from the first to the deepest, as the teacher's should be."""
+        """Bring the student's maps to the teacher's widths.
+
+        Args:
+            maps: of the student, `[batch, height, width, channels]`, from the first to the deepest.
+
+        Returns:
+            As many maps in the same order, of the teacher's channels and the student's heights and widths.
+
+        Raises:
+            ValueError: another number of maps than of connectors.
+        """
         if len(maps) != len(self.connectors):
             raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
         outputs: list[jax.Array] = []
@@ -369,6 +454,10 @@ class ReviewKD(nnx.Module):
 class FunctionLoss(nnx.Module):
     """A loss without parameters or state, with its options.
 
+    Args:
+        function: the loss.
+        options: its settings by name.
+
     >>> import jax.numpy as jnp
     >>> from kdjax.nn import FunctionLoss
     >>> from kdjax import mse_loss
@@ -380,7 +469,15 @@ class FunctionLoss(nnx.Module):
         self.function, self.options = function, tuple(options.items())
 
     def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
-        """The function's value."""
+        """The function's value.
+
+        Args:
+            inputs: of the function.
+            options: beside those that it was built with.
+
+        Returns:
+            What the function gives.
+        """
         return self.function(*inputs, **dict(self.options), **options)
 
 
@@ -395,6 +492,13 @@ class CombinedLoss(nnx.Module):
 
     Attributes:
         losses: the modules by name.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import mse_loss
+    >>> from kdjax.nn import CombinedLoss, FunctionLoss
+    >>> loss = CombinedLoss({"mse": FunctionLoss(mse_loss)}, [0.5], [("stu", "tea")])
+    >>> print(loss(feat={"stu": jnp.ones((2, 3)), "tea": jnp.zeros((2, 3))}))
+    0.5
     """
 
     def __init__(
@@ -417,7 +521,23 @@ class CombinedLoss(nnx.Module):
         axis_name: AxisName | None = None,
         update: bool = True,
     ) -> jax.Array:
-        """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
+        """The weighted sum of the losses of a batch.
+
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it.
+            axis_name: for every loss.
+            update: for the losses with a state; False leaves it as it was.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: an input that a loss reads is absent; what a loss refuses.
+        """
         return self.weigh(self.terms(score, feat, fea, target, epoch, axis_name=axis_name, update=update))
 
     def terms(
@@ -433,7 +553,20 @@ class CombinedLoss(nnx.Module):
     ) -> dict[str, jax.Array]:
         """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
 
-        `axis_name` goes to every loss, `update` to those with a state.
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it.
+            axis_name: for every loss.
+            update: for the losses with a state; False leaves it as it was.
+
+        Returns:
+            As many scalars as losses.
+
+        Raises:
+            ValueError: an input that a loss reads is absent; what a loss refuses.
         """
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
@@ -444,7 +577,14 @@ class CombinedLoss(nnx.Module):
         return terms
 
     def weigh(self, terms: Mapping[str, Any]) -> jax.Array:
-        """The weighted sum of `terms`."""
+        """The weighted sum of what `terms` gives.
+
+        Args:
+            terms: the value of each loss by name.
+
+        Returns:
+            A scalar.
+        """
         return sum(weight * terms[name] for name, weight in zip(self.names, self.weights, strict=True))
 
 

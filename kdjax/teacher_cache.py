@@ -47,7 +47,8 @@ def record_teacher(
     >>> import tempfile
     >>> import jax.numpy as jnp
     >>> from kdjax.teacher_cache import record_teacher
-    >>> batch = {"index": jnp.array([7, 3]), "logits": jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])}
+    >>> logits = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> batch = {"index": jnp.array([7, 3]), "logits": logits}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])
@@ -72,6 +73,15 @@ class TeacherCache(cache.Cache):
 
     Raises:
         ValueError: no recorded teacher, or one of another number of classes.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from kdjax.teacher_cache import TeacherCache, record_teacher
+    >>> batch = {"index": jnp.array([7]), "logits": jnp.array([[1.0, 2.0]])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = record_teacher(f"{folder}/teacher", [batch])
+    ...     print(TeacherCache(f"{folder}/teacher", num_classes=2).read([7])["logits"].tolist())
+    [[1.0, 2.0]]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
@@ -83,6 +93,9 @@ class TeacherCache(cache.Cache):
         Args:
             index: `[batch]`, the samples.
             temperature: of the loss, for `rest`; without it there is none.
+
+        Returns:
+            Arrays `[batch, ...]` by name, in the order of `index`.
 
         Raises:
             IndexError: a sample that is not there.

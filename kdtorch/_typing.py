@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,7 @@ __all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "T
 Reduction = Literal["mean", "sum", "none"]
 Scalar = float | Float[Tensor, ""]
 
+_CHECK = os.environ.get("KDLOSSES_CHECK") != "0"
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
 _MEND = {"numpy": "give kdtorch torch.as_tensor(x)", "jax": "give kdtorch torch.from_dlpack(x)"}
 _MEND["jaxlib"] = _MEND["jax"]
@@ -30,21 +32,21 @@ def checked(function: _F) -> _F:
     """Check every argument against its annotation, one after the other, and leave autocast, which would round products.
 
     `torch.compile` passes the check by, and so does a call whose arguments are of the types, dtypes and shapes of one that
-    passed.
+    passed. With the environment variable `KDLOSSES_CHECK=0` at import there is no check, and autocast alone is looked at.
     """
     signature = inspect.signature(function)
     accepted: set[Any] = set()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (_CHECK or torch._C._is_any_autocast_enabled()):
             return function(*args, **kwargs)
         key: Any = _kind(args), tuple(kwargs), _kind(tuple(kwargs.values()))
         if key in accepted:
             return function(*args, **kwargs)
         given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
         with jaxtyped("context"):  # binds the names of the axes from one argument to the next
-            for name, (value, hint, _) in given.items():
+            for name, (value, hint, _) in given.items() if _CHECK else ():
                 if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
         devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}

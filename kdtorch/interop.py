@@ -229,6 +229,7 @@ def to_torch(tree: Any) -> Any:
 
     Raises:
         TypeError: what cannot cross; the message names its place.
+        ValueError: a state or a module that kdtorch has not.
 
     >>> from kdjax import dino_init
     >>> from kdtorch.interop import to_torch
@@ -274,6 +275,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     Raises:
         TypeError: what cannot be saved; the message names its place.
+        ValueError: a tensor that requires gradient.
         OSError: the file cannot be written; what was there before still is.
 
     >>> import tempfile
@@ -298,7 +300,15 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: the file cannot be read.
+        TypeError: an array of a dtype that PyTorch has not.
         ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+
+    >>> import tempfile
+    >>> from kdtorch.interop import load, save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/step", {"step": 7})
+    ...     load(f"{folder}/step")
+    {'step': 7}
     """
     return unpacked(files.read(path))
 

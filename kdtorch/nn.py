@@ -43,6 +43,9 @@ class DINOLoss(nn.Module):
         student_temperature: the student's temperature.
         center_momentum: of the centre.
 
+    Raises:
+        ValueError: a `dim` below 1.
+
     >>> import torch
     >>> from kdtorch.nn import DINOLoss
     >>> loss = DINOLoss(3)
@@ -72,10 +75,20 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", dino_init(dim).center)
 
     def forward(self, student: Tensor, teacher: Tensor, epoch: int | Tensor = 0, **options: Any) -> Tensor:
-        """The loss for `student [views * batch, dim]` and `teacher [teacher_views * batch, dim]`.
+        """The loss of a batch; in training mode the centre moves.
+
+        Args:
+            student: `[views * batch, dim]`.
+            teacher: `[teacher_views * batch, dim]`.
+            epoch: of the training, for the warm-up.
+            options: of `dino_loss`: `where`, `reduction`, `group`, `update`.
+
+        Returns:
+            A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: a batch axis that is not so many views.
+            ValueError: a batch axis that is not so many views; what `dino_loss` refuses.
+            TypeError: a shape or dtype that does not fit.
         """
         temperature = dino_teacher_temperature(
             epoch, warmup=self.warmup_temperature, final=self.teacher_temperature, warmup_epochs=self.warmup_epochs
@@ -120,7 +133,22 @@ class DynamicCenterNormLoss(nn.Module):
         self.centers = nn.Parameter(torch.randn(num_classes, dim))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """The loss for `student [*batch, dim]`, `teacher [*batch, dim]` and `labels [*batch]`."""
+        """The loss of a batch.
+
+        Args:
+            student: `[*batch, dim]`.
+            teacher: the same shape; constant, its gradient is 0.
+            labels: `[*batch]`, the class of each example.
+            options: of `dcn_loss`: `where`, `reduction`, `group`.
+
+        Returns:
+            A scalar, or `[*batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: an unknown reduction.
+            IndexError: a label outside `0 .. num_classes - 1`.
+            TypeError: a shape or dtype that does not fit.
+        """
         return dcn_loss(student, teacher, labels, self.centers, **options)
 
 
@@ -155,7 +183,22 @@ class USKDLoss(nn.Module):
         self.alpha, self.beta, self.mu = alpha, beta, mu
 
     def forward(self, features: Tensor, student_logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """The loss for `features [*batch, feature_dim]`, `student_logits [*batch, classes]` and labels."""
+        """The loss of a batch; the weak head learns from it too.
+
+        Args:
+            features: `[*batch, feature_dim]`, of the student.
+            student_logits: `[*batch, num_classes]`.
+            labels: `[*batch]`, the class of each example, or a distribution `[*batch, num_classes]`.
+            options: of `uskd_loss`: `where`, `reduction`, `group`.
+
+        Returns:
+            A scalar, or `[*batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: what `uskd_loss` refuses.
+            IndexError: a label outside `0 .. num_classes - 1`.
+            TypeError: a shape or dtype that does not fit.
+        """
         weak_logits = self.head(*widen(features))
         return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
 
@@ -209,7 +252,23 @@ class CRCDLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """The loss for `student [batch, student_dim]`, `teacher [batch, teacher_dim]` and `index [batch]`."""
+        """The loss of a batch; in training mode the memories move.
+
+        Args:
+            student: `[batch, student_dim]`.
+            teacher: `[batch, teacher_dim]`; constant, though its head learns.
+            index: `[batch]`, the samples' places in the data set.
+            negatives: `[batch, num_negatives]`, places too; drawn if None.
+            options: of `crcd_loss`: `where`, `reduction`, `group`, `sharded_memory`, `update`.
+
+        Returns:
+            A scalar, or `[batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: what `crcd_loss` refuses.
+            IndexError: an index outside `0 .. num_data - 1`.
+            TypeError: a shape or dtype that does not fit.
+        """
         if negatives is None:
             negatives = crcd_negatives(self.generator, len(index), self.num_negatives, self.num_data)
             negatives = negatives.to(index.device)
@@ -253,7 +312,8 @@ class ABF(nn.Module):
 
     >>> import torch
     >>> from kdtorch.nn import ABF
-    >>> output, fused = ABF(8, 16, 32, False)(torch.ones((2, 8, 4, 4)))
+    >>> connector = ABF(8, 16, 32, False)
+    >>> output, fused = connector(torch.ones((2, 8, 4, 4)))
     >>> output.shape, fused.shape
     (torch.Size([2, 32, 4, 4]), torch.Size([2, 16, 4, 4]))
     """
@@ -269,7 +329,18 @@ class ABF(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The map for the teacher, and the map to hand on; `deeper` is what the deeper level handed on."""
+        """Bring a map to the teacher's width.
+
+        Args:
+            x: `[batch, in_channels, height, width]`, the student's map.
+            deeper: what the connector of the deeper level handed on, of any height and width; for `fuse=True`.
+
+        Returns:
+            The map for the teacher, `[batch, out_channels, height, width]`, and the map to hand on, of `mid_channels`.
+
+        Raises:
+            ValueError: no `deeper` where `fuse=True`.
+        """
         x = self.norm1(self.conv1(x))
         if self.attention is not None:
             if deeper is None:
@@ -304,7 +375,8 @@ class ReviewKD(nn.Module):
     >>> import torch
     >>> from kdtorch.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8)
-    >>> [x.shape for x in review([torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))])]
+    >>> maps = [torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))]
+    >>> [x.shape for x in review(maps)]
     [torch.Size([2, 16, 8, 8]), torch.Size([2, 32, 4, 4])]
     """
 
@@ -322,7 +394,17 @@ class ReviewKD(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The student's maps, from the first to the deepest, as the teacher's should be."""
+        """Bring the student's maps to the teacher's widths.
+
+        Args:
+            maps: of the student, `[batch, channels, height, width]`, from the first to the deepest.
+
+        Returns:
+            As many maps in the same order, of the teacher's channels and the student's heights and widths.
+
+        Raises:
+            ValueError: another number of maps than of connectors.
+        """
         if len(maps) != len(self.connectors):
             raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
         outputs: list[Tensor] = []
@@ -336,6 +418,10 @@ class ReviewKD(nn.Module):
 class FunctionLoss(nn.Module):
     """A loss without parameters or state, with its options.
 
+    Args:
+        function: the loss.
+        options: its settings by name.
+
     >>> import torch
     >>> from kdtorch.nn import FunctionLoss
     >>> from kdtorch import mse_loss
@@ -348,7 +434,15 @@ class FunctionLoss(nn.Module):
         self.function, self.options = function, tuple(options.items())
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """The function's value."""
+        """The function's value.
+
+        Args:
+            inputs: of the function.
+            options: beside those that it was built with.
+
+        Returns:
+            What the function gives.
+        """
         return self.function(*inputs, **dict(self.options), **options)
 
 
@@ -363,6 +457,13 @@ class CombinedLoss(nn.Module):
 
     Attributes:
         losses: the modules by name.
+
+    >>> import torch
+    >>> from kdtorch import mse_loss
+    >>> from kdtorch.nn import CombinedLoss, FunctionLoss
+    >>> loss = CombinedLoss({"mse": FunctionLoss(mse_loss)}, [0.5], [("stu", "tea")])
+    >>> loss(feat={"stu": torch.ones((2, 3)), "tea": torch.zeros((2, 3))}).item()
+    0.5
     """
 
     def __init__(
@@ -386,7 +487,23 @@ class CombinedLoss(nn.Module):
         group: ProcessGroup | None = None,
         update: bool = True,
     ) -> Tensor:
-        """The weighted sum. `score` and `fea` are taken as the founding code passes them, and not used."""
+        """The weighted sum of the losses of a batch.
+
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it.
+            group: for every loss.
+            update: for the losses with a state; False leaves it as it was.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: an input that a loss reads is absent; what a loss refuses.
+        """
         return self.weigh(self.terms(score, feat, fea, target, epoch, group=group, update=update))
 
     def terms(
@@ -402,7 +519,20 @@ class CombinedLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
 
-        `group` goes to every loss, `update` to those with a state.
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it.
+            group: for every loss.
+            update: for the losses with a state; False leaves it as it was.
+
+        Returns:
+            As many scalars as losses.
+
+        Raises:
+            ValueError: an input that a loss reads is absent; what a loss refuses.
         """
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
@@ -413,7 +543,14 @@ class CombinedLoss(nn.Module):
         return terms
 
     def weigh(self, terms: Mapping[str, Any]) -> Tensor:
-        """The weighted sum of `terms`."""
+        """The weighted sum of what `terms` gives.
+
+        Args:
+            terms: the value of each loss by name.
+
+        Returns:
+            A scalar.
+        """
         return sum(weight * terms[name] for name, weight in zip(self.names, self.weights, strict=True))
 
 

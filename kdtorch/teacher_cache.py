@@ -47,7 +47,8 @@ def record_teacher(
     >>> import tempfile
     >>> import torch
     >>> from kdtorch.teacher_cache import record_teacher
-    >>> batch = {"index": torch.tensor([7, 3]), "logits": torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])}
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> batch = {"index": torch.tensor([7, 3]), "logits": logits}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])
@@ -72,6 +73,15 @@ class TeacherCache(cache.Cache):
 
     Raises:
         ValueError: no recorded teacher, or one of another number of classes.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from kdtorch.teacher_cache import TeacherCache, record_teacher
+    >>> batch = {"index": torch.tensor([7]), "logits": torch.tensor([[1.0, 2.0]])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = record_teacher(f"{folder}/teacher", [batch])
+    ...     print(TeacherCache(f"{folder}/teacher", num_classes=2).read([7])["logits"].tolist())
+    [[1.0, 2.0]]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
@@ -83,6 +93,9 @@ class TeacherCache(cache.Cache):
         Args:
             index: `[batch]`, the samples.
             temperature: of the loss, for `rest`; without it there is none.
+
+        Returns:
+            Tensors `[batch, ...]` by name, in the order of `index`.
 
         Raises:
             IndexError: a sample that is not there.

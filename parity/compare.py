@@ -39,6 +39,11 @@ class Difference:
         relative: their distance over the array's largest entry.
         limit: of `ulp`.
         problem: why they cannot be compared, if they cannot.
+
+    >>> from parity import Difference
+    >>> place = {"subject": "std", "case": "", "dtype": "float32", "part": "value"}
+    >>> print(Difference(**place, one="jax", other="torch", problem="shape: jax [2], torch [3]"))
+    std float32: value: shape: jax [2], torch [3]
     """
 
     subject: str
@@ -58,6 +63,7 @@ class Difference:
 
     @property
     def passed(self) -> bool:
+        """Whether it is within its limit."""
         return self.ulp <= self.limit
 
     def __str__(self) -> str:
@@ -174,21 +180,36 @@ def ulps(got: Any, want: Any, dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Differences, which print as a table of the worst by subject and dtype, and below it those over their limit."""
+    """Differences, which print as a table of the worst by subject and dtype, and below it those over their limit.
+
+    Attributes:
+        differences: all that were looked for, also those of 0.
+        note: a line to print below the table.
+
+    >>> from parity import Comparison
+    >>> Comparison(()).passed  # nothing was compared
+    False
+    """
 
     differences: tuple[Difference, ...]
     note: str = ""
 
     @property
     def passed(self) -> bool:
+        """Whether something was compared and all of it is within its limits."""
         return bool(self.differences) and not self.failures
 
     @property
     def failures(self) -> tuple[Difference, ...]:
+        """Those over their limit."""
         return tuple(x for x in self.differences if not x.passed)
 
     def rows(self) -> Iterator[tuple[str, str, dict[tuple[str, str], Difference]]]:
-        """Subject, dtype, and the worst difference by (held against, part); the nearest to its limit is the worst."""
+        """The rows of the table.
+
+        Returns:
+            Subject, dtype, and the worst difference by (held against, part); the nearest to its limit is the worst.
+        """
         for subject, dtype in dict.fromkeys((x.subject, x.dtype) for x in self.differences):
             cells: dict[tuple[str, str], Difference] = {}
             for x in self.differences:
@@ -198,6 +219,11 @@ class Comparison:
             yield subject, dtype, cells
 
     def columns(self) -> list[tuple[str, str]]:
+        """The columns of the table.
+
+        Returns:
+            (held against, part), of those that there are.
+        """
         present = {(x.other, x.part) for x in self.differences}
         others = dict.fromkeys(x.other for x in self.differences)
         return [(other, part) for other in others for part in PARTS if (other, part) in present]

@@ -80,7 +80,17 @@ def compare(
 def assert_parity(jax_fn: Callable[..., Any], torch_fn: Callable[..., Any], *inputs: Any, **options: Any) -> None:
     """Raise an `AssertionError` that reads as the table of `compare`, unless all is within the limits.
 
-    Takes what `compare` takes.
+    Args:
+        jax_fn: takes the inputs as JAX arrays.
+        torch_fn: takes the inputs as tensors on the CPU.
+        inputs: NumPy arrays, or trees of them.
+        options: of `compare`: `grad`, `dtypes`, `limits`, `seed`.
+
+    Raises:
+        AssertionError: something is over its limit.
+        TypeError: an input or an output that is not an array; the message names the side and the leaf.
+        ValueError: an unknown dtype.
+        RuntimeError: a function raised; the message names the side and the cause.
 
     >>> import jax, numpy as np, torch
     >>> from parity import assert_parity

@@ -59,6 +59,7 @@ def compare_modules(
     Raises:
         TypeError: a layer, or a parameter, that is not known, or has no twin; the message names it.
         ValueError: the modules call other layers, or in another order, or a dropout is on.
+        RuntimeError: a module raised; the message names the side and the cause.
 
     A port, of which the norm has PyTorch's epsilon and not Flax's:
 

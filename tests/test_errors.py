@@ -1,5 +1,9 @@
 """Every mistake gets the same error in both packages: the argument, what was expected, what came, how to mend it."""
 
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -353,3 +357,40 @@ def test_arrays_of_the_other_framework():
 def test_an_array_of_a_bad_temperature_is_nan(f):
     """An array is not asked, which under `jit` is impossible and elsewhere a wait."""
     assert np.isnan(f.numpy(f.kd.kl_loss(*f.arrays([LOGITS, LOGITS]), temperature=f.array(np.array(-1.0)))))
+
+
+UNCHECKED = """
+import kdjax as kd
+import jax.numpy as jnp
+logits = jnp.ones((4, 10))
+"""
+UNCHECKED_TORCH = """
+import kdtorch as kd
+import torch
+logits, rows = torch.ones(4, 10), torch.randn(4, 10)
+plain = kd.euclidean_mse_loss(rows, logits)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    assert torch.equal(kd.euclidean_mse_loss(rows, logits), plain)
+"""
+BROADCAST = """
+print(float(kd.kl_loss(logits, logits[:1])))
+try:
+    kd.kl_loss(logits, logits, temperature=0)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("f", "code"), [(JAX, UNCHECKED), (TORCH, UNCHECKED_TORCH)], ids=["kdjax", "kdtorch"])
+def test_the_switch_of_the_check(f, code):
+    """Without the check one row is broadcast; what the losses themselves refuse they still do, and autocast is left."""
+    with pytest.raises(TypeError, match="kl_loss: `teacher_logits` must be"):
+        call("kl_loss", LOGITS, LOGITS[:1])(f)
+    done = subprocess.run(
+        [sys.executable, "-c", code + BROADCAST],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"KDLOSSES_CHECK": "0"},
+    )
+    assert done.stdout == "0.0\n`temperature` must be finite and greater than 0, got 0\n"

@@ -1,16 +1,27 @@
 """Nothing happens at import, nothing in the packages runs what it reads, and the dependencies are what they should be."""
 
 import ast
+import builtins
 import importlib.metadata
+import inspect
 import itertools
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+
+import kdjax.interop
+import kdjax.nn
+import kdtorch.interop
+import kdtorch.nn
+import parity
+from parity.bridge.pages import blocks, entries, losses, paper
+from parity.cases import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("kdjax", "kdtorch", "parity")
@@ -78,6 +89,13 @@ def test_nothing_runs_what_it_reads(package):
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_version(package):
+    assert package.__version__ == PROJECT["version"]
+
+
 REQUIREMENTS = [
     requirement
     for text in [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
@@ -91,6 +109,10 @@ FREE = re.compile(r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Unlicense|
 def test_dependencies_are_pinned_within_their_bounds(requirement):
     assert requirement.specifier.contains(PINS[requirement.name])
     assert requirement.specifier.contains(importlib.metadata.version(requirement.name).partition("+")[0])
+
+
+def test_the_hook_of_ruff_has_its_version():
+    assert re.findall(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text()) == [PINS["ruff"]]
 
 
 def test_licences():
@@ -108,3 +130,63 @@ def test_licences():
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 names.append(requirement.name)
+
+
+DOCUMENTED = [
+    (f"{module.__name__}.{name}", getattr(module, name))
+    for module in (kdjax, kdjax.nn, kdjax.interop, kdtorch, kdtorch.nn, kdtorch.interop, parity)
+    for name in module.__all__
+]
+DOCUMENTED += [
+    (f"{name}.{method}", function)
+    for name, kind in DOCUMENTED
+    if inspect.isclass(kind)
+    for method, function in vars(kind).items()
+    if inspect.isfunction(function) and (method == "__call__" or not method.startswith("_"))
+]
+
+
+@pytest.mark.parametrize("x", [pytest.param(x, id=name) for name, x in DOCUMENTED])
+def test_docstrings_say_all(x):
+    """A line; every argument by its name; what comes back; what is raised; of what is imported, an example that runs."""
+    (head, summary), *rest = blocks(x.__doc__)
+    sections = dict(rest)
+    assert not head
+    assert re.fullmatch(r".{,118}\.", summary.splitlines()[0])
+    arguments = list(entries(sections.get("Args", sections.get("Attributes", ""))))
+    assert arguments == own_parameters(x)
+    if inspect.isfunction(x):
+        assert ("Returns" in sections) == (inspect.signature(x).return_annotation not in (None, "None"))
+    said = entries(sections.get("Raises", ""))
+    assert [error for error in raised(x) if not said.keys() & {kind.__name__ for kind in error.__mro__}] == []
+    assert "Example" in sections or (inspect.isfunction(x) and "." in x.__qualname__)
+
+
+def own_parameters(x):
+    if not inspect.isclass(x):
+        return [parameter for parameter in inspect.signature(x).parameters if parameter != "self"]
+    if issubclass(x, tuple):
+        return list(x._fields)
+    return [p for p in inspect.signature(x.__init__).parameters if p != "self"] if "__init__" in vars(x) else []
+
+
+def raised(x, seen=()):
+    """The errors that a function or a constructor raises, itself or in what it calls of the packages."""
+    x = inspect.unwrap(vars(x).get("__init__", x) if inspect.isclass(x) else x)
+    source = pathlib.Path(x.__code__.co_filename) if inspect.isfunction(x) else ROOT
+    if x in seen or not x.__module__.startswith(PACKAGES) or not source.is_file():
+        return set()
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(x)))))
+    errors = [node.exc.func.id for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    kinds = (x.__globals__.get(name, getattr(builtins, name, None)) for name in errors)
+    called = [x.__globals__.get(node.id) for node in nodes if isinstance(node, ast.Name)]
+    inner = (raised(callee, (*seen, x)) for callee in called if inspect.isroutine(callee) or inspect.isclass(callee))
+    return {kind for kind in kinds if inspect.isclass(kind)}.union(*inner)
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_a_loss_has_a_formula_and_says_whose_it_is(package):
+    assert set(losses(package)) == {loss.name for loss in LOSSES}
+    for function in losses(package).values():
+        assert "Formula" in dict(blocks(function.__doc__))
+        assert paper(function.__doc__)[0]

@@ -110,10 +110,10 @@ def test_order(path):
 @pytest.mark.parametrize(
     ("modules", "others"),
     [
-        ("kdjax, kdjax.nn, kdjax.interop", {"torch", "kdtorch"}),
-        ("kdtorch, kdtorch.nn, kdtorch.interop", {"jax", "kdjax"}),
+        ("kdjax, kdjax.nn, kdjax.interop, kdjax.__main__", {"torch", "kdtorch"}),
+        ("kdtorch, kdtorch.nn, kdtorch.interop, kdtorch.__main__", {"jax", "kdjax"}),
         (
-            "parity.bridge.cache, parity.bridge.files, parity.bridge.layers, parity.bridge.trees",
+            "parity.bridge.cache, parity.bridge.files, parity.bridge.formulas, parity.bridge.layers, parity.bridge.pages, parity.bridge.trees",
             {"torch", "kdtorch", "jax", "kdjax"},
         ),
     ],

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import pathlib
-import shutil
 
 import jax
 import pytest
@@ -120,28 +119,6 @@ def test_the_page_needs_nothing_else(tmp_path):
         assert reference not in page
     assert "&lt;script&gt;[]" in page
     assert importlib.metadata.version("jax") in page
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-    ):
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def test_the_page_in_a_browser(tmp_path, browser):

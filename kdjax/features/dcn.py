@@ -50,7 +50,8 @@ def dcn_loss(
     >>> import jax.numpy as jnp
     >>> from kdjax import dcn_loss
     >>> s, t = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]])
-    >>> print(f"{dcn_loss(s, t, jnp.array([1]), jnp.array([[0.0, 1.0], [3.0, 0.0]])):.4f}")
+    >>> centers = jnp.array([[0.0, 1.0], [3.0, 0.0]])
+    >>> print(f"{dcn_loss(s, t, jnp.array([1]), centers):.4f}")
     0.5000
     """
     student, teacher, centers = widen(student, teacher, centers)

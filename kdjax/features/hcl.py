@@ -48,7 +48,8 @@ def hcl_loss(
             an unknown reduction.
         TypeError: maps that are not a list of four-axis floating-point arrays.
 
-    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044. The
+    released code stops at the shorter of two lists of maps; the value is the same.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import hcl_loss

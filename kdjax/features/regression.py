@@ -21,7 +21,7 @@ def bce_loss(
 ) -> jax.Array:
     r"""Sigmoid cross-entropy between features, the teacher's taken as targets.
 
-    $$-\tfrac1D\sum_d t_d\log\sigma(s_d)+(1-t_d)\log(1-\sigma(s_d))$$
+    $$-\tfrac1D\sum_d\left[t_d\log\sigma(s_d)+(1-t_d)\log(1-\sigma(s_d))\right]$$
 
     Args:
         student: `[*batch, features]`, logits.
@@ -39,9 +39,12 @@ def bce_loss(
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
+    The founding repository's BCE, which is PyTorch's `binary_cross_entropy_with_logits`; the value is the same.
+
     >>> import jax.numpy as jnp
     >>> from kdjax import bce_loss
-    >>> print(f"{bce_loss(jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 1.0]])):.4f}")
+    >>> s, t = jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 1.0]])
+    >>> print(f"{bce_loss(s, t):.4f}")
     0.4100
     """
     student, teacher = keep(where, *widen(student, teacher))
@@ -82,7 +85,8 @@ def mse_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import mse_loss
-    >>> print(f"{mse_loss(jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 4.0]])):.4f}")
+    >>> s, t = jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 4.0]])
+    >>> print(f"{mse_loss(s, t):.4f}")
     2.5000
     """
     student, teacher = keep(where, *widen(student, teacher))
@@ -102,7 +106,7 @@ def smooth_l1_loss(
 ) -> jax.Array:
     r"""Smooth L1 error between features: quadratic below β, linear above.
 
-    $$\tfrac1D\sum_d\begin{cases}(s_d-t_d)^2/2\beta&|s_d-t_d|<\beta\\|s_d-t_d|-\beta/2&\text{otherwise}\end{cases}$$
+    $$\tfrac1D\sum_d\begin{cases}(s_d-t_d)^2/2\beta&\text{if }|s_d-t_d|<\beta\\|s_d-t_d|-\beta/2&\text{otherwise}\end{cases}$$
 
     Args:
         student: `[*batch, features]`.
@@ -124,7 +128,8 @@ def smooth_l1_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import smooth_l1_loss
-    >>> print(f"{smooth_l1_loss(jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 4.0]])):.4f}")
+    >>> s, t = jnp.array([[0.0, 2.0]]), jnp.array([[0.5, 4.0]])
+    >>> print(f"{smooth_l1_loss(s, t):.4f}")
     0.8125
     """
     student, teacher = keep(where, *widen(student, teacher))

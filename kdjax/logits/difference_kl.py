@@ -56,7 +56,8 @@ def difference_kl_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import difference_kl_loss
-    >>> s, t = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """

@@ -64,7 +64,8 @@ def topk_kl_loss(
     >>> import jax.numpy as jnp
     >>> from kdjax import topk_kl_loss
     >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0]])
-    >>> print(f"{topk_kl_loss(s, t, jnp.array([[1, 0]]), jnp.array([-1.0])):.4f}")
+    >>> kept, rest = jnp.array([[1, 0]]), jnp.array([-1.0])
+    >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
     student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))

@@ -24,6 +24,11 @@ class CRCDState(NamedTuple):
         teacher_memory: `[num_data, dim]`, unit rows.
         student_normalizer: a scalar, 0 until the first step sets it.
         teacher_normalizer: a scalar, 0 until the first step sets it.
+
+    >>> import jax
+    >>> from kdjax import crcd_init
+    >>> crcd_init(jax.random.key(0), 50, 8).student_normalizer.item()
+    0.0
     """
 
     student_memory: Float[Array, "num_data dim"]
@@ -39,6 +44,9 @@ def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
         key: of `jax.random`.
         num_data: the number of samples in the data set.
         dim: the width of the embeddings.
+
+    Returns:
+        The state that `crcd_loss` starts from, in float32.
 
     Raises:
         ValueError: `num_data` or `dim` below 1.
@@ -61,6 +69,9 @@ def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int
         batch: the number of rows.
         num_negatives: the number of negatives of each.
         num_data: the number of samples in the data set.
+
+    Returns:
+        Integers in `0 .. num_data - 1`.
 
     Raises:
         ValueError: a number below 1.
@@ -104,7 +115,8 @@ def crcd_loss(
     $$\rho_{ij}=\mathrm{unit}(v_i-a_j+10^{-6}),\quad r_{ijk}=\mathrm{unit}(w_{ik}-a_j+10^{-6}),\quad
     x_{ijk}=\frac{e^{r_{ijk}\cdot\rho_{ij}/\tau}}{Z}$$
 
-    $$-\frac1B\sum_j\left[\log\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}+\sum_{k\ge1}\log\frac{c}{x_{ijk}+c+10^{-7}}\right],
+    $$-\frac1B\sum_j\left[\log\left(\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}\right)
+    +\sum_{k\ge1}\log\left(\frac{c}{x_{ijk}+c+10^{-7}}\right)\right],
     \qquad c=K/\mathrm{num\_data}$$
 
     for sample i; the teacher's side is the same with its embedding and student_memory, and the loss is their sum. An
@@ -145,9 +157,11 @@ def crcd_loss(
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from kdjax import crcd_init, crcd_loss
-    >>> s, t = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.6, 0.8]])
+    >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = jnp.array([[1.0, 0.0], [0.6, 0.8]])
     >>> state = crcd_init(jax.random.key(0), 5, 2)
-    >>> loss, state = crcd_loss(s, t, jnp.array([0, 3]), jnp.array([[1, 2], [4, 2]]), state)
+    >>> index, negatives = jnp.array([0, 3]), jnp.array([[1, 2], [4, 2]])
+    >>> loss, state = crcd_loss(s, t, index, negatives, state)
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """

@@ -51,7 +51,8 @@ def euclidean_mse_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import euclidean_mse_loss
-    >>> s, t = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """

@@ -41,6 +41,7 @@ def dcn_loss(
 
     Raises:
         ValueError: an unknown reduction.
+        IndexError: a label outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     The founding repository's DynamicCenterNormLoss, after Wang et al., *Improving Knowledge Distillation via
@@ -50,7 +51,8 @@ def dcn_loss(
     >>> import torch
     >>> from kdtorch import dcn_loss
     >>> s, t = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    >>> print(f"{dcn_loss(s, t, torch.tensor([1]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])):.4f}")
+    >>> centers = torch.tensor([[0.0, 1.0], [3.0, 0.0]])
+    >>> print(f"{dcn_loss(s, t, torch.tensor([1]), centers):.4f}")
     0.5000
     """
     student, teacher, centers = widen(student, teacher, centers)

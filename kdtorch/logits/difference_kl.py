@@ -55,7 +55,8 @@ def difference_kl_loss(
 
     >>> import torch
     >>> from kdtorch import difference_kl_loss
-    >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """

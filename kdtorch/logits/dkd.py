@@ -59,6 +59,7 @@ def dkd_loss(
 
     Raises:
         ValueError: a temperature that is not positive, a negative weight, fewer than 2 classes, an unknown reduction.
+        IndexError: a label outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     Zhao et al., *Decoupled Knowledge Distillation*, CVPR 2022, https://arxiv.org/abs/2203.08679. The released code

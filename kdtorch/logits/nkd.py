@@ -56,6 +56,7 @@ def nkd_loss(
 
     Raises:
         ValueError: a temperature that is not positive, a negative weight, fewer than 2 classes, an unknown reduction.
+        IndexError: a label outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,

@@ -57,6 +57,7 @@ def topk_kl_loss(
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
             kept than there are, no `rest` for the bucket.
+        IndexError: a class outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
@@ -66,7 +67,8 @@ def topk_kl_loss(
     >>> import torch
     >>> from kdtorch import topk_kl_loss
     >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0]])
-    >>> print(f"{topk_kl_loss(s, t, torch.tensor([[1, 0]]), torch.tensor([-1.0])):.4f}")
+    >>> kept, rest = torch.tensor([[1, 0]]), torch.tensor([-1.0])
+    >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
     student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))

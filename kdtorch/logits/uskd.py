@@ -66,6 +66,7 @@ def uskd_loss(
 
     Raises:
         ValueError: a negative weight, fewer than 2 classes, an unknown reduction.
+        IndexError: a label outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,

@@ -26,6 +26,10 @@ class CRCDState(NamedTuple):
         teacher_memory: `[num_data, dim]`, unit rows.
         student_normalizer: a scalar, 0 until the first step sets it.
         teacher_normalizer: a scalar, 0 until the first step sets it.
+
+    >>> from kdtorch import crcd_init
+    >>> crcd_init(None, 50, 8).student_normalizer.item()
+    0.0
     """
 
     student_memory: Float[Tensor, "num_data dim"]
@@ -41,6 +45,9 @@ def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRC
         generator: a `torch.Generator`, or None for PyTorch's global one.
         num_data: the number of samples in the data set.
         dim: the width of the embeddings.
+
+    Returns:
+        The state that `crcd_loss` starts from, in float32.
 
     Raises:
         ValueError: `num_data` or `dim` below 1.
@@ -66,6 +73,9 @@ def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives:
         batch: the number of rows.
         num_negatives: the number of negatives of each.
         num_data: the number of samples in the data set.
+
+    Returns:
+        Integers in `0 .. num_data - 1`.
 
     Raises:
         ValueError: a number below 1.
@@ -109,7 +119,8 @@ def crcd_loss(
     $$\rho_{ij}=\mathrm{unit}(v_i-a_j+10^{-6}),\quad r_{ijk}=\mathrm{unit}(w_{ik}-a_j+10^{-6}),\quad
     x_{ijk}=\frac{e^{r_{ijk}\cdot\rho_{ij}/\tau}}{Z}$$
 
-    $$-\frac1B\sum_j\left[\log\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}+\sum_{k\ge1}\log\frac{c}{x_{ijk}+c+10^{-7}}\right],
+    $$-\frac1B\sum_j\left[\log\left(\frac{x_{ij0}}{x_{ij0}+c+10^{-7}}\right)
+    +\sum_{k\ge1}\log\left(\frac{c}{x_{ijk}+c+10^{-7}}\right)\right],
     \qquad c=K/\mathrm{num\_data}$$
 
     for sample i; the teacher's side is the same with its embedding and student_memory, and the loss is their sum. An
@@ -140,6 +151,7 @@ def crcd_loss(
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
             precision, an unknown reduction.
+        IndexError: an index or a negative outside `0 .. num_data - 1`.
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
@@ -149,9 +161,11 @@ def crcd_loss(
 
     >>> import torch
     >>> from kdtorch import crcd_init, crcd_loss
-    >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     >>> state = crcd_init(None, 5, 2)
-    >>> loss, state = crcd_loss(s, t, torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]]), state)
+    >>> index, negatives = torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]])
+    >>> loss, state = crcd_loss(s, t, index, negatives, state)
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """

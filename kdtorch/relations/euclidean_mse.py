@@ -51,7 +51,8 @@ def euclidean_mse_loss(
 
     >>> import torch
     >>> from kdtorch import euclidean_mse_loss
-    >>> s, t = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """

@@ -18,6 +18,10 @@ class DINOState(NamedTuple):
 
     Attributes:
         center: `[dim]`, subtracted from the teacher's outputs.
+
+    >>> from kdtorch import dino_init
+    >>> dino_init(3)
+    DINOState(center=tensor([0., 0., 0.]))
     """
 
     center: Float[Tensor, "dim"]
@@ -29,6 +33,9 @@ def dino_init(dim: int, dtype: torch.dtype = torch.float32) -> DINOState:
     Args:
         dim: the width of the outputs.
         dtype: of the centre, float32 or wider.
+
+    Returns:
+        The state that `dino_loss` starts from.
 
     Raises:
         ValueError: a `dim` below 1, a dtype narrower than float32.
@@ -55,11 +62,15 @@ def dino_teacher_temperature(
         final: the last one.
         warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
 
+    Returns:
+        The temperature, of the shape of `epoch`.
+
     Raises:
         ValueError: a temperature that is not positive, negative `warmup_epochs`.
 
     >>> from kdtorch import dino_teacher_temperature
-    >>> [round(float(dino_teacher_temperature(e, warmup=0.04, final=0.07, warmup_epochs=4)), 3) for e in range(5)]
+    >>> warmup = {"warmup": 0.04, "final": 0.07, "warmup_epochs": 4}
+    >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
     epoch = torch.as_tensor(epoch, dtype=torch.float64)
@@ -88,7 +99,7 @@ def dino_loss(
 ) -> tuple[Tensor, DINOState]:
     r"""DINO: the student predicts, from one view, the teacher's centred and sharpened output for another view.
 
-    $$\frac1{N}\sum_{u\ne v}-\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
+    $$-\frac1N\sum_{u\ne v}\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
     p_v=\mathrm{softmax}(s_v/\tau_s)$$
 
     over the N = U·V − U pairs of different views. The centre c is used first, and then becomes

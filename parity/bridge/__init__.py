@@ -1,1 +1,1 @@
-"""What kdjax and kdtorch share when something crosses between them: trees, names and axes of weights, files. NumPy alone."""
+"""What kdjax and kdtorch share: trees, names and axes of weights, files, pages on a terminal. It imports neither framework."""

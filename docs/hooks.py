@@ -1,0 +1,124 @@
+"""What MkDocs alone does not: formulas as MathML, the pages of the API, and pages from files that are not in docs/."""
+
+import html
+import os
+import pathlib
+import re
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = pathlib.Path(__file__).parent.parent
+OUTSIDE = {f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")}
+OUTSIDE["README.md"] = "index.md"
+PARTS = ("", "nn", "teacher_cache", "interop")
+TWINS = {"kdjax": "kdtorch", "kdtorch": "kdjax"}
+RENAMED = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}
+RENAMED |= {other: name for name, other in RENAMED.items()}
+ALONE = {"LossState"}  # PyTorch calls it a buffer
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The pages that no one writes."""
+    for source, page in OUTSIDE.items():
+        if page != "index.md" and (ROOT / source).exists():
+            files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    rows = ["| JAX | PyTorch | |", "| --- | --- | --- |"]
+    for package in (*TWINS, "parity"):
+        for page, objects in public(package).items():
+            content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
+            files.append(File.generated(config, f"api/{page}", content="\n\n".join(content)))
+            for name, summary in objects.items() if package == "kdjax" else ():
+                links = (reference(x) for x in (name, twin(name)))
+                rows.append(f"| {' | '.join(links)} | {summary} |")
+    (index,) = (file for file in files if file.src_uri == "api/index.md")
+    index.content_string = index.content_string.replace("TABLE", "\n".join(rows))
+    return files
+
+
+def public(package: str) -> dict[str, dict[str, str]]:
+    """Page by page the public names, each once, with their summaries."""
+    module = griffe.load(package, search_paths=[ROOT], allow_inspection=False)
+    pages: dict[str, dict[str, str]] = {}
+    seen = set()
+    for part in PARTS if package in TWINS else PARTS[:1]:
+        face = module[part] if part else module
+        for name in sorted(face.exports, key=str.lower):
+            origin = face.imports.get(name, f"{face.path}.{name}")
+            if origin not in seen:
+                seen.add(origin)
+                page = f"{package}/{origin.split('.')[1]}.md" if package in TWINS else f"{package}.md"
+                summary = module[origin.partition(".")[2]].docstring.value.partition("\n")[0]
+                pages.setdefault(page, {})[f"{face.path}.{name}"] = summary
+    return pages
+
+
+def twin(path: str) -> str:
+    """The name in the other package, "" where there is none."""
+    package, _, rest = path.partition(".")
+    *modules, name = rest.split(".")
+    return "" if name in ALONE else ".".join([TWINS[package], *modules, RENAMED.get(name, name)])
+
+
+def reference(path: str) -> str:
+    return path and f"[`{path.partition('.')[2]}`][{path}]"
+
+
+class Docstrings(griffe.Extension):
+    """Doctests are shown as a session, and each public object leads to the one of the other framework."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(
+                r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value
+            )
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}
+        for name, obj in origins.items():  # before a module of the same name
+            pkg.set_member(name, obj)
+        for face in (pkg[part] if part else pkg for part in PARTS) if pkg.name in TWINS else ():
+            for name in face.exports:
+                obj, other = face[name], twin(f"{face.path}.{name}")
+                if other and not obj.is_alias:
+                    summary, _, rest = obj.docstring.value.partition("\n\n")
+                    link = f"In {TWINS[pkg.name]}: [`{other.rpartition('.')[2]}`][{other}]"
+                    obj.docstring.value = f"{summary}\n\n{link}\n\n{rest}"
+
+
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    """A link to a file of the repository leads to its page, or, where it has none, is its text."""
+    source = page.file.abs_src_path
+    folder = pathlib.Path(source).parent if source else ROOT
+
+    def link(match: re.Match[str]) -> str:
+        path = os.path.relpath(folder / match["path"], ROOT)
+        inside = path.startswith("docs/")
+        if (inside and source) or not (ROOT / path).exists():
+            return match[0]
+        if not inside and path not in OUTSIDE:
+            return match["text"]
+        target = OUTSIDE.get(path, path.removeprefix("docs/"))
+        target = os.path.relpath(target, pathlib.Path(page.file.src_uri).parent)
+        return f"[{match['text']}]({target}{match['anchor'] or ''})"
+
+    return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
+
+
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """LaTeX, as arithmatex leaves it, becomes MathML; what is said of a picture stands under it."""
+
+    def formula(match: re.Match[str]) -> str:
+        display = "block" if match["tag"] == "div" else "inline"
+        math = convert(html.unescape(match["tex"]), display=display)
+        # the names of functions need some air
+        math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
+        return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'
+
+    left = r'(?s)<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
+    content = re.sub(left, formula, content)
+    return re.sub(r'<p>(<img alt="([^"]+)"[^>]*>)</p>', r"<figure>\1<figcaption>\2</figcaption></figure>", content)

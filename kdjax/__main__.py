@@ -1,0 +1,10 @@
+"""`python -m kdjax` lists the losses, `python -m kdjax show NAME` prints the page of one."""
+
+import sys
+
+import kdjax
+from kdjax.make_loss import PUBLISHED
+from parity.bridge import pages
+
+if __name__ == "__main__":
+    sys.exit(pages.main(kdjax, PUBLISHED))

@@ -1,0 +1,10 @@
+"""`python -m kdtorch` lists the losses, `python -m kdtorch show NAME` prints the page of one."""
+
+import sys
+
+import kdtorch
+from kdtorch.make_loss import PUBLISHED
+from parity.bridge import pages
+
+if __name__ == "__main__":
+    sys.exit(pages.main(kdtorch, PUBLISHED))

@@ -1,0 +1,147 @@
+"""`python -m kdjax` and `python -m kdtorch`: every loss, and its page, in a terminal of 80 columns."""
+
+import runpy
+import sys
+
+import pytest
+from rich.cells import cell_len
+
+import kdjax
+import kdtorch
+from parity.bridge.formulas import unicode
+from parity.bridge.pages import blocks, entries, losses, paper
+
+LOSSES = [(package, name) for package in (kdjax, kdtorch) for name in losses(package)]
+
+
+@pytest.fixture
+def page(monkeypatch, capsys):
+    """What the command prints; its exit status must be the one that is expected."""
+
+    def run(package, *arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["", *arguments])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module(package.__name__, run_name="__main__")
+        assert left.value.code == status
+        text = "\n".join(line.rstrip() for line in "".join(capsys.readouterr()).splitlines())
+        assert max(map(cell_len, text.splitlines())) <= 80 or status
+        return text
+
+    monkeypatch.setenv("COLUMNS", "80")
+    return run
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_the_table(page, package):
+    text = page(package)
+    assert (
+        """
+ dkd_loss            Decoupled knowledge    labels       Zhao et al., CVPR 2022
+ dkd                 distillation: the
+                     label against the
+                     rest, and the rest
+                     among themselves.
+"""
+        in text
+    )
+    assert "crcd_loss           Complementary          index        Zhu et al., CVPR 2021" in text
+    assert {line[1:].split(" ")[0] for line in text.splitlines()} >= {
+        *losses(package),
+        "kld",
+        "uskd",
+        "uskd_tea",
+        "rkd",
+    }
+
+
+HEAD = """\
+smooth_l1_loss(
+    student: Float[{array}, '*batch features'],
+    teacher: Float[{array}, '*batch features'],
+    *,
+    beta: Scalar = 1.0,
+    where: Bool[{array}, '*batch'] | None = None,
+    reduction: Reduction = 'mean',
+    {axis} | None = None,
+) -> {result}
+in a configuration: sml
+
+Smooth L1 error between features: quadratic below β, linear above.
+
+Formula
+  1/D ∑_d {{ (s_d - t_d)²/2β if |s_d - t_d| < β
+  |s_d - t_d| - β/2 otherwise }}
+
+Args
+  student    [*batch, features].
+  teacher    the same shape; constant, its gradient is 0.
+  beta       β > 0, where the two pieces meet. It is Huber's loss with δ = β,
+             divided by β.
+"""
+FRAMEWORK = {
+    kdjax: {"array": "Array", "axis": "axis_name: AxisName", "result": "jax.Array"},
+    kdtorch: {"array": "Tensor", "axis": "group: ProcessGroup", "result": "Tensor"},
+}
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_a_page(page, package):
+    text = page(package, "show", "sml")
+    assert text.startswith(HEAD.format(**FRAMEWORK[package]))
+    assert text.endswith('\n  >>> print(f"{smooth_l1_loss(s, t):.4f}")\n  0.8125')
+
+
+@pytest.mark.parametrize(("package", "name"), LOSSES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_every_loss_shows(page, package, name):
+    text = page(package, "show", name)
+    assert "\\" not in text
+    assert "$" not in text
+    said = blocks(getattr(package, name).__doc__)
+    sections = dict(said)
+    for parameter in entries(sections["Args"]):
+        assert f"\n  {parameter}  " in text
+    for line in sections["Example"].splitlines():
+        assert f"\n  {line}\n" in f"{text}\n"
+    _, link = paper(getattr(package, name).__doc__)
+    assert link in text
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("dkd", "dkd_loss"),
+        ("DKD", "dkd_loss"),
+        ("kld", "kl_loss"),
+        ("rkd", "hcl_loss"),
+        ("eu_mse", "euclidean_mse_loss"),
+        ("uskd_tea", "uskd_loss"),
+        ("topk_kl", "topk_kl_loss"),
+        ("make_loss", "make_loss"),
+        ("DINOState", "DINOState"),
+    ],
+)
+def test_names(page, package, asked, shown):
+    assert page(package, "show", asked).startswith(f"{shown}(")
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_an_unknown_name(page, package):
+    assert page(package, "show", "dkdd", status=2).endswith(
+        f"no loss is called 'dkdd'; near are dkd, rkd, nkd; `python -m {package.__name__}` lists all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [
+        (kdtorch.bce_loss, "-1/D ∑_d [t_d log σ(s_d) + (1 - t_d) log (1 - σ(s_d))]"),
+        (kdtorch.dcn_loss, "1 - (s·ĉ_y)/(max(‖s‖, ‖t‖)),\nĉ_y = c_y/‖c_y‖"),
+        (kdtorch.hcl_loss, "∑_{maps} (∑_l w_l MSE(pool_l(s), pool_l(t)))/(∑_l w_l),\nw = 1, 1/2, 1/4, 1/8"),
+        (kdtorch.nkd_loss, "-q_y log p_y - γ T² ∑_{k≠y} q̂_k log p̂_k"),
+        (kdtorch.symmetric_kl_loss, "T²/2[KL(q ‖ p) + KL(p ‖ q)],\np = softmax(s/T),\nq = softmax(t/T)"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_formulas(loss, formula):
+    assert unicode(dict(blocks(loss.__doc__))["Formula"]) == formula

@@ -1,0 +1,223 @@
+"""Every recipe runs, as a user runs it, and does what its page says."""
+
+import copy
+import os
+import re
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from kdtorch import kl_loss
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+RECIPES = EXAMPLES / "recipes"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(autouse=True)
+def float64_in_jax():
+    """Not here: recipes run as a user runs them, and Optax's Adam relies on promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(RECIPES)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        names = runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+        assert "->" in capsys.readouterr().out
+        return names
+
+    return run
+
+
+def falls(losses, to=0.3):
+    first, last = float(losses[0]), float(np.mean([float(x) for x in losses[-5:]]))
+    assert 0 < last < to * first
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_page_prints_it(recipe):
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "recipes").glob("*.md"))
+    assert f'--8<-- "examples/recipes/{recipe.name}"' in pages
+    assert f"`python examples/recipes/{recipe.name}`" in pages
+
+
+def test_pytorch_as_a_script(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", str(RECIPES / "pytorch.py")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    first, last, accuracy = map(float, re.findall(r"\d+\.\d+", text))
+    assert last < 0.3 * first
+    assert accuracy > 88
+
+
+@pytest.mark.parametrize("name", ["flax_nnx", "flax_linen"])
+def test_flax(name, run):
+    names = run(name)
+    falls(names["losses"])
+    assert names["accuracy"] > 0.88
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_torch_compile(run):
+    names = run("torch_compile")
+    falls(names["losses"])
+    eager, compiled = names["same"]
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:Found 5 module.s. in eval mode at the start of training")  # the teacher, as meant
+def test_lightning(run):
+    names = run("lightning_module")
+    falls(names["losses"])
+    assert names["result"]["accuracy"] > 0.88
+    assert not names["module"].teacher.training
+    assert all(p.grad is None for p in names["module"].teacher.parameters())
+
+
+def test_huggingface(run, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # to be put back after the recipe has set it
+    names = run("huggingface_trainer")
+    falls(names["losses"])
+    assert names["accuracy"] > 0.88
+    assert names["trainer"].state.global_step == 160
+    assert names["losses"][0] < 16  # of a student that guesses: the accumulated loss is a mean, not a sum
+
+
+def test_the_page_of_huggingface_on_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    names = {"Trainer": Trainer, "torch": torch, "kl_loss": kl_loss}
+    (code,) = re.findall(r"    ```py\n(.*?)    ```", (ROOT / "docs" / "recipes" / "huggingface.md").read_text(), re.S)
+    exec(textwrap.dedent(code), names)
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    student, tokens, data = GPT2LMHeadModel(config), torch.randint(50, (8, 16)), []
+    names["DistillationTrainer"].teacher = GPT2LMHeadModel(config).eval()
+    for row, text in enumerate(tokens):  # the labels of each row end elsewhere
+        data.append({"input_ids": text, "labels": torch.where(torch.arange(16) < 2 + row, text, -100)})
+
+    def moved(parts):
+        model = copy.deepcopy(student)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=8 // parts,
+            gradient_accumulation_steps=parts,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        )
+        names["DistillationTrainer"](model, arguments, train_dataset=data).train()
+        weights = zip(model.parameters(), student.parameters(), strict=True)
+        return torch.cat([(after - before).detach().flatten() for after, before in weights])
+
+    whole = moved(1)
+    assert whole.norm() > 0.1
+    assert (moved(4) - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_accumulation_torch(run):
+    names = run("accumulation_torch")
+    falls(names["losses"])
+    off = {(loss.__name__, way.__name__): value for (loss, way), value in names["off"].items()}
+    right = {("kl_loss", "sums"), ("kl_loss", "by_logits"), ("euclidean_mse_loss", "by_logits")}
+    for key, value in off.items():
+        assert value < 1e-5 if key in right else value > 0.1, key
+
+
+def test_accumulation_jax(run):
+    names = run("accumulation_jax")
+    falls(names["losses"])
+    assert max(names["errors"]["kl_loss"]) < 1e-5
+    by_sums, by_logits = names["errors"]["euclidean_mse_loss"]
+    assert by_sums > 0.1
+    assert by_logits < 1e-5
+
+
+def test_bfloat16_torch(run):
+    names = run("bfloat16_torch")
+    falls(names["losses"])
+    assert names["accuracy"] > 0.88
+    assert names["logits"].dtype == torch.bfloat16
+    assert names["loss"].dtype == names["student"][1].weight.dtype == torch.float32
+    assert names["loss"] == names["wide"]
+
+
+def test_bfloat16_jax(run):
+    names = run("bfloat16_jax")
+    falls(names["losses"])
+    assert names["accuracy"] > 0.88
+    assert names["logits"].dtype == "bfloat16"
+    assert names["loss"].dtype == names["student"].layers[1].kernel.dtype == "float32"
+
+
+def test_reviewkd_torch(run):
+    names = run("reviewkd_torch")
+    falls(names["losses"], 0.1)
+    assert names["accuracy"] > 0.85
+    assert all(connector.norm1.num_batches_tracked == 96 for connector in names["review"].connectors)
+
+
+def test_reviewkd_jax(run):
+    names = run("reviewkd_jax")
+    falls(names["losses"], 0.1)
+    assert names["accuracy"] > 0.85
+    assert all(abs(connector.norm1.mean[...]).max() > 0.01 for connector in names["model"].review.connectors)
+
+
+def norm(trees, others):
+    return sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in zip(trees, others, strict=True)) ** 0.5
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_dino(framework, run):
+    names = run(f"dino_{framework}")
+    falls(names["losses"][0])
+    accuracies = names["accuracies"]
+    assert min(accuracies["student"], accuracies["teacher"]) > accuracies["alone"] + 0.01
+
+    def leaves(net):
+        return jax.tree.leaves(net) if framework == "jax" else [p.detach() for p in net.parameters()]
+
+    for alone, student, teacher in zip(names["alone"], names["students"], names["teachers"], strict=True):
+        here, average = leaves(student), leaves(teacher)
+        assert 0 < norm(here, average) < norm(here, leaves(alone)) / 2
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_make_loss(framework, run, tmp_path):
+    names = run(f"make_loss_{framework}")
+    assert names["accuracy"] > 0.88
+    everything = {"scalars": 0, "tensors": 0}
+    written = EventAccumulator(str(tmp_path / "out" / "tensorboard" / framework), everything).Reload()
+    for name in ("dkd", "dcn", "eu_mse", "hard", "loss"):
+        curve = [values[name] for values in names["losses"]]
+        falls(curve)
+        if framework == "torch":
+            events = {x.step: x.value for x in written.Scalars(name)}
+        else:
+            events = {x.step: float(make_ndarray(x.tensor_proto)) for x in written.Tensors(name)}
+        assert events[0] == pytest.approx(curve[0], rel=1e-6)
+        assert len(curve) == max(events) + 1 > 90
