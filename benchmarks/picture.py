@@ -43,6 +43,8 @@ def draw(result: dict[str, Any], path: str) -> None:
                     amount = [max(p[key][name]["resident"], 2**14) / 2**20 for p in points]
                 axes.plot(size, amount, "o-", color=COLOURS[name], label=NAMES[name])
             axes.set(xscale="log", yscale="log", ylabel=label, title=f"{loss}, by {data['axis']}" if not line else "")
+            axes.minorticks_off()
+            axes.set_xticks(size, [f"{x:,}" for x in size])
             if not line and not column:
                 axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes:

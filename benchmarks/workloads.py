@@ -101,6 +101,7 @@ _DIM = ("student", "centers")
 _USKD = ("student", "weak")
 
 WORKLOADS: tuple[Workload, ...] = (
+    Workload("kl 128×10", "kl_loss", _logits(128, 10), _S, 1 / 2.5),
     Workload("kl 128×1000", "kl_loss", _logits(128, 1000), _S, 1.2, 1.3, 1.0, {"temperature": 4.0}),
     Workload("symmetric_kl 128×1000", "symmetric_kl_loss", _logits(128, 1000), _S, 1.4, 1.7, 1.0, {"temperature": 4.0}),
     Workload("dkd 128×1000", "dkd_loss", _logits(128, 1000, labels=True), _S, 1.8, 3.5, 0.7),

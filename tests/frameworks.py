@@ -25,6 +25,7 @@ class Framework:
     array: Callable[..., Any]
     grad: Callable[..., Any]
     numpy: Callable[[Any], np.ndarray] = np.asarray
+    jit: Callable[..., Any] = lambda function: function  # eager JAX compiles every operation by itself
 
     def arrays(self, tree: Any, dtype: str = "float64") -> Any:
         if isinstance(tree, dict):
@@ -44,7 +45,7 @@ def _torch_array(x: Any, dtype: str = "float64") -> torch.Tensor:
     return x.to(getattr(torch, dtype)) if x.is_floating_point() else x
 
 
-JAX = Framework("jax", kdjax, _jax_array, jax.grad)
+JAX = Framework("jax", kdjax, _jax_array, jax.grad, jit=jax.jit)
 TORCH = Framework("torch", kdtorch, _torch_array, torch.func.grad, lambda x: x.detach().numpy())
 BOTH = (JAX, TORCH)
 

@@ -97,8 +97,8 @@ def test_second_derivative(loss):
 
         return slope
 
-    slope = along_direction(JAX, function, direction)
-    got = jax.grad(slope)(x)
+    slope = jax.jit(along_direction(JAX, function, direction))
+    got = jax.jit(jax.grad(slope))(x)
     step = 1e-6
     moved = [jax.tree.map(lambda a, d, s=s: a + s * step * jnp.sin(d * 3), x, direction) for s in (1, -1)]
     difference = float(slope(moved[0]) - slope(moved[1])) / (2 * step)

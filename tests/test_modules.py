@@ -48,7 +48,7 @@ def test_review_connectors(sizes):
         return JAX.kd.hcl_loss(module(maps), [last(x) for x in teacher])
 
     with jax.numpy_dtype_promotion("standard"):  # Flax's batch norm asks for a type of float64 and float32
-        value, slopes = nnx.value_and_grad(objective, argnums=1)(ours, [last(x) for x in maps])
+        value, slopes = nnx.jit(nnx.value_and_grad(objective, argnums=1))(ours, [last(x) for x in maps])
     given = [torch.from_numpy(x).requires_grad_() for x in maps]
     outputs = theirs(given)
     assert [tuple(x.shape) for x in outputs] == [x.shape for x in teacher]
@@ -70,10 +70,11 @@ def test_crcd(embed):
         value = np.asarray(getattr(ours, field)[...], np.float64)
         setattr(ours, field, kdjax.nn.LossState(jnp.asarray(value)))
         setattr(theirs, field, torch.from_numpy(value.copy()))
+    step = nnx.jit(lambda module, *batch: module(*batch))
     for _ in range(3):
         student, teacher = RNG.normal(size=(6, dims[0])), RNG.normal(size=(6, dims[1]))
         index, negatives = RNG.choice(20, 6, replace=False), RNG.integers(20, size=(6, 7))
-        want = ours(*(JAX.array(x) for x in (student, teacher, index, negatives)))
+        want = step(ours, *(JAX.array(x) for x in (student, teacher, index, negatives)))
         got = theirs(*(TORCH.array(x) for x in (student, teacher, index, negatives)))
         assert ulps(got.detach().numpy(), np.asarray(want), "float64") <= 4096
     for field in kdjax.CRCDState._fields:
@@ -85,8 +86,8 @@ def test_crcd_stops_at_the_teachers_features():
     student, index = jnp.ones((3, 5), "float32"), jnp.arange(3)
     teacher = jax.random.normal(jax.random.key(0), (3, 6), "float32")
     ours.eval()
-    assert not np.any(jax.grad(lambda t: ours(student, t, index))(teacher))
-    heads = nnx.grad(lambda module: module(student, teacher, index))(ours)
+    assert not np.any(jax.jit(jax.grad(lambda t: ours(student, t, index)))(teacher))
+    heads = nnx.jit(nnx.grad(lambda module: module(student, teacher, index)))(ours)
     assert np.any(np.asarray(heads["teacher_head"]["kernel"][...]) != 0)
 
     theirs = kdtorch.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7)
