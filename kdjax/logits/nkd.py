@@ -60,7 +60,8 @@ def nkd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
-    https://arxiv.org/abs/2303.13005. The released code hides the label by subtracting 1000; here it is masked.
+    https://arxiv.org/abs/2303.13005. Revisions of the released code hide the label by subtracting 1000, remove it, or
+    leave it in by mistake; here it is masked.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import nkd_loss
