@@ -69,7 +69,7 @@ def test_a_quick_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--only", "xyz"], "no workload has ['xyz'] in its name: kl 128×1000, "),
+        (["--only", "xyz"], "no workload has ['xyz'] in its name: kl 128×10, "),
         (["--png", "/no/such/folder/x.png"], "argument --png: cannot write '/no/such/folder/x.png': No such file"),
     ],
 )

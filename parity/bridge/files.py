@@ -85,10 +85,10 @@ def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
         entries = json.loads(header)
         metadata = entries.pop("__metadata__")
         size = 8 + header_size + max((x["data_offsets"][1] for x in entries.values()), default=0)
-        digest = metadata.get("sha256")
+        digest = metadata.get("sha256", "")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: altered: its header cannot be read; save it again") from None
-    if "kdlosses" not in metadata or digest is None:
+    if not metadata.keys() & {"kdlosses", "sha256", "tree"}:  # one of which may be what was altered
         raise ValueError(f"{path}: a file of another kind: safetensors, but not saved by kdjax or kdtorch")
     if len(blob) < size:
         raise ValueError(f"{path}: truncated: expected {size} bytes, got {len(blob)}; save it again")
