@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from kdtorch import _numerics
+from kdtorch.relations import crcd, euclidean_mse
 from parity.arrays import HALVES
 from parity.cases import LOSSES, TWISTS, cases, random_case
 from parity.check import DTYPES, check
@@ -30,6 +32,16 @@ def test_random_draws(loss):
     """PyTorch alone, which need not compile; `python -m parity --tries` draws for both."""
     for seed in range(10):
         comparison = Comparison(tuple(check(random_case(loss, seed), "float64", ["torch"])))
+        assert comparison.passed, f"\n{comparison}"
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
+def test_in_blocks(loss, monkeypatch):
+    """PyTorch on a CPU takes large batches in blocks: here of a row, of two rows and the one that is left."""
+    for module, size in ((_numerics, 8), (euclidean_mse, 10), (crcd, 10)):
+        monkeypatch.setattr(module, "BLOCK", size)
+    for case in cases(loss):
+        comparison = Comparison(tuple(check(case, "float64", ["torch"])))
         assert comparison.passed, f"\n{comparison}"
 
 

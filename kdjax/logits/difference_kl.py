@@ -51,8 +51,9 @@ def difference_kl_loss(
 
     The founding repository's DIFFKLD, whose released code builds every difference, an array of `[batch², classes]`.
     Here the normalisers of all pairs are matrix products, in `[batch, batch]`, as long as no row spans more than
-    about 60 in float32 (500 in float64) once the column means, which cancel, are taken out; beyond, the differences
-    are formed a row at a time. Under `vmap` both are computed.
+    about 60 T in float32 (500 T in float64) once the column means, which cancel, are taken out; beyond, the differences
+    are formed a row at a time. Where student and teacher are near, the products are of exp(d) - 1, so that a small loss
+    keeps its digits. Under `vmap` all three are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import difference_kl_loss

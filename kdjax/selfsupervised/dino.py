@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import size, total
-from kdjax._numerics import check_state, fraction, log_softmax, positive, rowwise, softmax, widen
+from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, rowwise, softmax, widen
 from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
@@ -177,10 +177,9 @@ def _cross_entropies(x: jax.Array, q: jax.Array, every: jax.Array, temperature: 
     ours, others = jnp.maximum(every[None] - q, 0), every[None]
 
     def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        _, peak, z, log_total = softmax(view, temperature)
-        total = target.sum(-1, keepdims=True)
-        value = (log_total * total).squeeze(-1) - jnp.where(target == 0, 0, target * z).sum(-1)
-        return value, peak, total / jnp.maximum(jnp.exp(z).sum(-1, keepdims=True), 1)
+        _, peak, z, _ = softmax(view, temperature)
+        scale = target.sum(-1, keepdims=True) / jnp.maximum(jnp.exp(z).sum(-1, keepdims=True), 1)
+        return cross_entropy(view, target, temperature), peak, scale
 
     targets = [*ours, *[every] * (len(x) - teacher_views)]
     value, peak, scale = map(jnp.stack, zip(*map(one, x, targets), strict=True))

@@ -91,24 +91,24 @@ def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:
     scaled = [
         math.sqrt(0.5**level * height * width)
         / size
-        * torch.kron(_pooling(height, size, student), _pooling(width, size, student))
+        * torch.kron(_pooling(size, height, student), _pooling(size, width, student))
         for level, size in enumerate(sizes, 1)
     ]
-    pools = torch.cat([student.new_empty(height * width, 0), *scaled], 1).expand(max(batch, 1), -1, -1)
+    pools = torch.cat([student.new_empty(0, height * width), *scaled]).expand(max(batch, 1), -1, -1)
     weights = 2 - 0.5 ** len(sizes)
     return _squares(student.flatten(1), teacher.flatten(1), pools) / (channels * height * width * weights)
 
 
 @rowwise
 def _squares(x: Tensor, y: Tensor, pools: Tensor) -> tuple[Tensor, Tensor]:
-    """|d|^2 + |d K|^2 with d = x - y and K the pooling, a column a bin; pooling is linear, so the difference is pooled."""
+    """|d|^2 + |K d|^2 with d = x - y and K the pooling, a row a bin; pooling is linear, so the difference is pooled."""
     difference, pool = x - y, pools[0]
-    pooled = difference.unflatten(-1, (-1, len(pool))) @ pool
+    pooled = difference.unflatten(-1, (-1, pool.shape[-1])) @ pool.T
     value = torch.linalg.vecdot(difference, difference) + pooled.square().sum((-2, -1))
-    return value, 2 * (difference + (pooled @ pool.T).flatten(-2))
+    return value, 2 * (difference + (pooled @ pool).flatten(-2))
 
 
-def _pooling(length: int, bins: int, like: Tensor) -> Tensor:
-    """`[length, bins]`: the matrix that averages positions into bins, which overlap where the length is no multiple."""
+def _pooling(bins: int, length: int, like: Tensor) -> Tensor:
+    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
     eye = torch.eye(length, dtype=like.dtype, device=like.device)
-    return functional.adaptive_avg_pool1d(eye, bins)
+    return functional.adaptive_avg_pool1d(eye, bins).T

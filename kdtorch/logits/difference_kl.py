@@ -48,10 +48,10 @@ def difference_kl_loss(
         TypeError: a shape or dtype that does not fit.
 
     The founding repository's DIFFKLD, whose released code builds every difference, an array of `[batch², classes]`.
-    Here the normalisers of all pairs are matrix products, in `[batch, batch]`, once the column means, which cancel, are
-    taken out: float32 in float32 where no row spans more than about 60 T, in float64 up to 680 T; float64 up to 660 T.
-    Beyond, the differences are formed a row at a time. Where student and teacher are near, the products are of exp(d) - 1, so that a small
-    loss keeps its digits.
+    Here the normalisers of all pairs are matrix products, in `[batch, batch]`, as long as no row spans more than
+    about 60 T in float32 (660 T in float64) once the column means, which cancel, are taken out. Wider rows of float32
+    go through float64, up to 680 T; beyond, the differences are formed a row at a time. Where student and teacher are
+    near, the products are of exp(d) - 1, so that a small loss keeps its digits.
 
     >>> import torch
     >>> from kdtorch import difference_kl_loss

@@ -71,18 +71,18 @@ def euclidean_mse_loss(
 )
 def _forward(x: Tensor, y: Tensor, kept: Tensor, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j (d_ij - e_ij)^2 of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; 1 - e / d; whether all x are apart."""
-    of_x, of_y, clear = _distances(x), _distances(y), True
-    value, weight, strangers = x.new_zeros(len(mine)), x.new_empty(len(mine), len(x)), None
+    whole, masked, clear = len(mine) == len(x), not kept.all(), True
+    of_x, of_y = _distances(x), _distances(y)
+    value, weight = x.new_zeros(len(mine)), x.new_empty(len(mine), len(x))
     for here, rows, columns, others in _blocks(mine, x):
-        if not kept.all():
-            strangers = ~(kept[rows, None] & kept[columns])
+        strangers = ~(kept[rows, None] & kept[columns]) if masked else None
         distance, apart = of_x(rows, columns, strangers)
         gap = distance - of_y(rows, columns, strangers)[0]
         if strangers is not None:
             gap.masked_fill_(strangers, 0)
         torch.mul(distance.reciprocal_().nan_to_num_(nan=math.nan, posinf=0), gap, out=weight[here, columns])
         value[here] += torch.linalg.vecdot(gap, gap)
-        if len(mine) == len(x):
+        if whole:
             value[others] += torch.linalg.vecdot(gap, gap, dim=0)[others.start - columns.start :]
         clear &= apart
     return value, weight, torch.tensor(clear, device=x.device)
@@ -111,8 +111,9 @@ _squares = pulled_back(_forward, _backward)
 
 
 def _blocks(mine: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
-    """As many rows at once as let a CPU's caches hold their pairs: their places here, and among all; those of the columns
-    that they are compared with, each pair once; and of those columns that are not rows of the block.
+    """Of as many rows at once as let a CPU's caches hold their pairs: the places among this rank's rows and among all, of
+    what they are compared with, and of what has its pairs with them nowhere else. Where all rows are here, that is each
+    pair once.
     """
     first, size = as_slice(mine).start, len(x)
     number = max(BLOCK // max(size, 1), 1) if x.device.type == "cpu" else size
@@ -126,7 +127,7 @@ def _blocks(mine: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tensor, bool]]:
-    """|x_i - x_j| of some i and every j, and whether no two of them lose their digits in a product of matrices."""
+    """|x_i - x_j| of some i and j, and whether none of them loses its digits in a product of matrices."""
     centered = x - x.mean(0)  # what is common to all rows only costs digits
     length = torch.linalg.vecdot(centered, centered)
 
