@@ -112,6 +112,8 @@ def main() -> None:
         {dtype: train(inputs, plans, dtype, mesh, options.engine) for dtype in options.dtype}, rank, ranks, options.json
     )
     if mesh:
+        # gloo's threads let go of the last tensors here, while there is a Python to give them back to
+        distributed.barrier()
         distributed.destroy_process_group()
 
 
