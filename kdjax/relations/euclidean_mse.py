@@ -71,8 +71,9 @@ def euclidean_mse_loss(
 def _distances(x: jax.Array, partners: jax.Array, mine: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
-    length = jnp.square(centered).sum(-1)
-    square = mine(length)[:, None] + length[None] - 2 * jnp.matmul(mine(centered), centered.T, precision=HIGHEST)
+    ours, length = mine(centered), jnp.square(centered).sum(-1)
+    product = _gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
+    square = mine(length)[:, None] + length[None] - 2 * product
     clear = (~partners | (square * 64 > length.max(initial=0))).all()
 
     def by_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -80,6 +81,18 @@ def _distances(x: jax.Array, partners: jax.Array, mine: Callable[[jax.Array], ja
 
     rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (mine(x), partners))  # noqa: E731
     return jax.lax.cond(clear, lambda: _root(square, partners), rows)
+
+
+@jax.custom_jvp
+def _gram(x: jax.Array) -> jax.Array:
+    """x xᵀ. Its gradient is (g + gᵀ) x, one product, where that of a product of two takes two."""
+    return jnp.matmul(x, x.T, precision=HIGHEST)
+
+
+@_gram.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    half = jnp.matmul(tangents[0], primals[0].T, precision=HIGHEST)
+    return _gram(*primals), half + half.T
 
 
 def _root(square: jax.Array, partners: jax.Array) -> jax.Array:
