@@ -254,7 +254,7 @@ def _complex_step(
 
     Where no example has a part in another's value, the same entry of every example moves in one step.
     """
-    tiny = 1e-100
+    tiny = np.finfo(np.longdouble).tiny ** 0.25  # next to the smallest inputs in float64 too
     axis = None if case.loss.pairs else KINDS[case.loss.inputs[name]].axis
     arrays = _list(inputs[name])
     gradients = []

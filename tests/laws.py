@@ -99,6 +99,7 @@ KEPT = (
     Recipe(
         40180, "1e4", "ordinary", "lowest in the student", "drawn", 255, 0
     ),  # T² times a part, and γ T² times it not
+    Recipe(1, "ordinary", "of all sizes", "apart", "least", 255, 0),  # a step of the oracle's, larger than the input
 )
 
 
