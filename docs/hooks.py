@@ -72,10 +72,8 @@ class Docstrings(griffe.Extension):
     """Doctests are shown as a session, and each public object leads to the one of the other framework."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring:
-            obj.docstring.value = re.sub(
-                r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value
-            )
+        if obj.docstring and "```pycon" not in obj.docstring.value:  # an object that is a member twice comes twice
+            obj.docstring.value = re.sub(r"(?ms)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}

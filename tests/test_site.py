@@ -90,11 +90,11 @@ class Page(html.parser.HTMLParser):
 
 
 def test_what_is_in_the_pages(site):
-    """Links and anchors lead somewhere, nothing is loaded from elsewhere, no LaTeX is left."""
+    """Links and anchors lead somewhere, nothing is loaded from elsewhere, no LaTeX and no fence of code is left."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     assert len(pages) > 40
     for path, page in pages.items():
-        assert not re.search(r"[$\\]", "".join(page.text)), path
+        assert not re.search(r"[$\\]|```", "".join(page.text)), path
         for address in page.links | page.loads:
             scheme, host, target, _, anchor = urllib.parse.urlsplit(address)
             if scheme or host:
