@@ -112,7 +112,8 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
-        math = convert(html.unescape(match["tex"]), display=display)
+        # what stands between wide spaces may go to a line of its own
+        math = "".join(convert(part, display=display) for part in re.split(r"\\q?quad\b", html.unescape(match["tex"])))
         # the names of functions need some air
         math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
         return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'
