@@ -27,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in OUTSIDE.items():
         if page != "index.md" and (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    rows = ["| JAX | PyTorch | |", "| --- | --- | --- |"]
+    rows = ["| JAX | PyTorch | what |", "| --- | --- | --- |"]
     for package in (*TWINS, "parity"):
         for page, objects in public(package).items():
             content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
@@ -72,10 +72,8 @@ class Docstrings(griffe.Extension):
     """Doctests are shown as a session, and each public object leads to the one of the other framework."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring:
-            obj.docstring.value = re.sub(
-                r"(?ms)(?<!```pycon\n)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value
-            )
+        if obj.docstring and "```pycon" not in obj.docstring.value:  # an object that is a member twice comes twice
+            obj.docstring.value = re.sub(r"(?ms)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}
@@ -114,7 +112,8 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
-        math = convert(html.unescape(match["tex"]), display=display)
+        # what stands between wide spaces may go to a line of its own
+        math = "".join(convert(part, display=display) for part in re.split(r"\\q?quad\b", html.unescape(match["tex"])))
         # the names of functions need some air
         math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
         return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'

@@ -104,7 +104,8 @@ def curves(
         panel.axvline(teacher[moved], color=GREY, linestyle=":", label=whose if panel is panels[0] else None)
         panel.axhline(0, color=GREY, linewidth=0.5)
         panel.set(
-            title=title, xlabel=f"the student's logit of {('the label', 'another class', 'a class not kept')[moved]}"
+            title=title,
+            xlabel=f"the student's logit of {('the likeliest class', 'another class', 'a class not kept')[moved]}",
         )
     figure.legend(loc="outside upper center", ncols=4)
 

@@ -101,5 +101,5 @@ class TeacherCache(cache.Cache):
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        outputs = self.outputs(np.asarray(index), temperature)
+        outputs = self._outputs(np.asarray(index), temperature)
         return {name: jnp.asarray(x) for name, x in outputs.items()}

@@ -101,7 +101,7 @@ class TeacherCache(cache.Cache):
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        outputs = self.outputs(_numpy(index), temperature)
+        outputs = self._outputs(_numpy(index), temperature)
         return {name: torch.from_numpy(x) for name, x in outputs.items()}
 
 

@@ -568,7 +568,7 @@ def never_negative(trial: Trial) -> None:
 
 
 def hot_limit(trial: Trial) -> None:
-    """As T grows KL becomes the mean squared difference of the centred logits, divided by 2 C."""
+    """As T grows KL becomes half the mean, over the classes, of the squared difference of the centred logits."""
     given, _ = trial.whole
     s, t = (given.inputs[k] for k in ("student_logits", "teacher_logits"))
     used = ~(np.isneginf(s) | np.isneginf(t))

@@ -43,7 +43,7 @@ def dkd_loss(
         teacher_logits: the same shape; constant, its gradient is 0.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` gives NaN for that example.
         alpha: weight of the target part (TCKD), ≥ 0.
-        beta: weight of the non-target part (NCKD), ≥ 0. With β = 1 − q_y an example the loss is α = 1 plain KL.
+        beta: weight of the non-target part (NCKD), ≥ 0. With α = 1 and β = 1 − q_y it is KL, example by example.
         temperature: T > 0.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.

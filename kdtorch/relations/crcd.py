@@ -156,7 +156,7 @@ def crcd_loss(
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
     the released code Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`; here
-    r·ρ comes from products of matrices, a row at a time, and where two remembered rows are so close that this would
+    r·ρ comes from products of matrices, a block at a time, and where two remembered rows are so close that this would
     lose its digits, from their differences.
 
     >>> import torch

@@ -43,10 +43,17 @@ class Cache:
         return len(self.index)
 
     def holds(self, index: Any) -> np.ndarray:
-        """Whether each sample has been recorded."""
+        """Whether each sample has been recorded.
+
+        Args:
+            index: the samples, of any shape.
+
+        Returns:
+            Booleans of that shape.
+        """
         return self._places(np.asarray(index))[1]
 
-    def outputs(self, index: np.ndarray, temperature: float | None) -> dict[str, np.ndarray]:
+    def _outputs(self, index: np.ndarray, temperature: float | None) -> dict[str, np.ndarray]:
         """What was recorded of the samples, by name, in NumPy."""
         if temperature is not None and self.top_k and temperature not in self.temperatures:
             raise ValueError(
