@@ -64,7 +64,8 @@ def check_classes(logits: Array) -> None:
 
 def valid_index(index: Array, size: int) -> tuple[Array, Array]:
     """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
-    valid = (index >= 0) & (index < size)
+    last = min(size - 1, jnp.iinfo(index.dtype).max)  # a narrow integer may not hold the size
+    valid = (index >= 0) & (index <= last)
     return jnp.where(valid, index, 0).astype(jnp.int32), jnp.where(valid, 1.0, jnp.nan)
 
 

@@ -88,12 +88,13 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
 
 
 def _inside(index: Tensor, size: int, name: str) -> Tensor:
+    index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
         raise IndexError(
             f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
         )
-    return index.long()
+    return index
 
 
 @opaque(
@@ -243,7 +244,8 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             x, *others = ctx.saved_tensors
-            gradient = pull(*(t.detach() for t in (cotangents[0], *others)))
+            with torch.no_grad():
+                gradient = pull(cotangents[0], *others)
             if torch.is_grad_enabled():
                 gradient = _Refused.apply(gradient, cotangents[0], x)
             return gradient, *(None for _ in ctx.needs_input_grad[1:])

@@ -265,7 +265,7 @@ def _side(
     usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
     log_z = torch.where(unset, log_mean + math.log(num_data), normalizer.log().to(embedding.dtype))
-    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64)
+    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64, device="cpu")
     return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 
 
