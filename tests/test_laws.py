@@ -263,16 +263,6 @@ def test_no_nan_on_the_way(name):
         assert jnp.isfinite(jax.grad(getattr(JAX.kd, name))(student, *others)).all()
 
 
-def test_a_state_of_numpy():
-    """As every other array of kdjax, a state may be of NumPy."""
-    loss = next(x for x in LOSSES if x.name == "crcd_loss")
-    (inputs,) = draw(loss, Sizes(), 0)
-    state = JAX.kd.CRCDState(**inputs.pop("state"))
-    value, after = JAX.kd.crcd_loss(*inputs.values(), state)
-    assert value > 0
-    assert after.student_normalizer > 0
-
-
 def test_one_hot_labels_are_labels():
     for loss in (x for x in LOSSES if "distribution" in x.inputs.values()):
         for f in BOTH:

@@ -105,6 +105,15 @@ def test_negatives_are_drawn_anew():
     assert not np.array_equal(before, jax.random.key_data(ours.key[...]))
 
 
+def test_a_state_of_numpy():
+    """As every other array of kdjax, a state may be of NumPy."""
+    memories = [np.eye(4, 3), np.ones((4, 3)), np.zeros(()), np.zeros(())]
+    index, negatives = np.arange(2), np.array([[2], [3]])
+    value, after = JAX.kd.crcd_loss(np.eye(2, 3), np.ones((2, 3)), index, negatives, JAX.kd.CRCDState(*memories))
+    assert value > 0
+    assert after.student_normalizer > 0
+
+
 def test_an_empty_batch_of_crcd():
     ours = kdjax.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
     assert ours(jnp.zeros((0, 5), "float32"), jnp.zeros((0, 6), "float32"), jnp.zeros(0, int)) == 0
