@@ -215,12 +215,13 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
     batch = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]
-    value, gradient = rows.new_empty(len(rows)), torch.empty_like(rows)
+    value, gradient = x.new_empty(batch), torch.empty_like(rows)
+    values = value.view(-1)  # what is handed out is no view, so that it may be written into
     number = max(1, BLOCK // rows.shape[-1])
     for i in range(0, len(rows), number):
         block = slice(i, i + number)
-        value[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
-    return value.reshape(batch), gradient.reshape(x.shape)
+        values[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
+    return value, gradient.reshape(x.shape)
 
 
 def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 
-from parity.cases import LOSSES, Case, Sizes, cases, draw
+from parity.cases import LOSSES, Case, Loss, Sizes, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -234,6 +234,22 @@ def test_shapes_alone(loss):
     result = getattr(TORCH.kd, loss.name)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
     (result[0] if loss.state else result).backward()
     assert all(x.grad.shape == x.shape and x.grad.device.type == "meta" for x in given[loss.learns[0]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "sizes"),
+    [(x, Sizes()) for x in LOSSES] + [(x, Sizes((300,), 2000)) for x in LOSSES if x.name in ("dkd_loss", "nkd_loss")],
+    ids=lambda x: named(x) if isinstance(x, Loss) else f"{x.classes} classes",
+)
+def test_values_may_be_written_into(loss, sizes):
+    """`loss(..., reduction="none")` times weights, in place; the wide rows are taken in blocks."""
+    function, x = called(TORCH, loss, sizes=sizes)
+    gradients = []
+    for multiply in (torch.Tensor.mul, torch.Tensor.mul_):
+        given = [y.clone().requires_grad_() for y in leaves(x)]
+        multiply(function(given if isinstance(x, list) else given[0], reduction="none"), 3.0).sum().backward()
+        gradients.append([y.grad for y in given])
+    assert all(map(torch.equal, *gradients))
 
 
 @every
