@@ -551,6 +551,7 @@ class CombinedLoss(nnx.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         return self.weigh(self.terms(score, feat, fea, target, epoch, axis_name=axis_name, update=update))
 
@@ -581,6 +582,7 @@ class CombinedLoss(nnx.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         if not isinstance(feat, Mapping | None):
             raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")

@@ -517,6 +517,7 @@ class CombinedLoss(nn.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         return self.weigh(self.terms(score, feat, fea, target, epoch, group=group, update=update))
 
@@ -547,6 +548,7 @@ class CombinedLoss(nn.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         if not isinstance(feat, Mapping | None):
             raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
