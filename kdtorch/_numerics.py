@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._typing import Scalar
+from kdtorch._typing import Scalar, rounds
 
 
 def widen(*arrays: Tensor) -> tuple[Tensor, ...]:
@@ -197,14 +198,16 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             *inputs, gradient = ctx.saved_tensors
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
+                with unrounded(gradient):
+                    gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
     Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
 
     def value(x: Tensor, *constants: Tensor | float) -> Tensor:
         constants = _constants(x, constants)
-        return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
+        with unrounded(x):
+            return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
 
@@ -245,7 +248,7 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             x, *others = ctx.saved_tensors
-            with torch.no_grad():
+            with torch.no_grad(), unrounded(x):
                 gradient = pull(cotangents[0], *others)
             if torch.is_grad_enabled():
                 gradient = _Refused.apply(gradient, cotangents[0], x)
@@ -256,6 +259,12 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         return (PulledBack.apply if _differentiated(x) else value)(x, *constants)[0]
 
     return pulled
+
+
+def unrounded(x: Tensor) -> contextlib.AbstractContextManager:
+    """Without autocast, which is left for a call, but not where `torch.compile` passes the check by, nor backward."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
 
 def _constants(x: Tensor, values: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Integer, jaxtyped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe"]
+__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe", "rounds"]
 
 if TYPE_CHECKING:
     Number = float
@@ -55,7 +55,7 @@ def checked(function: _F) -> _F:
                 if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
         devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}
-        rounding = [device for device in devices if _rounds(device)]
+        rounding = [device for device in devices if rounds(device)]
         if not rounding and len(accepted) < 1000:
             accepted.add(key)
         with contextlib.ExitStack() as stack:
@@ -71,11 +71,11 @@ def checked(function: _F) -> _F:
 def _kind(value: Any) -> Any:
     """All that the check of an argument depends on."""
     if isinstance(value, Tensor):
-        return value.dtype, value.shape, _rounds(value.device.type)
+        return value.dtype, value.shape, rounds(value.device.type)
     return (type(value), *map(_kind, value)) if isinstance(value, tuple | list) else type(value)
 
 
-def _rounds(device: str) -> bool:
+def rounds(device: str) -> bool:
     """Whether autocast is on there; the device of tensors without data knows no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)
 

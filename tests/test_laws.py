@@ -317,6 +317,33 @@ def test_of_two_rows_with_one_index_the_later_is_remembered(f):
         assert f.numpy(after.student_memory[index]) == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@every
+def test_autocast_does_not_round_what_is_compiled(loss):
+    function, x = called(TORCH, loss, "float32")
+
+    def inside(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(x)
+
+    torch._dynamo.reset()
+    value = torch.compile(inside, fullgraph=True, backend="aot_eager")(x)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(function(x).item(), rel=1e-5)
+
+
+@every
+def test_autocast_does_not_round_backward(loss):
+    function, x = called(TORCH, loss, "float32")
+    slopes = []
+    for enabled in (True, False):
+        given = [y.clone().requires_grad_() for y in leaves(x)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            function(given if isinstance(x, list) else given[0]).backward()
+        slopes.append([y.grad for y in given])
+    assert all(map(torch.equal, *slopes))
+
+
 def test_autocast_does_not_round():
     """A loss called under PyTorch's autocast gives what it gives outside."""
     for loss in LOSSES:
