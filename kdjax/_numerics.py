@@ -64,7 +64,8 @@ def check_classes(logits: Array) -> None:
 
 def valid_index(index: Array, size: int) -> tuple[Array, Array]:
     """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
-    valid = (index >= 0) & (index < size)
+    last = min(size - 1, jnp.iinfo(index.dtype).max)  # a narrow integer may not hold the size
+    valid = (index >= 0) & (index <= last)
     return jnp.where(valid, index, 0).astype(jnp.int32), jnp.where(valid, 1.0, jnp.nan)
 
 
@@ -123,6 +124,10 @@ def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Ar
     p, peak_x, _, log_total_x = softmax(x, temperature)
     q, peak_y, _, log_total_y = softmax(y, temperature)
     both = jnp.isneginf(x) & jnp.isneginf(y)
+    x, y = (
+        jnp.where(both, 0, x),
+        jnp.where(both, 0, y),
+    )  # whose difference is no NaN, which `jax_debug_nans` would stop at
     r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
     return p, q, jnp.where(both, 0, r)
 
@@ -150,7 +155,7 @@ def cross_entropy(x: Array, target: Array, temperature: Scalar) -> tuple[Array, 
     """
     p, _, z, log_total = softmax(x, temperature)
     total = target.sum(-1, keepdims=True)
-    value = (log_total * total).squeeze(-1) - jnp.where(target == 0, 0, target * z).sum(-1)
+    value = (log_total * total).squeeze(-1) - (target * jnp.where(target == 0, 0, z)).sum(-1)
     return value, (p * total - target) / temperature
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -14,14 +15,16 @@ from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Integer, jaxtyped
 
-__all__ = ["Array", "AxisName", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked"]
+__all__ = ["Array", "AxisName", "Bool", "Float", "Integer", "Reduction", "Scalar", "checked", "describe"]
 
 if TYPE_CHECKING:
     Array = jax.Array
-else:  # as JAX's own functions do, take NumPy arrays too
+    Number = float
+else:  # as JAX's own functions do, take NumPy's arrays and numbers too
     Array = jax.Array | np.ndarray
+    Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
-Scalar = float | Float[Array, ""]
+Scalar = Number | Float[Array, ""]
 AxisName = str | tuple[str, ...]
 
 _CHECK = os.environ.get("KDLOSSES_CHECK") != "0"
@@ -75,10 +78,10 @@ def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple
 def _explain(function: str, name: str, given: dict[str, tuple[Any, Any, str]]) -> str:
     value, _, text = given[name]
     if text == "Scalar":
-        return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {_describe(value)}"
-    message = f"{function}: `{name}` must be {text}, got {_describe(value)}"
+        return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {describe(value)}"
+    message = f"{function}: `{name}` must be {text}, got {describe(value)}"
     before = list(given)[: list(given).index(name)]
-    beside = [f"{k} {_describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
+    beside = [f"{k} {describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
     message += f" beside {', '.join(beside)}" if beside else ""
     mend = _mend(name, value, text, given)
     return message + (f"; {mend}" if mend else "")
@@ -88,6 +91,8 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
     """What to write instead, where the mistake is a known one."""
     if not isinstance(value, Array):
         return _MEND.get(type(value).__module__.partition(".")[0])
+    if text.startswith("Sequence"):
+        return f"give [{name}]"
     arrays = {k: v for k, (v, _, _) in given.items() if isinstance(v, Array)}
     first, like = next(iter(arrays.items()))
     floating, shape, likes = "float" in str(value.dtype), tuple(value.shape), tuple(like.shape)
@@ -109,6 +114,8 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
         return f"give {name}.reshape(-1, {shape[-1]})"
     if name.startswith("state."):
         return f"make a state of width {likes[-1]}"
+    if name == first or not shape:
+        return None
     if "classes" in text and shape[:-1] == likes[:-1]:
         wider, (few, many) = name if shape[-1] > likes[-1] else first, sorted((shape[-1], likes[-1]))
         return f"{wider} has {many - few} classes more; if they are padding, cut them off: {wider}[..., :{few}]"
@@ -117,7 +124,7 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
     return None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         text = f"{value.dtype}[{', '.join(map(str, value.shape))}]".replace("torch.", "")
         return text if isinstance(value, Array) else f"{type(value).__module__.partition('.')[0]} {text}"

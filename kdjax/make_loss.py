@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -111,7 +113,8 @@ def make_loss(
 
     Raises:
         ValueError: an unknown name, a name given twice, a missing prefix or key, no name, a number of weights that
-            differs, an unknown or unfit setting.
+            differs, a weight that is no finite number, a width or number below 1, an unknown setting, or one that a
+            module refuses; what a function refuses it refuses when it is called.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss
@@ -126,13 +129,13 @@ def make_loss(
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
     table = CONVENTIONS[conventions]
     names = _names(_get(config, "MODEL.METRIC_LOSS_TYPE"), table)
-    weights = [float(weight) for weight in _get(config, "MODEL.KD_LOSS_WEIGHT")]
+    weights = _weights(_get(config, "MODEL.KD_LOSS_WEIGHT"))
     if len(weights) != len(names):
         raise ValueError(
             f"MODEL.KD_LOSS_WEIGHT must have one number a loss: {len(names)} for {names}, got {len(weights)}: {weights}"
         )
-    settings = dict(_get(config, "MODEL.KD_LOSS_ARGS", default={}))
-    if stray := sorted(set(settings) - set(names)):
+    settings = _mapping("", _get(config, "MODEL.KD_LOSS_ARGS", default={}), {"dkd": {"beta": 8.0}})
+    if stray := sorted(set(settings) - set(names), key=str):
         raise ValueError(f"MODEL.KD_LOSS_ARGS must name losses of MODEL.METRIC_LOSS_TYPE, {names}, got {stray}")
 
     rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -141,7 +144,10 @@ def make_loss(
     for name in names:
         term = table[name]
         options = {**term.options, **_options(name, term.loss, settings.get(name, {}))}
-        arguments = [known[path] if path in known else _get(config, path, name) for path in term.arguments]
+        arguments = [
+            _size(f"`{path}`", known[path]) if path in known else _size(path, _get(config, path, name))
+            for path in term.arguments
+        ]
         if inspect.isclass(term.loss):
             source = {"rngs": rngs} if "rngs" in _parameters(term.loss) else {}
             losses[name] = term.loss(*arguments, **options, **source)
@@ -160,7 +166,7 @@ def _names(text: str, table: Mapping[str, Term]) -> list[str]:
         )
     for name in names:
         if name not in table:
-            near = difflib.get_close_matches(name, table, 1, 0)
+            near = difflib.get_close_matches(name.lower(), table, 1, 0)
             raise ValueError(
                 f"MODEL.METRIC_LOSS_TYPE names an unknown loss {name!r}; did you mean {near[0]!r}? known are {sorted(table)}"
             )
@@ -185,15 +191,38 @@ def _get(config: Any, path: str, needed_by: str | None = None, **default: Any) -
     return node
 
 
-def _options(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _weights(given: Any) -> list[float]:
+    try:
+        weights = [float(weight) for weight in ("" if isinstance(given, str | Mapping) else given)]
+    except (TypeError, ValueError):
+        weights = []
+    if not weights or not all(map(math.isfinite, weights)):
+        raise ValueError(f"MODEL.KD_LOSS_WEIGHT must be finite numbers, one a loss, as in [1.0, 0.5], got {given!r}")
+    return weights
+
+
+def _mapping(place: str, given: Any, example: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"MODEL.KD_LOSS_ARGS{place} must be a mapping, as in {example}, got {given!r}")
+    return dict(given)
+
+
+def _size(path: str, given: Any) -> int:
+    if not hasattr(given, "__index__") or given < 1:
+        raise ValueError(f"{path} must be a whole number of at least 1, got {given!r}")
+    return operator.index(given)
+
+
+def _options(name: str, loss: Callable[..., Any], given: Any) -> dict[str, Any]:
+    given = _mapping(f"[{name!r}]", given, {"temperature": 4.0})
     known = [
         name
         for name, parameter in _parameters(loss).items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in ("rngs", "where", "reduction", "axis_name")
     ]
-    if stray := sorted(set(given) - set(known)):
+    if stray := sorted(set(given) - set(known), key=str):
         raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must have settings of {known}, got {stray}")
-    return dict(given)
+    return given
 
 
 def _parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax._numerics import widen
-from kdjax._typing import Array, AxisName
+from kdjax._typing import Array, AxisName, describe
 from kdjax.features.dcn import dcn_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
-from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdjax.selfsupervised.dino import DINOState, check_views, dino_init, dino_loss, dino_teacher_temperature
 
 __all__ = [
     "ABF",
@@ -62,7 +62,7 @@ class DINOLoss(nnx.Module):
         center_momentum: of the centre.
 
     Raises:
-        ValueError: a `dim` below 1.
+        ValueError: a `dim` below 1, views that do not fit.
 
     >>> import jax.numpy as jnp
     >>> from kdjax.nn import DINOLoss
@@ -83,6 +83,7 @@ class DINOLoss(nnx.Module):
         student_temperature: float = 0.1,
         center_momentum: float = 0.9,
     ) -> None:
+        check_views(views, teacher_views, f"views={views} and teacher_views={teacher_views}")
         self.views, self.teacher_views = views, teacher_views
         self.warmup_temperature, self.teacher_temperature = warmup_temperature, teacher_temperature
         self.warmup_epochs, self.student_temperature = warmup_epochs, student_temperature
@@ -124,6 +125,8 @@ class DINOLoss(nnx.Module):
 
 
 def _unstack(name: str, x: Array, views: int) -> Array:
+    if not hasattr(x, "shape"):
+        raise TypeError(f"`{name}` must be an array [views * batch, dim], got {describe(x)}")
     if x.ndim != 2 or x.shape[0] % views:
         raise ValueError(
             f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}; stack "
@@ -198,7 +201,7 @@ class USKDLoss(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.head = nnx.Linear(feature_dim, num_classes, rngs=rngs)
-        self.alpha, self.beta, self.mu = alpha, beta, mu
+        self.feature_dim, self.alpha, self.beta, self.mu = feature_dim, alpha, beta, mu
 
     def __call__(self, features: Array, student_logits: Array, labels: Array, **options: Any) -> jax.Array:
         """The loss of a batch; the weak head learns from it too.
@@ -216,8 +219,16 @@ class USKDLoss(nnx.Module):
             ValueError: what `uskd_loss` refuses.
             TypeError: a shape or dtype that does not fit.
         """
-        weak_logits = self.head(*widen(features))
+        weak_logits = _through(self.head, "features", features, self.feature_dim)
         return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
+
+
+def _through(head: Callable, name: str, x: Array, dim: int, constant: bool = False) -> jax.Array:
+    """What a head makes of features of its width."""
+    if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1:] == (dim,)):
+        raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
+    (x,) = widen(jax.lax.stop_gradient(x) if constant else x)
+    return head(x)
 
 
 class CRCDLoss(nnx.Module):
@@ -263,6 +274,7 @@ class CRCDLoss(nnx.Module):
         for field, value in crcd_init(rngs.params(), num_data, dim)._asdict().items():
             setattr(self, field, LossState(value))
         self.key = LossState(rngs.negatives())
+        self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.num_data, self.num_negatives = num_data, num_negatives
         self.temperature, self.momentum = temperature, momentum
         self.use_running_average = False
@@ -286,12 +298,14 @@ class CRCDLoss(nnx.Module):
             ValueError: what `crcd_loss` refuses.
             TypeError: a shape or dtype that does not fit.
         """
+        student = _through(self.student_head, "student", student, self.student_dim)
+        teacher = _through(self.teacher_head, "teacher", teacher, self.teacher_dim, constant=True)
         key, used = jax.random.split(self.key[...])
         if negatives is None:
-            negatives = crcd_negatives(used, len(index), self.num_negatives, self.num_data)
+            negatives = crcd_negatives(used, len(student), self.num_negatives, self.num_data)
         loss, state = crcd_loss(
-            self.student_head(*widen(student)),
-            self.teacher_head(*widen(jax.lax.stop_gradient(teacher))),
+            student,
+            teacher,
             index,
             negatives,
             CRCDState(*(getattr(self, field)[...] for field in CRCDState._fields)),
@@ -537,6 +551,7 @@ class CombinedLoss(nnx.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         return self.weigh(self.terms(score, feat, fea, target, epoch, axis_name=axis_name, update=update))
 
@@ -567,7 +582,10 @@ class CombinedLoss(nnx.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
+        if not isinstance(feat, Mapping | None):
+            raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
         for name, reads in zip(self.names, self.reads, strict=True):

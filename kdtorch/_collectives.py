@@ -81,7 +81,7 @@ class _Gather(torch.autograd.Function):
 def own(rows: int, group: ProcessGroup | None) -> Tensor:
     """The places of this rank's rows in what was gathered; on the CPU, where they can be asked for without a wait."""
     first = rank(group) * rows
-    return torch.arange(first, first + rows)
+    return torch.arange(first, first + rows, device="cpu")
 
 
 def as_slice(places: Tensor) -> slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._typing import Scalar
+from kdtorch._typing import Scalar, rounds
 
 
 def widen(*arrays: Tensor) -> tuple[Tensor, ...]:
@@ -88,12 +89,13 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Call
 
 
 def _inside(index: Tensor, size: int, name: str) -> Tensor:
+    index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
         raise IndexError(
             f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
         )
-    return index.long()
+    return index
 
 
 @opaque(
@@ -196,14 +198,16 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             *inputs, gradient = ctx.saved_tensors
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
+                with unrounded(gradient):
+                    gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
     Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
 
     def value(x: Tensor, *constants: Tensor | float) -> Tensor:
         constants = _constants(x, constants)
-        return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
+        with unrounded(x):
+            return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
 
@@ -214,12 +218,13 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
     batch = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]
-    value, gradient = rows.new_empty(len(rows)), torch.empty_like(rows)
+    value, gradient = x.new_empty(batch), torch.empty_like(rows)
+    values = value.view(-1)  # what is handed out is no view, so that it may be written into
     number = max(1, BLOCK // rows.shape[-1])
     for i in range(0, len(rows), number):
         block = slice(i, i + number)
-        value[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
-    return value.reshape(batch), gradient.reshape(x.shape)
+        values[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
+    return value, gradient.reshape(x.shape)
 
 
 def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -243,7 +248,8 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             x, *others = ctx.saved_tensors
-            gradient = pull(*(t.detach() for t in (cotangents[0], *others)))
+            with torch.no_grad(), unrounded(x):
+                gradient = pull(cotangents[0], *others)
             if torch.is_grad_enabled():
                 gradient = _Refused.apply(gradient, cotangents[0], x)
             return gradient, *(None for _ in ctx.needs_input_grad[1:])
@@ -253,6 +259,12 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         return (PulledBack.apply if _differentiated(x) else value)(x, *constants)[0]
 
     return pulled
+
+
+def unrounded(x: Tensor) -> contextlib.AbstractContextManager:
+    """Without autocast, which is left for a call, but not where `torch.compile` passes the check by, nor backward."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
 
 def _constants(x: Tensor, values: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from beartype import BeartypeConf
@@ -16,10 +17,14 @@ from jaxtyping import Bool, Float, Integer, jaxtyped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked"]
+__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe", "rounds"]
 
+if TYPE_CHECKING:
+    Number = float
+else:  # NumPy's numbers too
+    Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
-Scalar = float | Float[Tensor, ""]
+Scalar = Number | Float[Tensor, ""]
 
 _CHECK = os.environ.get("KDLOSSES_CHECK") != "0"
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float
@@ -50,7 +55,7 @@ def checked(function: _F) -> _F:
                 if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
                     raise TypeError(_explain(function.__name__, name, given))
         devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}
-        rounding = [device for device in devices if torch.is_autocast_enabled(device)]
+        rounding = [device for device in devices if rounds(device)]
         if not rounding and len(accepted) < 1000:
             accepted.add(key)
         with contextlib.ExitStack() as stack:
@@ -66,8 +71,13 @@ def checked(function: _F) -> _F:
 def _kind(value: Any) -> Any:
     """All that the check of an argument depends on."""
     if isinstance(value, Tensor):
-        return value.dtype, value.shape, torch.is_autocast_enabled(value.device.type)
+        return value.dtype, value.shape, rounds(value.device.type)
     return (type(value), *map(_kind, value)) if isinstance(value, tuple | list) else type(value)
+
+
+def rounds(device: str) -> bool:
+    """Whether autocast is on there; the device of tensors without data knows no autocast."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 @functools.cache
@@ -94,10 +104,10 @@ def _flat(function: Any, arguments: dict[str, Any]) -> Iterator[tuple[str, tuple
 def _explain(function: str, name: str, given: dict[str, tuple[Any, Any, str]]) -> str:
     value, _, text = given[name]
     if text == "Scalar":
-        return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {_describe(value)}"
-    message = f"{function}: `{name}` must be {text.replace('Tensor', 'Array')}, got {_describe(value)}"
+        return f"{function}: `{name}` must be a number or a floating-point array of shape [], got {describe(value)}"
+    message = f"{function}: `{name}` must be {text.replace('Tensor', 'Array')}, got {describe(value)}"
     before = list(given)[: list(given).index(name)]
-    beside = [f"{k} {_describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
+    beside = [f"{k} {describe(given[k][0])}" for k in before if hasattr(given[k][0], "shape")]
     message += f" beside {', '.join(beside)}" if beside else ""
     mend = _mend(name, value, text, given)
     return message + (f"; {mend}" if mend else "")
@@ -107,6 +117,8 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
     """What to write instead, where the mistake is a known one."""
     if not isinstance(value, Tensor):
         return _MEND.get(type(value).__module__.partition(".")[0])
+    if text.startswith("Sequence"):
+        return f"give [{name}]"
     arrays = {k: v for k, (v, _, _) in given.items() if isinstance(v, Tensor)}
     first, like = next(iter(arrays.items()))
     floating, shape, likes = "float" in str(value.dtype), tuple(value.shape), tuple(like.shape)
@@ -128,6 +140,8 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
         return f"give {name}.reshape(-1, {shape[-1]})"
     if name.startswith("state."):
         return f"make a state of width {likes[-1]}"
+    if name == first or not shape:
+        return None
     if "classes" in text and shape[:-1] == likes[:-1]:
         wider, (few, many) = name if shape[-1] > likes[-1] else first, sorted((shape[-1], likes[-1]))
         return f"{wider} has {many - few} classes more; if they are padding, cut them off: {wider}[..., :{few}]"
@@ -136,7 +150,7 @@ def _mend(name: str, value: Any, text: str, given: dict[str, tuple[Any, Any, str
     return None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         text = f"{value.dtype}[{', '.join(map(str, value.shape))}]".removeprefix("torch.")
         return text if isinstance(value, Tensor) else f"{type(value).__module__.partition('.')[0]} {text}"

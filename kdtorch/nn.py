@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kdtorch._numerics import widen
-from kdtorch._typing import ProcessGroup
+from kdtorch._typing import ProcessGroup, describe
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
-from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdtorch.selfsupervised.dino import DINOState, check_views, dino_init, dino_loss, dino_teacher_temperature
 
 __all__ = [
     "ABF",
@@ -44,7 +44,7 @@ class DINOLoss(nn.Module):
         center_momentum: of the centre.
 
     Raises:
-        ValueError: a `dim` below 1.
+        ValueError: a `dim` below 1, views that do not fit.
 
     >>> import torch
     >>> from kdtorch.nn import DINOLoss
@@ -68,6 +68,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
+        check_views(views, teacher_views, f"views={views} and teacher_views={teacher_views}")
         self.views, self.teacher_views = views, teacher_views
         self.warmup_temperature, self.teacher_temperature = warmup_temperature, teacher_temperature
         self.warmup_epochs, self.student_temperature = warmup_epochs, student_temperature
@@ -108,6 +109,8 @@ class DINOLoss(nn.Module):
 
 
 def _unstack(name: str, x: Tensor, views: int) -> Tensor:
+    if not hasattr(x, "shape"):
+        raise TypeError(f"`{name}` must be an array [views * batch, dim], got {describe(x)}")
     if x.ndim != 2 or x.shape[0] % views:
         raise ValueError(
             f"`{name}` must be [views * batch, dim] with {views} views stacked on the batch axis, got {list(x.shape)}; stack "
@@ -180,7 +183,7 @@ class USKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.head = nn.Linear(feature_dim, num_classes)
-        self.alpha, self.beta, self.mu = alpha, beta, mu
+        self.feature_dim, self.alpha, self.beta, self.mu = feature_dim, alpha, beta, mu
 
     def forward(self, features: Tensor, student_logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """The loss of a batch; the weak head learns from it too.
@@ -199,8 +202,16 @@ class USKDLoss(nn.Module):
             IndexError: a label outside `0 .. num_classes - 1`.
             TypeError: a shape or dtype that does not fit.
         """
-        weak_logits = self.head(*widen(features))
+        weak_logits = _through(self.head, "features", features, self.feature_dim)
         return uskd_loss(student_logits, weak_logits, labels, alpha=self.alpha, beta=self.beta, mu=self.mu, **options)
+
+
+def _through(head: nn.Module, name: str, x: Tensor, dim: int, constant: bool = False) -> Tensor:
+    """What a head makes, in the precision of its weights, of features of its width."""
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (dim,)):
+        raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
+    (x,) = widen(x.detach() if constant else x)
+    return head(x.to(next(head.parameters(), x).dtype))
 
 
 class CRCDLoss(nn.Module):
@@ -246,6 +257,7 @@ class CRCDLoss(nn.Module):
         for field, value in crcd_init(generator, num_data, dim)._asdict().items():
             self.register_buffer(field, value)
         self.generator = generator
+        self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.num_data, self.num_negatives = num_data, num_negatives
         self.temperature, self.momentum = temperature, momentum
 
@@ -269,12 +281,14 @@ class CRCDLoss(nn.Module):
             IndexError: an index outside `0 .. num_data - 1`.
             TypeError: a shape or dtype that does not fit.
         """
+        student = _through(self.student_head, "student", student, self.student_dim)
+        teacher = _through(self.teacher_head, "teacher", teacher, self.teacher_dim, constant=True)
         if negatives is None:
-            negatives = crcd_negatives(self.generator, len(index), self.num_negatives, self.num_data)
-            negatives = negatives.to(index.device)
+            negatives = crcd_negatives(self.generator, len(student), self.num_negatives, self.num_data)
+            negatives = negatives.to(student.device)
         loss, state = crcd_loss(
-            self.student_head(*widen(student)),
-            self.teacher_head(*widen(teacher.detach())),
+            student,
+            teacher,
             index,
             negatives,
             CRCDState(*(getattr(self, field) for field in CRCDState._fields)),
@@ -503,6 +517,7 @@ class CombinedLoss(nn.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         return self.weigh(self.terms(score, feat, fea, target, epoch, group=group, update=update))
 
@@ -533,7 +548,10 @@ class CombinedLoss(nn.Module):
 
         Raises:
             ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
         """
+        if not isinstance(feat, Mapping | None):
+            raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
         inputs = {**(feat or {}), "epoch": epoch, **({} if target is None else {"target": target})}
         terms = {}
         for name, reads in zip(self.names, self.reads, strict=True):

@@ -127,6 +127,11 @@ MISTAKES = {
         TypeError,
         r"`student_logits` .*got float64\[1, 4, 10\]; give student_logits.reshape\(-1, 10\)$",
     ),
+    "a lone number": (
+        call("kl_loss", LOGITS[0], LOGITS[0, 0]),
+        TypeError,
+        r"`teacher_logits` must be .*got float64\[\] beside student_logits float64\[10\]$",
+    ),
     "integer logits": (
         call("kl_loss", LABELS, LABELS),
         TypeError,
@@ -179,9 +184,13 @@ MISTAKES = {
     "a flat map": (
         call("hcl_loss", [LOGITS], [LOGITS]),
         TypeError,
-        r"`student_maps\[0\]` must be .*got float64\[4, 10\]",
+        r"`student_maps\[0\]` must be .*got float64\[4, 10\]$",
     ),
-    "one map, no list": (call("hcl_loss", MAP, MAP), TypeError, "`student_maps` must be Sequence"),
+    "one map, no list": (
+        call("hcl_loss", MAP, MAP),
+        TypeError,
+        r"`student_maps` must be Seq.*; give \[student_maps\]$",
+    ),
     "channel axis": (
         call("hcl_loss", [MAP], [MAP], channel_axis=0),
         ValueError,
@@ -303,6 +312,7 @@ def module(name, *arguments, **options):
             lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")),
             "`deeper` must be given",
         ),
+        (lambda f: f.kd.nn.DINOLoss(6, views=0), "views must fit: .* got views=0 and teacher_views=2"),
         (
             lambda f: f.kd.nn.DINOLoss(6)(*f.arrays([np.zeros((5, 6)), np.zeros((5, 6))])),
             r"`student` must be \[views \* batch, dim\] with 2 views stacked on the batch axis, got \[5, 6\]; stack the",
@@ -312,6 +322,25 @@ def module(name, *arguments, **options):
 def test_mistakes_with_modules(f, build, message):
     with pytest.raises(ValueError, match=message):
         build(f)
+
+
+@both
+@pytest.mark.parametrize(
+    ("build", "given", "message"),
+    [
+        (module("USKDLoss", 8, 10), [LOGITS, LOGITS, LABELS], r"`features` must be .*batch 8'\], got float32\[4, 10\]"),
+        (
+            module("CRCDLoss", 10, 8, 4, 9),
+            [LOGITS, LOGITS, LABELS],
+            r"`teacher` must be .*batch 8'\], got float32\[4, 10\]",
+        ),
+        (module("CRCDLoss", 10, 10, 4, 9), [LOGITS, LOGITS, None], "`index` must be Integer.*got None"),
+        (lambda f: f.kd.nn.DINOLoss(6), [None, None], r"`student` must be an array \[views \* batch, dim\], got None"),
+    ],
+)
+def test_what_modules_do_not_take(f, build, given, message):
+    with pytest.raises(TypeError, match=message):
+        build(f)(*(x if x is None else f.array(x, "float32") for x in given))
 
 
 OUT_OF_RANGE = {
@@ -351,6 +380,13 @@ def test_arrays_of_the_other_framework():
     with pytest.raises(TypeError, match=r"got numpy float32\[2, 3\]; give kdtorch torch.as_tensor\(x\)"):
         TORCH.kd.mse_loss(x, x)
     assert JAX.kd.mse_loss(x, x) == 0  # JAX takes NumPy arrays
+
+
+@both
+@pytest.mark.parametrize("number", [np.float32(2), np.float64(2), np.int64(2), 2])
+def test_numbers_of_numpy_are_numbers(f, number):
+    student, teacher = f.arrays([np.eye(4), np.ones((4, 4))])
+    assert f.kd.kl_loss(student, teacher, temperature=number) == f.kd.kl_loss(student, teacher, temperature=2.0)
 
 
 @both

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 
-from parity.cases import LOSSES, Case, Sizes, cases, draw
+from parity.cases import LOSSES, Case, Loss, Sizes, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -185,6 +185,100 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
     assert np.isfinite(result.gradients[0]["student_logits"]).all()
 
 
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+def test_labels_of_any_integer_dtype(f):
+    """Of more classes than the dtype counts."""
+    logits, labels = np.random.default_rng(0).normal(size=(2, 4, 300)), np.array([0, 5, 100, 127])
+    student, teacher = f.arrays(list(logits))
+    want = f.numpy(f.kd.dkd_loss(student, teacher, f.array(labels), reduction="none"))
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "uint64", "int64"):
+        given = (jnp.asarray if f is JAX else torch.from_numpy)(labels.astype(dtype))
+        got = f.numpy(f.kd.dkd_loss(student, teacher, given, reduction="none"))
+        assert np.array_equal(got, want), dtype
+    wrong = (jnp.asarray if f is JAX else torch.from_numpy)(np.array([0, 5, -1, 127], "int8"))
+    if f is JAX:
+        assert np.array_equal(np.isnan(f.kd.dkd_loss(student, teacher, wrong, reduction="none")), wrong < 0)
+    else:
+        with pytest.raises(IndexError, match=r"0 .. 299, got -1"):
+            f.kd.dkd_loss(student, teacher, wrong)
+
+
+def slopes(loss, device=None):
+    """Value and gradient, in PyTorch, where what names no device is made on another."""
+    function, x = called(TORCH, loss)
+    given = [y.clone().requires_grad_() for y in leaves(x)]
+    with torch.device(device or "cpu"):
+        value = function(given if isinstance(x, list) else given[0])
+        value.backward()
+    return [value.detach(), *(y.grad for y in given)]
+
+
+@every
+def test_the_default_device_is_not_asked(loss):
+    assert all(map(torch.equal, slopes(loss), slopes(loss, "meta")))
+
+
+@every
+def test_shapes_alone(loss):
+    """Tensors without data go through, forward and backward."""
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs = TORCH.arrays(inputs)
+    if loss.state:
+        inputs["state"] = getattr(TORCH.kd, loss.inputs["state"])(
+            **{k: v.to("meta") for k, v in inputs["state"].items()}
+        )
+    given = {k: [y.to("meta") for y in leaves(v)] for k, v in inputs.items() if k != "state"}
+    for x in given[loss.learns[0]]:
+        x.requires_grad_()
+    arguments = {k: given[k] if isinstance(v, list) else given[k][0] for k, v in inputs.items() if k in given}
+    result = getattr(TORCH.kd, loss.name)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
+    (result[0] if loss.state else result).backward()
+    assert all(x.grad.shape == x.shape and x.grad.device.type == "meta" for x in given[loss.learns[0]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "sizes"),
+    [(x, Sizes()) for x in LOSSES] + [(x, Sizes((300,), 2000)) for x in LOSSES if x.name in ("dkd_loss", "nkd_loss")],
+    ids=lambda x: named(x) if isinstance(x, Loss) else f"{x.classes} classes",
+)
+def test_values_may_be_written_into(loss, sizes):
+    """`loss(..., reduction="none")` times weights, in place; the wide rows are taken in blocks."""
+    function, x = called(TORCH, loss, sizes=sizes)
+    gradients = []
+    for multiply in (torch.Tensor.mul, torch.Tensor.mul_):
+        given = [y.clone().requires_grad_() for y in leaves(x)]
+        multiply(function(given if isinstance(x, list) else given[0], reduction="none"), 3.0).sum().backward()
+        gradients.append([y.grad for y in given])
+    assert all(map(torch.equal, *gradients))
+
+
+@every
+def test_gradients_of_many_cotangents_at_once(loss):
+    function, x = called(TORCH, loss)
+    given = [y.clone().requires_grad_() for y in leaves(x)]
+    values = function(given if isinstance(x, list) else given[0], reduction="none")
+    basis = torch.eye(len(values), dtype=values.dtype)
+    together = torch.autograd.grad(values, given, basis, is_grads_batched=True, retain_graph=True)
+    for i, above in enumerate(basis):
+        close(
+            [y[i].numpy() for y in together],
+            [y.numpy() for y in torch.autograd.grad(values, given, above, retain_graph=True)],
+        )
+
+
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+def test_no_nan_on_the_way(name):
+    """`jax_debug_nans`, which looks at every operation outside of `jit`, stops at nothing, with a padded class neither."""
+    loss = next(x for x in LOSSES if x.name == name)
+    (inputs,) = draw(loss, Sizes(batch=(2,), classes=4), 0)
+    for key in list(inputs)[:2]:
+        inputs[key][:, -1] = -np.inf
+    inputs["labels"] = np.array([0, 1])
+    student, *others = JAX.arrays(inputs).values()
+    with jax.debug_nans(True):
+        assert jnp.isfinite(jax.grad(getattr(JAX.kd, name))(student, *others)).all()
+
+
 def test_one_hot_labels_are_labels():
     for loss in (x for x in LOSSES if "distribution" in x.inputs.values()):
         for f in BOTH:
@@ -221,6 +315,33 @@ def test_of_two_rows_with_one_index_the_later_is_remembered(f):
         want = (inputs["state"]["student_memory"][index] + unit) / 2
         want /= np.linalg.norm(want)
         assert f.numpy(after.student_memory[index]) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@every
+def test_autocast_does_not_round_what_is_compiled(loss):
+    function, x = called(TORCH, loss, "float32")
+
+    def inside(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(x)
+
+    torch._dynamo.reset()
+    value = torch.compile(inside, fullgraph=True, backend="aot_eager")(x)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(function(x).item(), rel=1e-5)
+
+
+@every
+def test_autocast_does_not_round_backward(loss):
+    function, x = called(TORCH, loss, "float32")
+    slopes = []
+    for enabled in (True, False):
+        given = [y.clone().requires_grad_() for y in leaves(x)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            function(given if isinstance(x, list) else given[0]).backward()
+        slopes.append([y.grad for y in given])
+    assert all(map(torch.equal, *slopes))
 
 
 def test_autocast_does_not_round():

@@ -231,6 +231,27 @@ MISTAKES = {
     "no feature width": (lacking("CLS_FEA_NUM", "kd-uskd"), "has no MODEL.CLS_FEA_NUM, which the loss 'uskd' needs"),
     "no model": ({"SOLVER": {}}, r"has no MODEL.METRIC_LOSS_TYPE; the configuration has \['SOLVER'\]"),
     "stray settings": (changed(KD_LOSS_ARGS={"nkd": {}}), r"must name losses of .*\['kld', 'dkd'\], got \['nkd'\]"),
+    "another case": (changed(METRIC_LOSS_TYPE="kd-KLD-dkd"), "unknown loss 'KLD'; did you mean 'kld'?"),
+    "one weight": (
+        changed(KD_LOSS_WEIGHT=1.0),
+        r"KD_LOSS_WEIGHT must be finite numbers, .* as in \[1.0, 0.5\], got 1.0",
+    ),
+    "weights in a string": (changed(KD_LOSS_WEIGHT="12"), "KD_LOSS_WEIGHT must be finite numbers, .*got '12'"),
+    "weights by name": (
+        changed(KD_LOSS_WEIGHT={"kld": 1.0}),
+        "KD_LOSS_WEIGHT must be finite numbers, .*got {'kld': 1.0}",
+    ),
+    "a word for a weight": (changed(KD_LOSS_WEIGHT=[1.0, "b"]), r"must be finite numbers, .*got \[1.0, 'b'\]"),
+    "a weight NaN": (changed(KD_LOSS_WEIGHT=[1.0, float("nan")]), r"must be finite numbers, .*got \[1.0, nan\]"),
+    "no settings": (changed(KD_LOSS_ARGS=None), "KD_LOSS_ARGS must be a mapping, as in {'dkd': .*}, got None"),
+    "a setting without a name": (
+        changed(KD_LOSS_ARGS={"kld": 4.0}),
+        r"KD_LOSS_ARGS\['kld'\] must be a mapping, as in {'temperature': 4.0}, got 4.0",
+    ),
+    "a width in a string": (
+        configuration("kd-dino") | {"MODEL": configuration("kd-dino")["MODEL"] | {"FEAT_DIM": "8"}},
+        "MODEL.FEAT_DIM must be a whole number of at least 1, got '8'",
+    ),
     "unknown setting": (
         changed(KD_LOSS_ARGS={"dkd": {"T": 4.0}}),
         r"KD_LOSS_ARGS\['dkd'\] must have settings of \['alpha', 'beta', 'temperature'\], got \['T'\]",
@@ -244,6 +265,25 @@ def test_mistakes_in_a_configuration(f, mistake):
     config, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         f.kd.make_loss(config, CLASSES, 20)
+
+
+@both
+def test_numbers_of_the_data(f):
+    for numbers, message in (
+        ((None, 20), "`num_classes` must be a whole number of at least 1, got None"),
+        ((5, 0), "`num_data`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            f.kd.make_loss(configuration("kd-dcn-crcd"), *numbers)
+
+
+@both
+def test_inputs_by_place(f):
+    feat, target = batch(f)
+    with pytest.raises(
+        TypeError, match=r"`feat` must be a mapping of what the losses read, got int\d\d\[6\]; give it by name"
+    ):
+        f.kd.make_loss(configuration("kd-dkd"), CLASSES, 20)(feat, target)
 
 
 @both

@@ -105,6 +105,45 @@ def test_negatives_are_drawn_anew():
     assert not np.array_equal(before, jax.random.key_data(ours.key[...]))
 
 
+def test_a_state_of_numpy():
+    """As every other array of kdjax, a state may be of NumPy."""
+    memories = [np.eye(4, 3), np.ones((4, 3)), np.zeros(()), np.zeros(())]
+    index, negatives = np.arange(2), np.array([[2], [3]])
+    value, after = JAX.kd.crcd_loss(np.eye(2, 3), np.ones((2, 3)), index, negatives, JAX.kd.CRCDState(*memories))
+    assert value > 0
+    assert after.student_normalizer > 0
+
+
+def test_an_empty_batch_of_crcd():
+    ours = kdjax.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
+    assert ours(jnp.zeros((0, 5), "float32"), jnp.zeros((0, 6), "float32"), jnp.zeros(0, int)) == 0
+    theirs = kdtorch.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7)
+    assert theirs(torch.zeros(0, 5), torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_negatives_of_a_batch_of_any_size():
+    torch._dynamo.reset()
+    draw = torch.compile(
+        lambda x: TORCH.kd.crcd_negatives(None, len(x), 3, 5), fullgraph=True, dynamic=True, backend="eager"
+    )
+    assert draw(torch.zeros(4)).shape == (4, 3)
+
+
+def test_heads_have_a_precision_of_their_own():
+    """A head cast to half precision, or to float64, takes features of any."""
+    x, labels = torch.from_numpy(RNG.normal(size=(4, 8))), torch.arange(4)
+    for head in (torch.bfloat16, torch.float32, torch.float64):
+        uskd, crcd = kdtorch.nn.USKDLoss(8, 8), kdtorch.nn.CRCDLoss(8, 8, 4, 20, num_negatives=7, embed="nonlinear")
+        for part in (uskd.head, crcd.student_head, crcd.teacher_head):
+            part.to(head)
+        for features in (torch.bfloat16, torch.float64):
+            y = x.to(features)
+            for value in (uskd(y, y, labels), crcd(y, y, labels)):
+                value.backward()
+                assert torch.isfinite(value)
+
+
 def test_half_precision_features():
     for module, array in (
         (kdjax.nn.USKDLoss(8, 10, rngs=nnx.Rngs(0)), lambda x: jnp.asarray(x, "bfloat16")),

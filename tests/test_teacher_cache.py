@@ -195,6 +195,13 @@ MISTAKES = {
     "NaN": (one(logits=NAN), {}, "got NaN or inf for sample 2; is the teacher in eval mode"),
     "beyond float16": (one(logits=NAN[:1] * 1e5, index=np.array([1])), {}, '`logits` has numbers beyond float16, .* use dtype="float32"'),
     "top_k": (one(), {"top_k": 4}, r"`top_k` must be from 1 to the number of classes, got 4 of logits \[2, 3\]"),
+    "top_k, not whole": (one(), {"top_k": 2.0}, "`top_k` must be from 1 to the number of classes, got 2.0"),
+    "one class": (one(logits=np.ones((2, 1))), {}, r"`logits` must be .* with at least 2 classes, got \[2, 1\]"),
+    "words": (one(x=np.array(["a", "b"])), {}, r"`x` must be numbers, not complex ones, got <U1\[2\]"),
+    "complex numbers": (one(x=np.ones(2, complex)), {}, r"`x` must be numbers, not complex ones, got complex128\[2\]"),
+    "one temperature": (one(), {"top_k": 1, "temperatures": 4.0}, r"`temperatures` must be a list .*, as in \[1.0, 4.0\], got 4.0"),
+    "no temperature": (one(), {"top_k": 1, "temperatures": ()}, r"`temperatures` must be a list of at least one number, .*got \(\)"),
+    "a word for a temperature": (one(), {"top_k": 1, "temperatures": ["4"]}, "`temperatures` must be finite and greater than 0, got 4"),
     "a name that is taken": (one(rest=np.ones(2)), {"top_k": 2}, "must not name an array `rest`, which `top_k` makes"),
     "dtype": (one(), {"dtype": "int8"}, '`dtype` must be "float16" or "float32", got \'int8\''),
     "temperatures": (one(), {"top_k": 1, "temperatures": [0.0]}, "`temperatures` must be finite and greater than 0, got 0.0"),
@@ -237,6 +244,9 @@ def test_a_cache_that_does_not_fit(f, tmp_path):
         ValueError, match=r"recorded for the temperatures \[1.0\], got `temperature` 2.0; record it for"
     ):
         cache.read([1], temperature=2.0)
+    with pytest.raises(ValueError, match=r"`index` must be whole numbers, got bool\[2\]"):
+        cache.read(np.array([True, False]))
+    assert len(cache.read([])["values"]) == 0
     with pytest.raises(ValueError, match="absent: no teacher was recorded there"):
         open_(tmp_path / "absent")
     (tmp_path / "other").mkdir()
@@ -252,6 +262,12 @@ def test_a_cache_that_does_not_fit(f, tmp_path):
         header.write_text(text)
         with pytest.raises(ValueError, match=message):
             open_(tmp_path / "cache")
+
+
+@both
+def test_a_batch_is_a_mapping(f, tmp_path):
+    with pytest.raises(ValueError, match="a batch must be a mapping of `index`, `logits` and others, got tuple"):
+        MODULES[f.name].record_teacher(tmp_path / "cache", [(f.array(np.arange(2)), f.array(np.ones((2, 3))))])
 
 
 def test_both_names_are_in_interop():

@@ -74,14 +74,14 @@ def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int
         Integers in `0 .. num_data - 1`.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: `num_negatives` or `num_data` below 1.
 
     >>> import jax
     >>> from kdjax import crcd_negatives
     >>> crcd_negatives(jax.random.key(0), 4, 10, 50).shape
     (4, 10)
     """
-    _at_least_one(batch=batch, num_negatives=num_negatives, num_data=num_data)
+    _at_least_one(num_negatives=num_negatives, num_data=num_data)
     return jax.random.randint(key, (batch, num_negatives), 0, num_data)
 
 
@@ -179,7 +179,7 @@ def crcd_loss(
     valid = jnp.isfinite(factor) if where is None else jnp.isfinite(factor) & where
     factor = (factor * factors.prod(1)).astype(student.dtype)
 
-    old = jax.lax.stop_gradient(state)
+    old = jax.lax.stop_gradient(CRCDState(*map(jnp.asarray, state)))
     student, teacher = unit(student), unit(teacher)
     places = jnp.concatenate([index[:, None], negatives], 1)
     every_index, every_valid = replicate(index, axis_name), replicate(valid, axis_name)

@@ -83,6 +83,14 @@ def dino_teacher_temperature(
     return optax.schedules.linear_schedule(warmup, final, warmup_epochs - 1)(jnp.asarray(epoch, float))
 
 
+def check_views(views: int, teacher_views: int, given: str) -> None:
+    if not 1 <= teacher_views <= views or views < 2:
+        raise ValueError(
+            "the views must fit: at least 1 teacher view, at least 2 student views, the first of them the teacher's, "
+            f"got {given}"
+        )
+
+
 @checked
 def dino_loss(
     student: Float[Array, "student_views batch dim"],
@@ -139,11 +147,7 @@ def dino_loss(
     5.3466 [0.15, 0.05, -0.1]
     """
     views, teacher_views = student.shape[0], teacher.shape[0]
-    if not 1 <= teacher_views <= views or views < 2:
-        raise ValueError(
-            "the views must fit: at least 1 teacher view, at least 2 student views, the first of them the teacher's, "
-            f"got student {list(student.shape)} and teacher {list(teacher.shape)}"
-        )
+    check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
     student, teacher = widen(student, teacher)
     if where is not None:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,15 +78,15 @@ def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives:
         Integers in `0 .. num_data - 1`.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: `num_negatives` or `num_data` below 1.
 
     >>> from kdtorch import crcd_negatives
     >>> tuple(crcd_negatives(None, 4, 10, 50).shape)
     (4, 10)
     """
-    _at_least_one(batch=batch, num_negatives=num_negatives, num_data=num_data)
-    device = None if generator is None else generator.device
-    return torch.randint(num_data, (batch, num_negatives), generator=generator, device=device)
+    _at_least_one(num_negatives=num_negatives, num_data=num_data)
+    source: dict[str, Any] = {} if generator is None else {"generator": generator, "device": generator.device}
+    return torch.randint(num_data, (batch, num_negatives), **source)
 
 
 def _at_least_one(**numbers: int) -> None:
@@ -265,7 +265,7 @@ def _side(
     usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
     log_z = torch.where(unset, log_mean + math.log(num_data), normalizer.log().to(embedding.dtype))
-    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64)
+    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64, device="cpu")
     return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import numbers
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +61,8 @@ class Cache:
                 f"{self.path}: the rest's logit was recorded for the temperatures {list(self.temperatures)}, got "
                 f'`temperature` {temperature}; record it for that one, or leave the rest out by tail="renormalize"'
             )
+        if index.size and index.dtype.kind not in "iu":
+            raise ValueError(f"`index` must be whole numbers, got {index.dtype}{list(index.shape)}")
         places, held = self._places(index)
         if not held.all():
             missing = index[~held]
@@ -95,10 +98,16 @@ def record(
     """Append what is not yet there of each batch; `numpy` makes arrays of what the batches hold."""
     if dtype not in ("float16", "float32"):
         raise ValueError(f'`dtype` must be "float16" or "float32", got {dtype!r}')
-    if bad := [x for x in temperatures if not 0 < x < np.inf]:
+    if isinstance(temperatures, numbers.Real | str) or not len(temperatures):
+        raise ValueError(
+            f"`temperatures` must be a list of at least one number, as in [1.0, 4.0], got {temperatures!r}"
+        )
+    if bad := [x for x in temperatures if not (isinstance(x, numbers.Real) and 0 < x < np.inf)]:
         raise ValueError(f"`temperatures` must be finite and greater than 0, got {bad[0]}")
     folder, header, known = pathlib.Path(path), None, set()
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a batch must be a mapping of `index`, `logits` and others, got {type(batch).__name__}")
         index, outputs = _checked({name: numpy(x) for name, x in batch.items()}, top_k)
         rows, new = _rows_of(outputs, top_k, temperatures, dtype)
         if header is None:
@@ -127,6 +136,8 @@ def _checked(batch: dict[str, np.ndarray], top_k: int | None) -> tuple[np.ndarra
     for name, x in batch.items():
         if x.shape[:1] != index.shape:
             raise ValueError(f"`{name}` must have a row for each of the {len(index)} of `index`, got {list(x.shape)}")
+        if x.dtype.kind in "cOSUMm":
+            raise ValueError(f"`{name}` must be numbers, not complex ones, got {x.dtype}{list(x.shape)}")
     logits = batch["logits"]
     wrong = np.isnan(logits.astype(np.float32)) | np.isposinf(logits.astype(np.float32))
     if wrong.any():
@@ -135,7 +146,9 @@ def _checked(batch: dict[str, np.ndarray], top_k: int | None) -> tuple[np.ndarra
             f"`logits` must be numbers or -inf, got NaN or inf for sample {sample}; is the teacher in eval mode?"
         )
     classes = logits.shape[-1] if logits.ndim > 1 else 0
-    if classes < 2 or (top_k is not None and not 1 <= top_k <= classes):
+    if classes < 2:
+        raise ValueError(f"`logits` must be [batch, ..., classes] with at least 2 classes, got {list(logits.shape)}")
+    if top_k is not None and not (hasattr(top_k, "__index__") and 1 <= top_k <= classes):
         raise ValueError(f"`top_k` must be from 1 to the number of classes, got {top_k} of logits {list(logits.shape)}")
     return index, batch
 
