@@ -124,10 +124,7 @@ def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Ar
     p, peak_x, _, log_total_x = softmax(x, temperature)
     q, peak_y, _, log_total_y = softmax(y, temperature)
     both = jnp.isneginf(x) & jnp.isneginf(y)
-    x, y = (
-        jnp.where(both, 0, x),
-        jnp.where(both, 0, y),
-    )  # whose difference is no NaN, which `jax_debug_nans` would stop at
+    x, y = (jnp.where(both, 0, z) for z in (x, y))  # whose difference is no NaN, which `jax_debug_nans` would stop at
     r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
     return p, q, jnp.where(both, 0, r)
 
