@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def topk_kl_loss(
     rest: Float[Tensor, "*batch"] | None = None,
     *,
     temperature: Scalar = 1.0,
-    tail: str = "bucket",
+    tail: Literal["bucket", "renormalize"] = "bucket",
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
