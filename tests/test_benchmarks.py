@@ -17,6 +17,7 @@ SMALL = {
     "dkd_loss": workloads._logits(6, 11, labels=True),
     "nkd_loss": workloads._logits(6, 11, labels=True),
     "uskd_loss": workloads._logits(6, 11, labels=True, names=("student", "weak")),
+    "topk_kl_loss": workloads._kept(6, 11, top_k=3),
     "euclidean_mse_loss": workloads._features(6, 9),
     "dcn_loss": workloads._features(6, 9, 4),
     "dino_loss": workloads._views(6, 9),
