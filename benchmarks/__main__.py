@@ -29,11 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="every figure, with versions and machine")
     parser.add_argument("--png", metavar="FILE", help="ratios as bars; growth of time and memory")
     options = parser.parse_args(arguments)
-    for flag in ("json", "png"):
-        try:
-            check_writable(getattr(options, flag))
-        except OSError as error:
-            parser.error(f"argument --{flag}: cannot write {getattr(options, flag)!r}: {error.strerror}")
     if options.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {options.threads}")
     if options.png and "direct" not in options.forms:
@@ -45,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {name: x for name, x in table.items() if any(text in name for text in texts)}
         for table in ({x.name: x for x in WORKLOADS}, GROWTH)
     )
+    for flag in ("json", "png"):
+        try:
+            check_writable(getattr(options, flag))
+        except OSError as error:
+            parser.error(f"argument --{flag}: cannot write {getattr(options, flag)!r}: {error.strerror}")
 
     import torch
 

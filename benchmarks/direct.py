@@ -80,8 +80,7 @@ def uskd_loss(
 
 def topk_kl_loss(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: float = 1.0) -> Tensor:
     s, t = student / temperature, torch.cat([values, rest[..., None]], -1) / temperature
-    held = torch.zeros_like(s).scatter(-1, indices, 1).bool()
-    others = s.masked_fill(held, -torch.inf).logsumexp(-1)
+    others = s.scatter(-1, indices, -torch.inf).logsumexp(-1)
     return temperature**2 * _kl(t, torch.cat([s.gather(-1, indices), others[..., None]], -1)).mean()
 
 
