@@ -111,8 +111,8 @@ def _jeffreys(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Arra
     """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
     p, q, r = log_ratio(x, y, temperature)
     near = (q > 0) & (r < 1)
-    # of the sign of r, where the digits of p - q are lost too
-    difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), jnp.maximum(p - q, 0))
+    difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), p - q)
     reverse = jnp.where(p > 0, p * r, 0)
     gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
-    return jnp.where(difference == 0, 0, difference * r).sum(-1), gradient / temperature
+    # of one sign, unless r has lost its digits
+    return jnp.abs(jnp.where(difference == 0, 0, difference * r)).sum(-1), gradient / temperature
