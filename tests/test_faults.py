@@ -73,7 +73,7 @@ FAULTS = [
     Fault("second label forgotten", USKD, "uskd_loss-soft", "torch.cat([first, second], -1)", "torch.cat([first, first], -1)"),
     Fault("padding counted in C", USKD, "uskd_loss", "0.1 / (1 - unused).sum(-1, keepdim=True)", "0.1 / student.shape[-1]"),
     Fault("no bucket", TOPK, "topk_kl_loss", "if tail == \"bucket\":\n        left", "if False:\n        left"),
-    Fault("the rest without T", TOPK, "topk_kl_loss", "softmax(others, temperature).log_total", "softmax(others).log_total"),
+    Fault("the rest without T", TOPK, "topk_kl_loss", "softmax(others, temperature)", "softmax(others)"),
     Fault("kept classes in the rest", TOPK, "topk_kl_loss", "student.scatter(-1, indices, -math.inf)", "student"),
     Fault("one less the sum", TOPK, "topk_kl_loss", "    return torch.cat([(kept - largest) / temperature, rest], -1)", "    p = softmax(student, temperature).p.gather(-1, (kept.unsqueeze(-1) == student.unsqueeze(-2)).double().argmax(-1))\n    return torch.cat([p.log(), (1 - p.sum(-1, keepdim=True)).log()], -1)"),
     Fault("teacher not detached", REGRESSION, "bce_loss", "(student, teacher.detach(), r", "(student, teacher, r"),
