@@ -29,34 +29,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="every figure, with versions and machine")
     parser.add_argument("--png", metavar="FILE", help="ratios as bars; growth of time and memory")
     options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"argument --threads: must be at least 1, got {options.threads}")
+    if options.png and "direct" not in options.forms:
+        parser.error("argument --png: shows ratios to the direct form; leave it among --forms")
+    texts = options.only or [""]
+    if unknown := [text for text in texts if not any(text in x.name for x in WORKLOADS)]:
+        parser.error(f"argument --only: no workload has {unknown} in its name: {', '.join(x.name for x in WORKLOADS)}")
+    chosen, growing = (
+        {name: x for name, x in table.items() if any(text in name for text in texts)}
+        for table in ({x.name: x for x in WORKLOADS}, GROWTH)
+    )
     for flag in ("json", "png"):
         try:
             check_writable(getattr(options, flag))
         except OSError as error:
             parser.error(f"argument --{flag}: cannot write {getattr(options, flag)!r}: {error.strerror}")
-    chosen = [x for x in WORKLOADS if not options.only or any(text in x.name for text in options.only)]
-    if not chosen:
-        parser.error(
-            f"argument --only: no workload has {options.only} in its name: {', '.join(x.name for x in WORKLOADS)}"
-        )
 
     import torch
 
     torch.set_num_threads(options.threads)
     errors = Console(stderr=True)
     rows: list[dict[str, Any]] = []
-    for workload in track(chosen, "workloads", console=errors):
+    for workload in track(chosen.values(), "workloads", console=errors):
         rows.append(_row(workload, tuple(options.forms), options.quick))
     growth: dict[str, Any] = {}
     if options.png and not options.quick:
-        for name, (axis, sizes) in GROWTH.items():
+        for name, (axis, sizes) in growing.items():
             points = [
                 {axis: size, **_row(workload, ("direct", "torch", "jax"), False, seconds=2)}
                 for size, workload in track(sizes.items(), name, console=errors)
             ]
             growth[name] = {"axis": axis, "points": points}
 
-    Console(width=None if sys.stdout.isatty() else 150).print(_table(rows))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(*tables(rows, options.forms, console.width))
     result = {"environment": {**environment(), "threads": options.threads}, "workloads": rows, "growth": growth}
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -81,31 +88,32 @@ def _row(workload: Any, forms: tuple[str, ...], quick: bool, seconds: float = 8)
     return row
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Milliseconds forward and backward; × is how many times faster than direct", title_justify="left"
+def tables(rows: list[dict[str, Any]], forms: Sequence[str], width: int) -> list[Table]:
+    """Of time and, where it was measured, of memory; in a narrow terminal a cell has a line for each number."""
+    gap = " " if width >= 140 else "\n"
+    titles = (
+        "Milliseconds forward and backward; × is how many times faster than direct",
+        "MiB that a step adds at its peak; in brackets what JAX's compiler says",
     )
-    for heading in ("workload", "floor", *FORMS, "MiB: direct", "torch", "jax (its program)"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right")
+    times, memories = (Table(title=x, title_justify="left", show_lines=gap == "\n") for x in titles)
+    for table, headings in ((times, ("workload", "floor", *forms)), (memories, ("workload", *forms))):
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "workload" else "right", overflow="fold")
     for row in rows:
         seconds, memory = row["seconds"], row.get("memory", {})
         direct = seconds.get("direct")
         cells = [f"{1e3 * seconds['floor']['median']:.3g}"]
-        for name in FORMS:
-            if name not in seconds:
-                cells.append("")
-                continue
-            text = f"{1e3 * seconds[name]['median']:.3g}"
-            if direct and name != "direct":
+        for name in forms:
+            parts = [f"{1e3 * seconds[name]['median']:.3g}"] if name in seconds else []
+            if direct and parts and name != "direct":
                 ratio, target = direct["median"] / seconds[name]["median"], row["targets"].get(name)
-                text += f" {ratio:.3g}×" + (f" (of {target:g})" if target and ratio < target else "")
-            cells.append(text)
-        for name in ("direct", "torch", "jax"):
-            size = memory.get(name)
-            text = f"{size['resident'] / 2**20:.1f}" if size else ""
-            cells.append(text + (f" ({size['program'] / 2**20:.1f})" if size and size["program"] is not None else ""))
-        table.add_row(row["workload"], *cells)
-    return table
+                parts += [f"{ratio:.3g}×", *([f"(of {target:.3g})"] if target and ratio < target else [])]
+            cells.append(gap.join(parts))
+        times.add_row(row["workload"], *cells)
+        sizes = [memory.get(name, {"resident": None, "program": None}) for name in forms]
+        texts = [[f"{x / 2**20:.1f}" for x in (size["resident"], size["program"]) if x is not None] for size in sizes]
+        memories.add_row(row["workload"], *(gap.join([*text[:1], *(f"({x})" for x in text[1:])]) for text in texts))
+    return [times, memories] if any("memory" in row for row in rows) else [times]
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def uskd_loss(
     return alpha * target + beta * others - mu * (smooth * log_w).sum(-1).mean()
 
 
+def topk_kl_loss(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: float = 1.0) -> Tensor:
+    s, t = student / temperature, torch.cat([values, rest[..., None]], -1) / temperature
+    others = s.scatter(-1, indices, -torch.inf).logsumexp(-1)
+    return temperature**2 * _kl(t, torch.cat([s.gather(-1, indices), others[..., None]], -1)).mean()
+
+
 def euclidean_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     distances = []
     for x in (student, teacher):

@@ -23,7 +23,10 @@ from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, draw, each_array
 from parity.run import run
 
 SIZES = Sizes(batch=(4,), classes=7, dim=5, views=3, num_data=9, negatives=3)
-NUMBERS = ("logits", "features", "wide_features", "maps", "views", "teacher_views", "centers")
+NUMBERS = (
+    *("logits", "kept_logits", "rest", "features", "wide_features"),
+    *("maps", "views", "teacher_views", "centers"),
+)
 
 
 def _each(function: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Loss, dict[str, Any]], dict[str, Any]]:
@@ -55,7 +58,8 @@ def _padded(loss: Loss, inputs: dict[str, Any], number: float) -> dict[str, Any]
     for x in logits.values():
         x[..., -1] = number
     labels = {k: np.minimum(inputs[k], 5) for k in inputs if logits and loss.inputs[k] == "labels"}
-    return inputs | logits | labels
+    kept = {"values": np.where(inputs["indices"] == 6, number, inputs["values"])} if "indices" in inputs else {}
+    return inputs | logits | labels | kept
 
 
 HOSTILE: dict[str, Callable[[Loss, dict[str, Any]], dict[str, Any]]] = {

@@ -49,5 +49,5 @@ def draw(result: dict[str, Any], path: str) -> None:
                 axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")  # whatever it is called
     plt.close(figure)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from parity.bridge.cache import _largest
+
 Inputs = dict[str, Any]
 
 
@@ -51,6 +53,18 @@ def _logits(
     def draw(rng: np.random.Generator) -> Inputs:
         inputs: Inputs = {name: _normal(rng, *shape, scale=scale) for name in names}
         return {**inputs, "labels": rng.integers(shape[-1], size=shape[:-1])} if labels else inputs
+
+    return draw
+
+
+def _kept(*shape: int, top_k: int) -> Callable[[np.random.Generator], Inputs]:
+    """A student's logits, and what is recorded of a teacher's: the largest, their classes, and the rest at T = 1."""
+
+    def draw(rng: np.random.Generator) -> Inputs:
+        student, teacher = _logits(*shape)(rng).values()
+        found = _largest(teacher, top_k, [1.0])
+        indices, rest = found["indices"].astype(np.int64), found["rest"][..., 0]
+        return {"student": student, "values": found["values"], "indices": indices, "rest": rest}
 
     return draw
 
@@ -119,6 +133,7 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("crcd 64×128, K 16,384, 50,000 rows", "crcd_loss", _crcd(64, 128, 16_384, 50_000), ("student", "teacher"), direct=False),
     Workload("hcl 128, three maps", "hcl_loss", _maps(128, (24, 48, 16), (64, 24, 8), (160, 12, 4)), _S, 1.5, 1.5, 0.6),
     Workload("kl 2×512×32,000", "kl_loss", _logits(2, 512, 32_000), _S, 1.2, 2.0, 0.7),
+    Workload("topk_kl 2×512×32,000, k 64", "topk_kl_loss", _kept(2, 512, 32_000, top_k=64), _S),
 )  # fmt: skip
 
 # how each form grows: the axis, its values, and the workload at each of them

@@ -47,7 +47,8 @@ def checked(function: _F) -> _F:
         given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
         with jaxtyped("context"):  # binds the names of the axes from one argument to the next
             for name, (value, hint, _) in given.items():
-                if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
+                # a choice among texts is checked where it is made, which names them
+                if get_origin(hint) is not Literal and not is_bearable(value, hint, conf=_CONF):
                     raise TypeError(_explain(function.__name__, name, given))
         return function(*args, **kwargs)
 

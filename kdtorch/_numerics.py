@@ -141,7 +141,7 @@ class Softmax(NamedTuple):
 
 def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
     """Over the last axis; p is 0 where every entry is -inf."""
-    peak = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+    peak = x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
     # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
     weight = ((x - peak) * (math.log2(math.e) / temperature)).exp2_()
     total = weight.sum(-1, keepdim=True).clamp(min=1)  # as much is the largest entry's, where there is one

@@ -52,7 +52,8 @@ def checked(function: _F) -> _F:
         given = dict(_flat(function, signature.bind(*args, **kwargs).arguments))
         with jaxtyped("context"):  # binds the names of the axes from one argument to the next
             for name, (value, hint, _) in given.items() if _CHECK else ():
-                if hint is not Reduction and not is_bearable(value, hint, conf=_CONF):  # `reduce` names the choices
+                # a choice among texts is checked where it is made, which names them
+                if get_origin(hint) is not Literal and not is_bearable(value, hint, conf=_CONF):
                     raise TypeError(_explain(function.__name__, name, given))
         devices = {value.device.type for value, _, _ in given.values() if isinstance(value, Tensor)}
         rounding = [device for device in devices if rounds(device)]

@@ -101,6 +101,7 @@ KEPT = (
     ),  # T² times a part, and γ T² times it not
     Recipe(6, "1e4", "of all sizes", "equal", "ordinary", 255, 0),  # DCN's gradient near the largest number
     Recipe(1, "ordinary", "of all sizes", "apart", "least", 255, 0),  # a step of the oracle's, larger than the input
+    Recipe(841277490, "ordinary", "largest", "padded", "least", 255, 5),  # p - q and log(p / q) of different signs
 )
 
 
@@ -118,10 +119,10 @@ class Form:
         return Sizes(batch, n, max(n - 2, 1), 3, 2, ((2, n, n + 1), (1, 1, 2)), 7, 2)
 
 
-WHOLE, HALF = Form((4,), 5, "float64"), Form((2,), 5, "float64")
-# every form is a compilation in JAX, and none in PyTorch
+WHOLE, SINGLE = Form((4,), 5, "float64"), Form((1, 1, 2), 2, "float32")
+# every form is a compilation in JAX, where some come twice, and none in PyTorch
 FORMS = {
-    "jax": (WHOLE, Form((1, 1, 2), 2, "float32"), Form((), 4, "float16")),
+    "jax": (WHOLE, SINGLE, Form((), 4, "float16"), WHOLE, SINGLE, Form((), 4, "bfloat16")),
     "torch": tuple(
         Form(batch, classes, dtype)
         for batch in ((4,), (1,), (), (3,), (2, 2), (1, 3), (1, 1, 2), (2, 1, 2))

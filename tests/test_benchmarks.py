@@ -1,13 +1,15 @@
 """The benchmarks: every form of a workload gives the same numbers, and what the tool says."""
 
 import functools
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from benchmarks import hostile, scaling, workloads
-from benchmarks.__main__ import main
-from benchmarks.forms import check, form
+from benchmarks.__main__ import main, tables
+from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
 
 SMALL = {
@@ -17,6 +19,7 @@ SMALL = {
     "dkd_loss": workloads._logits(6, 11, labels=True),
     "nkd_loss": workloads._logits(6, 11, labels=True),
     "uskd_loss": workloads._logits(6, 11, labels=True, names=("student", "weak")),
+    "topk_kl_loss": workloads._kept(6, 11, top_k=3),
     "euclidean_mse_loss": workloads._features(6, 9),
     "dcn_loss": workloads._features(6, 9, 4),
     "dino_loss": workloads._views(6, 9),
@@ -56,7 +59,7 @@ def test_names_are_unique():
 
 
 def test_a_quick_run(tmp_path, capsys):
-    files = tmp_path / "run.json", tmp_path / "run.png"
+    files = tmp_path / "run.json", tmp_path / "picture"
     arguments = ["--quick", "--only", "nkd", "--forms", "direct", "torch", "jax"]
     assert main([*arguments, "--json", str(files[0]), "--png", str(files[1])]) == 0
     assert "nkd 128×1000" in capsys.readouterr().out
@@ -66,10 +69,34 @@ def test_a_quick_run(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("width", [80, 150])
+def test_tables_keep_every_figure(width):
+    """A line a workload where it fits, and in 80 columns nothing cut off."""
+    seconds = {name: {"median": 1.234567} for name in ("floor", *FORMS)}
+    memory = {name: {"resident": 3067 * 2**20, "program": 3066 * 2**20 if name == "jax" else None} for name in FORMS}
+    rows = [
+        {"workload": x.name, "seconds": seconds, "memory": memory, "targets": {"torch": 117.0, "jax": 217.0}}
+        for x in WORKLOADS
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(*tables(rows, FORMS, width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert {text.count(x) // len(rows) for x in ("(of 117)", "(of 217)", "(3066.0)")} == {1}
+    assert text.count("1.23e+03") == 5 * len(rows)
+    assert all(text.count(word) >= 2 for x in WORKLOADS for word in x.name.split())
+    assert width == 80 or all(f"│ {x.name} " in text for x in WORKLOADS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--only", "xyz"], "no workload has ['xyz'] in its name: kl 128×10, "),
+        (["--only", "nkd", "xyz"], "no workload has ['xyz'] in its name: kl 128×10, "),
+        (["--threads", "0"], "argument --threads: must be at least 1, got 0"),
+        (
+            ["--png", "x.png", "--forms", "jax"],
+            "argument --png: shows ratios to the direct form; leave it among --forms",
+        ),
         (["--png", "/no/such/folder/x.png"], "argument --png: cannot write '/no/such/folder/x.png': No such file"),
     ],
 )

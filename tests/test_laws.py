@@ -1,6 +1,7 @@
 """Laws that every loss of the table obeys, in both packages."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -116,46 +117,73 @@ def test_second_derivative(loss):
     close([TORCH.numpy(y) for y in leaves(theirs)], [np.asarray(y) for y in leaves(got)], 4096)
 
 
+def calls(f, loss):
+    """Arguments of two calls that share no number: inputs, a mask, and every setting as an array; and a first state."""
+    given = []
+    for seed, share in ((0, 0.4), (1, 0.6)):
+        (inputs,) = draw(loss, Sizes(), seed)
+        state = inputs.pop(loss.state, None)
+        inputs = [f.arrays(inputs[k]) for k in loss.inputs if k in inputs]
+        settings = {k: f.array(np.array(low + share * (high - low))) for k, (low, high) in loss.ranges.items()}
+        where = f.array(np.arange(5) != seed)
+        given.append((inputs, settings, where))
+        if seed == 0 and loss.state:
+            first = getattr(f.kd, loss.inputs[loss.state])(**f.arrays(state))
+    return *given, first if loss.state else None
+
+
+def test_every_number_is_a_setting_that_moves():
+    """The ranges of the table are of every option whose default is a number."""
+    for loss in LOSSES:
+        for f in BOTH:
+            parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
+            assert set(loss.ranges) == {x.name for x in parameters if type(x.default) is float}
+
+
 @every
 def test_second_call_compiles_nothing(loss):
-    function, x = called(JAX, loss)
-    numbers = [k for k in loss.options[-1] if "temperature" in k or k in ("alpha", "beta", "gamma", "mu", "momentum")]
-
+    """With other inputs, mask and settings, and the state that the first call returned; the gradient too."""
+    *both, state = calls(JAX, loss)
+    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    learns = loss.learns[0]
+    place = list(loss.inputs).index(learns)
     traces = []
 
     @jax.jit
-    def step(x, numbers):
+    def step(inputs, settings, where, state):
         traces.append(1)
-        return function(x, **numbers)
 
-    first = {k: jnp.asarray(loss.options[-1][k]) for k in numbers}
-    a = step(x, first)
-    b = step(jax.tree.map(lambda y: y * 1.5, x), {k: v * 1.5 for k, v in first.items()})
+        def value(x):
+            arguments = [*inputs[:place], x, *inputs[place + 1 :], *([state] if loss.state else [])]
+            result = getattr(JAX.kd, loss.name)(*arguments, where=where, **settings, **options)
+            return result if loss.state else (result, None)
+
+        return jax.value_and_grad(value, has_aux=True)(inputs[place])
+
+    values = []
+    for given in both:
+        (value, state), _ = step(*given, state)
+        values.append(float(value))
     assert len(traces) == 1
-    assert float(a) != float(b)
+    assert values[0] != values[1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
 def test_second_call_compiles_nothing_in_torch(loss):
-    """With other values, other temperatures given as arrays, and the state that the first call returned."""
-    (inputs,) = draw(loss, Sizes(), 0)
-    inputs = TORCH.arrays(inputs)
-    state = getattr(TORCH.kd, loss.inputs["state"])(**inputs.pop("state")) if loss.state else None
-    numbers = [k for k in loss.options[-1] if "temperature" in k or k in ("alpha", "beta", "gamma", "mu", "momentum")]
+    """With other inputs, mask and settings, and the state that the first call returned; it gives what eager PyTorch does."""
+    *both, state = calls(TORCH, loss)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(getattr(TORCH.kd, loss.name), backend=counter, fullgraph=True)
-    values = []
-    for factor in (1.0, 1.5):
-        first = [x + (factor - 1) * x.cos() for x in leaves(inputs[loss.learns[0]])]
-        moved = {**inputs, loss.learns[0]: first if isinstance(inputs[loss.learns[0]], list) else first[0]}
-        options = {k: torch.tensor(loss.options[-1][k] * factor) for k in numbers}
-        result = compiled(*moved.values(), *([state] if loss.state else []), **options)
-        value, state = result if loss.state else (result, None)
-        values.append(value.item())
+    function = getattr(TORCH.kd, loss.name)
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for inputs, settings, where in both:
+        arguments = [*inputs, *([state] if loss.state else [])]
+        results = [call(*arguments, where=where, **settings) for call in (compiled, function)]
+        values, states = zip(*results, strict=True) if loss.state else (results, (None, None))
+        close(*(x.numpy() for x in values))
+        state = states[0]
     assert counter.frame_count == 1
-    assert values[0] != values[1]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
 from test_golden import FILES, LIMITS, load
@@ -194,6 +195,20 @@ def test_pure_step_in_jax():
     assert len(traces) == 1
     assert np.any(np.asarray(state["losses"]["dino"]["center"][...]) != 0)
     assert np.any(np.asarray(slope["losses"]["dcn"]["centers"][...]) != 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.parametrize(("number", "compilations"), [(torch.tensor, 1), (int, 2)])
+def test_epochs_in_torch(number, compilations):
+    """Other epochs and states compile nothing, but for the first other integer."""
+    loss = TORCH.kd.make_loss(configuration("kd-dino-crcd-dcn"), CLASSES, 20)
+    feat, target = batch(TORCH)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda epoch: loss(feat=feat, target=target, epoch=epoch), backend=counter)
+    values = [step(number(epoch)).item() for epoch in range(5)]
+    assert counter.frame_count == compilations
+    assert len(set(values)) == 5
 
 
 def test_state_dict_holds_the_state():

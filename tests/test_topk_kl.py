@@ -148,6 +148,7 @@ def test_a_class_out_of_range():
     ("change", "error", "message"),
     [
         ({"tail": "drop"}, ValueError, '`tail` must be one of "bucket", "renormalize", got \'drop\''),
+        ({"tail": None}, ValueError, '`tail` must be one of "bucket", "renormalize", got None'),
         ({"rest": None}, ValueError, r'`rest` must be given with tail="bucket" where 3 of 9 .*by tail="renormalize"'),
         ({"rest": np.ones((6, 1))}, TypeError, r"`rest` must be Float\[Array, '\*batch'\].*, got float64\[6, 1\]"),
         ({"values": np.ones((6, 2))}, TypeError, r"`indices` must be .*got int(32|64)\[6, 3\] beside"),

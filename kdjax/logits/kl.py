@@ -114,4 +114,5 @@ def _jeffreys(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Arra
     difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), p - q)
     reverse = jnp.where(p > 0, p * r, 0)
     gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
-    return jnp.where(difference == 0, 0, difference * r).sum(-1), gradient / temperature
+    # of one sign, unless r has lost its digits
+    return jnp.abs(jnp.where(difference == 0, 0, difference * r)).sum(-1), gradient / temperature

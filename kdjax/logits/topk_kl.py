@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,7 @@ def topk_kl_loss(
     rest: Float[Array, "*batch"] | None = None,
     *,
     temperature: Scalar = 1.0,
-    tail: str = "bucket",
+    tail: Literal["bucket", "renormalize"] = "bucket",
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,

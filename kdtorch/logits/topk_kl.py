@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def topk_kl_loss(
     rest: Float[Tensor, "*batch"] | None = None,
     *,
     temperature: Scalar = 1.0,
-    tail: str = "bucket",
+    tail: Literal["bucket", "renormalize"] = "bucket",
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
@@ -88,25 +89,25 @@ def topk_kl_loss(
             'leave the rest out by tail="renormalize"'
         )
     indices = valid_index("indices", indices, classes)
-    held = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
-    factor = torch.where(held.sum(-1) == kept, 1.0, math.nan).to(student.dtype)
+    twice = (indices.sort(-1).values.diff(dim=-1) == 0).any(-1)
+    factor = torch.where(twice, math.nan, 1.0).to(student.dtype)
     x, y = student.gather(-1, indices), values.detach()
     if tail == "bucket":
         left = torch.full_like(y[..., 0], -math.inf) if rest is None else rests[0].detach()
-        x, y = _with_rest(student, x, held, temperature), torch.cat([y, left[..., None]], -1)
+        x, y = _with_rest(student, x, indices, temperature), torch.cat([y, left[..., None]], -1)
     else:
         x = _scaled(x, temperature)
     return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, group)
 
 
-def _with_rest(student: Tensor, kept: Tensor, held: Tensor, temperature: Scalar) -> Tensor:
+def _with_rest(student: Tensor, kept: Tensor, indices: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of the kept classes and of the others together."""
     lowest = torch.finfo(student.dtype).min
-    others = student.masked_fill(held, -math.inf)
-    peak = others.amax(-1, keepdim=True).clamp(min=lowest)
+    others = student.scatter(-1, indices, -math.inf)
+    _, peak, log_total = softmax(others, temperature)
     largest = student.detach().amax(-1, keepdim=True).clamp(min=lowest)
-    rest = (peak - largest) / temperature + softmax(others, temperature).log_total
-    rest = torch.where(torch.isneginf(others).all(-1, keepdim=True), -math.inf, rest)
+    rest = (peak - largest) / temperature + log_total
+    rest = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, rest)
     return torch.cat([(kept - largest) / temperature, rest], -1)
 
 

@@ -57,7 +57,7 @@ def dino_teacher_temperature(
     """The teacher's temperature: linear from `warmup` at epoch 0 to `final` at `warmup_epochs - 1`, then `final`.
 
     Args:
-        epoch: any epoch ≥ 0, an integer or a tensor.
+        epoch: any epoch ≥ 0, an integer or a tensor; `torch.compile` compiles once more for the second integer.
         warmup: the first temperature.
         final: the last one.
         warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
@@ -73,7 +73,8 @@ def dino_teacher_temperature(
     >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    epoch = torch.as_tensor(epoch, dtype=torch.float64)
+    # `as_tensor` of an integer would be compiled anew for each
+    epoch = torch.as_tensor(torch.full((), epoch) if isinstance(epoch, int) else epoch, dtype=torch.float64)
     for name, value in (("warmup", warmup), ("final", final)):
         positive(name, value, epoch)
     if warmup_epochs < 0:
