@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bridge.cache import _largest
+from parity.bridge.cache import largest_logits
 
 Inputs = dict[str, Any]
 
@@ -62,7 +62,7 @@ def _kept(*shape: int, top_k: int) -> Callable[[np.random.Generator], Inputs]:
 
     def draw(rng: np.random.Generator) -> Inputs:
         student, teacher = _logits(*shape)(rng).values()
-        found = _largest(teacher, top_k, [1.0])
+        found = largest_logits(teacher, top_k, [1.0])
         indices, rest = found["indices"].astype(np.int64), found["rest"][..., 0]
         return {"student": student, "values": found["values"], "indices": indices, "rest": rest}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from frameworks import BOTH, JAX
 
-from parity.bridge.cache import _largest
+from parity.bridge.cache import largest_logits
 from parity.compare import ulps
 
 RNG = np.random.default_rng(0)
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 
 def kept(teacher, top_k, temperature):
     """The logits, classes and rest that a cache would keep, the rest in its float32."""
-    found = _largest(teacher, top_k, [temperature])
+    found = largest_logits(teacher, top_k, [temperature])
     return found["values"], found["indices"].astype(np.int64), found["rest"][..., 0].astype(np.float64)
 
 

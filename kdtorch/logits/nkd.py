@@ -89,4 +89,5 @@ def _normalized(x: Tensor, y: Tensor, labels: Tensor, gamma: Tensor, temperature
     others = hat_p.log_total * total - times(hat_q, x_others - hat_p.peak).sum(-1, keepdim=True) / temperature
     value = 0 * q_y - times(q_y, log_p_y) + weigh(gamma * temperature**2, others)  # NaN, which times() would hide
     gradient = q_y * p.p + gamma * temperature * (hat_p.p * total).sub_(hat_q)
+    # summed, not squeezed: PyTorch lets nobody write into a view that an `autograd.Function` returns
     return value.sum(-1), gradient.scatter_add_(-1, label, -q_y)

@@ -161,7 +161,7 @@ def _rows_of(
     fields = dict(outputs)
     if top_k is not None:
         del fields["logits"]
-        fields = {**_largest(logits, top_k, temperatures), **fields}
+        fields = {**largest_logits(logits, top_k, temperatures), **fields}
     for name, x in fields.items():
         if name in ("indices", "rest"):
             continue
@@ -188,7 +188,7 @@ def _rows_of(
     return rows, header
 
 
-def _largest(logits: np.ndarray, top_k: int, temperatures: Sequence[float]) -> dict[str, np.ndarray]:
+def largest_logits(logits: np.ndarray, top_k: int, temperatures: Sequence[float]) -> dict[str, np.ndarray]:
     """The largest logits and their classes, from the largest on, and T log sum exp(t / T) of the others for each T."""
     wide = logits.astype(np.promote_types(np.float32, logits.dtype) if logits.dtype.itemsize >= 4 else np.float32)
     indices = np.argpartition(-wide, top_k - 1, axis=-1)[..., :top_k]
