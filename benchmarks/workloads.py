@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bridge.cache import largest_logits
+from kdlosses.cache import largest_logits
 
 Inputs = dict[str, Any]
 

@@ -4,7 +4,7 @@ import sys
 
 import kdjax
 from kdjax.make_loss import PUBLISHED
-from parity.bridge import pages
+from kdlosses import pages
 
 if __name__ == "__main__":
     sys.exit(pages.main(kdjax, PUBLISHED))

@@ -32,23 +32,23 @@ def rank(axis_name: AxisName | None) -> jax.Array | int:
     return 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
 
-def total(x: Any, axis_name: AxisName | None) -> Any:
+def all_sum(x: Any, axis_name: AxisName | None) -> Any:
     """The sum over devices, the same on all of them."""
     return x if axis_name is None else jax.lax.psum(x, _bound(axis_name))
 
 
-def gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+def all_gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True)
 
 
-def replicate(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+def all_gather_constant(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """The rows of all devices, known to be the same on all of them; constant to the gradient."""
     x = jax.lax.stop_gradient(x)
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True, to="invarying")
 
 
-def own(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:
+def local_rows(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:
     """This device's rows of what was gathered."""
     return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, rank(axis_name) * rows, rows)
 

@@ -15,7 +15,7 @@ from kdjax._typing import Scalar
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def widen(*arrays: Array) -> tuple[Array, ...]:
+def promote(*arrays: Array) -> tuple[Array, ...]:
     """All in float64 if one of them is, else in float32."""
     widest = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
     dtype = jax.dtypes.canonicalize_dtype(max(widest, np.dtype(np.float32), key=lambda dtype: dtype.itemsize))

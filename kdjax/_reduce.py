@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kdjax._collectives import size, total
+from kdjax._collectives import all_sum, size
 from kdjax._typing import Array, AxisName, Reduction
 
 
-def keep(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
+def zero_masked(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
         return tuple(map(jnp.asarray, arrays))
@@ -25,7 +25,7 @@ def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: 
     Over several devices, what they return has the whole batch's answer as its mean.
     """
     check_reduction(reduction)
-    (values,) = keep(where, values)
+    (values,) = zero_masked(where, values)
     if reduction == "none":
         return values
     devices, value = size(axis_name), values.sum()
@@ -36,7 +36,7 @@ def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: 
 
 def count(kept: Array, dtype: DTypeLike, axis_name: AxisName | None = None) -> jax.Array:
     """The number of kept examples on all devices, at least one."""
-    return jnp.maximum(total(kept.sum(dtype=dtype), axis_name), 1)
+    return jnp.maximum(all_sum(kept.sum(dtype=dtype), axis_name), 1)
 
 
 def check_reduction(reduction: str) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from kdjax.teacher_cache import TeacherCache, record_teacher
-from parity.bridge import files, layers
-from parity.bridge.trees import (
+from kdlosses import files, layers
+from kdlosses.trees import (
+    Layout,
     Packed,
-    Turn,
     check_outputs,
     each_leaf,
     leaves,
@@ -71,7 +71,7 @@ def torch_teacher(
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"torch_teacher: `module` must be a torch.nn.Module, got {type(module).__name__}")
-    turn = Turn.of("torch_teacher", layout)
+    axes = Layout.of("torch_teacher", layout)
     shapes: dict[Any, Any] = {}
 
     def infer(inputs: Any) -> Any:
@@ -80,7 +80,7 @@ def torch_teacher(
         tensors = [x for x in leaves(given).values() if isinstance(x, torch.Tensor)]
         before = [x._version for x in tensors]
         with _evaluating(module), torch.no_grad():
-            args, kwargs = each_leaf(turn.channels_first, given)
+            args, kwargs = each_leaf(axes.channels_first, given)
             result = module(*args, **kwargs)
             result = result if output is None else output(result)
         if before != [x._version for x in tensors]:
@@ -89,7 +89,7 @@ def torch_teacher(
                 "its first layer must not work in place (inplace=False)"
             )
         check_outputs("torch_teacher", result, torch.Tensor)
-        return each_leaf(turn.channels_last, result)
+        return each_leaf(axes.channels_last, result)
 
     def teacher(*args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdjax._numerics import widen
+from kdjax._numerics import promote
 from kdjax._typing import Array, AxisName, describe
 from kdjax.features.dcn import dcn_loss
 from kdjax.logits.uskd import uskd_loss
@@ -227,7 +227,7 @@ def _through(head: Callable, name: str, x: Array, dim: int, constant: bool = Fal
     """What a head makes of features of its width."""
     if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1:] == (dim,)):
         raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
-    (x,) = widen(jax.lax.stop_gradient(x) if constant else x)
+    (x,) = promote(jax.lax.stop_gradient(x) if constant else x)
     return head(x)
 
 

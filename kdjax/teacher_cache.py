@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parity.bridge import cache
+from kdlosses import cache
 
 __all__ = ["TeacherCache", "record_teacher"]
 

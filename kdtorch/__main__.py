@@ -3,8 +3,8 @@
 import sys
 
 import kdtorch
+from kdlosses import pages
 from kdtorch.make_loss import PUBLISHED
-from parity.bridge import pages
 
 if __name__ == "__main__":
     sys.exit(pages.main(kdtorch, PUBLISHED))

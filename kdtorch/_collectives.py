@@ -43,7 +43,7 @@ def check_batch(x: Tensor, group: ProcessGroup | None) -> None:
             )
 
 
-def total(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum over ranks, the same on all of them; constant to the gradient."""
     x = x.detach()
     if group is not None:
@@ -52,14 +52,14 @@ def total(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x
 
 
-def gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of all ranks, in their order. Gradients flow back to the rank that a row is from."""
     return x if group is None else _Gather.apply(x, group)
 
 
-def replicate(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of all ranks; constant to the gradient."""
-    return gather(x.detach(), group)
+    return all_gather(x.detach(), group)
 
 
 class _Gather(torch.autograd.Function):
@@ -73,12 +73,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        own = gradient.new_empty(ctx.shape)
-        distributed.reduce_scatter(own, list(gradient.reshape(size(ctx.group), *ctx.shape).unbind()), group=ctx.group)
-        return own, None
+        local_rows = gradient.new_empty(ctx.shape)
+        distributed.reduce_scatter(
+            local_rows, list(gradient.reshape(size(ctx.group), *ctx.shape).unbind()), group=ctx.group
+        )
+        return local_rows, None
 
 
-def own(rows: int, group: ProcessGroup | None) -> Tensor:
+def local_rows(rows: int, group: ProcessGroup | None) -> Tensor:
     """The places of this rank's rows in what was gathered; on the CPU, where they can be asked for without a wait."""
     first = rank(group) * rows
     return torch.arange(first, first + rows, device="cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdtorch._typing import Scalar, rounds
 
 
-def widen(*arrays: Tensor) -> tuple[Tensor, ...]:
+def promote(*arrays: Tensor) -> tuple[Tensor, ...]:
     """All in float64 if one of them is, else in float32."""
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
     return tuple(x.to(dtype) for x in arrays)
@@ -60,7 +60,7 @@ def check_classes(logits: Tensor) -> None:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
 
 
-def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
+def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
     """Make an operator of a function whose course depends on the values, so that `torch.compile` and `vmap` take it whole.
 
     `shapes` makes empty results of the right shape; `vmap` calls the function once an example. The operator has no
@@ -98,7 +98,7 @@ def _inside(index: Tensor, size: int, name: str) -> Tensor:
     return index
 
 
-@opaque(
+@custom_op(
     "(Tensor index, int size, str name) -> Tensor", lambda index, size, name: torch.empty_like(index, dtype=torch.int64)
 )
 def _in_range(index: Tensor, size: int, name: str) -> Tensor:
@@ -198,7 +198,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             *inputs, gradient = ctx.saved_tensors
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                with unrounded(gradient):
+                with no_autocast(gradient):
                     gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
             return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
 
@@ -206,7 +206,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
 
     def value(x: Tensor, *constants: Tensor | float) -> Tensor:
         constants = _constants(x, constants)
-        with unrounded(x):
+        with no_autocast(x):
             return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
 
     return value
@@ -227,7 +227,7 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
     return value, gradient.reshape(x.shape)
 
 
-def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_backward(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The first of what `value` returns, whose gradient with respect to the first input is `pull(cotangent, *all, *inputs)`.
 
     Both are opaque. A second derivative is refused.
@@ -248,7 +248,7 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             x, *others = ctx.saved_tensors
-            with torch.no_grad(), unrounded(x):
+            with torch.no_grad(), no_autocast(x):
                 gradient = pull(cotangents[0], *others)
             if torch.is_grad_enabled():
                 gradient = _Refused.apply(gradient, cotangents[0], x)
@@ -261,7 +261,7 @@ def pulled_back(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Te
     return pulled
 
 
-def unrounded(x: Tensor) -> contextlib.AbstractContextManager:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Without autocast, which is left for a call, but not where `torch.compile` passes the check by, nor backward."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()

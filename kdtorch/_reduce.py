@@ -7,11 +7,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import check_batch, size, total
+from kdtorch._collectives import all_sum, check_batch, size
 from kdtorch._typing import ProcessGroup, Reduction
 
 
-def keep(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
+def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
         return arrays
@@ -24,7 +24,7 @@ def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: Pr
     Over several ranks, what they return has the whole batch's answer as its mean.
     """
     check_reduction(reduction)
-    (values,) = keep(where, values)
+    (values,) = zero_masked(where, values)
     if reduction == "none":
         return values
     check_batch(values, group)
@@ -36,7 +36,7 @@ def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: Pr
 
 def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -> Tensor:
     """The number of kept examples on all ranks, at least one."""
-    return total(kept.sum(dtype=dtype), group).clamp(min=1)
+    return all_sum(kept.sum(dtype=dtype), group).clamp(min=1)
 
 
 def check_reduction(reduction: str) -> None:

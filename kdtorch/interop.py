@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtorch._numerics import _Refused
-from kdtorch.teacher_cache import TeacherCache, record_teacher
-from parity.bridge import files, layers
-from parity.bridge.trees import (
+from kdlosses import files, layers
+from kdlosses.trees import (
+    Layout,
     Packed,
-    Turn,
     check_outputs,
     each_leaf,
     leaves,
@@ -28,6 +26,8 @@ from parity.bridge.trees import (
     twin,
     unpack,
 )
+from kdtorch._numerics import _Refused
+from kdtorch.teacher_cache import TeacherCache, record_teacher
 
 __all__ = ["TeacherCache", "jax_loss", "jax_teacher", "load", "record_teacher", "save", "to_jax", "to_torch"]
 
@@ -70,7 +70,7 @@ def jax_teacher(
     if isinstance(fn, nnx.Module) != (params is None):
         came = "both" if isinstance(fn, nnx.Module) else f"{type(fn).__name__} and None"
         raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function with `params` beside it, got {came}")
-    turn = Turn.of("jax_teacher", layout)
+    axes = Layout.of("jax_teacher", layout)
 
     @jax.jit
     def apply(params: Any, args: Any, kwargs: Any) -> Any:
@@ -95,10 +95,10 @@ def jax_teacher(
                     f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires gradient, and through a "
                     "teacher none flows; give x.detach(), or call the teacher under torch.no_grad()"
                 )
-        args, kwargs = _arrays("jax_teacher", each_leaf(turn.channels_last, (args, kwargs)))
+        args, kwargs = _arrays("jax_teacher", each_leaf(axes.channels_last, (args, kwargs)))
         result = evaluate(*nnx.split(fn), args, kwargs) if params is None else apply(params, args, kwargs)
         place = next((x.device for x in given.values()), torch.device("cpu"))
-        return each_leaf(turn.channels_first, _tensors(result, place))
+        return each_leaf(axes.channels_first, _tensors(result, place))
 
     return teacher
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdtorch._numerics import widen
+from kdtorch._numerics import promote
 from kdtorch._typing import ProcessGroup, describe
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.logits.uskd import uskd_loss
@@ -210,7 +210,7 @@ def _through(head: nn.Module, name: str, x: Tensor, dim: int, constant: bool = F
     """What a head makes, in the precision of its weights, of features of its width."""
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (dim,)):
         raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
-    (x,) = widen(x.detach() if constant else x)
+    (x,) = promote(x.detach() if constant else x)
     return head(x.to(next(head.parameters(), x).dtype))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity.bridge import cache
+from kdlosses import cache
 
 __all__ = ["TeacherCache", "record_teacher"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bridge.trees import numpy_dtype
+from kdlosses.trees import numpy_dtype
 
 HALVES = ("float16", "bfloat16")
 

@@ -109,8 +109,8 @@ class Loss:
         ranges: from where to where random draws take each setting.
         scale: of the terms that the value is the difference of: the least number to measure its error by.
         leading: whether it takes any number of leading axes.
-        pairs: whether an example's value depends on the others.
-        shift: whether adding a number to all logits of an example changes nothing.
+        batch_coupled: whether an example's value depends on the others.
+        shift_invariant: whether adding a number to all logits of an example changes nothing.
         divergence: whether it is 0 at student == teacher and never below.
         padding: whether a class at -inf in all logits adds nothing.
     """
@@ -123,8 +123,8 @@ class Loss:
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     scale: float = 0.0
     leading: bool = True
-    pairs: bool = False
-    shift: bool = False
+    batch_coupled: bool = False
+    shift_invariant: bool = False
     divergence: bool = False
     padding: bool = False
 
@@ -149,7 +149,7 @@ LOSSES: tuple[Loss, ...] = (
         ("teacher_logits",),
         ({}, {"temperature": 4.0}, {"temperature": 20.0}),
         {"temperature": (0.5, 20.0)},
-        shift=True,
+        shift_invariant=True,
         divergence=True,
         padding=True,
     ),
@@ -160,7 +160,7 @@ LOSSES: tuple[Loss, ...] = (
         ("teacher_logits",),
         ({}, {"temperature": 4.0}),
         {"temperature": (0.5, 20.0)},
-        shift=True,
+        shift_invariant=True,
         divergence=True,
         padding=True,
     ),
@@ -172,8 +172,8 @@ LOSSES: tuple[Loss, ...] = (
         ({}, {"temperature": 2.5}),
         {"temperature": (0.5, 20.0)},
         leading=False,
-        pairs=True,
-        shift=True,
+        batch_coupled=True,
+        shift_invariant=True,
         divergence=True,
         padding=True,
     ),
@@ -184,7 +184,7 @@ LOSSES: tuple[Loss, ...] = (
         ("teacher_logits",),
         ({}, {"alpha": 1.0, "beta": 1.0, "temperature": 1.0}, {"alpha": 0.3, "beta": 0.0, "temperature": 2.0}),
         {"alpha": (0.0, 2.0), "beta": (0.0, 10.0), "temperature": (0.5, 20.0)},
-        shift=True,
+        shift_invariant=True,
         divergence=True,
         padding=True,
     ),
@@ -195,7 +195,7 @@ LOSSES: tuple[Loss, ...] = (
         ("teacher_logits",),
         ({}, {"gamma": 2.0, "temperature": 2.5}),
         {"gamma": (0.0, 3.0), "temperature": (0.5, 10.0)},
-        shift=True,
+        shift_invariant=True,
         padding=True,
     ),
     Loss(
@@ -204,7 +204,7 @@ LOSSES: tuple[Loss, ...] = (
         ("student_logits",),
         ("teacher_logits",),
         ranges={"gamma": (0.0, 3.0), "temperature": (0.5, 10.0)},
-        shift=True,
+        shift_invariant=True,
     ),
     Loss(
         "uskd_loss",
@@ -212,8 +212,8 @@ LOSSES: tuple[Loss, ...] = (
         ("student_logits", "weak_logits"),
         options=({}, {"alpha": 0.1, "beta": 0.5, "mu": 0.1}),
         ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
-        pairs=True,
-        shift=True,
+        batch_coupled=True,
+        shift_invariant=True,
         padding=True,
     ),
     Loss(
@@ -221,8 +221,8 @@ LOSSES: tuple[Loss, ...] = (
         {"student_logits": "logits", "weak_logits": "logits", "labels": "distribution"},
         ("student_logits", "weak_logits"),
         ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
-        pairs=True,
-        shift=True,
+        batch_coupled=True,
+        shift_invariant=True,
     ),
     Loss(
         "topk_kl_loss",
@@ -231,7 +231,7 @@ LOSSES: tuple[Loss, ...] = (
         ("values", "rest"),
         ({}, {"temperature": 4.0}, {"temperature": 2.0, "tail": "renormalize"}),
         {"temperature": (0.5, 20.0)},
-        shift=True,
+        shift_invariant=True,
     ),
     Loss("bce_loss", {"student": "features", "teacher": "fractions"}, ("student",), ("teacher",)),
     Loss("mse_loss", _FEATURES, ("student",), ("teacher",), divergence=True),
@@ -266,7 +266,7 @@ LOSSES: tuple[Loss, ...] = (
         ("teacher",),
         scale=0.1,  # the square of a difference of distances, which nearly agree where the batch is small
         leading=False,
-        pairs=True,
+        batch_coupled=True,
     ),
     Loss(
         "crcd_loss",
@@ -275,7 +275,7 @@ LOSSES: tuple[Loss, ...] = (
         options=({}, {"temperature": 0.2, "momentum": 0.9}),
         ranges={"temperature": (0.05, 1.0), "momentum": (0.0, 0.99)},
         leading=False,
-        pairs=True,
+        batch_coupled=True,
     ),
     Loss(
         "dino_loss",
@@ -285,7 +285,7 @@ LOSSES: tuple[Loss, ...] = (
         ({}, {"teacher_temperature": 0.07, "student_temperature": 0.3, "center_momentum": 0.5}),
         {"teacher_temperature": (0.04, 0.1), "student_temperature": (0.05, 0.5), "center_momentum": (0.0, 0.99)},
         leading=False,
-        shift=True,
+        shift_invariant=True,
     ),
 )
 
@@ -414,7 +414,7 @@ def _equal_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 def _near_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Two of the student's; the teacher's stay apart, so that what separates the two is felt."""
-    if not loss.pairs or loss.inputs[loss.learns[0]] != "features":
+    if not loss.batch_coupled or loss.inputs[loss.learns[0]] != "features":
         return None
     student = inputs[loss.learns[0]].copy()
     student[-1] = student[0] + 1e-3 * student[-1]

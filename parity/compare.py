@@ -13,8 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kdlosses.trees import is_array, leaves, numpy_dtype
 from parity.arrays import is_float
-from parity.bridge.trees import is_array, leaves, numpy_dtype
 
 PARTS = ("value", "gradient", "state")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kdlosses.trees import each_leaf, is_array, leaves, numpy_dtype
 from parity.arrays import is_float, jax_array, to_numpy, torch_tensor
-from parity.bridge.trees import each_leaf, is_array, leaves, numpy_dtype
 from parity.compare import Comparison, Difference, difference
 
 # of (value, gradient), in ULP: each side rounds on its own, and neither is an oracle

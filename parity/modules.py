@@ -12,9 +12,9 @@ from unittest import mock
 
 import numpy as np
 
+from kdlosses.layers import KINDS, Layer, Weights, outermost, to_torch
+from kdlosses.trees import each_leaf, leaves
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
-from parity.bridge.layers import KINDS, Layer, Weights, outermost, to_torch
-from parity.bridge.trees import each_leaf, leaves
 from parity.compare import Comparison, Difference
 from parity.functions import by_leaf, checked_arguments, checked_outputs, cotangent, named, precision, pulled_back
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from kdlosses.trees import numpy_dtype
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
-from parity.bridge.trees import numpy_dtype
 from parity.cases import KINDS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")
@@ -255,7 +255,7 @@ def _complex_step(
     Where no example has a part in another's value, the same entry of every example moves in one step.
     """
     tiny = np.finfo(np.longdouble).tiny ** 0.25  # next to the smallest inputs in float64 too
-    axis = None if case.loss.pairs else KINDS[case.loss.inputs[name]].axis
+    axis = None if case.loss.batch_coupled else KINDS[case.loss.inputs[name]].axis
     arrays = _list(inputs[name])
     gradients = []
     for which, array in enumerate(arrays):

@@ -658,11 +658,11 @@ LAWS: dict[Callable[[Trial], None], Callable[[Loss], Any]] = {
     masked_is_nothing: _always,
     mask_is_drop: _always,
     permutation: _always,
-    shift_of_logits: lambda loss: loss.shift,
+    shift_of_logits: lambda loss: loss.shift_invariant,
     never_negative: lambda loss: loss.divergence,
     hot_limit: lambda loss: loss.name == "kl_loss",
     dkd_is_kl: lambda loss: loss.name == "dkd_loss",
-    split: lambda loss: not loss.pairs,
+    split: lambda loss: not loss.batch_coupled,
     scaled_gradient: _always,
     a_bad_batch: lambda loss: loss.constant or loss.state,
 }

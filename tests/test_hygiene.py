@@ -20,7 +20,7 @@ import kdjax.nn
 import kdtorch.interop
 import kdtorch.nn
 import parity
-from parity.bridge.pages import blocks, entries, losses, paper
+from kdlosses.pages import blocks, entries, losses, paper
 from parity.cases import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -29,7 +29,7 @@ import kdjax.nn
 import kdtorch
 import kdtorch.interop
 import kdtorch.nn
-from parity.bridge.trees import each_leaf, leaves
+from kdlosses.trees import each_leaf, leaves
 from parity.cases import LOSSES, Sizes, draw
 from parity.compare import ulps
 
@@ -935,12 +935,12 @@ def test_foreign_files(saved):
 
 
 def test_a_file_of_another_version(saved, monkeypatch):
-    monkeypatch.setattr("parity.bridge.files.FORMAT", "2")
+    monkeypatch.setattr("kdlosses.files.FORMAT", "2")
     kdjax.interop.save(saved, kdjax.dino_init(3))
     monkeypatch.undo()
     assert refusal(saved).startswith("of format 2, written by kdlosses ")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parity.bridge.trees.reference", lambda *_: "os:system")
+        patch.setattr("kdlosses.trees.reference", lambda *_: "os:system")
         kdjax.interop.save(saved, {"x": kdjax.nn.FunctionLoss(kdjax.kl_loss)})
     with pytest.raises(ValueError, match="kdjax has no `os:system`; it was made by another version"):
         kdjax.interop.load(saved)

@@ -8,8 +8,8 @@ from rich.cells import cell_len
 
 import kdjax
 import kdtorch
-from parity.bridge.formulas import unicode
-from parity.bridge.pages import blocks, entries, losses, paper
+from kdlosses.formulas import unicode
+from kdlosses.pages import blocks, entries, losses, paper
 
 LOSSES = [(package, name) for package in (kdjax, kdtorch) for name in losses(package)]
 

@@ -47,9 +47,9 @@ def test_in_blocks(loss, monkeypatch):
 
 def test_a_step_of_every_entry_gives_what_a_step_of_all_examples_gives():
     """The oracle moves all examples at once where none has a part in another's value."""
-    for loss in (x for x in LOSSES if not x.pairs):
+    for loss in (x for x in LOSSES if not x.batch_coupled):
         case = next(cases(loss))
-        alone = dataclasses.replace(case, loss=dataclasses.replace(loss, pairs=True))
+        alone = dataclasses.replace(case, loss=dataclasses.replace(loss, batch_coupled=True))
         one, other = (run("oracle", x).gradients for x in (case, alone))
         found = difference(
             one, other, limit=1, subject=loss.title, case="", dtype="float64", part="gradient", names=("all", "one")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from frameworks import BOTH, JAX
 
-from parity.bridge.cache import largest_logits
+from kdlosses.cache import largest_logits
 from parity.compare import ulps
 
 RNG = np.random.default_rng(0)

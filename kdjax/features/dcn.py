@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import unit, valid_index, widen
-from kdjax._reduce import keep, reduce
+from kdjax._numerics import promote, unit, valid_index
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, checked
 
 
@@ -54,8 +54,8 @@ def dcn_loss(
     >>> print(f"{dcn_loss(s, t, jnp.array([1]), centers):.4f}")
     0.5000
     """
-    student, teacher, centers = widen(student, teacher, centers)
-    student, teacher, labels = keep(where, student, teacher, labels)
+    student, teacher, centers = promote(student, teacher, centers)
+    student, teacher, labels = zero_masked(where, student, teacher, labels)
     labels, factor = valid_index(labels, centers.shape[0])
     center = unit(jnp.take(centers, labels, axis=0))
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax._numerics import HIGHEST, widen
-from kdjax._reduce import keep, reduce
+from kdjax._numerics import HIGHEST, promote
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 
@@ -72,7 +72,7 @@ def hcl_loss(
             )
     maps = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = keep(where, *widen(student, teacher))
+        student, teacher = zero_masked(where, *promote(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
     return reduce(jnp.stack(maps).sum(0), where, reduction, axis_name)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import optax
 
-from kdjax._numerics import positive, widen
-from kdjax._reduce import keep, reduce
+from kdjax._numerics import positive, promote
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
@@ -47,7 +47,7 @@ def bce_loss(
     >>> print(f"{bce_loss(s, t):.4f}")
     0.4100
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     entries = optax.losses.sigmoid_binary_cross_entropy(student, jax.lax.stop_gradient(teacher))
     return reduce(entries.mean(-1), where, reduction, axis_name)
 
@@ -89,7 +89,7 @@ def mse_loss(
     >>> print(f"{mse_loss(s, t):.4f}")
     2.5000
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     entries = optax.losses.squared_error(student, jax.lax.stop_gradient(teacher))
     return reduce(entries.mean(-1), where, reduction, axis_name)
 
@@ -132,7 +132,7 @@ def smooth_l1_loss(
     >>> print(f"{smooth_l1_loss(s, t):.4f}")
     0.8125
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     beta = positive("beta", beta, student)
     entries = optax.losses.huber_loss(student, jax.lax.stop_gradient(teacher), delta=beta) / beta
     return reduce(entries.mean(-1), where, reduction, axis_name)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdjax._collectives import gather, own, replicate
-from kdjax._numerics import HIGHEST, check_classes, kl_divergence, positive, widen
-from kdjax._reduce import count, keep, reduce
+from kdjax._collectives import all_gather, all_gather_constant, local_rows
+from kdjax._numerics import HIGHEST, check_classes, kl_divergence, positive, promote
+from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 Rows = Callable[[jax.Array], jax.Array]  # this device's rows of all
@@ -62,12 +62,12 @@ def difference_kl_loss(
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
-    mine = functools.partial(own, rows=len(student), axis_name=axis_name)
-    student, teacher = gather(student, axis_name), replicate(teacher, axis_name)
-    kept = jnp.ones(len(student), bool) if where is None else replicate(where, axis_name)
+    local = functools.partial(local_rows, rows=len(student), axis_name=axis_name)
+    student, teacher = all_gather(student, axis_name), all_gather_constant(teacher, axis_name)
+    kept = jnp.ones(len(student), bool) if where is None else all_gather_constant(where, axis_name)
     x, y = _center(student, kept), _center(teacher, kept)
 
     limit = -0.7 * jnp.log(jnp.finfo(x.dtype).tiny) * temperature
@@ -83,13 +83,13 @@ def difference_kl_loss(
     divergence = jax.lax.switch(
         narrow.astype(int) + near.astype(int),
         (
-            lambda: _by_rows(x, y, temperature, mine),
-            lambda: _by_products(*harmless(narrow), mine),
-            lambda: _by_expansion(*harmless(near), mine),
+            lambda: _by_rows(x, y, temperature, local),
+            lambda: _by_products(*harmless(narrow), local),
+            lambda: _by_expansion(*harmless(near), local),
         ),
     )
     place = jnp.arange(len(x))
-    pairs = jnp.where(kept[None] & (mine(place)[:, None] != place[None]), divergence, 0)
+    pairs = jnp.where(kept[None] & (local(place)[:, None] != place[None]), divergence, 0)
     return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction, axis_name)
 
 
@@ -104,32 +104,32 @@ def _span(x: jax.Array) -> jax.Array:
     return jnp.max(x, -1) - jnp.min(jnp.where(jnp.isneginf(x), jnp.max(x, -1, keepdims=True), x), -1)
 
 
-def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, mine: Rows) -> jax.Array:
+def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
     """KL of all pairs from products of matrices: log Z_ij is a product of exponentials of the two rows.
 
     KL_ij = sum_k q_ijk (d_ik - d_jk) - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
-    e_x, f_x, offset_x = _exponentials(x, temperature, mine)
-    e_y, f_y, offset_y = _exponentials(y, temperature, mine)
-    z_x, z_y = _product(mine, e_x, f_x), _product(mine, e_y, f_y)
+    e_x, f_x, offset_x = _exponentials(x, temperature, local)
+    e_y, f_y, offset_y = _exponentials(y, temperature, local)
+    z_x, z_y = _product(local, e_x, f_x), _product(local, e_y, f_y)
     d = _ahead(x, y, temperature)
-    mean = (_product(mine, e_y * d, f_y) - _product(mine, e_y, f_y * d)) / z_y
+    mean = (_product(local, e_y * d, f_y) - _product(local, e_y, f_y * d)) / z_y
     divergence = mean + (jnp.log(z_x) - jnp.log(z_y)) + (offset_x - offset_y)
     return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
 
 
-def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar, mine: Rows) -> jax.Array:
+def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
     """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
 
     KL_ij = log(1 + s - m) + m with m = E_q[d_i - d_j], s = E_q[exp(d_j - d_i) - 1 + d_i - d_j], d = (y - x) / T, and
     exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
     """
-    e, f, _ = _exponentials(y, temperature, mine)
+    e, f, _ = _exponentials(y, temperature, local)
     d = _levelled(_ahead(x, y, temperature))
     u, v = jnp.expm1(-d), jnp.expm1(d)
-    z = _product(mine, e, f)
-    mean = (_product(mine, e * d, f) - _product(mine, e, f * d)) / z
-    square = (_product(mine, e * (u + d), f) + _product(mine, e, f * (v - d)) + _product(mine, e * u, f * v)) / z
+    z = _product(local, e, f)
+    mean = (_product(local, e * d, f) - _product(local, e, f * d)) / z
+    square = (_product(local, e * (u + d), f) + _product(local, e, f * (v - d)) + _product(local, e * u, f * v)) / z
     divergence = square + (jnp.log1p(square - mean) - (square - mean))
     return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
 
@@ -144,27 +144,27 @@ def _levelled(d: jax.Array) -> jax.Array:
     return d - d.mean(-1, keepdims=True)
 
 
-def _exponentials(x: jax.Array, temperature: Scalar, mine: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _exponentials(x: jax.Array, temperature: Scalar, local: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
     """exp((x - max)/T), exp((min - x)/T) and (max_i - min_j)/T; a class at -inf is 0 in both."""
     left_out = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(left_out, largest, x), -1, keepdims=True))
     fall = jnp.where(left_out, 0, jnp.exp((smallest - jnp.where(left_out, smallest, x)) / temperature))
-    return jnp.exp((x - largest) / temperature), fall, (mine(largest) - smallest.T) / temperature
+    return jnp.exp((x - largest) / temperature), fall, (local(largest) - smallest.T) / temperature
 
 
-def _product(mine: Rows, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(mine(a), b.T, precision=HIGHEST)
+def _product(local: Rows, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(local(a), b.T, precision=HIGHEST)
 
 
-def _by_rows(x: jax.Array, y: jax.Array, temperature: Scalar, mine: Rows) -> jax.Array:
+def _by_rows(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
     """KL of all pairs from the differences themselves, a row at a time."""
 
     @jax.checkpoint
     def row(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         return kl_divergence(_differences(inputs[0], x), _differences(inputs[1], y), temperature)
 
-    return jax.lax.map(row, (mine(x), mine(y)))
+    return jax.lax.map(row, (local(x), local(y)))
 
 
 def _differences(row: jax.Array, rows: jax.Array) -> jax.Array:

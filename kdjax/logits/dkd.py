@@ -11,11 +11,11 @@ from kdjax._numerics import (
     kl_divergence,
     non_negative,
     positive,
+    promote,
     valid_index,
     weigh,
-    widen,
 )
-from kdjax._reduce import keep, reduce
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -67,7 +67,7 @@ def dkd_loss(
     >>> print(f"{dkd_loss(s, t, jnp.array([0])):.4f}")
     1.2644
     """
-    student, teacher, labels = keep(where, *widen(student_logits, teacher_logits), labels)
+    student, teacher, labels = zero_masked(where, *promote(student_logits, teacher_logits), labels)
     check_classes(student)
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     temperature = positive("temperature", temperature, student)

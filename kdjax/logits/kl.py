@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_divergence, log_ratio, positive, rowwise, widen
-from kdjax._reduce import keep, reduce
+from kdjax._numerics import check_classes, kl_divergence, log_ratio, positive, promote, rowwise
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
@@ -51,7 +51,7 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = kl_divergence(student, jax.lax.stop_gradient(teacher), temperature)
@@ -99,7 +99,7 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = _jeffreys(student, jax.lax.stop_gradient(teacher), temperature)

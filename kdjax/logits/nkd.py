@@ -12,12 +12,12 @@ from kdjax._numerics import (
     log_softmax,
     non_negative,
     positive,
+    promote,
     take_class,
     valid_index,
     weigh,
-    widen,
 )
-from kdjax._reduce import keep, reduce
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -69,11 +69,11 @@ def nkd_loss(
     >>> print(f"{nkd_loss(s, t, jnp.array([0])):.4f}")
     0.7282
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     teacher = jax.lax.stop_gradient(teacher)
     check_classes(student)
     gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
-    (labels,) = keep(where, labels if labels.ndim < student.ndim else jnp.argmax(labels, -1))
+    (labels,) = zero_masked(where, labels if labels.ndim < student.ndim else jnp.argmax(labels, -1))
     labels, factor = valid_index(labels, student.shape[-1])
     label = is_class(student, labels)
 

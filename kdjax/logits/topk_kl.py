@@ -7,8 +7,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_divergence, positive, softmax, valid_index, widen
-from kdjax._reduce import keep, reduce
+from kdjax._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -70,8 +70,8 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = keep(where, student, values, indices, *rests)
+    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
+    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     kept, classes = indices.shape[-1], student.shape[-1]

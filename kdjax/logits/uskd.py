@@ -5,19 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._collectives import total
+from kdjax._collectives import all_sum
 from kdjax._numerics import (
     check_classes,
     cross_entropy,
     is_class,
     log_softmax,
     non_negative,
+    promote,
     take_class,
     valid_index,
     weigh,
-    widen,
 )
-from kdjax._reduce import count, keep, reduce
+from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -76,7 +76,7 @@ def uskd_loss(
     >>> print(f"{uskd_loss(s, w, jnp.array([0])):.4f}")
     0.2453
     """
-    student, weak = keep(where, *widen(student_logits, weak_logits))
+    student, weak = zero_masked(where, *promote(student_logits, weak_logits))
     check_classes(student)
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     mu = non_negative("mu", mu, student)
@@ -84,13 +84,13 @@ def uskd_loss(
     log_p, log_w = log_softmax(student), log_softmax(weak)
 
     if labels.ndim < student.ndim:
-        (labels,) = keep(where, labels)
+        (labels,) = zero_masked(where, labels)
         labels, factor = valid_index(labels, student.shape[-1])
         factor = factor.astype(student.dtype)
         classes, probabilities = labels[None], jnp.ones_like(factor)[None]
         distribution = is_class(student, labels).astype(student.dtype)
     else:
-        (distribution,) = keep(where, labels.astype(student.dtype))
+        (distribution,) = zero_masked(where, labels.astype(student.dtype))
         first = jnp.argmax(distribution, -1)
         second = jnp.argmax(jnp.where(is_class(student, first), -jnp.inf, distribution), -1)
         classes = jnp.stack([first, second])
@@ -104,7 +104,7 @@ def uskd_loss(
         log_p_y = jnp.where(present[k], take_class(log_p, classes[k]), 0)
         counted = present[k] if where is None else present[k] & where
         square = jnp.where(counted, jnp.exp(2 * log_p_y), 0)
-        mean = total(jax.lax.stop_gradient(square.sum()), axis_name) / count(counted, square.dtype, axis_name)
+        mean = all_sum(jax.lax.stop_gradient(square.sum()), axis_name) / count(counted, square.dtype, axis_name)
         soft = jax.lax.stop_gradient(jnp.where(present[k], square + probabilities[k] - mean, 0))
         target -= soft * log_p_y
         log_p_labels += log_p_y

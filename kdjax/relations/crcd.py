@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdjax._collectives import fetch, rank, replicate, size
-from kdjax._numerics import HIGHEST, check_state, fraction, positive, rowwise, unit, valid_index, widen
-from kdjax._reduce import count, keep, reduce
+from kdjax._collectives import all_gather_constant, fetch, rank, size
+from kdjax._numerics import HIGHEST, check_state, fraction, positive, promote, rowwise, unit, valid_index
+from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -165,13 +165,13 @@ def crcd_loss(
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
-    student, teacher = widen(student, teacher)
+    student, teacher = promote(student, teacher)
     check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, state.student_memory)
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
-    student, teacher, index, negatives = keep(where, student, teacher, index, negatives)
+    student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
     rows = len(state.student_memory)
     num_data = rows * size(axis_name) if sharded_memory else rows
     index, factor = valid_index(index, num_data)
@@ -182,13 +182,13 @@ def crcd_loss(
     old = jax.lax.stop_gradient(CRCDState(*map(jnp.asarray, state)))
     student, teacher = unit(student), unit(teacher)
     places = jnp.concatenate([index[:, None], negatives], 1)
-    every_index, every_valid = replicate(index, axis_name), replicate(valid, axis_name)
+    every_index, every_valid = all_gather_constant(index, axis_name), all_gather_constant(valid, axis_name)
 
     def side(embedding: jax.Array, memory: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
         bank, at = memory.astype(embedding.dtype), places
         if sharded_memory:
             bank, at = fetch(bank, places.ravel(), axis_name), jnp.arange(places.size).reshape(places.shape)
-            anchors = replicate(bank[at[:, 0]], axis_name)
+            anchors = all_gather_constant(bank[at[:, 0]], axis_name)
         else:
             anchors = bank[every_index]
         known = _Known(bank, at, places, anchors, every_index, every_valid)
@@ -199,7 +199,7 @@ def crcd_loss(
     loss = reduce(factor * (on_student + on_teacher), where, reduction, axis_name)
     if not update:
         return loss, state
-    every_student, every_teacher = replicate(student, axis_name), replicate(teacher, axis_name)
+    every_student, every_teacher = all_gather_constant(student, axis_name), all_gather_constant(teacher, axis_name)
     finite = jnp.isfinite(every_student).all() & jnp.isfinite(every_teacher).all()
     last = jnp.where(finite, _last_of_equals(every_index, every_valid), -1)
     here = every_index - (rank(axis_name) * rows if sharded_memory else 0)
@@ -250,7 +250,7 @@ def _side(
         lambda: embedding[:0].sum(),  # 0, of the same type inside shard_map
     )
     log_triples = 2 * jnp.log(count(known.valid, embedding.dtype)) + math.log(number)
-    log_mean = jax.nn.logsumexp(replicate(log_sum[None], axis_name)) - log_triples
+    log_mean = jax.nn.logsumexp(all_gather_constant(log_sum[None], axis_name)) - log_triples
     fresh = jnp.exp(log_mean).astype(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & jnp.isfinite(fresh)
     normalizer = jnp.where(usable, fresh, normalizer)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdjax._collectives import gather, own, replicate
-from kdjax._numerics import HIGHEST, unit, widen
-from kdjax._reduce import count, keep, reduce
+from kdjax._collectives import all_gather, all_gather_constant, local_rows
+from kdjax._numerics import HIGHEST, promote, unit
+from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 
@@ -56,30 +56,30 @@ def euclidean_mse_loss(
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """
-    student, teacher = widen(student, teacher)
-    student, teacher = (unit(x) for x in keep(where, student, teacher))
-    mine = functools.partial(own, rows=len(student), axis_name=axis_name)
-    student, teacher = gather(student, axis_name), replicate(teacher, axis_name)
-    kept = jnp.ones(len(student), bool) if where is None else replicate(where, axis_name)
+    student, teacher = promote(student, teacher)
+    student, teacher = (unit(x) for x in zero_masked(where, student, teacher))
+    local = functools.partial(local_rows, rows=len(student), axis_name=axis_name)
+    student, teacher = all_gather(student, axis_name), all_gather_constant(teacher, axis_name)
+    kept = jnp.ones(len(student), bool) if where is None else all_gather_constant(where, axis_name)
     place = jnp.arange(len(student))
-    partners = mine(kept)[:, None] & kept[None] & (mine(place)[:, None] != place[None])
-    gap = _distances(student, partners, mine) - _distances(teacher, partners, mine)
+    partners = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
+    gap = _distances(student, partners, local) - _distances(teacher, partners, local)
     pairs = jnp.where(partners, jnp.square(gap), 0)
     return reduce(pairs.sum(1) / count(kept, student.dtype), where, reduction, axis_name)
 
 
-def _distances(x: jax.Array, partners: jax.Array, mine: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
-    ours, length = mine(centered), jnp.square(centered).sum(-1)
+    ours, length = local(centered), jnp.square(centered).sum(-1)
     product = _gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
-    square = mine(length)[:, None] + length[None] - 2 * product
+    square = local(length)[:, None] + length[None] - 2 * product
     clear = (~partners | (square * 64 > length.max(initial=0))).all()
 
     def by_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _root(jnp.square(row[0][None] - x).sum(-1), row[1])
 
-    rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (mine(x), partners))  # noqa: E731
+    rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (local(x), partners))  # noqa: E731
     return jax.lax.cond(clear, lambda: _root(square, partners), rows)
 
 

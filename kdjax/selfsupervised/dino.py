@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax._collectives import size, total
-from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, rowwise, softmax, widen
+from kdjax._collectives import all_sum, size
+from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, promote, rowwise, softmax
 from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
@@ -149,7 +149,7 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    student, teacher = widen(student, teacher)
+    student, teacher = promote(student, teacher)
     if where is not None:
         student, teacher = (jnp.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher = jax.lax.stop_gradient(teacher)
@@ -163,8 +163,8 @@ def dino_loss(
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, axis_name)
 
     batch = size(axis_name) * teacher.shape[1]
-    kept = jnp.asarray(batch, teacher.dtype) if where is None else total(where.sum(dtype=teacher.dtype), axis_name)
-    mean = (total(teacher.sum((0, 1)), axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
+    kept = jnp.asarray(batch, teacher.dtype) if where is None else all_sum(where.sum(dtype=teacher.dtype), axis_name)
+    mean = (all_sum(teacher.sum((0, 1)), axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
     padding = jnp.isneginf(mean)
     center = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
     usable = jnp.isfinite(center).all() & (kept > 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import unit, valid_index, widen
-from kdtorch._reduce import keep, reduce
+from kdtorch._numerics import promote, unit, valid_index
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, checked
 
 
@@ -55,8 +55,8 @@ def dcn_loss(
     >>> print(f"{dcn_loss(s, t, torch.tensor([1]), centers):.4f}")
     0.5000
     """
-    student, teacher, centers = widen(student, teacher, centers)
-    student, teacher, labels = keep(where, student, teacher, labels)
+    student, teacher, centers = promote(student, teacher, centers)
+    student, teacher, labels = zero_masked(where, student, teacher, labels)
     labels = valid_index("labels", labels, len(centers))
     center = unit(centers[labels])
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import rowwise, widen
-from kdtorch._reduce import keep, reduce
+from kdtorch._numerics import promote, rowwise
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
@@ -73,7 +73,7 @@ def hcl_loss(
             )
     maps = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = keep(where, *widen(student, teacher))
+        student, teacher = zero_masked(where, *promote(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
     return reduce(torch.stack(maps).sum(0), where, reduction, group)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import positive, widen
-from kdtorch._reduce import keep, reduce
+from kdtorch._numerics import positive, promote
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -47,7 +47,7 @@ def bce_loss(
     >>> print(f"{bce_loss(s, t):.4f}")
     0.4100
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     entries = functional.binary_cross_entropy_with_logits(student, teacher.detach(), reduction="none")
     return reduce(entries.mean(-1), where, reduction, group)
 
@@ -89,7 +89,7 @@ def mse_loss(
     >>> print(f"{mse_loss(s, t):.4f}")
     2.5000
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     entries = functional.mse_loss(student, teacher.detach(), reduction="none")
     return reduce(entries.mean(-1), where, reduction, group)
 
@@ -132,7 +132,7 @@ def smooth_l1_loss(
     >>> print(f"{smooth_l1_loss(s, t):.4f}")
     0.8125
     """
-    student, teacher = keep(where, *widen(student, teacher))
+    student, teacher = zero_masked(where, *promote(student, teacher))
     beta = positive("beta", beta, student)
     scaled = functional.smooth_l1_loss(student / beta, teacher.detach() / beta, reduction="none")
     return reduce(beta * scaled.mean(-1), where, reduction, group)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import as_slice, check_batch, gather, own, replicate
-from kdtorch._numerics import check_classes, kl_and_gradient, opaque, positive, pulled_back, widen
-from kdtorch._reduce import count, keep, reduce
+from kdtorch._collectives import all_gather, all_gather_constant, as_slice, check_batch, local_rows
+from kdtorch._numerics import check_classes, custom_op, kl_and_gradient, positive, promote, with_backward
+from kdtorch._reduce import count, reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -60,17 +60,17 @@ def difference_kl_loss(
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     check_batch(student, group)
-    mine = own(len(student), group)
-    student, teacher = gather(student, group), replicate(teacher, group)
-    kept = None if where is None else replicate(where, group)
+    local = local_rows(len(student), group)
+    student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
+    kept = None if where is None else all_gather_constant(where, group)
     x, y = _center(student, kept), _center(teacher, kept)
-    partners = mine.to(x.device)[:, None] != torch.arange(len(x), device=x.device)
+    partners = local.to(x.device)[:, None] != torch.arange(len(x), device=x.device)
     partners = partners if kept is None else partners & kept
-    pairs = torch.where(partners, _divergences(x, y, mine, temperature), 0)
+    pairs = torch.where(partners, _divergences(x, y, local, temperature), 0)
     number = max(len(x), 1) if kept is None else count(kept, x.dtype)
     return reduce(temperature**2 * pairs.sum(1) / number, where, reduction, group)
 
@@ -90,13 +90,13 @@ def _finite(x: Tensor, absent: float) -> Tensor:
     return x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=absent)
 
 
-@opaque(
-    "(Tensor x, Tensor y, Tensor mine, Tensor temperature) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, mine, _: tuple(x.new_empty(len(mine), len(x), dtype=t) for t in (x.dtype, _widest(x), _widest(x))),
+@custom_op(
+    "(Tensor x, Tensor y, Tensor local, Tensor temperature) -> (Tensor, Tensor, Tensor)",
+    lambda x, y, local, _: tuple(x.new_empty(len(local), len(x), dtype=t) for t in (x.dtype, _widest(x), _widest(x))),
 )
-def _forward(x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, local: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """KL of the pairs of this rank's rows and all, `[batch, whole batch]`; from products, the normalisers too."""
-    rows, dtype = as_slice(mine), _dtype_of_products(x, y, temperature)
+    rows, dtype = as_slice(local), _dtype_of_products(x, y, temperature)
     if dtype is None:
         divergence = _by_rows(x, y, rows, temperature)
         unused = torch.empty_like(divergence, dtype=_widest(x))
@@ -105,16 +105,16 @@ def _forward(x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor) -> tuple[T
     return divergence.to(x.dtype), z_x.to(_widest(x)), z_y.to(_widest(x))
 
 
-@opaque(
-    "(Tensor cotangent, Tensor value, Tensor z_x, Tensor z_y, Tensor x, Tensor y, Tensor mine, Tensor temperature)"
+@custom_op(
+    "(Tensor cotangent, Tensor value, Tensor z_x, Tensor z_y, Tensor x, Tensor y, Tensor local, Tensor temperature)"
     " -> Tensor",
     lambda cotangent, value, z_x, z_y, x, *_: torch.empty_like(x),
 )
 def _backward(
-    cotangent: Tensor, value: Tensor, z_x: Tensor, z_y: Tensor, x: Tensor, y: Tensor, mine: Tensor, temperature: Tensor
+    cotangent: Tensor, value: Tensor, z_x: Tensor, z_y: Tensor, x: Tensor, y: Tensor, local: Tensor, temperature: Tensor
 ) -> Tensor:
     """sum_j [c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji)] / T, p and q the softmaxes of the pair's differences by T."""
-    rows, dtype = as_slice(mine), _dtype_of_products(x, y, temperature)
+    rows, dtype = as_slice(local), _dtype_of_products(x, y, temperature)
     if dtype is None:
         return _pulled_rows(cotangent, x, y, rows, temperature)
     of_student, of_teacher = (
@@ -124,7 +124,7 @@ def _backward(
     return (of_student - of_teacher).to(x.dtype)
 
 
-_divergences = pulled_back(_forward, _backward)
+_divergences = with_backward(_forward, _backward)
 
 
 def _widest(x: Tensor) -> torch.dtype:

@@ -13,13 +13,13 @@ from kdtorch._numerics import (
     log_ratio,
     non_negative,
     positive,
+    promote,
     rowwise,
     valid_index,
     weigh,
-    widen,
     without_class,
 )
-from kdtorch._reduce import keep, reduce
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -72,7 +72,7 @@ def dkd_loss(
     >>> print(f"{dkd_loss(s, t, torch.tensor([0])):.4f}")
     1.2644
     """
-    student, teacher, labels = keep(where, *widen(student_logits, teacher_logits), labels)
+    student, teacher, labels = zero_masked(where, *promote(student_logits, teacher_logits), labels)
     check_classes(student)
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     temperature = positive("temperature", temperature, student)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, rowwise, times, widen
-from kdtorch._reduce import keep, reduce
+from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, promote, rowwise, times
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -50,7 +50,7 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = kl_divergence(student, teacher.detach(), temperature)
@@ -98,7 +98,7 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     divergence = _jeffreys(student, teacher.detach(), temperature)

@@ -8,15 +8,15 @@ from kdtorch._numerics import (
     check_classes,
     non_negative,
     positive,
+    promote,
     rowwise,
     softmax,
     times,
     valid_index,
     weigh,
-    widen,
     without_class,
 )
-from kdtorch._reduce import keep, reduce
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -69,11 +69,11 @@ def nkd_loss(
     >>> print(f"{nkd_loss(s, t, torch.tensor([0])):.4f}")
     0.7282
     """
-    student, teacher = keep(where, *widen(student_logits, teacher_logits))
+    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     teacher = teacher.detach()
     check_classes(student)
     gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
-    (labels,) = keep(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
+    (labels,) = zero_masked(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
     labels = valid_index("labels", labels, student.shape[-1])
     return reduce(_normalized(student, teacher, labels, gamma, temperature), where, reduction, group)
 

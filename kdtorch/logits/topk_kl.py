@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_divergence, positive, softmax, valid_index, widen
-from kdtorch._reduce import keep, reduce
+from kdtorch._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -72,8 +72,8 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = widen(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = keep(where, student, values, indices, *rests)
+    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
+    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
     check_classes(student)
     temperature = positive("temperature", temperature, student)
     kept, classes = indices.shape[-1], student.shape[-1]

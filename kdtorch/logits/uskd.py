@@ -7,19 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import total
+from kdtorch._collectives import all_sum
 from kdtorch._numerics import (
     check_classes,
     cross_entropy,
     non_negative,
+    promote,
     rowwise,
     softmax,
     times,
     valid_index,
     weigh,
-    widen,
 )
-from kdtorch._reduce import keep, reduce
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -79,7 +79,7 @@ def uskd_loss(
     >>> print(f"{uskd_loss(s, w, torch.tensor([0])):.4f}")
     0.2453
     """
-    student, weak = keep(where, *widen(student_logits, weak_logits))
+    student, weak = zero_masked(where, *promote(student_logits, weak_logits))
     check_classes(student)
     alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
     mu = non_negative("mu", mu, student)
@@ -88,12 +88,12 @@ def uskd_loss(
     log_p = student.detach() - p.peak - p.log_total
 
     if labels.ndim < student.ndim:
-        (labels,) = keep(where, labels)
+        (labels,) = zero_masked(where, labels)
         classes = valid_index("labels", labels, student.shape[-1]).unsqueeze(-1)
         probabilities = torch.ones_like(student[..., :1])
         distribution = torch.zeros_like(student).scatter(-1, classes, probabilities)
     else:
-        (distribution,) = keep(where, labels.to(student.dtype))
+        (distribution,) = zero_masked(where, labels.to(student.dtype))
         first = distribution.argmax(-1, keepdim=True)
         second = distribution.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
         classes = torch.cat([first, second], -1)
@@ -105,8 +105,8 @@ def uskd_loss(
     log_p_labels = torch.where(present, log_p.gather(-1, classes), 0)
     square = torch.where(counted, (2 * log_p_labels).exp(), 0)
     examples = tuple(range(student.ndim - 1))
-    number = total(counted.sum(examples, dtype=square.dtype), group).clamp(min=1)
-    mean = total(square.sum(examples), group) / number
+    number = all_sum(counted.sum(examples, dtype=square.dtype), group).clamp(min=1)
+    mean = all_sum(square.sum(examples), group) / number
     soft = torch.where(present, square + probabilities - mean, 0)
 
     over_w = 1 - torch.where(present, w.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6

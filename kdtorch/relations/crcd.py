@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._collectives import check_batch, fetch, rank, replicate, size
-from kdtorch._numerics import BLOCK, check_state, fraction, opaque, positive, rowwise, unit, valid_index, widen
-from kdtorch._reduce import count, keep, reduce
+from kdtorch._collectives import all_gather_constant, check_batch, fetch, rank, size
+from kdtorch._numerics import BLOCK, check_state, custom_op, fraction, positive, promote, rowwise, unit, valid_index
+from kdtorch._reduce import count, reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -169,14 +169,14 @@ def crcd_loss(
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
-    student, teacher = widen(student, teacher)
+    student, teacher = promote(student, teacher)
     old = CRCDState(*(x.detach().to(student.device) for x in state))
     check_state(state)
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
-    student, teacher, index, negatives = keep(where, student, teacher, index, negatives)
+    student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
     rows = len(old.student_memory)
     num_data = rows * size(group) if sharded_memory else rows
     index = valid_index("index", index, num_data)
@@ -186,7 +186,7 @@ def crcd_loss(
     check_batch(student, group)
     student, teacher = unit(student), unit(teacher)
     places = torch.cat([index[:, None], negatives], 1)
-    every_index, every_valid = replicate(index, group), replicate(valid, group)
+    every_index, every_valid = all_gather_constant(index, group), all_gather_constant(valid, group)
 
     def side(embedding: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
         bank, at = memory.to(embedding.dtype), places
@@ -195,7 +195,7 @@ def crcd_loss(
                 fetch(bank, places.flatten(), group),
                 torch.arange(places.numel(), device=places.device).view_as(places),
             )
-            anchors = replicate(bank[at[:, 0]], group)
+            anchors = all_gather_constant(bank[at[:, 0]], group)
         else:
             anchors = bank[every_index]
         known = _Known(bank, at, places, anchors, every_index, every_valid)
@@ -206,7 +206,7 @@ def crcd_loss(
     loss = reduce(on_student + on_teacher, where, reduction, group)
     if not update:
         return loss, state
-    every_student, every_teacher = replicate(student, group), replicate(teacher, group)
+    every_student, every_teacher = all_gather_constant(student, group), all_gather_constant(teacher, group)
     finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
     here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
     if sharded_memory:  # the rows of other ranks are theirs to remember
@@ -260,7 +260,7 @@ def _side(
     unset = normalizer == 0
     log_sum = _log_sum(embedding.detach(), valid, *known, temperature, unset)
     log_triples = 2 * count(known.valid, embedding.dtype).log() + math.log(number)
-    log_mean = replicate(log_sum[None], group).logsumexp(0) - log_triples
+    log_mean = all_gather_constant(log_sum[None], group).logsumexp(0) - log_triples
     fresh = log_mean.exp().to(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & torch.isfinite(fresh)
     normalizer = torch.where(usable, fresh, normalizer)
@@ -269,7 +269,7 @@ def _side(
     return _contrast(embedding, *known, log_z, temperature, noise), normalizer
 
 
-@opaque(
+@custom_op(
     f"(Tensor embedding, Tensor kept, {_KNOWN}, Tensor temperature, Tensor unset) -> Tensor",
     lambda embedding, *_: embedding.new_empty(()),
 )
@@ -288,7 +288,7 @@ def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
 
 
 @functools.partial(rowwise, opaque=True)
-@opaque(
+@custom_op(
     f"(Tensor embedding, {_KNOWN}, Tensor log_z, Tensor temperature, Tensor noise) -> (Tensor, Tensor)",
     lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),
 )

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import as_slice, check_batch, gather, own, replicate
-from kdtorch._numerics import BLOCK, opaque, pulled_back, unit, widen
-from kdtorch._reduce import count, keep, reduce
+from kdtorch._collectives import all_gather, all_gather_constant, as_slice, check_batch, local_rows
+from kdtorch._numerics import BLOCK, custom_op, promote, unit, with_backward
+from kdtorch._reduce import count, reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
@@ -56,30 +56,30 @@ def euclidean_mse_loss(
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """
-    student, teacher = widen(student, teacher)
-    student, teacher = (unit(x) for x in keep(where, student, teacher))
+    student, teacher = promote(student, teacher)
+    student, teacher = (unit(x) for x in zero_masked(where, student, teacher))
     check_batch(student, group)
-    mine = own(len(student), group)
-    student, teacher = gather(student, group), replicate(teacher, group)
-    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else replicate(where, group)
-    return reduce(_squares(student, teacher, kept, mine) / count(kept, student.dtype), where, reduction, group)
+    local = local_rows(len(student), group)
+    student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
+    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else all_gather_constant(where, group)
+    return reduce(_squares(student, teacher, kept, local) / count(kept, student.dtype), where, reduction, group)
 
 
-@opaque(
-    "(Tensor x, Tensor y, Tensor kept, Tensor mine) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, kept, mine: (x.new_empty(len(mine)), x.new_empty(len(mine), len(x)), kept.new_empty(())),
+@custom_op(
+    "(Tensor x, Tensor y, Tensor kept, Tensor local) -> (Tensor, Tensor, Tensor)",
+    lambda x, y, kept, local: (x.new_empty(len(local)), x.new_empty(len(local), len(x)), kept.new_empty(())),
 )
-def _forward(x: Tensor, y: Tensor, kept: Tensor, mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, kept: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j (d_ij - e_ij)^2 of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; 1 - e / d; whether all x are apart."""
-    whole, masked, clear = len(mine) == len(x), not kept.all(), True
+    whole, masked, clear = len(local) == len(x), not kept.all(), True
     of_x, of_y = _distances(x), _distances(y)
-    value, weight = x.new_zeros(len(mine)), x.new_empty(len(mine), len(x))
-    for here, rows, columns, others in _blocks(mine, x):
-        strangers = ~(kept[rows, None] & kept[columns]) if masked else None
-        distance, apart = of_x(rows, columns, strangers)
-        gap = distance - of_y(rows, columns, strangers)[0]
-        if strangers is not None:
-            gap.masked_fill_(strangers, 0)
+    value, weight = x.new_zeros(len(local)), x.new_empty(len(local), len(x))
+    for here, rows, columns, others in _blocks(local, x):
+        masked_pairs = ~(kept[rows, None] & kept[columns]) if masked else None
+        distance, apart = of_x(rows, columns, masked_pairs)
+        gap = distance - of_y(rows, columns, masked_pairs)[0]
+        if masked_pairs is not None:
+            gap.masked_fill_(masked_pairs, 0)
         torch.mul(distance.reciprocal_().nan_to_num_(nan=math.nan, posinf=0), gap, out=weight[here, columns])
         value[here] += torch.linalg.vecdot(gap, gap)
         if whole:
@@ -88,39 +88,39 @@ def _forward(x: Tensor, y: Tensor, kept: Tensor, mine: Tensor) -> tuple[Tensor, 
     return value, weight, torch.tensor(clear, device=x.device)
 
 
-@opaque(
-    "(Tensor cotangent, Tensor value, Tensor weight, Tensor clear, Tensor x, Tensor y, Tensor kept, Tensor mine)"
+@custom_op(
+    "(Tensor cotangent, Tensor value, Tensor weight, Tensor clear, Tensor x, Tensor y, Tensor kept, Tensor local)"
     " -> Tensor",
     lambda cotangent, value, weight, clear, x, *_: torch.empty_like(x),
 )
 def _backward(
-    cotangent: Tensor, value: Tensor, weight: Tensor, clear: Tensor, x: Tensor, y: Tensor, kept: Tensor, mine: Tensor
+    cotangent: Tensor, value: Tensor, weight: Tensor, clear: Tensor, x: Tensor, y: Tensor, kept: Tensor, local: Tensor
 ) -> Tensor:
     """2 sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
-    whole, twice, result = len(mine) == len(x), 2 * cotangent, torch.zeros_like(x)
+    whole, twice, result = len(local) == len(x), 2 * cotangent, torch.zeros_like(x)
     if clear:
         x = x - x.mean(0)
-    for here, rows, columns, others in _blocks(mine, x):
+    for here, rows, columns, others in _blocks(local, x):
         pull = weight[here, columns] * (twice[here, None] + (twice[columns] if whole else 0))
         result[rows] += _towards(pull, x[rows], x[columns], clear)
         result[others] += _towards(pull[:, others.start - columns.start :].T, x[others], x[rows], clear)
     return result
 
 
-_squares = pulled_back(_forward, _backward)
+_squares = with_backward(_forward, _backward)
 
 
-def _blocks(mine: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
+def _blocks(local: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
     """Of as many rows at once as let a CPU's caches hold their pairs: the places among this rank's rows and among all, of
     what they are compared with, and of what has its pairs with them nowhere else. Where all rows are here, that is each
     pair once.
     """
-    first, size = as_slice(mine).start, len(x)
+    first, size = as_slice(local).start, len(x)
     number = max(BLOCK // max(size, 1), 1) if x.device.type == "cpu" else size
-    for start in range(0, len(mine), number):
-        here = slice(start, min(start + number, len(mine)))
+    for start in range(0, len(local), number):
+        here = slice(start, min(start + number, len(local)))
         rows = slice(first + here.start, first + here.stop)
-        if len(mine) == size:
+        if len(local) == size:
             yield here, rows, slice(rows.start, size), slice(rows.stop, size)
         else:
             yield here, rows, slice(0, size), slice(0, size)
@@ -131,12 +131,12 @@ def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tenso
     centered = x - x.mean(0)  # what is common to all rows only costs digits
     length = torch.linalg.vecdot(centered, centered)
 
-    def distances(rows: slice, columns: slice, strangers: Tensor | None) -> tuple[Tensor, bool]:
+    def distances(rows: slice, columns: slice, masked_pairs: Tensor | None) -> tuple[Tensor, bool]:
         square = torch.addmm(length[columns], centered[rows], centered[columns].T, alpha=-2).add_(length[rows, None])
         themselves = square.diagonal(rows.start - columns.start)
         themselves.fill_(math.inf)
-        if strangers is not None:
-            square.masked_fill_(strangers, math.inf)
+        if masked_pairs is not None:
+            square.masked_fill_(masked_pairs, math.inf)
         clear = bool(square.amin() * 64 > length.amax())
         if not clear:
             torch.stack([(row - x[columns]).square().sum(-1) for row in x[rows]], out=square)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import size, total
-from kdtorch._numerics import check_state, cross_entropy, fraction, positive, softmax, widen
+from kdtorch._collectives import all_sum, size
+from kdtorch._numerics import check_state, cross_entropy, fraction, positive, promote, softmax
 from kdtorch._reduce import reduce
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
@@ -150,7 +150,7 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    student, teacher = widen(student, teacher)
+    student, teacher = promote(student, teacher)
     if where is not None:
         student, teacher = (torch.where(where[None, :, None], x, 0) for x in (student, teacher))
     teacher, old = teacher.detach(), state.center.detach().to(teacher.device)
@@ -167,8 +167,8 @@ def dino_loss(
     loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, group)
 
     batch = size(group) * teacher.shape[1]
-    kept = teacher.new_tensor(batch) if where is None else total(where.sum(dtype=teacher.dtype), group)
-    mean = (total(teacher.sum((0, 1)), group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
+    kept = teacher.new_tensor(batch) if where is None else all_sum(where.sum(dtype=teacher.dtype), group)
+    mean = (all_sum(teacher.sum((0, 1)), group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
     padding = torch.isneginf(mean)
     center = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
     usable = torch.isfinite(center).all() & (kept > 0)

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from parity.bridge.formulas import unicode
+from kdlosses.formulas import unicode
 
 _PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
 

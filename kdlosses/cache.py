@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bridge.files import replacing
+from kdlosses.files import replacing
 
 FORMAT = "1"
 _HEADER, _INDEX, _ROWS = "header.json", "index", "rows"

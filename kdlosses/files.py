@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from parity.bridge.trees import Packed, numpy_dtype
+from kdlosses.trees import Packed, numpy_dtype
 
 FORMAT = "1"
 _ARRAY = "kdlosses.array"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity.bridge.trees import Packed, reference
+from kdlosses.trees import Packed, reference
 
 Weights = dict[str, np.ndarray]
 
@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-class Turn(NamedTuple):
+class Weight(NamedTuple):
     """A weight's name in PyTorch, and the way from Flax's axes to PyTorch's and back."""
 
     name: str
@@ -37,15 +37,17 @@ class Turn(NamedTuple):
     to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
-_NORM = {"scale": Turn("weight"), "mean": Turn("running_mean"), "var": Turn("running_var")}
+_NORM = {"scale": Weight("weight"), "mean": Weight("running_mean"), "var": Weight("running_var")}
 # by Flax's class, and Flax's name of the weight; a weight that is not here is the same in both
-TURNS: dict[str, dict[str, Turn]] = {
-    "Linear": {"kernel": Turn("weight", np.transpose, np.transpose)},
+WEIGHTS: dict[str, dict[str, Weight]] = {
+    "Linear": {"kernel": Weight("weight", np.transpose, np.transpose)},
     "Conv": {  # `[*window, in, out]` and `[out, in, *window]`
-        "kernel": Turn("weight", lambda k: np.moveaxis(k, (-1, -2), (0, 1)), lambda w: np.moveaxis(w, (0, 1), (-1, -2)))
+        "kernel": Weight(
+            "weight", lambda k: np.moveaxis(k, (-1, -2), (0, 1)), lambda w: np.moveaxis(w, (0, 1), (-1, -2))
+        )
     },
     **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"), _NORM),
-    "Embed": {"embedding": Turn("weight")},
+    "Embed": {"embedding": Weight("weight")},
 }
 ONLY_TORCH = "num_batches_tracked"  # which nothing of a norm with a momentum depends on
 
@@ -81,7 +83,7 @@ def to_torch(kind: str, weights: Weights) -> Weights:
     """The weights of a layer of Flax's class, from Flax's names and axes to PyTorch's."""
     if kind == "MultiHeadAttention":
         return _attention(weights)
-    turns = TURNS.get(kind, {})
+    turns = WEIGHTS.get(kind, {})
     return {turns[k].name if k in turns else k: turns[k].to_torch(x) if k in turns else x for k, x in weights.items()}
 
 
@@ -89,7 +91,7 @@ def to_flax(kind: str, weights: Weights) -> Weights:
     """The weights of a layer of Flax's class, from PyTorch's names and axes to Flax's."""
     if kind == "MultiHeadAttention":
         raise TypeError("PyTorch's multi-head attention does not say how its matrices are divided into Flax's heads")
-    names = {turn.name: (name, turn.to_flax) for name, turn in TURNS.get(kind, {}).items()}
+    names = {turn.name: (name, turn.to_flax) for name, turn in WEIGHTS.get(kind, {}).items()}
     own = {k: x for k, x in weights.items() if k != ONLY_TORCH}
     return {names[k][0] if k in names else k: names[k][1](x) if k in names else x for k, x in own.items()}
 

@@ -16,7 +16,7 @@ import numpy as np
 #   {"module": reference or None, "arguments": node, "training": bool, "layers": [...], "weights": {name: array},
 #    "keys": names of weights that are keys of JAX, and their kinds}
 # A reference names what both packages have, by its place in them: "selfsupervised.dino:DINOState". The weights of a
-# module have PyTorch's names and axes; `parity.bridge.layers` says what the layers are.
+# module have PyTorch's names and axes; `kdlosses.layers` says what the layers are.
 Packed = Any
 
 
@@ -163,13 +163,13 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-class Turn(NamedTuple):
+class Layout(NamedTuple):
     """What a layout asks of arrays on the way into a channels-first module and out of it."""
 
     axes: int | None
 
     @classmethod
-    def of(cls, function: str, layout: str | None) -> Turn:
+    def of(cls, function: str, layout: str | None) -> Layout:
         if layout not in (None, "NWC", "NHWC", "NDHWC"):
             raise ValueError(f'{function}: `layout` must be None, "NWC", "NHWC" or "NDHWC", got {layout!r}')
         return cls(len(layout) if layout else None)
