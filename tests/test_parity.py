@@ -7,14 +7,14 @@ import pytest
 from kdtorch import _numerics
 from kdtorch.relations import crcd, euclidean_mse
 from parity.arrays import HALVES
-from parity.cases import LOSSES, TWISTS, cases, random_case
+from parity.cases import LOSSES, PERTURBATIONS, cases, random_case
 from parity.check import DTYPES, check
 from parity.compare import Comparison, difference
 from parity.run import run
 
 CASES = [case for loss in LOSSES for case in cases(loss)]
 # half precision is a cast at the boundary: the cases that share one compiled program are enough here
-ONE_PROGRAM = ("ordinary", *TWISTS)
+ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import numpy as np
 
-from parity.oracle._plain import constant, kl, log_softmax, over, without
+from parity.kinds import Sizes
+from parity.losses._plain import constant, kl, log_softmax, over, without
+from parity.row import Benchmark, Loss, Memory
 
 
 def _target_and_rest(logits, y):
@@ -21,3 +23,22 @@ def dkd_loss(student_logits, teacher_logits, labels, alpha=1.0, beta=8.0, temper
         others = kl(without(z, [y]), without(x, [y]))
         values.append(temperature**2 * (alpha * target + beta * others))
     return values
+
+
+ROWS = (
+    Loss(
+        formula=dkd_loss,
+        inputs={"student_logits": "logits", "teacher_logits": "logits", "labels": "labels"},
+        learns=("student_logits",),
+        constant=("teacher_logits",),
+        options=({}, {"alpha": 1.0, "beta": 1.0, "temperature": 1.0}, {"alpha": 0.3, "beta": 0.0, "temperature": 2.0}),
+        ranges={"alpha": (0.0, 2.0), "beta": (0.0, 10.0), "temperature": (0.5, 20.0)},
+        shift_invariant=True,
+        divergence=True,
+        padding=True,
+        infinite=True,
+        laws=("dkd_is_kl",),
+        memory=Memory(jax=5, torch=8),
+        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=1.8, jax=3.5, memory=0.7),),
+    ),
+)
