@@ -42,6 +42,6 @@ ROWS = (
         ranges={"gamma": (0.0, 3.0), "temperature": (0.5, 10.0)},
         shift_invariant=True,
         infinite=True,
-        memory=Memory(jax=7, torch=8),
+        memory=Memory(jax=6, torch=8),
     ),
 )
