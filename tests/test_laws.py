@@ -212,21 +212,27 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
 
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-def test_labels_of_any_integer_dtype(f):
+@pytest.mark.parametrize("loss", [x for x in LOSSES if "labels" in x.inputs.values()], ids=named)
+def test_labels_of_any_integer_dtype(f, loss):
     """Of more classes than the dtype counts."""
-    logits, labels = np.random.default_rng(0).normal(size=(2, 4, 300)), np.array([0, 5, 100, 127])
-    student, teacher = f.arrays(list(logits))
-    want = f.numpy(f.kd.dkd_loss(student, teacher, f.array(labels), reduction="none"))
+    (inputs,) = draw(loss, Sizes((4,), 300), 0)
+    given = {**f.arrays(inputs), "labels": f.array(np.array([0, 5, 100, 127]))}
+
+    def values(labels):
+        return f.numpy(getattr(f.kd, loss.name)(**{**given, "labels": labels}, reduction="none"))
+
+    def array(labels, dtype):
+        return (jnp.asarray if f is JAX else torch.from_numpy)(np.array(labels, dtype))
+
+    want = values(given["labels"])
     for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "uint64", "int64"):
-        given = (jnp.asarray if f is JAX else torch.from_numpy)(labels.astype(dtype))
-        got = f.numpy(f.kd.dkd_loss(student, teacher, given, reduction="none"))
-        assert np.array_equal(got, want), dtype
-    wrong = (jnp.asarray if f is JAX else torch.from_numpy)(np.array([0, 5, -1, 127], "int8"))
+        assert np.array_equal(values(array([0, 5, 100, 127], dtype)), want), dtype
+    wrong = [0, 5, -1, 127]
     if f is JAX:
-        assert np.array_equal(np.isnan(f.kd.dkd_loss(student, teacher, wrong, reduction="none")), wrong < 0)
+        assert np.array_equal(np.isnan(values(array(wrong, "int8"))), np.array(wrong) < 0)
     else:
         with pytest.raises(IndexError, match=r"0 .. 299, got -1"):
-            f.kd.dkd_loss(student, teacher, wrong)
+            values(array(wrong, "int8"))
 
 
 def slopes(loss, device=None):
