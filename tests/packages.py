@@ -14,7 +14,7 @@ import zipfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 IN_THE_SDIST = ["README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "pyproject.toml"]
-IN_THE_SDIST += ["benchmarks/direct.py", "docs/parity.md", "examples/digits.py", "tests/conftest.py"]
+IN_THE_SDIST += ["benchmarks/direct/kl.py", "docs/parity.md", "examples/digits.py", "tests/conftest.py"]
 IN_THE_SDIST += ["tests/golden/kl.npz", "kdjax/py.typed"]
 INSTALLED = """
 import importlib, sys
