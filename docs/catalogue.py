@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import posixpath
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -114,15 +115,15 @@ def read(name: str) -> Loss:
     text, meta = get_data((PAGES / f"{name}.md").read_text())
     introduction, *rest = re.split(r"^## (.*)\n", text, flags=re.M)
     sections = {"": introduction} | dict(zip(rest[::2], rest[1::2], strict=True))
+    if missing := NEEDED - meta.keys():
+        raise PluginError(f"docs/losses/{name}.md: the front matter needs {sorted(missing)}; see docs/catalogue.py")
     for what, given, allowed in (
         ("headings", sections.keys(), {"", *SECTIONS}),
         ("front matter", meta.keys(), NEEDED | OPTIONAL),
-        ("family", {meta.get("family")}, FAMILIES.keys()),
+        ("family", {meta["family"]}, FAMILIES.keys()),
     ):
         if unknown := given - allowed:
             raise PluginError(f"docs/losses/{name}.md: the {what} can be {sorted(allowed)}, got {sorted(unknown)}")
-    if missing := NEEDED - meta.keys():
-        raise PluginError(f"docs/losses/{name}.md: the front matter needs {sorted(missing)}; see docs/catalogue.py")
     return Loss(name, meta, {heading: text.strip() for heading, text in sections.items()})
 
 
@@ -139,13 +140,19 @@ def page(loss: Loss) -> str:
         "Plot": f"![{loss.meta['caption']}](../pictures/{loss.name}.svg)",
         "Arguments": arguments(loss, jax, torch),
         "Example": paragraphs(tab(name, x.example) for name, x in zip(FRAMEWORKS, (jax, torch), strict=True)),
-        "Paper": paragraphs([jax.paper, "\n".join(f"- {result}" for result in loss.meta.get("reported", ()))]),
+        "Paper": jax.paper,
         "Cost": cost(loss),
         "API": api(loss),
     }
+    if "reported" in loss.meta:
+        results = "\n".join(f"- {result}" for result in loss.meta["reported"])
+        derived["Paper"] += (
+            f"\n\nReported accuracy, of the student alone → distilled where both are given:\n\n{results}"
+        )
     parts = [f"# `{loss.name}`", jax.summary, loss.sections[""]]
     for heading in SECTIONS:
-        parts += [f"## {heading}", derived.get(heading, ""), loss.sections.get(heading, "")]
+        if text := paragraphs([derived.get(heading, ""), loss.sections.get(heading, "")]):
+            parts += [f"## {heading}", text]
     return paragraphs(parts)
 
 
@@ -162,11 +169,14 @@ def arguments(loss: Loss, jax: Docstring, torch: Docstring) -> str:
     """A table of the arguments, with two rows where the frameworks differ, and what is returned."""
     rows = []
     for pair in zip(jax.arguments.items(), torch.arguments.items(), strict=True):
-        for framework, (name, meaning) in zip(FRAMEWORKS, pair, strict=True):
-            if framework == "JAX" or pair[0] != pair[1]:
-                default = loss.function(FRAMEWORKS[framework]).parameters[name].default
-                which = f"`{name}`" + (f" ({framework})" if pair[0] != pair[1] else "")
-                rows.append((which, f"`{default}`" if default else "", meaning))
+        found = []
+        for package, (name, meaning) in zip(FRAMEWORKS.values(), pair, strict=True):
+            default = loss.function(package).parameters[name].default
+            found.append((f"`{name}`", f"`{default}`" if default else "", meaning.replace(f"`{package}.", "`")))
+        if found[0] == found[1]:
+            rows.append(found[0])
+        else:
+            rows += [(f"{name} ({x})", *rest) for x, (name, *rest) in zip(FRAMEWORKS, found, strict=True)]
     shared = "[The arguments that all losses share](index.md#arguments-that-all-losses-share)"
     return paragraphs([table("argument | default | meaning", rows), f"**Returns:** {jax.returns}", shared])
 
@@ -208,17 +218,19 @@ def api(loss: Loss) -> str:
 
 
 def catalogue() -> str:
-    """The table of all losses on docs/losses/index.md."""
-    rows = []
+    """The tables of docs/losses/index.md, one for each family."""
+    parts = []
     for family, losses in by_family().items():
-        rows.append([f"**{FAMILIES[family]}**", *[""] * 4])
+        rows = []
         for loss in losses:
             docstring = loss.function("kdjax").docstring
             whose, address = paper(docstring and docstring.value)
             names = ", ".join(f"`{name}`" for name in loss.meta.get("config", ()))
             labels, link = loss.meta.get("labels", NONE), f"[{whose}]({address})" if address else whose or NONE
             rows.append([f"[`{loss.name}`]({loss.name}.md)", loss.docstring().summary, labels, names or NONE, link])
-    return table("loss | what it compares | labels | in a configuration | paper", rows)
+        head = "loss | what it compares | labels | in a configuration | paper"
+        parts += [f"## {FAMILIES[family]}", table(head, rows)]
+    return paragraphs(parts)
 
 
 def choosing() -> str:
@@ -245,4 +257,5 @@ def use(loss: Loss) -> str:
     first = re.match(r"- (.*(?:\n  .*)*)", loss.sections.get("When to use it", ""))
     if not first:
         raise PluginError(f"docs/losses/{loss.name}.md: 'When to use it' must begin with '- ', and say when")
-    return re.sub(r"\]\((?=\w+\.md)", "](losses/", " ".join(first[1].split()))
+    links = re.compile(r"\]\((?!\w+:)([^)]+)")
+    return links.sub(lambda x: f"]({posixpath.normpath('losses/' + x[1])}", " ".join(first[1].split()))

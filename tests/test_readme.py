@@ -8,10 +8,17 @@ import textwrap
 
 import pytest
 
+import kdjax
+import kdtorch
+from docs.catalogue import FAMILIES
+from kdlosses.pages import losses
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(x for x in (ROOT / "docs").rglob("*.md") if x.parent.name != "losses")]
 BLOCKS = [
-    pytest.param(textwrap.dedent(code), id=f"{page.stem}-{i}")
+    pytest.param(
+        textwrap.dedent(code), id=f"{page.stem}-{i}", marks=[pytest.mark.slow] if page.stem != "README" else []
+    )
     for page in PAGES
     for i, code in enumerate(re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), re.S | re.M))
 ]
