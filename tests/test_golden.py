@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 from frameworks import BOTH, JAX
 
 import kdjax
@@ -199,3 +200,26 @@ def test_teacher_temperature(path, package):
     schedule = {key: meta[key] for key in ("warmup", "final", "warmup_epochs")}
     for epoch, want in zip(meta["epochs"], meta["teacher_temperatures"], strict=True):
         assert float(package.dino_teacher_temperature(epoch, **schedule)) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 3, 30])
+def test_teacher_temperature_follows_the_released_table(warmup_epochs):
+    """`np.linspace` and then the final temperature, of integers and of arrays, outside and inside a compiled program."""
+    epochs, schedule = 33, {"warmup": 0.04, "final": 0.07, "warmup_epochs": warmup_epochs}
+    table = np.concatenate([np.linspace(0.04, 0.07, warmup_epochs), np.full(epochs - warmup_epochs, 0.07)])
+    ours = jax.jit(lambda epoch: kdjax.dino_teacher_temperature(epoch, **schedule))
+    theirs = torch.compile(
+        lambda epoch: kdtorch.dino_teacher_temperature(epoch, **schedule), backend="eager", fullgraph=True
+    )
+    for epoch in (0, 1, 2, 29, 32):
+        for got in (
+            kdjax.dino_teacher_temperature(epoch, **schedule),
+            kdtorch.dino_teacher_temperature(epoch, **schedule),
+            ours(epoch),
+        ):
+            assert float(got) == pytest.approx(table[epoch], rel=1e-12)
+    every = np.arange(epochs)
+    for got in (ours(every), kdjax.dino_teacher_temperature(every, **schedule)):
+        np.testing.assert_allclose(got, table, rtol=1e-12)
+    for function in (theirs, lambda epoch: kdtorch.dino_teacher_temperature(epoch, **schedule)):
+        np.testing.assert_allclose(function(torch.from_numpy(every)), table, rtol=1e-12)
