@@ -99,7 +99,7 @@ def _at_least_one(**numbers: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
-@checked
+@checked(learns=("student", "teacher", "temperature"))
 def crcd_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],

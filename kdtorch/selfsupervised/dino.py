@@ -93,7 +93,7 @@ def check_views(views: int, teacher_views: int, given: str) -> None:
         )
 
 
-@checked
+@checked(learns=("student", "student_temperature"))
 def dino_loss(
     student: Float[Tensor, "student_views batch dim"],
     teacher: Float[Tensor, "teacher_views batch dim"],
