@@ -32,11 +32,16 @@ Own = Mapping[type, tuple[type, Copy | None]]
 
 
 class Call(NamedTuple):
-    """A call of a layer: the arrays that went in, and the tree that came out."""
+    """A call of a layer: the arrays that went in, and the tree that came out.
+
+    Attributes:
+        averages: of a batch norm of Flax, whether it used its running averages.
+    """
 
     layer: Layer
     inputs: list[np.ndarray]
     output: Any
+    averages: bool = False
 
 
 class Pair(NamedTuple):
@@ -126,8 +131,7 @@ def _sample_variances() -> Iterator[None]:
     def follow(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         before = np.asarray(self.var[...], np.float64)
         output = call(self, x, *args, **kwargs)
-        averages = kwargs.get("use_running_average", args[0] if args else None)
-        if not (self.use_running_average if averages is None else averages):
+        if not _averages(self, (x, *args), kwargs):
             _, var = norms.get(id(self), (self, before))
             step = np.asarray(self.var[...], np.float64) - self.momentum * before
             count = x.size // max(before.size, 1)
@@ -138,6 +142,12 @@ def _sample_variances() -> Iterator[None]:
         yield
     for norm, var in norms.values():
         norm.var[...] = jnp.asarray(var, norm.var[...].dtype)
+
+
+def _averages(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a batch norm of Flax uses its running averages: a call may say so, or leave it to the module."""
+    asked = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    return bool(norm.use_running_average if asked is None else asked)
 
 
 def run_torch(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[Call]]:
@@ -164,7 +174,8 @@ def _call(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
         given = [_argument(args, kwargs, i, x) for i, x in enumerate(("query", "key", "value"))]
     elif layer.kind in KINDS or layer.kind in KINDS.values():
         given = given[:1]
-    return Call(layer, [np.array(to_numpy(x)) for x in given], each_leaf(_copied, output))
+    averages = layer.kind == "BatchNorm" and _averages(layer.module, args, kwargs)
+    return Call(layer, [np.array(to_numpy(x)) for x in given], each_leaf(_copied, output), averages)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:

@@ -196,9 +196,7 @@ def _differences(
         _, their_calls = run_torch(copy.deepcopy(theirs), their_inputs, own)
     pairs = paired(our_calls, their_calls, own)
     settings = {
-        str(pair): [*differing(pair, call.inputs[0].shape, dtype)]
-        for call, pair in zip(our_calls, pairs, strict=True)
-        if pair.kind
+        str(pair): [*differing(pair, call, dtype)] for call, pair in zip(our_calls, pairs, strict=True) if pair.kind
     }
     twins, alone = uncalled(ours, theirs, pairs, own)
     every = [*dict.fromkeys(pairs), *twins]

@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from parity.layers import Pair
+from parity.layers import Call, Pair
 
 
-def differing(pair: Pair, shape: Sequence[int], dtype: str) -> Iterator[str]:
+def differing(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
     """Each setting in which twins differ, in words.
 
     Args:
         pair: of layers.
-        shape: of what goes into the layer of Flax.
+        call: of the layer of Flax.
         dtype: that it computes in.
     """
     import torch
@@ -25,20 +25,18 @@ def differing(pair: Pair, shape: Sequence[int], dtype: str) -> Iterator[str]:
         if not math.isclose(x.epsilon, eps, rel_tol=1e-6):
             yield f"epsilon is {x.epsilon:g} in Flax, eps is {eps:g} in PyTorch"
     if pair.kind == "BatchNorm":
-        yield from _running(x, y)
+        yield from _running(x, y, call.averages)
     elif pair.kind == "GroupNorm" and x.num_groups != y.num_groups:
         yield f"num_groups is {x.num_groups} in Flax, {y.num_groups} in PyTorch"
     elif pair.kind == "MultiHeadAttention" and x.num_heads != y.num_heads:
         yield f"num_heads is {x.num_heads} in Flax, {y.num_heads} in PyTorch"
     elif pair.kind in ("Conv", "ConvTranspose"):
-        yield from _window(pair, shape)
+        yield from _window(pair, call.inputs[0].shape)
 
 
-def _running(x: Any, y: Any) -> Iterator[str]:
-    if x.use_running_average is None:  # which each call says for itself
-        return
-    modes = ["eval" if mode else "training" for mode in (x.use_running_average, not y.training)]
-    if modes[0] != modes[1]:
+def _running(x: Any, y: Any, averages: bool) -> Iterator[str]:
+    if averages == y.training:
+        modes = ["training", "eval"][averages], ["training", "eval"][not y.training]
         yield f"it is in {modes[0]} mode in Flax, in {modes[1]} mode in PyTorch"
     elif y.training and (y.momentum is None or not math.isclose(1 - x.momentum, y.momentum, rel_tol=1e-6)):
         has = "None, an average of all batches" if y.momentum is None else f"{y.momentum:g}"
