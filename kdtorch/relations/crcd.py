@@ -416,4 +416,4 @@ def _place(memory: Tensor, index: Tensor, rows: Tensor, in_place: bool) -> Tenso
     if not in_place:
         return memory.index_copy(0, index, rows)
     with torch.no_grad():
-        return memory.index_copy_(0, index.to(memory.device), rows.to(memory.device))
+        return memory.index_put_((index.to(memory.device),), rows.to(memory.device))
