@@ -77,6 +77,8 @@ class Loss(NamedTuple):
 
     def function(self, package: str) -> griffe.Function:
         module = load(package)
+        if self.name not in module.imports:
+            raise PluginError(f"docs/losses/{self.name}.md: {package} has no public name {self.name!r}")
         function = module[module.imports[self.name].partition(".")[2]]
         assert isinstance(function, griffe.Function)
         return function

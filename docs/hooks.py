@@ -29,9 +29,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     nav = {title: pages for entry in config.nav or () for title, pages in entry.items()}
     for family, losses in catalogue.by_family().items():
         nav["Catalogue"].append({catalogue.FAMILIES[family]: [f"losses/{loss.name}.md" for loss in losses]})
-    nav["API"] += [{package: [f"api/{page}" for page in public(package)]} for package in TWINS]
+    for package in TWINS:
+        nav["API"].append({package: [f"api/{page}" for page in sorted(public(package), key=families_first)]})
     nav["API"] += [f"api/{page}" for page in public("parity")]
     return config
+
+
+def families_first(page: str) -> tuple[int, str]:
+    families, part = list(catalogue.FAMILIES), pathlib.Path(page).stem
+    return families.index(part) if part in families else len(families), part
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

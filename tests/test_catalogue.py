@@ -176,6 +176,11 @@ def test_a_page_that_does_not_fit_says_what_does(monkeypatch, tmp_path, front, s
         catalogue.read("new_loss")
 
 
+def test_a_page_of_no_loss_says_so():
+    with pytest.raises(PluginError, match=r"docs/losses/new_loss.md: kdtorch has no public name 'new_loss'"):
+        catalogue.Loss("new_loss", {}, {}).function("kdtorch")
+
+
 def test_a_page_without_a_use_says_so():
     with pytest.raises(PluginError, match=r"docs/losses/new_loss.md: 'When to use it' must begin"):
         catalogue.use(catalogue.Loss("new_loss", {}, {"When to use it": "Always."}))

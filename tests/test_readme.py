@@ -1,4 +1,4 @@
-"""The code of the README and of the pages of docs/ runs as printed; that of docs/losses has its own test."""
+"""The code of the README and of the pages of docs/ runs as printed (docs/losses has its own test); the table holds."""
 
 import pathlib
 import re
@@ -45,3 +45,9 @@ def test_the_table_of_families_names_and_links_every_loss(package):
         folder = loss.__module__.split(".")[1]
         want.setdefault(FAMILIES[folder], []).append((name, f"docs/losses/{name}.md"))
     assert links == want
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
