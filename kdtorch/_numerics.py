@@ -192,7 +192,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
             ctx.mark_non_differentiable(output[1])
-            ctx.save_for_backward(*inputs, output[1])
+            ctx.save_for_backward(*(inputs[:1] if opaque else inputs), output[1])
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,7 +200,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
             if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
                 with no_autocast(gradient):
                     gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
-            return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
+            return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in ctx.needs_input_grad[1:])
 
     Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
 

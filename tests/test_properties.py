@@ -7,6 +7,10 @@ import pytest
 from parity.cases import LOSSES
 
 
+def test_a_row_names_laws_that_there_are():
+    assert {name for loss in LOSSES for name in loss.laws} <= {law.__name__ for law in laws.LAWS}
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 @pytest.mark.parametrize("name", laws.PACKAGES)
 def test_laws(name, loss):

@@ -45,6 +45,14 @@ def test_all_is_within_its_limits(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize("name", ["mse", "mse_loss"])
+def test_a_short_name_will_do(name, capsys):
+    assert main(["--loss", name, "--framework", "torch", "--dtype", "float64"]) == 0
+    text = capsys.readouterr().out
+    assert "│ mse_loss │ float64 │" in text
+    assert text.count("float64") == 1
+
+
 def test_what_fails_is_repeated_alone(monkeypatch, capsys):
     broken(monkeypatch)
     assert main([*FAST, "--tries", "3", "--seed", "4"]) == 1

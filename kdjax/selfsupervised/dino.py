@@ -61,7 +61,8 @@ def dino_teacher_temperature(
         epoch: any epoch ≥ 0, an integer or an array, traced or not.
         warmup: the first temperature.
         final: the last one.
-        warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+        warmup_epochs: the number of epochs in the warm-up, as in the released `linspace(warmup, final, warmup_epochs)`:
+            with 0 the temperature is `final` throughout, with 1 it is `warmup` at epoch 0 and `final` from epoch 1 on.
 
     Returns:
         The temperature, of the shape of `epoch`.
@@ -78,9 +79,9 @@ def dino_teacher_temperature(
         positive(name, value, jnp.zeros(()))
     if warmup_epochs < 0:
         raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}")
-    if warmup_epochs < 2:
+    if warmup_epochs == 0:
         return jnp.full(jnp.shape(epoch), final)
-    return optax.schedules.linear_schedule(warmup, final, warmup_epochs - 1)(jnp.asarray(epoch, float))
+    return optax.schedules.linear_schedule(warmup, final, max(warmup_epochs - 1, 1))(jnp.asarray(epoch, float))
 
 
 def check_views(views: int, teacher_views: int, given: str) -> None:

@@ -10,7 +10,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, checked
 
 
-@checked
+@checked(learns=("student", "centers"), dtensor="any")
 def dcn_loss(
     student: Float[Tensor, "*batch dim"],
     teacher: Float[Tensor, "*batch dim"],

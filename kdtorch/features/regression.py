@@ -10,7 +10,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="any")
 def bce_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -52,7 +52,7 @@ def bce_loss(
     return reduce(entries.mean(-1), where, reduction, group)
 
 
-@checked
+@checked(dtensor="any")
 def mse_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -94,7 +94,7 @@ def mse_loss(
     return reduce(entries.mean(-1), where, reduction, group)
 
 
-@checked
+@checked(dtensor="any")
 def smooth_l1_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],

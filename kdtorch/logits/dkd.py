@@ -23,7 +23,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="rows")
 def dkd_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],

@@ -9,7 +9,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="any")
 def kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -57,7 +57,7 @@ def kl_loss(
     return reduce(temperature**2 * divergence, where, reduction, group)
 
 
-@checked
+@checked(dtensor="any")
 def symmetric_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],

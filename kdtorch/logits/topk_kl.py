@@ -13,7 +13,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="any")
 def topk_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     values: Float[Tensor, "*batch kept"],

@@ -23,7 +23,7 @@ from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(learns=("student_logits", "weak_logits"))
 def uskd_loss(
     student_logits: Float[Tensor, "*batch classes"],
     weak_logits: Float[Tensor, "*batch classes"],

@@ -38,6 +38,10 @@ class CRCDState(NamedTuple):
     teacher_normalizer: Float[Tensor, ""]
 
 
+class HeldCRCDState(CRCDState):
+    """The buffers of a module, whose memories `crcd_loss` writes in place: a copy of all rows would be made for a few."""
+
+
 def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRCDState:
     """Memories of uniformly distributed entries, normalised to unit rows; normalisers unset.
 
@@ -95,7 +99,7 @@ def _at_least_one(**numbers: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
-@checked
+@checked(learns=("student", "teacher", "temperature"))
 def crcd_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],
@@ -213,9 +217,12 @@ def crcd_loss(
         here = here - rank(group) * rows
         inside = (here >= 0) & (here < rows)
         here, last = here[inside], last[inside]
+    new_student = _new_rows(old.student_memory, here, last, every_student, momentum)
+    new_teacher = _new_rows(old.teacher_memory, here, last, every_teacher, momentum)
+    memories = state if isinstance(state, HeldCRCDState) else old
     return loss, CRCDState(
-        _remember(old.student_memory, here, last, every_student, momentum),
-        _remember(old.teacher_memory, here, last, every_teacher, momentum),
+        _place(memories.student_memory, here, new_student, in_place=memories is state),
+        _place(memories.teacher_memory, here, new_teacher, in_place=memories is state),
         torch.where(finite, student_normalizer, old.student_normalizer),
         torch.where(finite, teacher_normalizer, old.teacher_normalizer),
     )
@@ -398,8 +405,15 @@ def _last_of_equals(index: Tensor, valid: Tensor) -> Tensor:
     return torch.where((index[:, None] == index) & valid, order, -1).amax(1) if len(index) else order
 
 
-def _remember(memory: Tensor, index: Tensor, last: Tensor, embedding: Tensor, momentum: Scalar) -> Tensor:
+def _new_rows(memory: Tensor, index: Tensor, last: Tensor, embedding: Tensor, momentum: Scalar) -> Tensor:
     old = memory[index]
     new = unit(momentum * old + (1 - momentum) * embedding[last].to(memory.dtype))
     usable = (last >= 0) & torch.isfinite(new).all(1) & (new != 0).any(1)
-    return memory.index_copy(0, index, torch.where(usable[:, None], new, old))
+    return torch.where(usable[:, None], new, old)
+
+
+def _place(memory: Tensor, index: Tensor, rows: Tensor, in_place: bool) -> Tensor:
+    if not in_place:
+        return memory.index_copy(0, index, rows)
+    with torch.no_grad():
+        return memory.index_copy_(0, index.to(memory.device), rows.to(memory.device))

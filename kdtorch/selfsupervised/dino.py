@@ -60,7 +60,8 @@ def dino_teacher_temperature(
         epoch: any epoch ≥ 0, an integer or a tensor; `torch.compile` compiles once more for the second integer.
         warmup: the first temperature.
         final: the last one.
-        warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+        warmup_epochs: the number of epochs in the warm-up, as in the released `linspace(warmup, final, warmup_epochs)`:
+            with 0 the temperature is `final` throughout, with 1 it is `warmup` at epoch 0 and `final` from epoch 1 on.
 
     Returns:
         The temperature, of the shape of `epoch`.
@@ -79,9 +80,9 @@ def dino_teacher_temperature(
         positive(name, value, epoch)
     if warmup_epochs < 0:
         raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}")
-    if warmup_epochs < 2:
+    if warmup_epochs == 0:
         return torch.full_like(epoch, final)
-    return warmup + (final - warmup) * (epoch / (warmup_epochs - 1)).clamp(0, 1)
+    return warmup + (final - warmup) * (epoch / max(warmup_epochs - 1, 1)).clamp(0, 1)
 
 
 def check_views(views: int, teacher_views: int, given: str) -> None:
@@ -92,7 +93,7 @@ def check_views(views: int, teacher_views: int, given: str) -> None:
         )
 
 
-@checked
+@checked(learns=("student", "student_temperature"))
 def dino_loss(
     student: Float[Tensor, "student_views batch dim"],
     teacher: Float[Tensor, "teacher_views batch dim"],

@@ -1,0 +1,65 @@
+"""How a module holds the state of a loss and moves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from flax.errors import TraceContextError
+
+
+class LossState(nnx.Variable):
+    """What a loss carries from step to step and no optimiser touches.
+
+    A step changes its value and leaves the Variable where it is, as `nnx.BatchNorm` does with its averages.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from kdjax.nn import DINOLoss, LossState
+    >>> print(nnx.state(DINOLoss(3), LossState)["center"][...])
+    [0. 0. 0.]
+    """
+
+
+class Stateful(nnx.Module):
+    """A loss with a state."""
+
+    use_running_average: bool  # as the norms of Flax call it, so that `train`, `eval` and `nnx.view` set it
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Called by `nnx.view`.
+
+        Args:
+          use_running_average: if True, the state stays as it is.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _move(self, **values: Any) -> None:
+        for name, value in values.items():
+            movable(self, name).set_value(value)
+
+
+def movable(module: nnx.Module, name: str) -> nnx.Variable:
+    """A module's Variable, whose value can be changed at this place.
+
+    Flax lets no transformation change a Variable from outside of it. A module that was merged inside one, but without
+    `copy=True`, gets a Variable of its own here.
+
+    Raises:
+        TraceContextError: the module itself is from outside.
+    """
+    variable = getattr(module, name)
+    try:
+        variable.set_value(variable.get_value())
+    except TraceContextError:
+        try:
+            setattr(module, name, variable.copy())
+        except TraceContextError as error:
+            raise TraceContextError(
+                f"the state of {type(module).__name__} cannot move here, because the module is from outside of the "
+                "transformation that calls it, such as jax.grad or jax.jit. Give it as an argument to nnx.grad or "
+                "nnx.jit; or split it, merge it inside by nnx.merge(..., copy=True), and return its state; or leave "
+                "its state as it is, by `module.eval()`"
+            ) from error
+    return getattr(module, name)

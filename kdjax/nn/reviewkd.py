@@ -1,0 +1,177 @@
+"""ReviewKD's connectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax._typing import Array
+from kdjax.nn._state import movable
+from kdlosses.settings import map_size, map_sizes
+
+_CONV_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+class _BatchNorm(nnx.BatchNorm):
+    """With PyTorch's running variance, that of a sample, so that what is trained here goes on there."""
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> jax.Array:
+        if not self.use_running_average:
+            for name in ("mean", "var"):
+                movable(self, name)
+        kept = self.momentum * self.var[...]
+        normalised = super().__call__(x, *args, **options)
+        if not self.use_running_average:
+            number = x.size // x.shape[-1]
+            self.var[...] = kept + (self.var[...] - kept) * (number / max(number - 1, 1))
+        return normalised
+
+
+class ABF(nnx.Module):
+    """Attention-based fusion, ReviewKD's connector from one level of the student to the teacher's width.
+
+    Args:
+        in_channels: of the student's map.
+        mid_channels: of the map that is handed on to the next level.
+        out_channels: of the teacher's map.
+        fuse: whether a map of the deeper level is fused in.
+        out_shapes: height and width of the teacher's map, or one number for both; None keeps the student's.
+        rngs: of Flax.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from kdjax.nn import ABF
+    >>> connector = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))
+    >>> output, fused = connector(jnp.ones((2, 4, 4, 8)))
+    >>> output.shape, fused.shape
+    ((2, 4, 4, 32), (2, 4, 4, 16))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        fuse: bool,
+        *,
+        out_shapes: int | tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv1 = nnx.Conv(in_channels, mid_channels, (1, 1), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
+        self.norm1 = _BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
+        self.conv2 = nnx.Conv(mid_channels, out_channels, (3, 3), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
+        self.norm2 = _BatchNorm(out_channels, momentum=0.9, rngs=rngs)
+        self.attention = nnx.Conv(2 * mid_channels, 2, (1, 1), rngs=rngs) if fuse else None
+        self.out_shapes = map_size(out_shapes)
+
+    def __call__(self, x: Array, deeper: Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Bring a map to the teacher's width.
+
+        Args:
+            x: `[batch, height, width, in_channels]`, the student's map.
+            deeper: what the connector of the deeper level handed on, of any height and width; for `fuse=True`.
+
+        Returns:
+            The map for the teacher, `[batch, height, width, out_channels]`, and the map to hand on, of `mid_channels`;
+            both of the height and width of `out_shapes`, if it was given.
+
+        Raises:
+            ValueError: no `deeper` where `fuse=True`.
+        """
+        x = self.norm1(self.conv1(x))
+        if self.attention is not None:
+            if deeper is None:
+                raise ValueError("`deeper` must be given to a connector with `fuse=True`, got None")
+            deeper = _resize(deeper, x.shape[1], x.shape[2])
+            weight = nnx.sigmoid(self.attention(jnp.concatenate([x, deeper], -1)))
+            x = x * weight[..., :1] + deeper * weight[..., 1:]
+        if self.out_shapes is not None:
+            x = _resize(x, *self.out_shapes)
+        return self.norm2(self.conv2(x)), x
+
+
+def _resize(x: Array, height: int, width: int) -> jax.Array:
+    """Nearest neighbour, each position taking the one at or before it."""
+    if x.shape[1:3] == (height, width):
+        return x
+    rows, columns = (jnp.arange(n) * m // n for n, m in ((height, x.shape[1]), (width, x.shape[2])))
+    return jnp.take(jnp.take(x, rows, axis=1), columns, axis=2)
+
+
+class ReviewKD(nnx.Module):
+    """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
+
+    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes; where the teacher's differ from the
+    student's, say by `out_shapes` to what sizes they are brought. The released code interpolates alike, but counts its
+    sizes from the deepest map.
+
+    Args:
+        in_channels: of the student's maps, from the first to the deepest.
+        out_channels: of the teacher's maps, in the same order.
+        mid_channels: the width of the fused maps.
+        out_shapes: height and width of each of the teacher's maps, or one number for both, in the same order: the maps
+            take them by the nearest neighbour, as in the released code, and hold for one resolution of the images. None
+            keeps the student's heights and widths.
+        rngs: of Flax.
+
+    Raises:
+        ValueError: numbers of channels, or `out_shapes`, that differ in length; a size below 1.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from kdjax.nn import ReviewKD
+    >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
+    >>> maps = [jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))]
+    >>> [x.shape for x in review(maps)]
+    [(2, 8, 8, 16), (2, 4, 4, 32)]
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        mid_channels: int,
+        *,
+        out_shapes: Sequence[int | tuple[int, int]] | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if not in_channels or len(in_channels) != len(out_channels):
+            raise ValueError(
+                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                f"{list(in_channels)} and {list(out_channels)}"
+            )
+        deepest = len(in_channels) - 1
+        self.out_shapes = map_sizes(out_shapes, len(in_channels))
+        sizes = self.out_shapes or [None] * len(in_channels)
+        self.connectors = nnx.List(
+            ABF(i, mid_channels, o, level < deepest, out_shapes=size, rngs=rngs)
+            for level, (i, o, size) in enumerate(zip(in_channels, out_channels, sizes, strict=True))
+        )
+
+    def __call__(self, maps: Sequence[Array]) -> list[jax.Array]:
+        """Bring the student's maps to the teacher's widths.
+
+        Args:
+            maps: of the student, `[batch, height, width, channels]`, from the first to the deepest.
+
+        Returns:
+            As many maps in the same order, of the teacher's channels, and of the heights and widths of `out_shapes`, or
+            else the student's.
+
+        Raises:
+            ValueError: another number of maps than of connectors.
+        """
+        if len(maps) != len(self.connectors):
+            raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
+        outputs: list[jax.Array] = []
+        fused = None
+        for connector, x in zip(reversed(self.connectors), reversed(maps), strict=True):
+            output, fused = connector(x, fused)
+            outputs.insert(0, output)
+        return outputs

@@ -1,0 +1,56 @@
+"""The settings of a module, checked where it is built. An array is not asked, which may be traced, or learned."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def positive(**settings: Any) -> None:
+    _check(settings, "finite and greater than 0", lambda x: 0 < x < math.inf)
+
+
+def non_negative(**settings: Any) -> None:
+    _check(settings, "finite and at least 0", lambda x: 0 <= x < math.inf)
+
+
+def fraction(**settings: Any) -> None:
+    _check(settings, "between 0 and 1", lambda x: 0 <= x <= 1)
+
+
+def _check(settings: dict[str, Any], expected: str, test: Callable[[Any], bool]) -> None:
+    for name, value in settings.items():
+        if not (test(value) if isinstance(value, numbers.Real) else hasattr(value, "shape")):
+            raise ValueError(f"`{name}` must be {expected}, got {value!r}")
+
+
+def whole(least: int, **settings: Any) -> None:
+    for name, value in settings.items():
+        if not is_whole(value, least):
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    return hasattr(value, "__index__") and operator.index(value) >= least
+
+
+def map_size(size: Any, name: str = "out_shapes") -> tuple[int, int] | None:
+    """Height and width of a map, from these two or from one number for both."""
+    if size is None:
+        return None
+    both = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+    if len(both) != 2 or not all(is_whole(x, 1) for x in both):
+        raise ValueError(f"`{name}` must be a whole number of at least 1, or height and width, got {size!r}")
+    return operator.index(both[0]), operator.index(both[1])
+
+
+def map_sizes(sizes: Any, number: int) -> tuple[tuple[int, int] | None, ...] | None:
+    """Height and width of each of so many maps."""
+    if sizes is None:
+        return None
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != number:
+        raise ValueError(f"`out_shapes` must have one size a map, {number} in all, got {sizes!r}")
+    return tuple(map_size(size, f"out_shapes[{i}]") for i, size in enumerate(sizes))

@@ -1,0 +1,23 @@
+"""The losses that own parameters or state, as modules: thin holders that call the functions.
+
+State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+"""
+
+from kdtorch.nn.combined import CombinedLoss
+from kdtorch.nn.crcd import CRCDLoss
+from kdtorch.nn.dcn import DynamicCenterNormLoss
+from kdtorch.nn.dino import DINOLoss
+from kdtorch.nn.function import FunctionLoss
+from kdtorch.nn.reviewkd import ABF, ReviewKD
+from kdtorch.nn.uskd import USKDLoss
+
+__all__ = [
+    "ABF",
+    "CRCDLoss",
+    "CombinedLoss",
+    "DINOLoss",
+    "DynamicCenterNormLoss",
+    "FunctionLoss",
+    "ReviewKD",
+    "USKDLoss",
+]

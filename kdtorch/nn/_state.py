@@ -1,0 +1,28 @@
+"""How a module holds the state of a loss and moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Stateful(nn.Module):
+    """A loss with a state in its buffers."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half`, `bfloat16` and the like call: the state stays in float32, for small steps would be lost."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, x in self.named_buffers(recurse=False):
+            if x.dtype.itemsize < 4:
+                self._buffers[name] = before[name].to(x.device, torch.float32)
+        return self
+
+    def _move(self, **values: Tensor) -> None:
+        """Write into the buffers, as PyTorch's norms do, so that whoever shares one sees it move."""
+        with torch.no_grad():
+            for name, value in values.items():
+                getattr(self, name).copy_(value)

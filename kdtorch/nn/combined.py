@@ -1,0 +1,197 @@
+"""Several losses as one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlosses.config import check_weights, weight_at
+from kdtorch._numerics import weigh
+from kdtorch._typing import ProcessGroup, Reduction, describe
+from kdtorch.nn.function import FunctionLoss
+
+
+class CombinedLoss(nn.Module):
+    """A weighted sum of losses over one batch; `make_loss` builds it from a configuration.
+
+    Args:
+        losses: the modules by name.
+        weights: for each loss a number, or a function of the epoch, such as a schedule, that gives one.
+        reads: for each loss where its inputs come from: keys of `feat`, `"target"`, `"epoch"`, or functions of a
+            mapping of all these. A key that ends in `?` may be absent: the input is then None.
+
+    Attributes:
+        losses: the modules by name.
+
+    Raises:
+        ValueError: another number of weights or reads than of losses; a weight that is negative or no number.
+
+    >>> import torch
+    >>> from kdtorch import mse_loss
+    >>> from kdtorch.nn import CombinedLoss, FunctionLoss
+    >>> loss = CombinedLoss({"mse": FunctionLoss(mse_loss)}, [0.5], [("stu", "tea")])
+    >>> loss(feat={"stu": torch.ones((2, 3)), "tea": torch.zeros((2, 3))}).item()
+    0.5
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, nn.Module],
+        weights: Sequence[float | Callable[[Any], Any]],
+        reads: Sequence[Sequence[str | Callable[[Mapping[str, Any]], Any]]],
+    ) -> None:
+        super().__init__()
+        names = list(losses)
+        if len(reads) != len(names) or any(isinstance(sources, str) for sources in reads):
+            raise ValueError(
+                f'`reads` must have one tuple a loss, as in [("stu", "tea")], {len(names)} for {names}, got {reads}'
+            )
+        self.losses = nn.ModuleDict(losses)
+        self.names, self.reads = tuple(names), tuple(map(tuple, reads))
+        self.weights = tuple(check_weights("`weights`", weights, names))
+        self._takes = tuple(_options(loss) for loss in losses.values())
+
+    def forward(
+        self,
+        score: Tensor | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Tensor | None = None,
+        target: Tensor | None = None,
+        epoch: int | Tensor | None = None,
+        *,
+        where: Tensor | None = None,
+        reduction: Reduction | None = None,
+        group: ProcessGroup | None = None,
+        update: bool = True,
+    ) -> Tensor:
+        """The weighted sum of the losses of a batch.
+
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
+            where: `[batch]`, False for examples that count for nothing; as the following for the losses that take it.
+            reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
+            group: the process group that the batch is spread over.
+            update: False leaves the states of the losses as they were.
+
+        Returns:
+            A scalar, or `[batch]` with `reduction="none"`.
+
+        Raises:
+            ValueError: an input that a loss reads is absent, or the epoch of a weight; values of different shapes; what a
+                loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
+        """
+        terms = self.terms(
+            score, feat, fea, target, epoch, where=where, reduction=reduction, group=group, update=update
+        )
+        return self.weigh(terms, epoch)
+
+    def terms(
+        self,
+        score: Tensor | None = None,
+        feat: Mapping[str, Any] | None = None,
+        fea: Tensor | None = None,
+        target: Tensor | None = None,
+        epoch: int | Tensor | None = None,
+        *,
+        where: Tensor | None = None,
+        reduction: Reduction | None = None,
+        group: ProcessGroup | None = None,
+        update: bool = True,
+    ) -> dict[str, Tensor]:
+        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
+
+        Args:
+            score: taken as the founding code passes it, and not used.
+            feat: what the losses read, by name.
+            fea: as `score`.
+            target: `[*batch]`, the classes, for the losses that read them.
+            epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
+            where: `[batch]`, False for examples that count for nothing; as the following for the losses that take it.
+            reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
+            group: the process group that the batch is spread over.
+            update: False leaves the states of the losses as they were.
+
+        Returns:
+            As many scalars as losses, or values of each example with `reduction="none"`.
+
+        Raises:
+            ValueError: an input that a loss reads is absent; what a loss refuses.
+            TypeError: a `feat` that is no mapping; what a loss refuses.
+        """
+        if not isinstance(feat, Mapping | None):
+            raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
+        inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
+        inputs |= {} if target is None else {"target": target}
+        options = {"where": where, "reduction": reduction, "group": group, "update": None if update else False}
+        options = {key: value for key, value in options.items() if value is not None}
+        terms = {}
+        for name, reads, takes in zip(self.names, self.reads, self._takes, strict=True):
+            given = (_read(name, source, inputs) for source in reads)
+            terms[name] = self.losses[name](*given, **{key: x for key, x in options.items() if key in takes})
+        return terms
+
+    def weigh(self, terms: Mapping[str, Any], epoch: int | Tensor | None = None) -> Tensor:
+        """The weighted sum of what `terms` gives.
+
+        Args:
+            terms: the value of each loss by name.
+            epoch: of the training, for weights that are functions of it.
+
+        Returns:
+            A scalar, or `[batch]` if the values have one for each example.
+
+        Raises:
+            ValueError: the epoch of a weight is absent; values of different shapes.
+        """
+        values = {name: torch.as_tensor(terms[name]) for name in self.names}
+        if len({value.shape for value in values.values()}) > 1:
+            shapes = {name: list(value.shape) for name, value in values.items()}
+            raise ValueError(
+                f"the losses must give values of one shape to be summed, got {shapes}; take them by `terms`"
+            )
+        weights = (weight_at(name, weight, epoch) for name, weight in zip(self.names, self.weights, strict=True))
+        total: Any = sum(
+            weigh(_number(weight, value), value) for weight, value in zip(weights, values.values(), strict=True)
+        )
+        return total
+
+
+def _options(loss: Any) -> tuple[str, ...]:
+    """The parameters of a loss that are given by name at a call; of a function as a module, the function's."""
+    called = loss.function if isinstance(loss, FunctionLoss) else loss.forward
+    try:
+        return tuple(inspect.signature(called).parameters)
+    except ValueError:  # a function that is not written in Python
+        return ()
+
+
+def _number(weight: Any, value: Tensor) -> Any:
+    return weight.to(value) if isinstance(weight, Tensor) else float(weight)
+
+
+class _Inputs(dict):
+    """The inputs of one loss, which say what is missing."""
+
+    def __init__(self, name: str, inputs: Mapping[str, Any]) -> None:
+        super().__init__(inputs)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        where = "`target`" if key == "target" else f"`feat[{key!r}]`"
+        raise ValueError(f"the loss {self.name!r} reads {where}, which is absent; given are {sorted(self)}")
+
+
+def _read(name: str, source: str | Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+    named = _Inputs(name, inputs)
+    if not isinstance(source, str):
+        return source(named)
+    return named.get(source[:-1]) if source.endswith("?") else named[source]

@@ -1,0 +1,154 @@
+"""ReviewKD's connectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdlosses.settings import map_size, map_sizes
+
+
+class ABF(nn.Module):
+    """Attention-based fusion, ReviewKD's connector from one level of the student to the teacher's width.
+
+    Args:
+        in_channels: of the student's map.
+        mid_channels: of the map that is handed on to the next level.
+        out_channels: of the teacher's map.
+        fuse: whether a map of the deeper level is fused in.
+        out_shapes: height and width of the teacher's map, or one number for both; None keeps the student's.
+
+    >>> import torch
+    >>> from kdtorch.nn import ABF
+    >>> connector = ABF(8, 16, 32, False)
+    >>> output, fused = connector(torch.ones((2, 8, 4, 4)))
+    >>> output.shape, fused.shape
+    (torch.Size([2, 32, 4, 4]), torch.Size([2, 16, 4, 4]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        fuse: bool,
+        *,
+        out_shapes: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(mid_channels)
+        self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
+        self.out_shapes = map_size(out_shapes)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bring a map to the teacher's width.
+
+        Args:
+            x: `[batch, in_channels, height, width]`, the student's map.
+            deeper: what the connector of the deeper level handed on, of any height and width; for `fuse=True`.
+
+        Returns:
+            The map for the teacher, `[batch, out_channels, height, width]`, and the map to hand on, of `mid_channels`;
+            both of the height and width of `out_shapes`, if it was given.
+
+        Raises:
+            ValueError: no `deeper` where `fuse=True`.
+        """
+        x = self.norm1(self.conv1(x))
+        if self.attention is not None:
+            if deeper is None:
+                raise ValueError("`deeper` must be given to a connector with `fuse=True`, got None")
+            deeper = _resize(deeper, x.shape[2], x.shape[3])
+            weight = self.attention(torch.cat([x, deeper], 1)).sigmoid()
+            x = x * weight[:, :1] + deeper * weight[:, 1:]
+        if self.out_shapes is not None:
+            x = _resize(x, *self.out_shapes)
+        return self.norm2(self.conv2(x)), x
+
+
+def _resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Nearest neighbour, each position taking the one at or before it."""
+    if x.shape[2:] == (height, width):
+        return x
+    rows, columns = (torch.arange(n, device=x.device) * m // n for n, m in ((height, x.shape[2]), (width, x.shape[3])))
+    return x[:, :, rows][..., columns]
+
+
+class ReviewKD(nn.Module):
+    """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
+
+    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes; where the teacher's differ from the
+    student's, say by `out_shapes` to what sizes they are brought. The released code interpolates alike, but counts its
+    sizes from the deepest map.
+
+    Args:
+        in_channels: of the student's maps, from the first to the deepest.
+        out_channels: of the teacher's maps, in the same order.
+        mid_channels: the width of the fused maps.
+        out_shapes: height and width of each of the teacher's maps, or one number for both, in the same order: the maps
+            take them by the nearest neighbour, as in the released code, and hold for one resolution of the images. None
+            keeps the student's heights and widths.
+
+    Raises:
+        ValueError: numbers of channels, or `out_shapes`, that differ in length; a size below 1.
+
+    Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044.
+
+    >>> import torch
+    >>> from kdtorch.nn import ReviewKD
+    >>> review = ReviewKD([4, 8], [16, 32], 8)
+    >>> maps = [torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))]
+    >>> [x.shape for x in review(maps)]
+    [torch.Size([2, 16, 8, 8]), torch.Size([2, 32, 4, 4])]
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        mid_channels: int,
+        *,
+        out_shapes: Sequence[int | tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__()
+        if not in_channels or len(in_channels) != len(out_channels):
+            raise ValueError(
+                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                f"{list(in_channels)} and {list(out_channels)}"
+            )
+        deepest = len(in_channels) - 1
+        self.out_shapes = map_sizes(out_shapes, len(in_channels))
+        sizes = self.out_shapes or [None] * len(in_channels)
+        self.connectors = nn.ModuleList(
+            ABF(i, mid_channels, o, level < deepest, out_shapes=size)
+            for level, (i, o, size) in enumerate(zip(in_channels, out_channels, sizes, strict=True))
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Bring the student's maps to the teacher's widths.
+
+        Args:
+            maps: of the student, `[batch, channels, height, width]`, from the first to the deepest.
+
+        Returns:
+            As many maps in the same order, of the teacher's channels, and of the heights and widths of `out_shapes`, or
+            else the student's.
+
+        Raises:
+            ValueError: another number of maps than of connectors.
+        """
+        if len(maps) != len(self.connectors):
+            raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")
+        outputs: list[Tensor] = []
+        fused = None
+        for connector, x in zip(reversed(self.connectors), reversed(maps), strict=True):
+            output, fused = connector(x, fused)
+            outputs.insert(0, output)
+        return outputs

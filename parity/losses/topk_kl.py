@@ -1,0 +1,38 @@
+import numpy as np
+
+from parity.kinds import Sizes
+from parity.losses._plain import constant, is_left_out, kl, over, without
+from parity.row import Benchmark, Loss, Memory
+
+
+def _together(logits):
+    """The logit of classes that are taken for one."""
+    kept = [x for x in logits if not is_left_out(x)]
+    largest = max((np.real(x) for x in kept), default=-np.inf)
+    return largest + np.log(sum(np.exp(x - largest) for x in kept)) if kept else -np.inf
+
+
+def topk_kl_loss(student_logits, values, indices, rest, temperature=1.0, tail="bucket"):
+    result = []
+    for s, t, places, left in zip(student_logits, values, indices, rest, strict=True):
+        x, y = over(s, temperature), over(constant(t), temperature)
+        kept = [x[place] for place in places]
+        if tail == "bucket":
+            kept, y = [*kept, _together(without(x, places))], [*y, *over([constant(left)], temperature)]
+        result.append(temperature**2 * kl(y, kept))
+    return result
+
+
+ROWS = (
+    Loss(
+        formula=topk_kl_loss,
+        inputs={"student_logits": "logits", "values": "kept_logits", "indices": "kept_classes", "rest": "rest"},
+        learns=("student_logits",),
+        constant=("values", "rest"),
+        options=({}, {"temperature": 4.0}, {"temperature": 2.0, "tail": "renormalize"}),
+        ranges={"temperature": (0.5, 20.0)},
+        shift_invariant=True,
+        memory=Memory(jax=2, torch=4),
+        benchmarks=(Benchmark("2×512×32,000, k 64", Sizes((2, 512), 32_000, kept=64)),),
+    ),
+)
