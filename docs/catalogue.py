@@ -99,6 +99,12 @@ class Loss(NamedTuple):
         )
 
     @property
+    def configured(self) -> dict[str, str]:
+        """The names in a configuration and what they read; what a loss without a name of its own reads follows a rule."""
+        names: dict[str, str] = self.meta.get("config", {self.name.removesuffix("_loss"): ""})
+        return names
+
+    @property
     def costs(self) -> list[str]:
         """Time and the largest array."""
         return [f"O({part.strip()})" for part in self.meta["cost"].split(";")]
@@ -213,9 +219,9 @@ def api(loss: Loss) -> str:
         for what, names in lines.items()
         if names
     ]
-    for name, reads in loss.meta.get("config", {}).items():
-        inputs = ", ".join(f"`{x}`" for x in reads.split(", "))
-        said.append(f"- In a configuration of [`make_loss`](../recipes/make_loss.md): `{name}`, which reads {inputs}")
+    for name, reads in loss.configured.items():
+        inputs = ", which reads " + ", ".join(f"`{x}`" for x in reads.split(", ")) if reads else ""
+        said.append(f"- In a configuration of [`make_loss`][kdjax.make_loss]: `{name}`{inputs}")
     return "\n".join(said)
 
 
@@ -227,9 +233,9 @@ def catalogue() -> str:
         for loss in losses:
             docstring = loss.function("kdjax").docstring
             whose, address = paper(docstring and docstring.value)
-            names = ", ".join(f"`{name}`" for name in loss.meta.get("config", ()))
+            names = ", ".join(f"`{name}`" for name in loss.configured)
             labels, link = loss.meta.get("labels", NONE), f"[{whose}]({address})" if address else whose or NONE
-            rows.append([f"[`{loss.name}`]({loss.name}.md)", loss.docstring().summary, labels, names or NONE, link])
+            rows.append([f"[`{loss.name}`]({loss.name}.md)", loss.docstring().summary, labels, names, link])
         head = "loss | what it compares | labels | in a configuration | paper"
         parts += [f"## {FAMILIES[family]}", table(head, rows)]
     return paragraphs(parts)

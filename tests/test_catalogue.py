@@ -140,6 +140,16 @@ def test_the_names_of_a_configuration_and_what_they_read():
                 call({k: x for k, x in reads.items() if k != key})
 
 
+def test_a_loss_without_a_name_of_its_own_is_configured_by_its_function():
+    unnamed = [loss for loss in PAGES if "config" not in loss.meta]
+    assert unnamed
+    for loss in unnamed:
+        (name,) = loss.configured
+        assert f"`{name}`" in catalogue.api(loss)
+        model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
+        assert list(kdtorch.make_loss({"MODEL": model}, num_classes=3, num_data=10).losses) == [name]
+
+
 def test_the_tables_have_every_loss_once():
     for made, folder in ((catalogue.catalogue(), ""), (catalogue.choosing(), "losses/"), (catalogue.uses(), "losses/")):
         rows = re.findall(rf"^(?:\||-) \[`(\w+)`\]\({folder}(\w+)\.md\)", made, re.M)
