@@ -30,4 +30,6 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
+	# without its torchvision and Cython, which its losses do not use: tests/test_moving.py runs them
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchdistill
 	touch $@
