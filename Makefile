@@ -44,4 +44,6 @@ check: .venv/installed
 
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
+	# without its torchvision and Cython, which its losses do not use: tests/test_moving.py runs them
+	$(INSTALL) --no-deps torchdistill
 	touch $@ .venv/demo
