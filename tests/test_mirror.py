@@ -113,7 +113,7 @@ def test_order(path):
         ("kdjax, kdjax.nn, kdjax.interop, kdjax.__main__", {"torch", "kdtorch"}),
         ("kdtorch, kdtorch.nn, kdtorch.interop, kdtorch.__main__", {"jax", "kdjax"}),
         (
-            "kdlosses.cache, kdlosses.files, kdlosses.formulas, kdlosses.layers, kdlosses.pages, kdlosses.trees",
+            "kdlosses.cache, kdlosses.checks, kdlosses.files, kdlosses.formulas, kdlosses.layers, kdlosses.pages, kdlosses.trees",
             {"torch", "kdtorch", "jax", "kdjax"},
         ),
     ],
