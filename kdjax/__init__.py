@@ -1,4 +1,8 @@
-"""Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch."""
+"""Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch.
+
+Every setting is a constant, except the temperatures that act on the student (`temperature`, `student_temperature`): in kdjax
+its gradient is 0; kdtorch raises a `ValueError` if it is a tensor that requires a gradient.
+"""
 
 try:
     import flax  # noqa: F401

@@ -14,19 +14,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-_ARRAYS = {"Float": "float", "Integer": "int", "Bool": "bool"}  # of an annotation: what the name of its dtypes holds
+_DTYPES = {"Float": "float", "Integer": "int", "Bool": "bool"}
 
 
 class Form(NamedTuple):
     """One of the things that an argument may be.
 
     Attributes:
-        kind: `"Float"`, `"Integer"` or `"Bool"`, an array; `"Scalar"`, a number or an array of one; `"Sequence"`; `"bool"`;
-            `"int"`; `"None"`; `"any"`, a choice among texts, which is checked where it is made; or the name of a type.
+        kind: `"Array"`; `"Scalar"`, a number or an array of one; `"Sequence"`; `"bool"`; `"int"`; `"None"`; `"any"`, a choice
+            among texts, which is checked where it is made; or the name of a type.
+        dtype: of an array, what the names of its dtypes hold.
         axes: of an array, the names of its axes: `*name` for any number of them, `_` for one of any size.
     """
 
     kind: str
+    dtype: str = ""
     axes: tuple[str, ...] = ()
 
 
@@ -82,7 +84,7 @@ class Side(NamedTuple):
         device: where an array is, or None where that is free.
     """
 
-    arrays: tuple[type, ...]
+    arrays: tuple[Any, ...]
     foreign: Mapping[str, str]
     sizes: Callable[[Any], Sequence[int]]
     smallest: Callable[[Any], int | None]
@@ -91,8 +93,8 @@ class Side(NamedTuple):
 
 def read(function: Callable[..., Any]) -> tuple[Plan, dict[str, Any]]:
     """What a function takes, from its annotations, and the types that they name."""
-    parameters, types = inspect.signature(function).parameters, {}
-    scope = function.__globals__  # type: ignore[attr-defined]
+    parameters, scope = inspect.signature(function).parameters, function.__globals__
+    types: dict[str, Any] = {}
     plan = Plan(
         function.__name__,
         tuple(_argument(name, function.__annotations__[name], scope, types) for name in parameters),
@@ -114,19 +116,19 @@ def _forms(node: ast.expr, scope: dict[str, Any], types: dict[str, Any], inner: 
     match node:
         case ast.BinOp(left, ast.BitOr(), right):
             return _forms(left, scope, types, inner) + _forms(right, scope, types, inner)
-        case ast.Subscript(ast.Name(kind), ast.Tuple([_, ast.Constant(axes)])) if kind in _ARRAYS:
-            return [Form(kind, tuple(axes.split()))]
+        case ast.Subscript(ast.Name(kind), ast.Tuple([_, ast.Constant(str(axes))])) if kind in _DTYPES:
+            return [Form("Array", _DTYPES[kind], tuple(axes.split()))]
         case ast.Subscript(ast.Name("Sequence"), item):
             inner.append(_argument("", ast.unparse(item), scope, types))
             return [Form("Sequence")]
         case ast.Constant(None):
             return [Form("None")]
-        case ast.Name("Scalar" | "bool" | "int" as name):
-            return [Form(name)]
-    hint = eval(ast.unparse(node), scope)
-    if get_origin(hint) is Literal:
-        return [Form("any")]
-    name = ast.unparse(node)
+        case ast.Name("Scalar" | "bool" | "int"):
+            return [Form(node.id)]
+        case ast.Name(name) if get_origin(scope[name]) is not Literal:
+            hint = scope[name]
+        case _:
+            return [Form("any")]
     types[name] = tuple(get_origin(x) or x for x in get_args(hint) or (hint,))
     if issubclass(types[name][0], tuple):  # a state
         module = vars(sys.modules[hint.__module__])
@@ -176,7 +178,7 @@ def _leaves(plan: Plan, types: dict[str, Any], given: dict[str, Any]) -> list[tu
         if not len(argument.inner):
             continue
         if kind == "Sequence":
-            if isinstance(value, (list, tuple)):  # noqa: UP038  # as every version of PyTorch traces it
+            if isinstance(value, (list, tuple)):  # as every version of PyTorch traces it
                 for i, item in enumerate(value):
                     leaves.append((f"{argument.name}[{i}]", item, argument.inner[0]))
         elif isinstance(value, types[kind]):
@@ -186,16 +188,13 @@ def _leaves(plan: Plan, types: dict[str, Any], given: dict[str, Any]) -> list[tu
 
 
 def _fits(
-    value: Any, forms: tuple[Form, ...], types: dict[str, Any], arrays: tuple[type, ...], sizes: dict[str, Any]
+    value: Any, forms: tuple[Form, ...], types: dict[str, Any], arrays: tuple[Any, ...], sizes: dict[str, Any]
 ) -> bool:
     for form in forms:
         kind = form.kind
-        if kind in _ARRAYS:
-            fits = (
-                isinstance(value, arrays)
-                and _ARRAYS[kind] in str(value.dtype)
-                and _axes_fit(value.shape, form.axes, sizes)
-            )
+        if kind == "Array":
+            fits = isinstance(value, arrays) and form.dtype in str(value.dtype)
+            fits = fits and _axes_fit(value.shape, form.axes, sizes)
         elif kind == "None":
             fits = value is None
         elif kind == "Scalar":
@@ -204,7 +203,7 @@ def _fits(
             else:
                 fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
         elif kind == "Sequence":
-            fits = isinstance(value, (list, tuple))  # noqa: UP038
+            fits = isinstance(value, (list, tuple))
         elif kind == "bool":
             fits = isinstance(value, bool)
         elif kind == "int":
@@ -227,10 +226,10 @@ def _axes_fit(shape: tuple[Any, ...], axes: tuple[str, ...], sizes: dict[str, An
         return False
     if free < 0:
         return False
-    new = {}
+    new = {**sizes}
     for name, size in zip(axes, parts, strict=True):
         if name != "_":
-            if name in sizes and sizes[name] != size:
+            if name in new and new[name] != size:
                 return False
             new[name] = size
     sizes.update(new)
@@ -258,11 +257,11 @@ def _came(path: str, value: Any, argument: Argument, side: Side) -> Came:
         shape = tuple(side.sizes(value))
         if not ours:
             return Came(path, argument.text, f"{package} {dtype}", shape, "", side.foreign.get(package, ""))
-        mask = argument.forms[0].kind == "Bool" and "int" in dtype
+        mask = argument.forms[0].dtype == "bool" and "int" in dtype
         smallest = side.smallest(value) if mask else None
         labels = smallest is not None and smallest < 0
         return Came(path, argument.text, dtype, shape, dtype, f"give labels != {smallest}" if labels else "")
-    if value is None or isinstance(value, (int, float, str)):  # noqa: UP038
+    if value is None or isinstance(value, (int, float, str)):
         return Came(path, argument.text, repr(value), None, "", "")
     return Came(path, argument.text, type(value).__name__, None, "", _inside(path, value, argument, side))
 
@@ -270,23 +269,23 @@ def _came(path: str, value: Any, argument: Argument, side: Side) -> Came:
 def _inside(path: str, value: Any, argument: Argument, side: Side) -> str:
     """Where the argument lies in what came."""
     form = argument.forms[0]
-    if form.kind in _ARRAYS:
+    if form.kind == "Array":
         for name in ("logits", "last_hidden_state"):
             if hasattr(value, name):
                 return f"give {path}.{name}"
             if isinstance(value, Mapping) and name in value:
                 return f"give {path}[{name!r}]"
-        if isinstance(value, (list, tuple)) and len(value) and isinstance(value[0], side.arrays):  # noqa: UP038
+        if isinstance(value, (list, tuple)) and len(value) and isinstance(value[0], side.arrays):
             return "stack the views into one array" if "views" in form.axes[0] else f"give one array, such as {path}[0]"
     elif len(argument.inner) and form.kind != "Sequence":
         if isinstance(value, Mapping):
             return f"give {argument.text}(**{path})"
-        if isinstance(value, (list, tuple)):  # noqa: UP038
+        if isinstance(value, (list, tuple)):
             return f"give {argument.text}(*{path})"
     return ""
 
 
-def describe(value: Any, arrays: tuple[type, ...]) -> str:
+def describe(value: Any, arrays: tuple[Any, ...]) -> str:
     """An array by its dtype and shape, a number or text as it is, all else by its type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         package = "" if isinstance(value, arrays) else type(value).__module__.partition(".")[0] + " "
@@ -343,7 +342,9 @@ def explain(function: str, path: str, everything: tuple[Came, ...]) -> str:
     got = came.got if came.shape is None else _array(came.got, came.shape)
     if came.expected == "Scalar":
         mend = f"; give {path}[0]" if came.dtype and came.shape == (1,) else ""
-        return f"{function}: `{path}` must be a number or a floating-point or integer array of shape [], got {got}{mend}"
+        return (
+            f"{function}: `{path}` must be a number or a floating-point or integer array of shape [], got {got}{mend}"
+        )
     beside = [f"{x.path} {_array(x.got, x.shape)}" for x in everything[:at] if x.shape is not None]
     mend = came.mend or (_mend(came, [x for x in everything if x.dtype]) if came.dtype else "")
     return (
@@ -372,7 +373,9 @@ def _mend(came: Came, arrays: list[Came]) -> str:
     if len(like) > 2 and shape[:-1] == like[:-2] and len(shape) == len(like) - 1:
         cut = f"[{':, ' * (len(like) - 2)}:-1]"
         if shape[-1] == like[-2] - 1:
-            return f"{name} is one shorter; if it is shifted by a token, shift too: {', '.join(x + cut for x in floats)}"
+            return (
+                f"{name} is one shorter; if it is shifted by a token, shift too: {', '.join(x + cut for x in floats)}"
+            )
         if shape[-1] == like[-2] + 1:
             return f"{name} is one longer; if the others are shifted by a token, give {name}{cut.replace(':-1', '1:')}"
     if text.startswith("Bool"):
@@ -408,7 +411,9 @@ def _mend_float(came: Came, axes: list[str], arrays: list[Came], floats: list[st
         return f"bring the {axes[-1]} of both to the last axis"
     if len(shape) > 2 and (*shape[:-2], shape[-1]) == (*like[:-2], like[-1]) and abs(shape[-2] - like[-2]) == 1:
         longer = name if shape[-2] > like[-2] else first
-        return f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 2)}:-1]"
+        return (
+            f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 2)}:-1]"
+        )
     if "batch" in axes[0] and shape[1:] == like[1:]:
         return "give both the same examples"
     return ""

@@ -1,4 +1,8 @@
-"""Knowledge-distillation losses as pure PyTorch functions; `kdjax` holds the same in JAX."""
+"""Knowledge-distillation losses as pure PyTorch functions; `kdjax` holds the same in JAX.
+
+Every setting is a constant, except the temperatures that act on the student (`temperature`, `student_temperature`): in kdjax
+its gradient is 0; kdtorch raises a `ValueError` if it is a tensor that requires a gradient.
+"""
 
 try:
     import torch  # noqa: F401

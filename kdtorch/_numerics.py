@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._typing import Scalar, is_dtensor, rounds, sizes
+from kdtorch._collectives import is_dtensor
+from kdtorch._typing import Scalar, rounds, sizes
 
 
 def promote(*arrays: Tensor) -> tuple[Tensor, ...]:

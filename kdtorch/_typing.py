@@ -17,8 +17,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from kdlosses import checks
+from kdtorch._collectives import check_dtensors
 
-__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe", "is_dtensor", "rounds", "sizes"]
+__all__ = [
+    "Bool",
+    "Float",
+    "Integer",
+    "ProcessGroup",
+    "Reduction",
+    "Scalar",
+    "Tensor",
+    "checked",
+    "describe",
+    "rounds",
+    "sizes",
+]
 
 if TYPE_CHECKING:
     Number = float
@@ -84,7 +97,7 @@ def checked(
             be whole.
     """
     if function is None:
-        return functools.partial(checked, learns=learns, dtensor=dtensor)  # type: ignore[return-value]
+        return functools.partial(checked, learns=learns, dtensor=dtensor)
     read, types = checks.read(function)
     learned = learns or (read.names[0], "temperature")
     accepted: set[Any] = set()
@@ -99,7 +112,7 @@ def checked(
         leaves = checks.check(plan, types, _SIDE, args, kwargs)
         if torch.is_grad_enabled():
             _check_gradients(plan.function, leaves, learned)
-        return not _check_dtensors(plan.function, leaves, dtensor)
+        return not check_dtensors(plan.function, leaves, dtensor)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -189,64 +202,3 @@ def _warn(function: str, name: str, first: str) -> None:
         f"swap the two, take a loss that has this gradient, or give {name}.detach()",
         stacklevel=5,
     )
-
-
-def _check_dtensors(function: str, leaves: _Leaves, allowed: str | None) -> bool:
-    """Whether there is a DTensor; an error where PyTorch's operators would not carry the loss."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf[1], Tensor)]
-    sharded = [leaf for leaf in tensors if is_dtensor(leaf[1])]
-    if not len(sharded):
-        return False
-    name, first, _ = sharded[0]
-    if allowed is None:
-        raise TypeError(
-            f"{function}: `{name}` must be no DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
-            "x.to_local() and group="
-        )
-    if any(path == "group" and value is not None for path, value, _ in leaves):
-        raise TypeError(
-            f"{function}: `group` must be None beside the DTensor `{name}`, which holds the whole batch; leave it out, or give "
-            "x.to_local() for every DTensor"
-        )
-    for path, value, argument in tensors:
-        if not is_dtensor(value):
-            if value.ndim or value.requires_grad:
-                raise TypeError(
-                    f"{function}: `{path}` must be a DTensor as `{name}` is; give distribute_tensor({path}, mesh, placements), "
-                    "or x.full_tensor() for every DTensor, or, if each rank holds examples of its own, x.to_local() and group="
-                )
-        elif value.device_mesh != first.device_mesh:
-            raise TypeError(
-                f"{function}: the DTensor `{path}` must be on the mesh of `{name}`; give {path}.redistribute(mesh, placements), "
-                "or x.full_tensor() for both"
-            )
-        elif any(place.is_partial() for place in value.placements):
-            raise TypeError(
-                f"{function}: the DTensor `{path}` must hold sums, got placements {value.placements}; give "
-                f"{path}.redistribute(placements=[Replicate()])"
-            )
-        elif not _last_axis_fits(value, argument.forms, allowed):
-            raise TypeError(
-                f"{function}: the last axis of the DTensor `{path}` must {_ROWS[allowed]}, got placements {value.placements} of "
-                f"shape {sizes(value)}; give {path}.redistribute(placements=[Shard(0)]) or {path}.full_tensor()"
-            )
-    return True
-
-
-_ROWS = {"rows": "be whole", "any": "have entries on every rank"}
-
-
-def _last_axis_fits(x: Any, forms: tuple[checks.Form, ...], allowed: str) -> bool:
-    """Of numbers a class or feature, which axis losses reduce."""
-    if not x.is_floating_point() or not any([form.kind == "Float" and len(form.axes) > 1 for form in forms]):
-        return True
-    for i, place in enumerate(x.placements):
-        if place.is_shard(x.ndim - 1):
-            ranks, entries = x.device_mesh.size(i), x.shape[-1]
-            if allowed == "rows" or -(-entries // ranks) * (ranks - 1) >= entries:
-                return False
-    return True
-
-
-def is_dtensor(x: Tensor) -> bool:
-    return type(x).__name__ == "DTensor"  # whose import takes a while

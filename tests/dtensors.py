@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import kdtorch
 from parity.cases import KINDS, LOSSES, Loss, Sizes, draw, each_array
 
-SIZES = Sizes(batch=(9,), classes=13, dim=7, num_data=11)  # uneven over 2 and 4; of the examples, the last of 4 has none
+SIZES = Sizes(
+    batch=(9,), classes=13, dim=7, num_data=11
+)  # uneven over 2 and 4; of the examples, the last of 4 has none
 KEPT = np.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
 LAYOUTS = {2: ("batch", "last", "whole"), 4: ("batch", "last", "both")}  # of so many ranks; "both" on a mesh of 2 × 2
 REDUCTIONS = ("mean", "none")
@@ -65,8 +67,11 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
                 for masked in (False, True):
                     for reduction in REDUCTIONS:
                         inputs = {
-                            name: [spread(loss.inputs[name], y) for y in x] if isinstance(x, list)
-                            else x if isinstance(x, dict) else spread(loss.inputs[name], x)
+                            name: [spread(loss.inputs[name], y) for y in x]
+                            if isinstance(x, list)
+                            else x
+                            if isinstance(x, dict)
+                            else spread(loss.inputs[name], x)
                             for name, x in inputs_of(loss).items()
                         }
                         where = spread("labels", torch.from_numpy(KEPT)) if masked else None
@@ -109,13 +114,17 @@ def mends_and_mistakes(rank: int, ranks: int, folder: str) -> None:
             "a group": mistake("kl_loss", s, t, group=group),
             "another mesh": mistake("kl_loss", s, spread(teacher, on=other)),
             "parts of a sum": mistake("kl_loss", partial, t),
-            "classes in shards": mistake("nkd_loss", *(spread(x, Shard(1)) for x in (student, teacher)), spread(labels)),
+            "classes in shards": mistake(
+                "nkd_loss", *(spread(x, Shard(1)) for x in (student, teacher)), spread(labels)
+            ),
             "fewer classes than shards": mistake("kl_loss", *(spread(x[:, :1], Shard(1)) for x in (student, teacher))),
             "soft labels in shards": mistake(
                 "nkd_loss", s, t, spread(torch.nn.functional.one_hot(labels).double(), Shard(1))
             ),
             "a loss of pairs": mistake("difference_kl_loss", s, t),
-            "a state": mistake("dino_loss", *(spread(x.reshape(2, 4, 5), Shard(1)) for x in (student, teacher)), kdtorch.dino_init(5)),
+            "a state": mistake(
+                "dino_loss", *(spread(x.reshape(2, 4, 5), Shard(1)) for x in (student, teacher)), kdtorch.dino_init(5)
+            ),
         }
 
         def slope(name: str, change: Any, *rest: Any, place: Any = Shard(0), **options: Any) -> list[Tensor]:  # noqa: B008

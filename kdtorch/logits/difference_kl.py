@@ -92,7 +92,9 @@ def _finite(x: Tensor, absent: float) -> Tensor:
 
 @custom_op(
     "(Tensor x, Tensor y, Tensor local, Tensor temperature) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, local, _: tuple(x.new_empty(len(local), len(x), dtype=t) for t in (x.dtype, _widest(x), _widest(x))),
+    lambda x, y, local, _: tuple(
+        x.new_empty(*local.shape, x.shape[0], dtype=t) for t in (x.dtype, _widest(x), _widest(x))
+    ),
 )
 def _forward(x: Tensor, y: Tensor, local: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """KL of the pairs of this rank's rows and all, `[batch, whole batch]`; from products, the normalisers too."""

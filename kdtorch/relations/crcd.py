@@ -297,7 +297,7 @@ def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
 @functools.partial(rowwise, opaque=True)
 @custom_op(
     f"(Tensor embedding, {_KNOWN}, Tensor log_z, Tensor temperature, Tensor noise) -> (Tensor, Tensor)",
-    lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),
+    lambda embedding, *_: (embedding.new_empty(embedding.shape[0]), torch.empty_like(embedding)),
 )
 def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""

@@ -67,7 +67,7 @@ def euclidean_mse_loss(
 
 @custom_op(
     "(Tensor x, Tensor y, Tensor kept, Tensor local) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, kept, local: (x.new_empty(len(local)), x.new_empty(len(local), len(x)), kept.new_empty(())),
+    lambda x, y, kept, local: (x.new_empty(local.shape), x.new_empty(*local.shape, x.shape[0]), kept.new_empty(())),
 )
 def _forward(x: Tensor, y: Tensor, kept: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j (d_ij - e_ij)^2 of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; 1 - e / d; whether all x are apart."""
