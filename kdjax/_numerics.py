@@ -48,7 +48,7 @@ def check_state(state: Any) -> None:
     for name, x in zip(state._fields, state, strict=True):
         if x.dtype.itemsize < 4:
             raise ValueError(
-                f"`state.{name}` must be float32 or float64, got {x.dtype.name}; in half precision small steps are lost"
+                f"`state.{name}` must be float32 or float64, got {x.dtype.name}; in half precision small steps are lost; leave the state in float32"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -35,35 +36,36 @@ def _packed_leaf(path: str, x: Any) -> Packed:
 
 
 def _packed_module(module: nnx.Module) -> Packed:
+    table, weights, keys = names_in_torch(module), {}, []
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState))):
+        name, value = dotted(path), variable[...]
+        weights[name] = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
+        if _is_key(value):
+            keys.append([next(row[0] for row in table if row[1] == name), str(jax.random.key_impl(value))])
+    training = not any(getattr(part, "use_running_average", False) for _, part in nnx.iter_modules(module))
+    return layers.node(
+        module, "kdjax", packed, layers.translated(weights, table, layers.to_torch, 0), table, keys, training
+    )
+
+
+def names_in_torch(module: nnx.Module) -> list[list[str]]:
+    """Its layers and its weights outside of all of them: their paths in PyTorch, their paths in Flax, and Flax's class."""
     parts = dict(nnx.iter_modules(module))
 
     def in_torch(path: tuple[Any, ...]) -> str:
         """Without the `layers` of an `nnx.Sequential`, whose entries are numbered in PyTorch."""
-        steps = [
-            str(step)
-            for i, step in enumerate(path)
-            if not (step == "layers" and isinstance(parts.get(path[:i]), nnx.Sequential))
-        ]
-        return ".".join(steps)
+        inside = [step == "layers" and isinstance(parts.get(path[:i]), nnx.Sequential) for i, step in enumerate(path)]
+        return dotted(step for step, left_out in zip(path, inside, strict=True) if not left_out)
 
-    paths = {".".join(map(str, path)): path for path in parts}
+    paths = {dotted(path): path for path in parts}
     found = layers.outermost(((name, parts[path]) for name, path in paths.items()), layers.flax_kind)
     table = [[in_torch(paths[x.path]), x.path, x.kind] for x in found]
-    weights: layers.Weights = {}
-    keys = []
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        name, value = ".".join(map(str, path)), variable[...]
-        if isinstance(variable, nnx.RngState):
-            continue
-        weights[name] = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
-        if not any(name in layer for layer in found):
-            table.append([in_torch(path), name, ""])
-        if _is_key(value):
-            keys.append([in_torch(path), str(jax.random.key_impl(value))])
-    training = not any(getattr(part, "use_running_average", False) for part in parts.values())
-    return layers.node(
-        module, "kdjax", packed, layers.translated(weights, table, layers.to_torch, 0), table, keys, training
-    )
+    weights = [path for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState)))]
+    return table + [[in_torch(x), dotted(x), ""] for x in weights if not any(dotted(x) in layer for layer in found)]
+
+
+def dotted(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))
 
 
 def unpacked(node: Packed) -> Any:

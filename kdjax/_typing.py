@@ -44,7 +44,7 @@ def _device(x: Any) -> str | None:
 _SIDE = checks.Side(
     arrays=(jax.Array, np.ndarray),
     foreign={"torch": "give kdjax jnp.from_dlpack(x.detach())"},
-    size=lambda n: n,
+    sizes=lambda x: x.shape,
     smallest=_smallest,
     device=_device,
 )

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 _ARRAYS = {"Float": "float", "Integer": "int", "Bool": "bool"}  # of an annotation: what the name of its dtypes holds
@@ -77,14 +77,14 @@ class Side(NamedTuple):
     Attributes:
         arrays: the types of its arrays.
         foreign: of the other arrays' modules, how to bring them here.
-        size: of an axis, a number.
+        sizes: the shape of an array, as numbers.
         smallest: the smallest entry of an array, or None where it cannot be asked.
         device: where an array is, or None where that is free.
     """
 
     arrays: tuple[type, ...]
     foreign: Mapping[str, str]
-    size: Callable[[Any], int]
+    sizes: Callable[[Any], Sequence[int]]
     smallest: Callable[[Any], int | None]
     device: Callable[[Any], str | None]
 
@@ -255,7 +255,7 @@ def _came(path: str, value: Any, argument: Argument, side: Side) -> Came:
     ours = isinstance(value, side.arrays)
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
         dtype, package = str(value.dtype), type(value).__module__.partition(".")[0]
-        shape = tuple([side.size(n) for n in value.shape])
+        shape = tuple(side.sizes(value))
         if not ours:
             return Came(path, argument.text, f"{package} {dtype}", shape, "", side.foreign.get(package, ""))
         mask = argument.forms[0].kind == "Bool" and "int" in dtype

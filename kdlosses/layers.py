@@ -27,6 +27,9 @@ KINDS = {
     "LayerNorm": "LayerNorm",
     "RMSNorm": "RMSNorm",
     "GroupNorm": "GroupNorm",
+    "InstanceNorm1d": "InstanceNorm",
+    "InstanceNorm2d": "InstanceNorm",
+    "InstanceNorm3d": "InstanceNorm",
     "Embedding": "Embed",
     "MultiheadAttention": "MultiHeadAttention",
 }
@@ -70,7 +73,7 @@ WEIGHTS: dict[str, dict[str, Weight]] = {
     "Conv": {"kernel": Weight("weight", _window_last, _window_first)},
     "ConvTranspose": {"kernel": Weight("weight", _flipped_window_last, _flipped_window_first)},
     f"ConvTranspose{TRANSPOSE_KERNEL}": {"kernel": Weight("weight", _window_last, _window_first)},
-    **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"), _NORM),
+    **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"), _NORM),
     "Embed": {"embedding": Weight("weight")},
 }
 ONLY_TORCH = "num_batches_tracked"  # which nothing of a norm with a momentum depends on
@@ -84,7 +87,7 @@ class Layer(NamedTuple):
     module: Any
 
     def __str__(self) -> str:
-        return f"`{self.path}` ({self.kind})"
+        return f"`{self.path}` ({self.kind})" if self.path else self.kind
 
     def __contains__(self, name: object) -> bool:
         return not self.path or str(name).startswith(f"{self.path}.")

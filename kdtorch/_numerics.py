@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdtorch._typing import Scalar, rounds
+from kdtorch._typing import Scalar, is_dtensor, rounds, sizes
 
 
 def promote(*arrays: Tensor) -> tuple[Tensor, ...]:
@@ -46,7 +46,7 @@ def check_state(state: Any) -> None:
     for name, x in zip(state._fields, state, strict=True):
         if x.dtype.itemsize < 4:
             raise ValueError(
-                f"`state.{name}` must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; in half precision small steps are lost"
+                f"`state.{name}` must be float32 or float64, got {str(x.dtype).removeprefix('torch.')}; in half precision small steps are lost; leave the state in float32"
             )
 
 
@@ -57,7 +57,7 @@ def weigh(weight: Scalar, value: Tensor) -> Tensor:
 
 def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
-        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
+        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {sizes(logits)}")
 
 
 def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
@@ -213,8 +213,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bo
 
 
 def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 4 * BLOCK:
-        return function(x, *constants)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 4 * BLOCK or is_dtensor(x):
+        return function(x, *constants)  # a block of a DTensor is a copy, in which a gradient would be lost
     batch = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
     others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]

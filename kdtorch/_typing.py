@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from kdlosses import checks
 
-__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe", "rounds"]
+__all__ = ["Bool", "Float", "Integer", "ProcessGroup", "Reduction", "Scalar", "Tensor", "checked", "describe", "is_dtensor", "rounds", "sizes"]
 
 if TYPE_CHECKING:
     Number = float
@@ -30,6 +30,11 @@ Scalar = Number | Tensor
 _CHECK = os.environ.get("KDLOSSES_CHECK") != "0"
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Leaves = list[tuple[str, Any, checks.Argument]]
+
+
+def sizes(x: Tensor) -> list[int]:
+    """The shape for an error's text; torch.compile traces symbols, of which this makes numbers."""
+    return [operator.index(n) for n in x.shape]
 
 
 def _smallest(x: Tensor) -> int | None:
@@ -46,7 +51,7 @@ _SIDE = checks.Side(
         "jax": "give kdtorch torch.from_dlpack(x)",
         "jaxlib": "give kdtorch torch.from_dlpack(x)",
     },
-    size=operator.index,  # torch.compile traces symbols, of which this makes numbers
+    sizes=sizes,
     smallest=_smallest,
     device=lambda x: str(x.device),
 )
@@ -188,39 +193,60 @@ def _warn(function: str, name: str, first: str) -> None:
 
 def _check_dtensors(function: str, leaves: _Leaves, allowed: str | None) -> bool:
     """Whether there is a DTensor; an error where PyTorch's operators would not carry the loss."""
-    tensors = [(path, value) for path, value, argument in leaves if isinstance(value, Tensor)]
-    sharded = [(path, value) for path, value in tensors if _is_dtensor(value)]
-    if not sharded:
+    tensors = [leaf for leaf in leaves if isinstance(leaf[1], Tensor)]
+    sharded = [leaf for leaf in tensors if is_dtensor(leaf[1])]
+    if not len(sharded):
         return False
-    name, first = sharded[0]
-    whole = "give x.full_tensor(), or, where the batch is in shards, x.to_local() of every DTensor and group="
+    name, first, _ = sharded[0]
     if allowed is None:
-        raise TypeError(f"{function}: takes no DTensor, got one for `{name}`; {whole}")
-    for path, value, _ in leaves:
-        if path == "group" and value is not None:
+        raise TypeError(
+            f"{function}: `{name}` must be no DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
+            "x.to_local() and group="
+        )
+    if any(path == "group" and value is not None for path, value, _ in leaves):
+        raise TypeError(
+            f"{function}: `group` must be None beside the DTensor `{name}`, which holds the whole batch; leave it out, or give "
+            "x.to_local() for every DTensor"
+        )
+    for path, value, argument in tensors:
+        if not is_dtensor(value):
+            if value.ndim or value.requires_grad:
+                raise TypeError(
+                    f"{function}: `{path}` must be a DTensor as `{name}` is; give distribute_tensor({path}, mesh, placements), "
+                    "or x.full_tensor() for every DTensor, or, if each rank holds examples of its own, x.to_local() and group="
+                )
+        elif value.device_mesh != first.device_mesh:
             raise TypeError(
-                f"{function}: `group` must be None beside a DTensor, which holds the whole batch, got one and a DTensor for "
-                f"`{name}`; leave group out, or give x.to_local() of every DTensor"
+                f"{function}: the DTensor `{path}` must be on the mesh of `{name}`; give {path}.redistribute(mesh, placements), "
+                "or x.full_tensor() for both"
             )
-    for path, value in tensors:
-        if not _is_dtensor(value) and (value.ndim or value.requires_grad):
+        elif any(place.is_partial() for place in value.placements):
             raise TypeError(
-                f"{function}: `{path}` must be a DTensor beside the DTensor `{name}`, got a plain tensor; if it holds this "
-                f"rank's examples, give x.to_local() of every DTensor and group=; if it holds all, give x.full_tensor()"
+                f"{function}: the DTensor `{path}` must hold sums, got placements {value.placements}; give "
+                f"{path}.redistribute(placements=[Replicate()])"
             )
-    for path, value in sharded:
-        if value.device_mesh != first.device_mesh:
+        elif not _last_axis_fits(value, argument.forms, allowed):
             raise TypeError(
-                f"{function}: the DTensors `{name}` and `{path}` must be on one mesh; give x.full_tensor(), or "
-                "x.redistribute(mesh, placements) of one of them"
-            )
-        if allowed == "rows" and any(p.is_shard(value.ndim - 1) or p.is_shard(-1) for p in value.placements):
-            raise TypeError(
-                f"{function}: the last axis of the DTensor `{path}` must be whole, got {value.placements}; give "
-                "x.redistribute(placements=[Shard(0)]), or x.full_tensor()"
+                f"{function}: the last axis of the DTensor `{path}` must {_ROWS[allowed]}, got placements {value.placements} of "
+                f"shape {sizes(value)}; give {path}.redistribute(placements=[Shard(0)]) or {path}.full_tensor()"
             )
     return True
 
 
-def _is_dtensor(x: Tensor) -> bool:
+_ROWS = {"rows": "be whole", "any": "have entries on every rank"}
+
+
+def _last_axis_fits(x: Any, forms: tuple[checks.Form, ...], allowed: str) -> bool:
+    """Of numbers a class or feature, which axis losses reduce."""
+    if not x.is_floating_point() or not any([form.kind == "Float" and len(form.axes) > 1 for form in forms]):
+        return True
+    for i, place in enumerate(x.placements):
+        if place.is_shard(x.ndim - 1):
+            ranks, entries = x.device_mesh.size(i), x.shape[-1]
+            if allowed == "rows" or -(-entries // ranks) * (ranks - 1) >= entries:
+                return False
+    return True
+
+
+def is_dtensor(x: Tensor) -> bool:
     return type(x).__name__ == "DTensor"  # whose import takes a while

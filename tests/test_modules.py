@@ -1,6 +1,7 @@
 """The modules of the two packages, with the same weights, give the same numbers."""
 
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from frameworks import JAX, TORCH, set_parameter
+from frameworks import BOTH, JAX, TORCH, set_parameter
+from torch.nn import functional
 
 import kdjax.nn
 import kdtorch.nn
@@ -57,6 +59,121 @@ def test_review_connectors(sizes):
     assert ulps(got.detach().numpy(), np.asarray(value), "float64") <= 256
     for a, b in zip(given, slopes, strict=True):
         assert ulps(a.grad.numpy(), np.moveaxis(np.asarray(b), -1, 1), "float64") <= 2**16
+
+
+# heights and widths of the student's maps and of the teacher's, from the first to the deepest
+RESIZED = {
+    "224 pixels against 256": ([28, 14, 7], [32, 16, 8]),
+    "halving": ([32, 16, 8], [16, 8, 4]),
+    "doubling": ([16, 8, 4], [32, 16, 8]),
+    "pooled at the end": ([16, 8, 1], [32, 16, 1]),
+    "as they are": ([16, 8, 4], [16, 8, 4]),
+    "some of them": ([16, 8, 4], [16, 4, 5]),
+    "no squares": ([(12, 7), (6, 5), (3, 2)], [(5, 9), (8, 3), (2, 2)]),
+}
+
+
+def released(review, maps, sizes, training):
+    """The released connectors, from the deepest map on, with PyTorch's own interpolation, written from the paper.
+
+    A deeper map takes the student's size to be fused, and all maps the teacher's size before the last convolution.
+    """
+
+    def norm(layer, x):
+        return functional.batch_norm(
+            x, layer.running_mean.clone(), layer.running_var.clone(), layer.weight, layer.bias, training, 0.1, 1e-5
+        )
+
+    outputs, before = [], None
+    for connector, x, size in reversed(list(zip(review.connectors, maps, sizes, strict=True))):
+        x = norm(connector.norm1, functional.conv2d(x, connector.conv1.weight))
+        if before is not None:
+            y = functional.interpolate(before, tuple(x.shape[2:]), mode="nearest")
+            z = functional.conv2d(torch.cat([x, y], 1), connector.attention.weight, connector.attention.bias).sigmoid()
+            x = x * z[:, 0][:, None] + y * z[:, 1][:, None]
+        before = functional.interpolate(x, size, mode="nearest")
+        outputs.append(norm(connector.norm2, functional.conv2d(before, connector.conv2.weight, padding=1)))
+    return outputs[::-1]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("setting", RESIZED)
+def test_connectors_resize_as_released(setting, training):
+    channels, wanted = (3, 4, 6), (5, 7, 8)
+    sizes, shapes = RESIZED[setting]
+    ours = kdjax.nn.ReviewKD(channels, wanted, 6, out_shapes=shapes, rngs=nnx.Rngs(0))
+    theirs = kdtorch.nn.ReviewKD(channels, wanted, 6, out_shapes=shapes)
+    copy_weights(ours, theirs)
+    for module in (ours, theirs):
+        module.train() if training else module.eval()
+    sizes, shapes = ([(x, x) if isinstance(x, int) else x for x in given] for given in (sizes, shapes))
+    maps = [RNG.normal(size=(2, c, *size)) for c, size in zip(channels, sizes, strict=True)]
+    above = [RNG.normal(size=(2, c, *size)) for c, size in zip(wanted, shapes, strict=True)]
+
+    def with_slopes(review):
+        given = [torch.from_numpy(x).requires_grad_() for x in maps]
+        outputs = review(given)
+        torch.autograd.backward(outputs, [torch.from_numpy(x) for x in above])
+        return [x.detach().numpy() for x in outputs], [x.grad.numpy() for x in given]
+
+    want, want_slopes = with_slopes(lambda given: released(theirs, given, shapes, training))
+    got, slopes = with_slopes(theirs)
+
+    def objective(module, maps):
+        outputs = module(maps)
+        return sum((x * last(y)).sum() for x, y in zip(outputs, above, strict=True)), outputs
+
+    def last(x):
+        return jnp.asarray(np.moveaxis(x, 1, -1))
+
+    def first(x):
+        return np.moveaxis(np.asarray(x), -1, 1)
+
+    with jax.numpy_dtype_promotion("standard"):  # Flax's batch norm asks for a type of float64 and float32
+        step = nnx.jit(nnx.grad(objective, argnums=1, has_aux=True))
+        jax_slopes, outputs = step(ours, [last(x) for x in maps])
+    got += [first(x) for x in outputs]
+    slopes += [first(x) for x in jax_slopes]
+    for a, b in zip([*got, *slopes], [*want, *want, *want_slopes, *want_slopes], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    for i, connector in enumerate(theirs.connectors):  # the running averages, which training moves alike
+        for name in ("norm1", "norm2"):
+            norm, other = getattr(connector, name), getattr(ours.connectors[i], name)
+            np.testing.assert_allclose(norm.running_mean.numpy(), other.mean[...], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(norm.running_var.numpy(), other.var[...], rtol=1e-9)
+            assert bool((norm.running_mean != 0).any()) == training
+
+
+def test_nearest_neighbours_are_pytorchs():
+    """For the sizes of maps in use; at a few others, such as 14 to 46, PyTorch's depend on how it rounds the ratio."""
+    for size, wanted in itertools.product(
+        (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64), repeat=2
+    ):
+        x = np.arange(float(size), dtype="float32").reshape(1, 1, size, 1)
+        want = functional.interpolate(torch.from_numpy(x), (wanted, 3), mode="nearest").numpy()
+        assert np.array_equal(kdtorch.nn.reviewkd._resize(torch.from_numpy(x), wanted, 3).numpy(), want)
+        if size % 7 == 0 and wanted % 8 == 0:  # each is compiled
+            got = kdjax.nn.reviewkd._resize(np.moveaxis(x, 1, -1), wanted, 3)
+            assert np.array_equal(np.moveaxis(np.asarray(got), -1, 1), want)
+
+
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([8], r"`out_shapes` must have one size a map, 2 in all, got \[8\]"),
+        (8, "`out_shapes` must have one size a map, 2 in all, got 8"),
+        ([8, 0], r"`out_shapes\[1\]` must be a whole number of at least 1, or height and width, got 0"),
+        ([8, (4, 4, 4)], r"`out_shapes\[1\]` must be .* got \(4, 4, 4\)"),
+        (["8", 4], r"`out_shapes\[0\]` must be .* got '8'"),
+    ],
+)
+def test_wrong_sizes(f, given, message):
+    module, rngs = (kdjax.nn, {"rngs": nnx.Rngs(0)}) if f is JAX else (kdtorch.nn, {})
+    with pytest.raises(ValueError, match=message):
+        module.ReviewKD([3, 4], [5, 6], 4, out_shapes=given, **rngs)
+    with pytest.raises(ValueError, match="`out_shapes` must be a whole number of at least 1, or height and width"):
+        module.ABF(3, 4, 5, False, out_shapes=2.5, **rngs)
 
 
 @pytest.mark.parametrize("embed", ["linear", "nonlinear", "none"])

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kdtorch._numerics import promote, rowwise
 from kdtorch._reduce import reduce, zero_masked
-from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked, sizes
 
 
 @checked
@@ -68,8 +68,8 @@ def hcl_loss(
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
         if student.shape != teacher.shape:
             raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
-                f"and {list(teacher.shape)}; {_mend(student, teacher)}"
+                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {sizes(student)} "
+                f"and {sizes(teacher)}; {_mend(student, teacher)}"
             )
     maps = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
@@ -79,7 +79,7 @@ def hcl_loss(
 
 
 def _mend(student: Tensor, teacher: Tensor) -> str:
-    if sorted(student.shape) == sorted(teacher.shape):
+    if sorted(sizes(student)) == sorted(sizes(teacher)):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
     return "ReviewKD's connectors bring a student's maps to the teacher's shapes"
 

@@ -13,4 +13,6 @@ def through(head: nn.Module, name: str, x: Tensor, dim: int, constant: bool = Fa
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (dim,)):
         raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
     (x,) = promote(x.detach() if constant else x)
-    return head(x.to(next(head.parameters(), x).dtype))
+    # not `parameters()`, of which FSDP and DataParallel leave a part of theirs none
+    weights = (getattr(part, "weight", None) for part in head.modules())
+    return head(x.to(next((weight.dtype for weight in weights if weight is not None), x.dtype)))

@@ -15,7 +15,7 @@ from torch.nn import functional
 from kdtorch._collectives import all_gather_constant, check_batch, fetch, rank, size
 from kdtorch._numerics import BLOCK, check_state, custom_op, fraction, positive, promote, rowwise, unit, valid_index
 from kdtorch._reduce import count, reduce, zero_masked
-from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, sizes
 
 
 class CRCDState(NamedTuple):
@@ -179,7 +179,7 @@ def crcd_loss(
     temperature = positive("temperature", temperature, student)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
+        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {sizes(negatives)}")
     student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
     rows = len(old.student_memory)
     num_data = rows * size(group) if sharded_memory else rows
@@ -416,4 +416,4 @@ def _place(memory: Tensor, index: Tensor, rows: Tensor, in_place: bool) -> Tenso
     if not in_place:
         return memory.index_copy(0, index, rows)
     with torch.no_grad():
-        return memory.index_copy_(0, index.to(memory.device), rows.to(memory.device))
+        return memory.index_put_((index.to(memory.device),), rows.to(memory.device))

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdtorch._collectives import all_sum, size
 from kdtorch._numerics import check_state, cross_entropy, fraction, positive, promote, softmax
 from kdtorch._reduce import reduce
-from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked, sizes
 
 
 class DINOState(NamedTuple):
@@ -149,7 +149,7 @@ def dino_loss(
     5.3466 [0.15, 0.05, -0.1]
     """
     views, teacher_views = student.shape[0], teacher.shape[0]
-    check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
+    check_views(views, teacher_views, f"student {sizes(student)} and teacher {sizes(teacher)}")
     check_state(state)
     student, teacher = promote(student, teacher)
     if where is not None:
