@@ -85,7 +85,9 @@ def agree(got, want, limit=(64, 256, 64)):
 
 
 @every
-@pytest.mark.parametrize(("vma", "where"), [(False, None), (True, UNEVEN)], ids=["all", "uneven"])
+@pytest.mark.parametrize(
+    ("vma", "where"), [pytest.param(False, None, marks=pytest.mark.slow), (True, UNEVEN)], ids=["all", "uneven"]
+)
 def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
     devices = mesh(8)
@@ -136,6 +138,7 @@ def placed(loss, devices, inputs):
     }
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize(("shape", "where"), [((1,), None), ((8,), UNEVEN), ((4, 2), None)], ids=["1", "8", "4x2"])
 def test_the_compilers_way(loss, shape, where):

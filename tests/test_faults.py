@@ -126,7 +126,9 @@ def differences(file, loss, package):
         yield from check(case, dtype, [framework], **{framework: package})
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(x, marks=() if i % 6 == 0 else pytest.mark.slow, id=str(x)) for i, x in enumerate(FAULTS)]
+)
 def test_every_fault_is_found(fault):
     package = copied(fault.file, fault.old, fault.new)
     found = next((x for x in differences(fault.file, fault.loss, package) if not x.passed), None)

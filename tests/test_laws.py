@@ -188,11 +188,12 @@ def test_second_call_compiles_nothing_in_torch(loss):
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
-def test_torch_compile(loss):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile(backend, loss):
     function, x = called(TORCH, loss)
     torch._dynamo.reset()
     results = []
-    for run_it in (function, torch.compile(function, fullgraph=True)):
+    for run_it in (function, torch.compile(function, fullgraph=True, backend=backend)):
         given = [y.clone().requires_grad_() for y in leaves(x)]
         run_it(given if isinstance(x, list) else given[0]).backward()
         results.append([y.grad.numpy() for y in given])

@@ -14,6 +14,8 @@ import kdtorch
 from parity.cases import KINDS, LOSSES
 from parity.compare import ulps
 
+pytestmark = pytest.mark.slow  # processes
+
 
 def start(function, number, folder, *arguments):
     torch.multiprocessing.start_processes(

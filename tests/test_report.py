@@ -129,6 +129,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert importlib.metadata.version("jax") in page
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path, browser):
     file = tmp_path / "report.html"
     report.write_html(str(file), comparison())
