@@ -574,6 +574,27 @@ def module(name, *arguments, **options):
             lambda f: f.kd.nn.DINOLoss(6)(*f.arrays([np.zeros((5, 6)), np.zeros((5, 6))])),
             r"`student` must be \[views \* batch, dim\] with 2 views stacked on the batch axis, got \[5, 6\]; stack the",
         ),
+        (
+            lambda f: f.kd.nn.CombinedLoss(
+                {"kl": f.kd.nn.FunctionLoss(f.kd.kl_loss), "mse": f.kd.nn.FunctionLoss(f.kd.mse_loss)},
+                [1.0],
+                [("stu", "tea"), ("stu", "tea")],
+            ),
+            r"^`weights` must have one number a loss: 2 for \['kl', 'mse'\], got 1: \[1.0\]$",
+        ),
+        (
+            lambda f: f.kd.nn.DINOLoss(6, student_temperature=0),
+            "`student_temperature` must be finite and greater than 0",
+        ),
+        (lambda f: f.kd.nn.DINOLoss(6, center_momentum=1.5), "`center_momentum` must be between 0 and 1, got 1.5"),
+        (lambda f: f.kd.nn.DINOLoss(6, warmup_epochs=-1), "`warmup_epochs` must be finite and at least 0, got -1"),
+        (lambda f: f.kd.nn.DINOLoss(6, views="2"), "`views` must be a whole number of at least 0, got '2'"),
+        (module("CRCDLoss", 4, 4, 4, 9, momentum="0.5"), "`momentum` must be between 0 and 1, got '0.5'"),
+        (
+            module("CRCDLoss", 4, 4, 4, 9, num_negatives=0),
+            "`num_negatives` must be a whole number of at least 1, got 0",
+        ),
+        (module("USKDLoss", 4, 4, mu=-1.0), "`mu` must be finite and at least 0, got -1.0"),
     ],
 )
 def test_mistakes_with_modules(f, build, message):

@@ -1,15 +1,26 @@
 """make_loss: the founding code's figures, the published conventions, and every mistake in a configuration."""
 
+import argparse
+import collections
+import dataclasses
 import types
+import typing
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import torch._dynamo.testing
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
 from test_golden import FILES, LIMITS, load
+
+import kdjax
+import kdjax.nn
+import kdtorch.nn
+from kdjax.make_loss import PUBLISHED
+from kdlosses.config import READS, by_function, parameters, read
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
@@ -271,6 +282,47 @@ MISTAKES = {
         configuration("kd-dino") | {"MODEL": configuration("kd-dino")["MODEL"] | {"FEAT_DIM": "8"}},
         "MODEL.FEAT_DIM must be a whole number of at least 1, got '8'",
     ),
+    "an empty name at the end": (
+        changed(METRIC_LOSS_TYPE="kd-kld-dkd-"),
+        "has an empty name in 'kd-kld-dkd-'; write 'kd-kld-dkd'$",
+    ),
+    "an empty name": (
+        changed(METRIC_LOSS_TYPE="kd--kld-dkd"),
+        "has an empty name in 'kd--kld-dkd'; write 'kd-kld-dkd'$",
+    ),
+    "a function's name": (
+        changed(METRIC_LOSS_TYPE="kd-kl_los"),
+        r"unknown loss 'kl_los'; did you mean 'kl_loss'\? known are .* or any loss by its function, as 'kl_loss' or 'kl'$",
+    ),
+    "a founding name as a function": (
+        changed(METRIC_LOSS_TYPE="kd-rkd_los"),
+        "unknown loss 'rkd_los'; did you mean",
+    ),
+    "a founding name of another function": (
+        changed(METRIC_LOSS_TYPE="kd-kld_loss"),
+        "unknown loss 'kld_loss'; did you mean 'kld', which is `kl_loss`\\?",
+    ),
+    "a negative weight": (changed(KD_LOSS_WEIGHT=[1.0, -0.5]), r"finite numbers, none below 0, .*got \[1.0, -0.5\]"),
+    "a weight in a string": (changed(KD_LOSS_WEIGHT=[1.0, "2"]), r"must be finite numbers, .*got \[1.0, '2'\]"),
+    "a weight that is a switch": (changed(KD_LOSS_WEIGHT=[1.0, True]), r"must be finite numbers, .*got \[1.0, True\]"),
+    "no weight at all": (changed(KD_LOSS_WEIGHT=[1.0, None]), r"must be finite numbers, .*got \[1.0, None\]"),
+    "a setting that is a word": (
+        changed(KD_LOSS_ARGS={"kld": {"temperature": "4"}}),
+        r"KD_LOSS_ARGS\['kld'\]: kl_loss: `temperature` must be a number or .*, got '4'$",
+    ),
+    "a setting below 0": (
+        changed(KD_LOSS_ARGS={"kld": {"temperature": -2}}),
+        r"KD_LOSS_ARGS\['kld'\]: `temperature` must be finite and greater than 0, got -2$",
+    ),
+    "a setting of a module": (
+        configuration("kd-dino", KD_LOSS_ARGS={"dino": {"student_temperature": "0.1"}}),
+        r"KD_LOSS_ARGS\['dino'\]: `student_temperature` must be finite and greater than 0, got '0.1'$",
+    ),
+    "a choice": (
+        configuration("kd-crcd", KD_LOSS_ARGS={"crcd": {"embed": "mlp"}}),
+        r"KD_LOSS_ARGS\['crcd'\]: `embed` must be one of \"linear\", \"nonlinear\", \"none\", got 'mlp'$",
+    ),
+    "settings in a list": (changed(KD_LOSS_ARGS=["dkd"]), r"KD_LOSS_ARGS must be a mapping, as in .*, got \['dkd'\]"),
     "unknown setting": (
         changed(KD_LOSS_ARGS={"dkd": {"T": 4.0}}),
         r"KD_LOSS_ARGS\['dkd'\] must have settings of \['alpha', 'beta', 'temperature'\], got \['T'\]",
@@ -284,6 +336,369 @@ def test_mistakes_in_a_configuration(f, mistake):
     config, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         f.kd.make_loss(config, CLASSES, 20)
+
+
+def test_both_packages_say_the_same():
+    for config, _ in MISTAKES.values():
+        said = []
+        for f in BOTH:
+            with pytest.raises(ValueError) as raised:  # noqa: PT011, whose text is compared
+                f.kd.make_loss(config, CLASSES, 20)
+            said.append(str(raised.value))
+        assert said[0] == said[1]
+
+
+PUBLIC = [name for name in kdjax.__all__ if name.endswith("_loss") and name != "make_loss"]
+FOUNDING = [
+    "dino",
+    "bce",
+    "mse",
+    "sml",
+    "dcn",
+    "crcd",
+    "rkd",
+    "diff",
+    "skld",
+    "kld",
+    "eu_mse",
+    "dkd",
+    "nkd",
+    "uskd",
+    "uskd_tea",
+]
+
+
+def numeric_settings(name):
+    """The settings of a name that are numbers."""
+    term = {**by_function(kdjax, PUBLISHED, {}), **PUBLISHED}[name]
+    return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float)]
+
+
+@pytest.mark.parametrize("name", [*FOUNDING, *PUBLIC])
+def test_every_setting_is_checked_where_the_loss_is_built(name):
+    """As a number that its own default may replace; the text is the same in both packages."""
+    for setting in numeric_settings(name):
+        for wrong in ("4", None, float("nan"), float("inf"), -1.0, [1.0]):
+            said = []
+            for f in BOTH:
+                with pytest.raises(
+                    ValueError, match=rf"^MODEL.KD_LOSS_ARGS\['{name}'\]: .*`{setting}` must be"
+                ) as raised:
+                    f.kd.make_loss(configuration(f"kd-{name}", KD_LOSS_ARGS={name: {setting: wrong}}), CLASSES, 20)
+                said.append(str(raised.value))
+            assert said[0] == said[1]
+        for f in BOTH:
+            for right in (0.5, np.float32(0.5)):
+                f.kd.make_loss(configuration(f"kd-{name}", KD_LOSS_ARGS={name: {setting: right}}), CLASSES, 20)
+
+
+def given_by_name(f):
+    """A `feat` with all that any loss reads, and the target."""
+    feat, target = batch(f)
+    order = np.argsort(-f.numpy(feat["score_tea"]), -1)
+    feat["indices"] = f.array(order[:, :3].copy())
+    feat["values"] = f.array(np.take_along_axis(f.numpy(feat["score_tea"]), order[:, :3], -1), "float32")
+    rest = np.take_along_axis(f.numpy(feat["score_tea"]), order[:, 3:], -1)
+    feat["rest"] = f.array(np.log(np.exp(rest).sum(-1)), "float32")
+    return feat, target
+
+
+@both
+def test_every_loss_by_its_function(f):
+    """With `_loss` and without: the function with its own settings, of inputs that its parameters' names say."""
+    feat, target = given_by_name(f)
+    maps = {"student_maps": feat["feats_stu"], "teacher_maps": feat["feats_tea"][-2:]}
+    known = {"student": feat["stu"], "teacher": feat["tea"], "labels": target, **maps, **feat}
+    known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
+    plain = [name for name in PUBLIC if name.removesuffix("_loss") not in ("dino", "dcn", "crcd", "uskd")]
+    shorts = [name.removesuffix("_loss") for name in plain if name.removesuffix("_loss") not in FOUNDING]
+    config = configuration("-".join(["kd", *plain, *shorts]), [1.0] * len(plain + shorts))
+    terms = f.jit(lambda feat: f.kd.make_loss(config, CLASSES, 20).terms(feat=feat, target=target))(feat)
+    assert set(terms) == {*plain, *shorts}
+
+    def wanted():
+        values = {}
+        for name in plain:
+            function = getattr(f.kd, name)
+            inputs = [p.name for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
+            values[name] = function(*(known[key] for key in inputs))
+        return values
+
+    for name, value in f.jit(wanted)().items():
+        for written in {name, name.removesuffix("_loss")} & terms.keys():
+            assert f.numpy(terms[written]) == pytest.approx(f.numpy(value), rel=1e-5), written
+
+
+@both
+@pytest.mark.parametrize("conventions", ["published", "founding"])
+def test_modules_by_the_functions_that_they_hold(f, conventions):
+    for name in ("dino", "dcn", "crcd", "uskd"):
+        losses = f.kd.make_loss(configuration(f"kd-{name}_loss"), CLASSES, 20, conventions=conventions).losses
+        assert type(losses[f"{name}_loss"]).__name__.lower().startswith(("dynamic", name))
+    feat, target = batch(f)
+    published = f.kd.make_loss(configuration("kd-kl-kl_loss-kld"), CLASSES, 20, conventions=conventions)
+    terms = published.terms(feat=feat, target=target)
+    assert f.numpy(terms["kl"]) == f.numpy(terms["kl_loss"])
+    assert (f.numpy(terms["kl"]) == f.numpy(terms["kld"])) == (conventions == "published")
+    if conventions == "founding":  # by its function crcd takes the samples' places for an index
+        with pytest.raises(ValueError, match=r"the loss 'crcd_loss' reads `feat\['index'\]`"):
+            f.kd.make_loss(configuration("kd-crcd_loss"), CLASSES, 20, conventions="founding")(
+                feat={k: x for k, x in feat.items() if k != "index"}, target=target
+            )
+
+
+@both
+def test_an_input_that_may_be_absent(f):
+    feat, target = given_by_name(f)
+    del feat["rest"]
+    settings = {"topk_kl": {"tail": "renormalize"}}
+    got = f.kd.make_loss(configuration("kd-topk_kl", KD_LOSS_ARGS=settings), CLASSES, 20)(feat=feat, target=target)
+    want = f.kd.topk_kl_loss(feat["score_stu"], feat["values"], feat["indices"], tail="renormalize")
+    assert f.numpy(got) == pytest.approx(f.numpy(want), rel=1e-6)
+    with pytest.raises(ValueError, match="rest"):
+        f.kd.make_loss(configuration("kd-topk_kl"), CLASSES, 20)(feat=feat, target=target)
+
+
+def test_a_state_that_no_module_holds():
+    def toy_loss(student, teacher, state, *, momentum=0.9):
+        return student, state
+
+    package = types.SimpleNamespace(__all__=["toy_loss", "make_loss"], toy_loss=toy_loss)
+    functions = by_function(package, {}, READS)
+    assert set(functions) == {"toy_loss", "toy"}
+    with pytest.raises(
+        ValueError, match="the loss 'toy' takes a state and returns the next one, and no module holds it"
+    ):
+        read(configuration("kd-toy"), {}, functions, {})
+
+
+class ConfigDict:
+    """As that of ml_collections: entries under keys and attributes, and no mapping."""
+
+    def __init__(self, entries):
+        self._fields = entries
+
+    def __getitem__(self, key):
+        return self._fields[key]
+
+    def __getattr__(self, key):
+        return self._fields[key]
+
+    def keys(self):
+        return list(self._fields)
+
+    def __iter__(self):
+        return iter(self._fields)
+
+
+@dataclasses.dataclass
+class Settings:
+    dkd: typing.Any
+    kld: typing.Any
+
+    def method(self):
+        """No setting."""
+
+
+class Triple(typing.NamedTuple):
+    temperature: float
+    beta: float
+    alpha: float
+
+
+class Constants:
+    """Settings as attributes of a class."""
+
+    temperature = 4.0
+    beta, alpha = 8.0, 1.0
+
+
+def nested(of, entries):
+    return of({key: nested(of, x) if isinstance(x, dict) else x for key, x in entries.items()})
+
+
+KINDS = {
+    "dict": dict,
+    "Namespace": lambda x: argparse.Namespace(**x),
+    "SimpleNamespace": lambda x: types.SimpleNamespace(**x),
+    "ConfigDict": ConfigDict,
+    "mapping": types.MappingProxyType,
+    "dataclass": lambda x: dataclasses.make_dataclass("Made", list(x))(**x),
+    "slots": lambda x: dataclasses.make_dataclass("Made", list(x), slots=True)(**x),
+    "named tuple": lambda x: collections.namedtuple("Made", x)(**x),
+}
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outer", [*KINDS, None])
+def test_settings_may_be_objects(f, kind, outer):
+    """All of the configuration of one kind, or its settings of another than the rest."""
+    settings = {"dkd": {"beta": 8.0, "temperature": 4.0, "alpha": 1.0}, "kld": {"temperature": 2.0}}
+    config = configuration("kd-kld-dkd", [1.0, 0.5], KD_LOSS_ARGS=nested(KINDS[kind], settings))
+    if outer is not None:
+        config["MODEL"] = KINDS[outer](config["MODEL"])
+    loss = f.kd.make_loss(config, CLASSES, 20)
+    assert dict(loss.losses["dkd"].options) == settings["dkd"]
+    assert dict(loss.losses["kld"].options) == settings["kld"]
+
+
+@both
+@pytest.mark.parametrize("given", [Triple(4.0, 8.0, 1.0), Constants, Constants()], ids=["tuple", "class", "instance"])
+def test_settings_of_other_kinds(f, given):
+    loss = f.kd.make_loss(configuration("kd-kld-dkd", KD_LOSS_ARGS=Settings(dkd=given, kld={})), CLASSES, 20)
+    assert dict(loss.losses["dkd"].options) == {"temperature": 4.0, "beta": 8.0, "alpha": 1.0}
+
+
+def warm_up(epoch):
+    return min(epoch / 20, 1.0)
+
+
+@both
+def test_weights_that_are_functions_of_the_epoch(f):
+    feat, target = batch(f)
+    schedules = [optax.linear_schedule(0.0, 2.0, 10), warm_up, lambda epoch: f.array(np.array(0.5)), 3]
+    loss = f.kd.make_loss(configuration("kd-kld-dkd-mse-nkd", schedules), CLASSES, 20)
+    terms = {name: f.numpy(x) for name, x in loss.terms(feat=feat, target=target).items()}
+    for epoch in (0, 5, 40):
+        weights = [min(epoch / 5, 2.0), min(epoch / 20, 1.0), 0.5, 3]
+        want = sum(weight * terms[name] for weight, name in zip(weights, terms, strict=True))
+        assert f.numpy(loss(feat=feat, target=target, epoch=epoch)) == pytest.approx(want, rel=1e-5)
+        assert f.numpy(loss.weigh(loss.terms(feat=feat, target=target), epoch)) == pytest.approx(want, rel=1e-5)
+    for call in (lambda: loss(feat=feat, target=target), lambda: loss.weigh(terms)):
+        with pytest.raises(
+            ValueError, match="the weight of 'kld' is a function of the epoch, which is absent; give `epoch`"
+        ):
+            call()
+    falling = f.kd.make_loss(configuration("kd-kld", [lambda epoch: 1.0 - epoch]), CLASSES, 20)
+    with pytest.raises(ValueError, match=r"the weight of 'kld' must be finite and at least 0, got -1\.0 at epoch 2"):
+        falling(feat=feat, epoch=2)
+
+
+def test_a_schedule_of_a_traced_epoch():
+    """One program for all epochs, in either framework."""
+    feat, target = batch(JAX)
+    config = configuration("kd-kld-dkd", [1.0, optax.linear_schedule(0.0, 1.0, 20)])
+    loss, traces = JAX.kd.make_loss(config, CLASSES, 20), []
+    step = jax.jit(lambda epoch: traces.append(1) or loss(feat=feat, target=target, epoch=epoch))
+    values = [float(step(epoch)) for epoch in (0, 10, 20, 30)]
+    assert len(traces) == 1
+    assert values[2] == values[3]
+    assert values[1] - values[0] == pytest.approx(values[2] - values[1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_a_schedule_of_an_epoch_that_is_a_tensor():
+    feat, target = batch(TORCH)
+    config = configuration("kd-kld-dkd", [1.0, lambda epoch: (epoch / 20).clamp(max=1.0)])
+    loss = TORCH.kd.make_loss(config, CLASSES, 20)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda epoch: loss(feat=feat, target=target, epoch=epoch), backend=counter, fullgraph=True)
+    values = [step(torch.tensor(epoch)).item() for epoch in (0, 10, 20, 30)]
+    assert counter.frame_count == 1
+    assert values[2] == values[3]
+    assert values[1] - values[0] == pytest.approx(values[2] - values[1], rel=1e-4)
+
+
+@both
+def test_a_weight_of_0_takes_a_loss_away(f):
+    """Be it infinite, as where a warm-up begins."""
+    loss = f.kd.make_loss(configuration("kd-kld-mse", [lambda epoch: 0.0, 1.0]), CLASSES, 20)
+    feat, _ = batch(f)
+    score = f.numpy(feat["score_stu"]).copy()
+    score[:, 0] = -np.inf
+    feat["score_stu"] = f.array(score, "float32")
+    assert np.isinf(f.numpy(loss.terms(feat=feat)["kld"]))
+    assert f.numpy(loss(feat=feat, epoch=0)) == f.numpy(loss.terms(feat=feat)["mse"])
+
+
+@both
+def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
+    """By the parameters that a loss has: every one of this library; of others those with the name."""
+    feat, target = batch(f)
+    names = "kd-bce-mse-sml-dcn-crcd-rkd-diff-skld-kld-eu_mse-dkd-nkd-uskd-uskd_tea-dino"
+    loss = f.kd.make_loss(configuration(names), CLASSES, 20)
+    loss.eval()
+    rows = np.array([True, False, True, True, False, True])
+    broken = {
+        k: [spoilt(f, y, rows) for y in x] if isinstance(x, list) else spoilt(f, x, rows) for k, x in feat.items()
+    }
+
+    def values(options):
+        torch.manual_seed(0)  # of the negatives
+        return loss.terms(feat=broken, target=target, where=f.array(rows), **options)
+
+    each, mean = f.jit(lambda: [values({"reduction": reduction}) for reduction in ("none", None)])()
+    for name in names.split("-")[1:]:
+        kept = f.numpy(each[name])
+        assert kept.shape == ((3,) if name == "dino" else (BATCH,))
+        number = 2 if name == "dino" else rows.sum()  # of whose pairs of views two are whole
+        assert np.isfinite(kept).all(), name
+        assert kept.sum() / number == pytest.approx(f.numpy(mean[name]), rel=1e-4), name
+
+    with pytest.raises(
+        ValueError, match=r"must give values of one shape to be summed, got .*'dino': \[3\].*by `terms`"
+    ):
+        loss(feat=broken, target=target, where=f.array(rows), reduction="none", epoch=0)
+    plain = f.kd.make_loss(configuration("kd-kld-mse", [1.0, 2.0]), CLASSES, 20)
+    got = plain(feat=feat, reduction="none", where=f.array(rows))
+    want = plain.terms(feat=feat, reduction="none", where=f.array(rows))
+    np.testing.assert_allclose(f.numpy(got), f.numpy(want["kld"]) + 2 * f.numpy(want["mse"]), rtol=1e-6)
+
+
+def spoilt(f, x, rows):
+    """NaN where the mask is False."""
+    x = f.numpy(x)
+    keep = rows.reshape(-1, *[1] * (x.ndim - 1))
+    return f.array(np.where(keep, x, np.nan), "float32") if x.dtype.kind == "f" else f.array(x)
+
+
+@both
+def test_a_loss_without_the_parameters_gets_none_of_them(f):
+    nn = kdjax.nn if f is JAX else kdtorch.nn
+
+    def own(student, teacher):
+        return ((student - teacher) ** 2).mean()
+
+    def reduced(student, teacher, reduction="mean"):
+        return {"sum": (student - teacher).sum(), "mean": (student - teacher).mean()}[reduction]
+
+    losses = {
+        "own": nn.FunctionLoss(own),
+        "reduced": nn.FunctionLoss(reduced),
+        "kept": nn.FunctionLoss(f.kd.kl_loss, reduction="sum"),
+    }
+    loss = nn.CombinedLoss(losses, [1.0] * 3, [("stu", "tea")] * 3)
+    feat, _ = batch(f)
+    where = f.array(np.ones(BATCH, bool))
+    terms = loss.terms(feat=feat, where=where, reduction="sum", update=False)
+    stu, tea = feat["stu"], feat["tea"]
+    assert f.numpy(terms["own"]) == pytest.approx(f.numpy(own(stu, tea)))
+    assert f.numpy(terms["reduced"]) == pytest.approx(f.numpy((stu - tea).sum()))
+    assert f.numpy(loss.terms(feat=feat)["kept"]) == pytest.approx(f.numpy(f.kd.kl_loss(stu, tea, reduction="sum")))
+    assert f.numpy(loss.terms(feat=feat, reduction="mean")["kept"]) == pytest.approx(f.numpy(f.kd.kl_loss(stu, tea)))
+
+
+@both
+@pytest.mark.parametrize(
+    ("weights", "reads", "message"),
+    [
+        ([1.0], 2, r"^`weights` must have one number a loss: 2 for \['a', 'b'\], got 1: \[1.0\]$"),
+        ([1.0, 2.0, 3.0], 2, r"^`weights` must have one number a loss: 2 for .*, got 3"),
+        ([1.0, -1.0], 2, r"^`weights` must be finite numbers, none below 0, .* got \[1.0, -1.0\]$"),
+        (1.0, 2, "^`weights` must be finite numbers, .* got 1.0$"),
+        ([1.0, 1.0], 1, r"^`reads` must have one tuple a loss, .*, 2 for \['a', 'b'\], got \[\('stu', 'tea'\)\]$"),
+        ([1.0, 1.0], 3, "^`reads` must have one tuple a loss"),
+    ],
+)
+def test_weights_and_reads_of_a_combined_loss(f, weights, reads, message):
+    nn = kdjax.nn if f is JAX else kdtorch.nn
+    losses = {name: nn.FunctionLoss(f.kd.mse_loss) for name in "ab"}
+    with pytest.raises(ValueError, match=message):
+        nn.CombinedLoss(losses, weights, [("stu", "tea")] * reads)
+    with pytest.raises(ValueError, match="`reads` must have one tuple a loss"):
+        nn.CombinedLoss(losses, [1.0, 1.0], ["stu", "tea"])
 
 
 @both

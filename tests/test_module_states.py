@@ -183,12 +183,12 @@ def test_a_module_from_outside_of_a_transformation(transform, name):
         transform(lambda x: call(module, x))(x)
     same(numbers(variables(module)), start)
     still = nnx.view(module, use_running_average=True)
-    transform(lambda x: call(still, x))(x)
+    jax.jit(transform(lambda x: call(still, x)))(x)
     module.eval()
-    transform(lambda x: call(module, x))(x)
+    jax.jit(transform(lambda x: call(module, x)))(x)
     same(numbers(variables(module)), start)
     module.train()
-    call(module, X["jax"])
+    nnx.jit(call)(module, X["jax"])
     assert moved(numbers(variables(module)), start)
 
 
@@ -218,7 +218,7 @@ def test_an_ensemble_in_jax():
 
 @all_modules
 def test_copies_in_jax(name):
-    call, module = caller(JAX, name), build(JAX, name)
+    call, module = nnx.jit(caller(JAX, name)), build(JAX, name)
     call(module, X["jax"])
     for twin in (copy.deepcopy(module), nnx.clone(module), nnx.merge(*nnx.split(module))):
         held = numbers(variables(twin))
@@ -231,14 +231,15 @@ def test_copies_in_jax(name):
 
 
 class Called(torch.nn.Module):
-    """A module as one of a single input."""
+    """A module as one of a single input, after a student of one weight."""
 
     def __init__(self, module, call):
         super().__init__()
         self.module, self.call = module, call
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.call(self.module, x)
+        return self.call(self.module, self.weight * x)
 
 
 def buffers(module):
@@ -283,10 +284,7 @@ def differentiated(call, module, x):
 
 def parallel(call, module, x):
     with group_of_one():
-        wrapped = torch.nn.Sequential(torch.nn.Identity(), Called(module, call))
-        wrapped.append(torch.nn.Flatten(0)).register_parameter("weight", torch.nn.Parameter(torch.ones(())))
-        module_of = torch.nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=True)
-        module_of(x).sum().backward()
+        torch.nn.parallel.DistributedDataParallel(Called(module, call))(x).backward()
 
 
 def sharded(call, module, x):

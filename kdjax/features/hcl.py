@@ -80,7 +80,7 @@ def hcl_loss(
 def _mend(student: jax.Array, teacher: jax.Array) -> str:
     if sorted(student.shape) == sorted(teacher.shape):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
-    return "ReviewKD's connectors bring a student's maps to the teacher's shapes"
+    return "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.Array:

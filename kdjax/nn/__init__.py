@@ -1,6 +1,11 @@
 """The losses that own parameters or state, as modules: thin holders that call the functions.
 
 State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+
+A call changes the value of a Variable, as `nnx.BatchNorm` does, and the Variable stays. Give a module as an argument to
+`nnx.jit`, `nnx.grad` and the other transformations of Flax, which hand its state out. `jax.jit` takes a module too, but
+drops what it changes. To use JAX's own transformations, split the module, merge it inside by `nnx.merge(..., copy=True)`,
+and return its state.
 """
 
 from kdjax.nn._state import LossState

@@ -130,6 +130,9 @@ class ReviewKD(nnx.Module):
     >>> maps = [jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))]
     >>> [x.shape for x in review(maps)]
     [(2, 8, 8, 16), (2, 4, 4, 32)]
+    >>> review = ReviewKD([4, 8], [16, 32], 8, out_shapes=[7, 3], rngs=nnx.Rngs(0))
+    >>> [x.shape for x in review(maps)]
+    [(2, 7, 7, 16), (2, 3, 3, 32)]
     """
 
     def __init__(

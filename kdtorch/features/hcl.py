@@ -81,7 +81,7 @@ def hcl_loss(
 def _mend(student: Tensor, teacher: Tensor) -> str:
     if sorted(sizes(student)) == sorted(sizes(teacher)):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
-    return "ReviewKD's connectors bring a student's maps to the teacher's shapes"
+    return "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:

@@ -1,6 +1,10 @@
 """The losses that own parameters or state, as modules: thin holders that call the functions.
 
 State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+
+A call writes into the buffers, as `torch.nn.BatchNorm2d` does. `half()`, `bfloat16()` and `to(dtype)` leave a state in
+float32, because small steps are lost in half precision. `torch.func.grad` lets nothing write into tensors from outside of
+it: hand the buffers in by `torch.func.functional_call`, or call `module.eval()`.
 """
 
 from kdtorch.nn.combined import CombinedLoss

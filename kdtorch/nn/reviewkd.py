@@ -107,6 +107,9 @@ class ReviewKD(nn.Module):
     >>> maps = [torch.ones((2, 4, 8, 8)), torch.ones((2, 8, 4, 4))]
     >>> [x.shape for x in review(maps)]
     [torch.Size([2, 16, 8, 8]), torch.Size([2, 32, 4, 4])]
+    >>> review = ReviewKD([4, 8], [16, 32], 8, out_shapes=[7, 3])
+    >>> [x.shape for x in review(maps)]
+    [torch.Size([2, 16, 7, 7]), torch.Size([2, 32, 3, 3])]
     """
 
     def __init__(
