@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +35,16 @@ def fraction(name: str, value: Scalar, like: Tensor) -> Scalar:
 
 def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callable[[Any], Any]) -> Scalar:
     if isinstance(value, Tensor):
-        value = value.detach().to(like)
+        value = value.to(like)
         return torch.where(test(value), value, math.nan)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
     return float(value)
+
+
+def scalar(value: Scalar, like: Tensor) -> Tensor:
+    """A number as a tensor, in the dtype and on the device of another."""
+    return value if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def check_state(state: Any) -> None:
@@ -227,38 +232,144 @@ def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *const
     return value, gradient.reshape(x.shape)
 
 
-def with_backward(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The first of what `value` returns, whose gradient with respect to the first input is `pull(cotangent, *all, *inputs)`.
+def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A differentiable function from one that makes its value and its gradients in one go.
 
-    Both are opaque. A second derivative is refused.
+    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and what
+    else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes of its input, which begin with the value's; with respect
+    to a scalar, the value's axes. The gradients, in the dtypes of their inputs, are all that is held until the backward
+    pass: nothing of the inputs, which may be written into. A second derivative is refused.
     """
 
-    class PulledBack(torch.autograd.Function):
+    class WithGradients(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return value(*inputs)
+        def forward(asked: tuple[bool, ...], *given: Any) -> tuple[Tensor, ...]:
+            inputs = given[sum(asked) :]
+            value, *others = evaluate(*inputs, *asked)
+            learned = zip(others, inputs, asked, strict=False)
+            return value, *others[learns:], *(part for g, x, wanted in learned if wanted for part in held(g, x.dtype))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            asked, *given = inputs
+            edges, learned = given[: sum(asked)], given[sum(asked) :][:learns]
             ctx.mark_non_differentiable(*output[1:])
-            ctx.save_for_backward(inputs[0], *output, *inputs)
+            ctx.save_for_backward(*edges, *output[len(output) - _parts(learned, asked) :])
+            ctx.asked, ctx.constants = asked, len(given) - len(edges) - learns
+            ctx.learned = [(x.dtype, x.ndim == 0 < output[0].ndim) for x in learned]
 
         @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            x, *others = ctx.saved_tensors
-            with torch.no_grad(), no_autocast(x):
-                gradient = pull(cotangents[0], *others)
-            if torch.is_grad_enabled():
-                gradient = _Refused.apply(gradient, cotangents[0], x)
-            return gradient, *(None for _ in ctx.needs_input_grad[1:])
+        def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            number = sum(ctx.asked)
+            edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
+            results: list[Tensor | None] = []
+            for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
+                if not wanted:
+                    results.append(None)
+                    continue
+                gradient = next(parts).to(cotangent.dtype)
+                if dtype == torch.float16:
+                    gradient = gradient * next(parts)
+                if torch.is_grad_enabled():
+                    gradient = _Refused.apply(gradient, *edges)
+                gradient = cotangent.reshape(cotangent.shape + (1,) * (gradient.ndim - cotangent.ndim)) * gradient
+                results.append((gradient.sum() if summed else gradient).to(dtype))
+            return None, *(None for _ in edges), *results, *(None for _ in range(ctx.constants))
 
-    def pulled(x: Tensor, *constants: Tensor | float) -> Tensor:
-        constants = _constants(x, constants)
-        return (PulledBack.apply if _differentiated(x) else value)(x, *constants)[0]
+    def differentiable(*inputs: Any) -> tuple[Tensor, ...]:
+        learned = inputs[:learns]
+        asked = tuple(map(_asked, learned))
+        with no_autocast(inputs[0]):
+            if not any(asked):
+                value, *others = evaluate(*inputs, *asked)
+                return value, *others[learns:]
+            # of no entries: they hold nothing, and the second derivative is refused of them
+            edges = (x.flatten()[:0].clone() for x, wanted in zip(learned, asked, strict=True) if wanted)
+            results = WithGradients.apply(asked, *edges, *inputs)
+            return results[: len(results) - _parts(learned, asked)]
 
-    return pulled
+    return differentiable
+
+
+def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
+    """How many tensors hold the gradients."""
+    return sum(2 if x.dtype == torch.float16 else 1 for x, wanted in zip(learned, asked, strict=True) if wanted)
+
+
+def held(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A gradient in the dtype of its input; in float16, whose exponents are few, beside the factor that was taken out.
+
+    Gradients of float16 are scaled by the user, so that they do not vanish, in the backward pass alone, which is later.
+    """
+    if dtype != torch.float16:
+        return (gradient.to(dtype),)
+    largest = torch.cat([gradient.flatten(), gradient.new_zeros(1)]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    factor = torch.where(largest > 0, (largest.log2().floor() - 14).clamp(min=-120).exp2(), 1)
+    return (gradient / factor).to(dtype), factor
+
+
+def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., Tensor]:
+    """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
+
+    `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
+    weights are 1). Where values are not summed, the weights are known in the backward pass alone, which evaluates once
+    more; until then the inputs that learn are held, and copies of the others.
+    """
+
+    def total(*inputs: Any) -> tuple[Tensor, ...]:
+        values, *gradients = evaluate(*inputs[:-learns], None, *inputs[-learns:])
+        return values.sum(), *gradients
+
+    class Coupled(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(asked: tuple[bool, ...], *inputs: Any) -> Tensor:
+            return evaluate(*inputs, None, *(False,) * learns)[0]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            ctx.asked, *others = inputs
+            ctx.save_for_backward(*(x for x in others if isinstance(x, Tensor)))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in others]
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if x is None else x[0] for x in ctx.others]
+            learned = [(x, wanted) for x, wanted in zip(inputs, ctx.asked, strict=False)]
+            with torch.no_grad(), no_autocast(cotangent):
+                _, *gradients = evaluate(*inputs, cotangent, *ctx.asked)
+            results: list[Tensor | None] = []
+            for gradient, (x, wanted) in zip(gradients, learned, strict=True):
+                gradient = gradient.to(x.dtype)
+                if torch.is_grad_enabled():
+                    gradient = _Refused.apply(gradient, cotangent, *(x for x, _ in learned))
+                results.append(gradient if wanted else None)
+            return None, *results, *(None for _ in inputs[learns:])
+
+    summed_up = with_gradients(total, learns)
+
+    def differentiable(*inputs: Any, summed: bool) -> Tensor:
+        if summed:
+            return summed_up(*inputs)[0]
+        asked = tuple(map(_asked, inputs[:learns]))
+        with no_autocast(inputs[0]):
+            if not any(asked):
+                return evaluate(*inputs, None, *asked)[0]
+            copies = (x.clone() if isinstance(x, Tensor) else x for x in inputs[learns:])
+            return Coupled.apply(asked, *inputs[:learns], *copies)
+
+    return differentiable
+
+
+def _asked(x: Tensor) -> bool:
+    """Whether a gradient with respect to x may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -335,3 +446,14 @@ def unit(x: Tensor) -> Tensor:
     x = x / torch.where(zero, math.inf, scale)
     square = (x * x).sum(-1, keepdim=True)
     return x / torch.where(zero, 1, square).sqrt()
+
+
+def unit_pull(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to x, given that with respect to `unit(x)`."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    zero = scale < torch.finfo(x.dtype).tiny
+    scaled = x / torch.where(zero, math.inf, scale)
+    length = torch.where(zero, math.inf, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True))
+    direction = scaled / length
+    across = gradient - (gradient * direction).sum(-1, keepdim=True) * direction
+    return across / length / torch.where(zero, 1, scale)
