@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, softmax, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, positive, promote, softmax, valid_index
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -132,7 +133,7 @@ def topk_kl_and_gradient(
     wide, none, places = x.to(values.dtype), indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, wide.gather(-1, places))
     others = wide.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(wide.dtype))
-    p, peak, log_total = softmax(others, temperature)
+    p, peak, log_total = softmax(others, temperature, may_be_empty=True)
     largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True))
     together = (peak - largest) + temperature * log_total
     together = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, together)
