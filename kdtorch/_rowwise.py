@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +36,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             def value(number: Tensor) -> Tensor:
                 return value_and_gradient(x, *others[:i], number, *others[i + 1 :])[0]
 
+            if not torch.compiler.is_compiling():
+                _load_forward_mode()
             return torch.func.jvp(value, (others[i],), (torch.ones_like(others[i]),))[1]
 
         return *value_and_gradient(x, *others), *map(slope, learned)
@@ -176,6 +180,14 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
     if above.dtype == gradient.dtype:
         return above * gradient
     return by_rows(lambda g, a: ((a * g).to(gradient.dtype),), None, gradient, above, axes=axes)[0]
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """PyTorch loads what it differentiates forward with at the first use, and warns of what it does itself then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def _saveable(x: Tensor) -> Tensor:
