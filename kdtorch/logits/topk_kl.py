@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, softmax, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
@@ -43,11 +43,16 @@ def topk_kl_loss(
             class that is there twice gives NaN for that example.
         rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
             mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
-            `temperatures`. Needed for the bucket, unless all classes are kept; -inf where nothing is left.
+            `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
+            call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
+            bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
         temperature: T > 0.
         tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
             number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
+            values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
+            with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -55,11 +60,11 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
-        student gives -inf to a class that the teacher uses.
+        student gives -inf to a class that the teacher uses; NaN where all that is compared of one of them is -inf.
 
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket.
+            kept than there are, no `rest` for the bucket, or one of another temperature.
         IndexError: a class outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
@@ -111,7 +116,13 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     if isinstance(rest, Tensor):
         return rest
-    recorded = {float(name): x for name, x in rest.items()}
+    try:
+        recorded = {float(name): x for name, x in rest.items()}
+    except ValueError:
+        raise ValueError(
+            "`rest` must be an array, or arrays by their temperature, as in {\"4.0\": ...}, got the names "
+            f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
+        ) from None
     if isinstance(temperature, Tensor):  # cannot be asked
         found = torch.full_like(next(iter(recorded.values())), math.nan)
         for one, x in recorded.items():
@@ -132,14 +143,15 @@ def topk_kl_and_gradient(
     wide, none, places = x.to(values.dtype), indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, wide.gather(-1, places))
     others = wide.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(wide.dtype))
-    p, peak, log_total = softmax(others, temperature)
-    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True))
-    together = (peak - largest) + temperature * log_total
-    together = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, together)
-    student, teacher = torch.cat([own - largest, together], -1), torch.cat([values, rest.unsqueeze(-1)], -1)
-    value, gradient = kl_and_gradient(student, teacher, temperature)
-    spread = (p * gradient[..., -1:]).scatter_add(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
-    return value, spread.to(x.dtype)
+    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(wide.dtype).min
+    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True)).clamp(min=lowest)
+    # of a row without others all weights are 0, and its logit is -inf
+    weight = (others.sub_(peak.clamp(min=lowest)) * (math.log2(math.e) / temperature)).exp2_()
+    total = weight.sum(-1, keepdim=True).clamp(min=1)
+    student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
+    value, gradient = kl_and_gradient(student, torch.cat([values, rest.unsqueeze(-1)], -1), temperature)
+    spread = weight * (gradient[..., -1:] / total)
+    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1])).to(x.dtype)
 
 
 topk_kl_divergence = rowwise(topk_kl_and_gradient)
