@@ -80,16 +80,10 @@ class _Gather(torch.autograd.Function):
         return local_rows, None
 
 
-def local_rows(rows: int, group: ProcessGroup | None) -> Tensor:
-    """The places of this rank's rows in what was gathered; on the CPU, where they can be asked for without a wait."""
+def local_rows(rows: int, group: ProcessGroup | None) -> slice:
+    """The places of this rank's rows in what was gathered."""
     first = rank(group) * rows
-    return torch.arange(first, first + rows, device="cpu")
-
-
-def as_slice(places: Tensor) -> slice:
-    """Of places that follow each other."""
-    first = int(places[0]) if len(places) else 0
-    return slice(first, first + len(places))
+    return slice(first, first + rows)
 
 
 def fetch(rows: Tensor, places: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, positive, valid_index
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -92,23 +93,20 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    # of the student the type alone is asked here, so that no copy of it is made
-    values, _ = promote(values, student_logits[..., :0])
-    temperature = positive("temperature", temperature, values)
-    student, values, indices = zero_masked(where, student_logits, values.detach(), indices)
+    temperature = positive("temperature", temperature, student_logits, values)
+    indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
-    twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1)
-    values = torch.where(twice.unsqueeze(-1), math.nan, values)
+    twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
+    values = torch.where(twice, math.nan, values)
     if tail == "renormalize":
-        own = torch.where(indices < 0, -math.inf, student.gather(-1, indices.clamp(min=0)).to(values.dtype))
-        divergence = kl_divergence(own, values, temperature)
+        own = torch.where(indices < 0, -math.inf, student_logits.gather(-1, indices.clamp(min=0)))
+        divergence = kl_divergence(own, values, temperature, where=where)
     else:
         left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature)
-        (left,) = zero_masked(where, left.detach().to(values.dtype))
-        divergence = topk_kl_divergence(student, values, indices, left, temperature)
+        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
     return reduce(temperature**2 * divergence, where, reduction, group)
 
 
@@ -137,21 +135,27 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor
 
 
 def topk_kl_and_gradient(
-    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Tensor
+    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes."""
-    wide, none, places = x.to(values.dtype), indices < 0, indices.clamp(min=0)
-    own = torch.where(none, -math.inf, wide.gather(-1, places))
-    others = wide.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(wide.dtype))
-    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(wide.dtype).min
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    """
+    none, places = indices < 0, indices.clamp(min=0)
+    own = torch.where(none, -math.inf, x.gather(-1, places))
+    others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
+    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(x.dtype).min
     largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True)).clamp(min=lowest)
+    below = others.sub_(peak.clamp(min=lowest))
+    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+        below = torch.maximum(below, -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
-    weight = (others.sub_(peak.clamp(min=lowest)) * (math.log2(math.e) / temperature)).exp2_()
+    weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = weight.sum(-1, keepdim=True).clamp(min=1)
     student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
     value, gradient = kl_and_gradient(student, torch.cat([values, rest.unsqueeze(-1)], -1), temperature)
     spread = weight * (gradient[..., -1:] / total)
-    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1])).to(x.dtype)
+    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
 
 
 topk_kl_divergence = rowwise(topk_kl_and_gradient)
