@@ -119,7 +119,7 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
         recorded = {float(name): x for name, x in rest.items()}
     except ValueError:
         raise ValueError(
-            "`rest` must be an array, or arrays by their temperature, as in {\"4.0\": ...}, got the names "
+            '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
     if isinstance(temperature, jax.Array):  # cannot be asked

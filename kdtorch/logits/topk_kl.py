@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def topk_kl_loss(
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
     values = torch.where(twice, math.nan, values)
     if tail == "renormalize":
-        own = torch.where(indices < 0, -math.inf, student_logits.gather(-1, indices.clamp(min=0)))
+        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
         divergence = kl_divergence(own, values, temperature, where=where)
     else:
         left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature)
@@ -118,7 +118,7 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor
         recorded = {float(name): x for name, x in rest.items()}
     except ValueError:
         raise ValueError(
-            "`rest` must be an array, or arrays by their temperature, as in {\"4.0\": ...}, got the names "
+            '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
     if isinstance(temperature, Tensor):  # cannot be asked
@@ -132,6 +132,29 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor
             'that one, or leave the rest out by tail="renormalize"'
         )
     return recorded[temperature]
+
+
+class _Entries(torch.autograd.Function):
+    """`x[..., indices]`, -inf where an index is below 0. `Tensor.gather` would hold x until the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor) -> Tensor:
+        return torch.where(indices < 0, -math.inf, x.gather(-1, indices.clamp(min=0)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.classes = x.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        entries = torch.where(indices < 0, 0, cotangent)
+        zeros = cotangent.new_zeros(()).expand(*cotangent.shape[:-1], ctx.classes)
+        return zeros.scatter_add(-1, indices.clamp(min=0), entries), None
 
 
 def topk_kl_and_gradient(
