@@ -89,7 +89,7 @@ def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
             ValueError, match=rf"`rest` was recorded for the temperatures \[4.0\], got .* {wrong}; read it"
         ):
             loss(student, **x, temperature=wrong)
-    with pytest.raises(ValueError, match="`rest` was recorded .*, got `temperature` 1.0"):
+    with pytest.raises(ValueError, match=r"`rest` was recorded .*, got `temperature` 1.0"):
         loss(student, *x.values())
     loss = f.jit(f.kd.topk_kl_loss)
     for dtype in ("float32", "float64"):

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_and_gradient, positive, promote, softmax, valid_index
+from kdjax._numerics import check_classes, kl_and_gradient, positive, promote, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
@@ -44,11 +44,16 @@ def topk_kl_loss(
             that example, as does a class that is there twice.
         rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
             mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
-            `temperatures`. Needed for the bucket, unless all classes are kept; -inf where nothing is left.
+            `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
+            call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
+            bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
         temperature: T > 0.
         tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
             number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
+            values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
+            with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -56,11 +61,11 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
-        student gives -inf to a class that the teacher uses.
+        student gives -inf to a class that the teacher uses; NaN where all that is compared of one of them is -inf.
 
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket.
+            kept than there are, no `rest` for the bucket, or one of another temperature.
         TypeError: a shape or dtype that does not fit.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
@@ -111,7 +116,13 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     if not isinstance(rest, Mapping):
         return rest
-    recorded = {float(name): x for name, x in rest.items()}
+    try:
+        recorded = {float(name): x for name, x in rest.items()}
+    except ValueError:
+        raise ValueError(
+            '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
+            f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
+        ) from None
     if isinstance(temperature, jax.Array):  # cannot be asked
         found = jnp.full_like(next(iter(recorded.values())), jnp.nan)
         for one, x in recorded.items():
@@ -133,14 +144,17 @@ def topk_kl_and_gradient(
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1).astype(values.dtype))
     held = _put(jnp.zeros(x.shape, bool), places, ~none)
     others = jnp.where(held, -jnp.inf, x.astype(values.dtype))
-    p, peak, log_total = softmax(others, temperature, may_be_empty=True)
-    empty = jnp.isneginf(others).all(-1, keepdims=True)
-    largest = jnp.maximum(jnp.where(empty, -jnp.inf, peak), own.max(-1, keepdims=True))
-    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))
-    together = jnp.where(empty, -jnp.inf, (peak - largest) + temperature * log_total)
-    student, teacher = jnp.concatenate([own - largest, together], -1), jnp.concatenate([values, rest[..., None]], -1)
+    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(values.dtype).min
+    largest = jnp.maximum(jnp.maximum(peak, own.max(-1, keepdims=True)), lowest)
+    peak, largest = jax.lax.stop_gradient((peak, largest))
+    # of a row without others all weights are 0, and its logit is -inf
+    weight = jnp.exp((others - jnp.maximum(peak, lowest)) / temperature)
+    total = weight.sum(-1, keepdims=True)
+    total = jnp.where(total == 0, 1, total)
+    student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
+    teacher = jnp.concatenate([values, rest[..., None]], -1)
     value, gradient = kl_and_gradient(student, teacher, temperature)
-    return value, _put(p * gradient[..., -1:], places, gradient[..., :-1]).astype(x.dtype)
+    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1]).astype(x.dtype)
 
 
 @functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
