@@ -287,10 +287,14 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
                 return value, *others[learns:]
             # of no entries: they hold nothing, and the second derivative is refused of them
             edges = (x.flatten()[:0].clone() for x, wanted in zip(learned, asked, strict=True) if wanted)
-            results = WithGradients.apply(asked, *edges, *inputs)
+            results = WithGradients.apply(asked, *edges, *learned, *map(_constant, inputs[learns:]))
             return results[: len(results) - _parts(learned, asked)]
 
     return differentiable
+
+
+def _constant(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
@@ -359,7 +363,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
         with no_autocast(inputs[0]):
             if not any(asked):
                 return evaluate(*inputs, None, *asked)[0]
-            copies = (x.clone() if isinstance(x, Tensor) else x for x in inputs[learns:])
+            copies = (x.clone() if isinstance(x, Tensor) else x for x in map(_constant, inputs[learns:]))
             return Coupled.apply(asked, *inputs[:learns], *copies)
 
     return differentiable

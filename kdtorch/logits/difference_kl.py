@@ -118,7 +118,9 @@ def _evaluate(
     )
     divergence, cooling = (torch.where(partners, z.to(x.dtype), 0) for z in (divergence, cooling))
     of_all = (share * (2 * divergence - cooling)).sum() / temperature
-    return temperature**2 * divergence.sum(1) / number, *zero_masked(kept, gradient.to(x.dtype)), of_all
+    if of_student:
+        (gradient,) = zero_masked(kept, gradient.to(x.dtype))
+    return temperature**2 * divergence.sum(1) / number, gradient, of_all
 
 
 _divergences = coupled(_evaluate, learns=2)
@@ -144,7 +146,7 @@ def _dtype_of_products(x: Tensor, y: Tensor, kept: Tensor | None, temperature: T
     below the smallest number, exp(10) of them, must not be felt beside it.
     """
     span = torch.maximum(_span(x), _span(y)) / temperature
-    if torch.isneginf(torch.minimum(x.amin(), y.amin())):
+    if torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
         x_absent, y_absent = (torch.isneginf(z if kept is None else z[kept]) for z in (x, y))
         if (x_absent & ~y_absent & ~x_absent.all(-1, keepdim=True)).any():
             return None
