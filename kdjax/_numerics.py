@@ -37,7 +37,7 @@ def fraction(name: str, value: Scalar, like: Array) -> float | Array:
 
 def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable) -> float | Array:
     if isinstance(value, Array | np.ndarray):
-        value = jax.lax.stop_gradient(jnp.asarray(value, like.dtype))
+        value = jnp.asarray(value, like.dtype)
         return jnp.where(test(value), value, jnp.nan)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")

@@ -93,6 +93,19 @@ def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], C
     return decorate
 
 
+@custom_op("(Tensor x) -> Tensor", torch.empty_like)
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy of what a user may write into before the backward pass, or has made under `torch.inference_mode`.
+
+    As an operator it is what a compiler holds, which would hold the original for a clone.
+    """
+    return _copy(x) if torch.compiler.is_compiling() else x.clone()
+
+
 def _inside(index: Tensor, size: int, name: str) -> Tensor:
     index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
@@ -280,7 +293,7 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
 
     def differentiable(*inputs: Any) -> tuple[Tensor, ...]:
         learned = inputs[:learns]
-        asked = tuple(map(_asked, learned))
+        asked = tuple(map(may_learn, learned))
         with no_autocast(inputs[0]):
             if not any(asked):
                 value, *others = evaluate(*inputs, *asked)
@@ -359,7 +372,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
     def differentiable(*inputs: Any, summed: bool) -> Tensor:
         if summed:
             return summed_up(*inputs)[0]
-        asked = tuple(map(_asked, inputs[:learns]))
+        asked = tuple(map(may_learn, inputs[:learns]))
         with no_autocast(inputs[0]):
             if not any(asked):
                 return evaluate(*inputs, None, *asked)[0]
@@ -369,7 +382,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
     return differentiable
 
 
-def _asked(x: Tensor) -> bool:
+def may_learn(x: Tensor) -> bool:
     """Whether a gradient with respect to x may be asked for."""
     if not torch.is_grad_enabled():
         return False
