@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.export import is_symbolic_dim
 
 from kdjax._typing import Scalar
 
@@ -62,10 +63,21 @@ def check_classes(logits: Array) -> None:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
 
 
+def check_fixed(loss: str, **sizes: int) -> None:
+    """Refuse a size that `jax.export` leaves open, where the size says how the computation goes."""
+    for name, size in sizes.items():
+        if is_symbolic_dim(size):
+            raise ValueError(
+                f"{loss}: the size of the {name} must be a number, got the symbolic {size}; "
+                f"export the loss with a fixed {name}, as in jax.ShapeDtypeStruct((128, ...), dtype)"
+            )
+
+
 def valid_index(index: Array, size: int) -> tuple[Array, Array]:
     """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
-    last = min(size - 1, jnp.iinfo(index.dtype).max)  # a narrow integer may not hold the size
-    valid = (index >= 0) & (index <= last)
+    if index.dtype.itemsize < 4:  # which may not hold the size
+        index = index.astype(jnp.int32)
+    valid = (index >= 0) & (index < size)
     return jnp.where(valid, index, 0).astype(jnp.int32), jnp.where(valid, 1.0, jnp.nan)
 
 
@@ -129,8 +141,7 @@ def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Ar
     return p, q, jnp.where(both, 0, r)
 
 
-@rowwise
-def kl_divergence(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:
+def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, with its gradient (p - q) / T.
 
     Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
@@ -142,6 +153,9 @@ def kl_divergence(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array
     used = jnp.where(q > 0, r, 0)
     terms = jnp.where(near, q * (growth - used), (p - q) - q * used)
     return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q) / temperature
+
+
+kl_divergence = rowwise(kl_and_gradient)
 
 
 @rowwise

@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kdtorch._typing import Scalar, rounds
 
 
+def widest(*arrays: Tensor) -> torch.dtype:
+    """What they are computed in: float64 if one of them is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
+
+
 def promote(*arrays: Tensor) -> tuple[Tensor, ...]:
     """All in float64 if one of them is, else in float32."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
+    dtype = widest(*arrays)
     return tuple(x.to(dtype) for x in arrays)
 
 
-def positive(name: str, value: Scalar, like: Tensor) -> Scalar:
-    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN."""
-    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf))
+def positive(name: str, value: Scalar, *like: Tensor, constant: bool = False) -> Scalar:
+    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN.
+
+    It has a gradient, unless it is `constant`, as all other numbers are.
+    """
+    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf), constant)
 
 
-def non_negative(name: str, value: Scalar, like: Tensor) -> Scalar:
+def non_negative(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
 
 
-def fraction(name: str, value: Scalar, like: Tensor) -> Scalar:
+def fraction(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
-def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callable[[Any], Any]) -> Scalar:
+def _number(
+    name: str,
+    value: Scalar,
+    like: tuple[Tensor, ...],
+    expected: str,
+    test: Callable[[Any], Any],
+    constant: bool = True,
+) -> Scalar:
     if isinstance(value, Tensor):
-        value = value.to(like)
-        return torch.where(test(value), value, math.nan)
+        if constant and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"`{name}` is a constant of the loss and would get no gradient; give {name}.detach()")
+        value = value.to(like[0].device, widest(*like))
+        return value + torch.where(test(value.detach()), 0.0, math.nan)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
     return float(value)
@@ -133,20 +150,9 @@ def valid_index(name: str, index: Tensor, size: int) -> Tensor:
     return _in_range(index, size, name)
 
 
-def take_class(x: Tensor, labels: Tensor) -> Tensor:
-    """`x[..., labels]`, one class an example."""
-    return x.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def is_class(x: Tensor, labels: Tensor) -> Tensor:
-    """True at each example's label."""
-    return labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
-
-
-def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """Of x / temperature over the last axis."""
-    p = softmax(x, temperature)
-    return (x - p.peak) / temperature - p.log_total
+def without_class(x: Tensor, labels: Tensor) -> Tensor:
+    """The logits with -inf at each example's label."""
+    return x.scatter(-1, labels.unsqueeze(-1), -math.inf)
 
 
 class Softmax(NamedTuple):
@@ -157,18 +163,44 @@ class Softmax(NamedTuple):
     log_total: Tensor
 
 
-def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
-    """Over the last axis; p is 0 where every entry is -inf."""
-    peak = x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+def softmax(x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False) -> Softmax:
+    """Over the last axis. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+
+    The largest entry is taken off before the division, whose rounding would be that of the largest.
+    """
+    peak = x.detach().amax(-1, keepdim=True)
+    if may_be_empty:
+        peak = peak.clamp(min=torch.finfo(x.dtype).min)
+    below = x - peak
+    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+        below = torch.maximum(below, -1e5 * temperature)
     # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
-    weight = ((x - peak) * (math.log2(math.e) / temperature)).exp2_()
-    total = weight.sum(-1, keepdim=True).clamp(min=1)  # as much is the largest entry's, where there is one
+    weight = (below * (math.log2(math.e) / temperature)).exp2_()
+    total = weight.sum(-1, keepdim=True)
+    if may_be_empty:
+        total = total.clamp(min=1)  # as much is the largest entry's, where there is one
     return Softmax(weight / total, peak, total.log())
 
 
-def times(q: Tensor, x: Tensor) -> Tensor:
-    """q x, and 0 where q is 0 and x infinite. NaN is 0 too, and must be felt elsewhere."""
-    return (q * x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+def dot(q: Tensor, x: Tensor) -> Tensor:
+    """sum q x over the last axis, where 0 times infinity is 0. NaN is 0 too, then, and must be felt elsewhere."""
+    if eager_on_cpu(q, x):
+        result = torch.linalg.vecdot(q, x)
+        if result.isfinite().all():
+            return result
+    return (q * x).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
+
+
+def eager_on_cpu(*arrays: Tensor | float) -> bool:
+    """Whether values may be asked, and no derivative is to be traced: of ordinary tensors on a CPU, in eager PyTorch.
+
+    There one kernel follows another, so that few and large ones are fast, where a compiler fuses what it is given.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tensors = [x for x in arrays if isinstance(x, Tensor)]
+    traced = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not traced and all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" for x in tensors)
 
 
 class _Refused(torch.autograd.Function):
@@ -189,60 +221,7 @@ class _Refused(torch.autograd.Function):
         raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
 
 
-BLOCK = 2**17  # entries that a row-wise function handles at once on a CPU, whose caches then hold all it makes
-
-
-def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bool = False) -> Callable[..., Tensor]:
-    """A function of rows `[*batch, n]` from one that returns its value and its gradient with respect to its first argument.
-
-    The value of a row depends on that row alone. The other arguments are constant: `[*batch, ...]`, or numbers. The
-    gradient is made of differentiable operations, so that the result can be differentiated again. An `opaque` function
-    takes other arguments of any shape and is called once for all rows; its second derivative is refused.
-    """
-
-    class Rowwise(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return value_and_gradient(*inputs) if opaque else _in_blocks(value_and_gradient, *inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.mark_non_differentiable(output[1])
-            ctx.save_for_backward(*inputs, output[1])
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            *inputs, gradient = ctx.saved_tensors
-            if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                with no_autocast(gradient):
-                    gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
-            return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in inputs[1:])
-
-    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
-
-    def value(x: Tensor, *constants: Tensor | float) -> Tensor:
-        constants = _constants(x, constants)
-        with no_autocast(x):
-            return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
-
-    return value
-
-
-def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 4 * BLOCK:
-        return function(x, *constants)
-    batch = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])
-    others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]
-    value, gradient = x.new_empty(batch), torch.empty_like(rows)
-    values = value.view(-1)  # what is handed out is no view, so that it may be written into
-    number = max(1, BLOCK // rows.shape[-1])
-    for i in range(0, len(rows), number):
-        block = slice(i, i + number)
-        values[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
-    return value, gradient.reshape(x.shape)
+BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then hold all that is made of them
 
 
 def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -395,33 +374,17 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
 
-def _constants(x: Tensor, values: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:
-    return tuple(v.detach() if isinstance(v, Tensor) else x.new_full((), v) for v in values)
+def log_ratio(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False) -> tuple[Softmax, Softmax, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
+    p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
+    apart = torch.where(x.isneginf() & y.isneginf(), 0, x - y)
+    return p, q, (apart - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
 
 
-def _differentiated(x: Tensor) -> bool:
-    """Whether a gradient may be asked for; `torch.compile` cannot trace an `autograd.Function` where none is."""
-    return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-
-
-def log_ratio(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Softmax, Softmax, Tensor]:
-    """p = softmax(x / T), q = softmax(y / T), and log(p / q), 0 where both are 0.
-
-    It comes from x - y, so that close rows keep their digits.
-    """
-    p, q = softmax(x, temperature), softmax(y, temperature)
-    ratio = (x - y).sub_(p.peak - q.peak) / temperature
-    ratio = ratio.sub_(p.log_total - q.log_total)
-    return p, q, ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-
-
-def excess(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
-    """p - q = ± max(p, q) (1 - exp(-|log(p / q)|)), in which close rows keep their digits."""
-    with torch.no_grad():
-        result = torch.maximum(p, q).mul_(ratio.abs().neg_().expm1_()).copysign_(ratio)
-    if torch.is_grad_enabled():  # its derivative is that of the difference, at p = q too
-        result = (p - q) + (result - (p - q)).detach()
-    return result
+def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
+    """p - q, from r = log(p / q) as q (e^r - 1) where r is small, so that close rows keep their digits."""
+    near = (q > 0) & (ratio < 1)
+    return torch.where(near, q * torch.where(near, ratio, 0).expm1(), p - q)
 
 
 def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,30 +393,89 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    difference = excess(p.p, q.p, ratio)
-    return (difference - times(q.p, ratio)).sum(-1).clamp(min=0), difference
+    used = torch.where(q.p == 0, 0, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, used)
+    return (difference - q.p * used).sum(-1).clamp(min=0), difference
 
 
-def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+class Tilt(NamedTuple):
+    """p = softmax(x / T) as q = softmax(y / T) times e^d over its mean, where d is (x - y) / T less its mean under q.
+
+    `growth` is e^d - 1, `rise` its mean under q, and `excess` is q (growth - rise), which is (1 + rise) (p - q).
+    """
+
+    q: Tensor
+    d: Tensor
+    growth: Tensor
+    rise: Tensor
+    excess: Tensor
+
+
+def tilt(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False) -> Tilt | None:
+    """The way from q to p in few, large kernels; None but in eager PyTorch on a CPU, and where numbers are too far apart.
+
+    No normaliser is rounded that p and q do not share, so that close rows keep their digits.
+    """
+    if not eager_on_cpu(x, y, temperature) or not x.numel():
+        return None
+    temperature = float(temperature)
+    found, spread = (None, math.nan) if may_be_empty else _tilt(x, y, temperature)
+    if math.isnan(spread):  # an infinite logit may be a far one, unless there is nothing else in the row
+        x, y = (a.nan_to_num(nan=math.nan, posinf=math.inf, neginf=_FAR) for a in (x, y))
+        if min(float(a.amax(-1).amin()) for a in (x, y)) > _FAR:
+            found, spread = _tilt(x, y, temperature)
+    # the mean of e^d under p: where it is large, p rests on what has few digits in q
+    return found if spread < 5e8 else None
+
+
+_FAR = -1e30
+
+
+def _tilt(x: Tensor, y: Tensor, temperature: float) -> tuple[Tilt, float]:
+    d = x - y
+    if temperature == 1:
+        q = torch.softmax(y, -1)
+    else:  # a division that rounds must be of small numbers
+        exact = math.frexp(temperature)[0] == 0.5
+        q = torch.softmax(y / temperature if exact else (y - y.amax(-1, keepdim=True)).div_(temperature), -1)
+    d.sub_(torch.linalg.vecdot(q, d).unsqueeze(-1))
+    if temperature != 1:
+        d.div_(temperature)
+    growth = d.expm1()
+    rise = torch.linalg.vecdot(q, growth).unsqueeze(-1)
+    excess = softmax_pulled_back(growth, q)
+    return Tilt(q, d, growth, rise, excess), float((torch.linalg.vecdot(excess, growth) / (1 + rise.squeeze(-1))).amax())
+
+
+def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
+    """p (x - sum p x), for which PyTorch has one kernel: the gradient of a softmax."""
+    return torch.ops.aten._softmax_backward_data(x, p, -1, p.dtype)
+
+
+def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        return kl_of_tilt(tilted), tilted.excess.div_((1 + tilted.rise) * temperature)
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 
 
-kl_divergence = rowwise(kl_and_gradient)
+def kl_of_tilt(tilted: Tilt) -> Tensor:
+    """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding."""
+    return (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
 
 
-@rowwise
-def cross_entropy(x: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T."""
-    p, total = softmax(x, temperature), target.sum(-1, keepdim=True)
-    value = (p.log_total * total).squeeze(-1) - times(target, x - p.peak).sum(-1) / temperature
+def cross_entropy_and_gradient(
+    x: Tensor, target: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False
+) -> tuple[Tensor, Tensor]:
+    """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T.
+
+    A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
+    """
+    p, total = softmax(x, temperature, may_be_empty), target.sum(-1, keepdim=True)
+    value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
     return value, (p.p * total - target) / temperature
-
-
-def without_class(x: Tensor, labels: Tensor) -> Tensor:
-    """The logits with -inf at each example's label."""
-    return x.scatter(-1, labels.unsqueeze(-1), -math.inf)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from kdtorch import _numerics
+from kdtorch import _rowwise
 from kdtorch.relations import crcd, euclidean_mse
 from parity.arrays import HALVES
 from parity.cases import LOSSES, TWISTS, cases, random_case
@@ -38,7 +38,7 @@ def test_random_draws(loss):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 def test_in_blocks(loss, monkeypatch):
     """PyTorch on a CPU takes large batches in blocks: here of a row, of two rows and the one that is left."""
-    for module, size in ((_numerics, 8), (euclidean_mse, 10), (crcd, 10)):
+    for module, size in ((_rowwise, 8), (euclidean_mse, 10), (crcd, 10)):
         monkeypatch.setattr(module, "BLOCK", size)
     for case in cases(loss):
         comparison = Comparison(tuple(check(case, "float64", ["torch"])))

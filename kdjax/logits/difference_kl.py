@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, check_classes, kl_divergence, positive, promote
+from kdjax._numerics import HIGHEST, check_classes, check_fixed, kl_divergence, positive, promote
 from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
@@ -63,6 +63,7 @@ def difference_kl_loss(
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """
+    check_fixed("difference_kl_loss", batch=student_logits.shape[0])
     student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdjax._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, softmax, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
@@ -17,10 +19,11 @@ def topk_kl_loss(
     student_logits: Float[Array, "*batch classes"],
     values: Float[Array, "*batch kept"],
     indices: Integer[Array, "*batch kept"],
-    rest: Float[Array, "*batch"] | None = None,
+    rest: Float[Array, "*batch"] | Mapping[str, Float[Array, "*batch"]] | None = None,
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    kept: Bool[Array, "*batch kept"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
@@ -70,46 +73,79 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    kept, classes = indices.shape[-1], student.shape[-1]
+    check_classes(student_logits)
+    entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
-    if not 1 <= kept <= classes:
+    if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
-            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {kept}"
+            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and kept < classes:
+    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {kept} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    indices, factor = valid_index(indices, classes)
-    held = jnp.put_along_axis(jnp.zeros(student.shape, bool), indices, True, axis=-1, inplace=False)
-    factor = jnp.where(held.sum(-1) == kept, factor.prod(-1).astype(student.dtype), jnp.nan)
-    x, y = jnp.take_along_axis(student, indices, axis=-1), jax.lax.stop_gradient(values)
-    if tail == "bucket":
-        left = jnp.full(y.shape[:-1], -jnp.inf, y.dtype) if rest is None else jax.lax.stop_gradient(rests[0])
-        x, y = _with_rest(student, x, held, temperature), jnp.concatenate([y, left[..., None]], -1)
+    # of the student the type alone is asked here, so that no copy of it is made
+    values, _ = promote(values, student_logits[..., :0])
+    temperature = positive("temperature", temperature, values)
+    student, values, indices = zero_masked(where, student_logits, jax.lax.stop_gradient(values), indices)
+    indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
+    if kept is not None:
+        indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
+    places = jnp.sort(indices, -1)
+    twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1)
+    values = jnp.where((twice | jnp.isnan(factor.prod(-1)))[..., None], jnp.nan, values)
+    if tail == "renormalize":
+        own = jnp.take_along_axis(student, jnp.maximum(indices, 0), axis=-1).astype(values.dtype)
+        divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature)
     else:
-        x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, axis_name)
+        left = jnp.full(values.shape[:-1], -jnp.inf) if rest is None else _rest_at(rest, temperature)
+        (left,) = zero_masked(where, jax.lax.stop_gradient(jnp.asarray(left, values.dtype)))
+        divergence = topk_kl_divergence(student, values, indices, left, temperature)
+    return reduce(temperature**2 * divergence, where, reduction, axis_name)
 
 
-def _with_rest(student: jax.Array, kept: jax.Array, held: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, of the kept classes and of the others together."""
-    others = jnp.where(held, -jnp.inf, student)
-    _, peak, _, log_total = softmax(others, temperature)
-    largest = jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    rest = (peak - largest) / temperature + log_total
-    rest = jnp.where(jnp.isneginf(others).all(-1, keepdims=True), -jnp.inf, rest)
-    return jnp.concatenate([(kept - largest) / temperature, rest], -1)
+def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
+    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    if not isinstance(rest, Mapping):
+        return rest
+    recorded = {float(name): x for name, x in rest.items()}
+    if isinstance(temperature, jax.Array):  # cannot be asked
+        found = jnp.full_like(next(iter(recorded.values())), jnp.nan)
+        for one, x in recorded.items():
+            found = jnp.where(temperature.astype(jnp.float32) == one, x, found)
+        return found
+    if temperature not in recorded:
+        raise ValueError(
+            f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
+            'that one, or leave the rest out by tail="renormalize"'
+        )
+    return recorded[temperature]
 
 
-def _scaled(x: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, with the softmax of x / temperature."""
-    largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    return (x - jnp.where(jnp.isneginf(largest), 0, largest)) / temperature
+def topk_kl_and_gradient(
+    x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes."""
+    none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
+    own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1).astype(values.dtype))
+    held = _put(jnp.zeros(x.shape, bool), places, ~none)
+    others = jnp.where(held, -jnp.inf, x.astype(values.dtype))
+    p, peak, _, log_total = softmax(others, temperature)
+    empty = jnp.isneginf(others).all(-1, keepdims=True)
+    largest = jnp.maximum(jnp.where(empty, -jnp.inf, peak), own.max(-1, keepdims=True))
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))
+    together = jnp.where(empty, -jnp.inf, (peak - largest) + temperature * log_total)
+    student, teacher = jnp.concatenate([own - largest, together], -1), jnp.concatenate([values, rest[..., None]], -1)
+    value, gradient = kl_and_gradient(student, teacher, temperature)
+    return value, _put(p * gradient[..., -1:], places, gradient[..., :-1]).astype(x.dtype)
+
+
+@functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
+def _put(row: jax.Array, places: jax.Array, entries: jax.Array) -> jax.Array:
+    """Entries at their places in a row; one beyond its end is dropped."""
+    return row.at[places].set(entries, mode="drop")
+
+
+topk_kl_divergence = rowwise(topk_kl_and_gradient)

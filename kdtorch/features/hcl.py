@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import promote, rowwise
+from kdtorch._numerics import promote
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 

@@ -133,6 +133,6 @@ def smooth_l1_loss(
     0.8125
     """
     student, teacher = zero_masked(where, *promote(student, teacher))
-    beta = positive("beta", beta, student)
+    beta = positive("beta", beta, student, constant=True)
     scaled = functional.smooth_l1_loss(student / beta, teacher.detach() / beta, reduction="none")
     return reduce(beta * scaled.mean(-1), where, reduction, group)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, promote, rowwise, times
-from kdtorch._reduce import reduce, zero_masked
+import torch
+from kdtorch._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, softmax_pulled_back, tilt
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -26,7 +28,7 @@ def kl_loss(
     Args:
         student_logits: `[*batch, classes]`; leading axes are free, so `[batch, tokens, vocabulary]` works.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0. The factor T² keeps the gradient's size as T grows.
+        temperature: T > 0; an array has a gradient. The factor T² keeps the gradient's size as T grows.
         where: `[*batch]`, False for examples (or tokens) that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -50,10 +52,9 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = kl_divergence(student, teacher.detach(), temperature)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
     return reduce(temperature**2 * divergence, where, reduction, group)
 
 
@@ -75,7 +76,7 @@ def symmetric_kl_loss(
     Args:
         student_logits: `[*batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -98,18 +99,26 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = _jeffreys(student, teacher.detach(), temperature)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
     return reduce(temperature**2 / 2 * divergence, where, reduction, group)
 
 
-@rowwise
-def _jeffreys(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
+def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        scale = 1 + tilted.rise
+        p, difference = torch.addcmul(tilted.q, tilted.q, tilted.growth).div_(scale), tilted.excess.div_(scale)
+        value = torch.linalg.vecdot(difference, tilted.d).clamp_(min=0)
+        return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
     p, q, ratio = log_ratio(x, y, temperature)
-    difference, reverse = excess(p.p, q.p, ratio), times(p.p, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, ratio)
+    reverse = torch.where(p.p == 0, 0, p.p * ratio)
     gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
-    felt = 0 * (p.log_total + q.log_total).squeeze(-1)  # NaN, which times() would hide
-    return times(difference, ratio).sum(-1) + felt, gradient / temperature
+    # of one sign, unless r has lost its digits
+    return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
+
+
+_jeffreys = rowwise(jeffreys_and_gradient)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, positive, promote, softmax, valid_index
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -18,10 +20,11 @@ def topk_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     values: Float[Tensor, "*batch kept"],
     indices: Integer[Tensor, "*batch kept"],
-    rest: Float[Tensor, "*batch"] | None = None,
+    rest: Float[Tensor, "*batch"] | Mapping[str, Float[Tensor, "*batch"]] | None = None,
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    kept: Bool[Tensor, "*batch kept"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
@@ -72,45 +75,72 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    kept, classes = indices.shape[-1], student.shape[-1]
+    check_classes(student_logits)
+    entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
-    if not 1 <= kept <= classes:
+    if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
-            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {kept}"
+            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and kept < classes:
+    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {kept} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    indices = valid_index("indices", indices, classes)
-    twice = (indices.sort(-1).values.diff(dim=-1) == 0).any(-1)
-    factor = torch.where(twice, math.nan, 1.0).to(student.dtype)
-    x, y = student.gather(-1, indices), values.detach()
-    if tail == "bucket":
-        left = torch.full_like(y[..., 0], -math.inf) if rest is None else rests[0].detach()
-        x, y = _with_rest(student, x, indices, temperature), torch.cat([y, left[..., None]], -1)
+    # of the student the type alone is asked here, so that no copy of it is made
+    values, _ = promote(values, student_logits[..., :0])
+    temperature = positive("temperature", temperature, values)
+    student, values, indices = zero_masked(where, student_logits, values.detach(), indices)
+    indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
+    if kept is not None:
+        indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
+    places = indices.sort(-1).values
+    twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1)
+    values = torch.where(twice.unsqueeze(-1), math.nan, values)
+    if tail == "renormalize":
+        own = torch.where(indices < 0, -math.inf, student.gather(-1, indices.clamp(min=0)).to(values.dtype))
+        divergence = kl_divergence(own, values, temperature)
     else:
-        x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, group)
+        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature)
+        (left,) = zero_masked(where, left.detach().to(values.dtype))
+        divergence = topk_kl_divergence(student, values, indices, left, temperature)
+    return reduce(temperature**2 * divergence, where, reduction, group)
 
 
-def _with_rest(student: Tensor, kept: Tensor, indices: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, of the kept classes and of the others together."""
-    lowest = torch.finfo(student.dtype).min
-    others = student.scatter(-1, indices, -math.inf)
-    _, peak, log_total = softmax(others, temperature)
-    largest = student.detach().amax(-1, keepdim=True).clamp(min=lowest)
-    rest = (peak - largest) / temperature + log_total
-    rest = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, rest)
-    return torch.cat([(kept - largest) / temperature, rest], -1)
+def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor:
+    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    if isinstance(rest, Tensor):
+        return rest
+    recorded = {float(name): x for name, x in rest.items()}
+    if isinstance(temperature, Tensor):  # cannot be asked
+        found = torch.full_like(next(iter(recorded.values())), math.nan)
+        for one, x in recorded.items():
+            found = torch.where(temperature.float() == one, x, found)
+        return found
+    if temperature not in recorded:
+        raise ValueError(
+            f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
+            'that one, or leave the rest out by tail="renormalize"'
+        )
+    return recorded[temperature]
 
 
-def _scaled(x: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, with the softmax of x / temperature."""
-    return (x - x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)) / temperature
+def topk_kl_and_gradient(
+    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes."""
+    wide, none, places = x.to(values.dtype), indices < 0, indices.clamp(min=0)
+    own = torch.where(none, -math.inf, wide.gather(-1, places))
+    others = wide.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(wide.dtype))
+    p, peak, log_total = softmax(others, temperature, may_be_empty=True)
+    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True))
+    together = (peak - largest) + temperature * log_total
+    together = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, together)
+    student, teacher = torch.cat([own - largest, together], -1), torch.cat([values, rest.unsqueeze(-1)], -1)
+    value, gradient = kl_and_gradient(student, teacher, temperature)
+    spread = (p * gradient[..., -1:]).scatter_add(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
+    return value, spread.to(x.dtype)
+
+
+topk_kl_divergence = rowwise(topk_kl_and_gradient)
