@@ -59,9 +59,9 @@ def _number(
     return float(value)
 
 
-def scalar(value: Scalar, like: Tensor) -> Tensor:
-    """A number as a tensor, in the dtype and on the device of another."""
-    return value if isinstance(value, Tensor) else like.new_full((), value)
+def scalar(value: Scalar, *like: Tensor) -> Tensor:
+    """A number as a tensor, in the dtype that the others are computed in."""
+    return value if isinstance(value, Tensor) else like[0].new_full((), value, dtype=widest(*like))
 
 
 def check_state(state: Any) -> None:

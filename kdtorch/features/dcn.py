@@ -102,7 +102,7 @@ class _AlongCenter(torch.autograd.Function):
             cosine, length, shorter = _cosine(x, center, teacher_square)
             of_student = above * (torch.where(shorter, 0, cosine / length) * x - center) / length / scale
             of_rows = unit_pull(rows, -above * x / length)
-            of_centers = torch.zeros_like(centers, dtype=scale.dtype).index_put((labels,), of_rows, accumulate=True)
+            of_centers = of_rows.new_zeros(centers.shape).index_put_((labels,), of_rows, accumulate=True)
         return of_student.to(student.dtype), of_centers.to(centers.dtype), None, None, None
 
 

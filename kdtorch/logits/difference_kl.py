@@ -63,8 +63,8 @@ def difference_kl_loss(
     """
     check_classes(student_logits)
     check_reduction(reduction)
-    (like,) = promote(student_logits.new_empty(()), teacher_logits.new_empty(()))[:1]
-    temperature = scalar(positive("temperature", temperature, like), like)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    temperature = scalar(temperature, student_logits, teacher_logits)
     check_batch(student_logits, group)
     local = local_rows(len(student_logits), group)
     kept = None if where is None else all_gather_constant(where, group)
