@@ -59,9 +59,9 @@ def _number(
     return float(value)
 
 
-def scalar(value: Scalar, like: Tensor) -> Tensor:
-    """A number as a tensor, in the dtype and on the device of another."""
-    return value if isinstance(value, Tensor) else like.new_full((), value)
+def scalar(value: Scalar, *like: Tensor) -> Tensor:
+    """A number as a tensor, in the dtype that the others are computed in."""
+    return value if isinstance(value, Tensor) else like[0].new_full((), value, dtype=widest(*like))
 
 
 def check_state(state: Any) -> None:
@@ -118,6 +118,19 @@ def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], C
         return operator
 
     return decorate
+
+
+@custom_op("(Tensor x) -> Tensor", torch.empty_like)
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy of what a user may write into before the backward pass, or has made under `torch.inference_mode`.
+
+    As an operator it is what a compiler holds, which would hold the original for a clone.
+    """
+    return _copy(x) if torch.compiler.is_compiling() else x.clone()
 
 
 def _inside(index: Tensor, size: int, name: str) -> Tensor:
@@ -274,17 +287,21 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
 
     def differentiable(*inputs: Any) -> tuple[Tensor, ...]:
         learned = inputs[:learns]
-        asked = tuple(map(_asked, learned))
+        asked = tuple(map(may_learn, learned))
         with no_autocast(inputs[0]):
             if not any(asked):
                 value, *others = evaluate(*inputs, *asked)
                 return value, *others[learns:]
             # of no entries: they hold nothing, and the second derivative is refused of them
             edges = (x.flatten()[:0].clone() for x, wanted in zip(learned, asked, strict=True) if wanted)
-            results = WithGradients.apply(asked, *edges, *inputs)
+            results = WithGradients.apply(asked, *edges, *learned, *map(_constant, inputs[learns:]))
             return results[: len(results) - _parts(learned, asked)]
 
     return differentiable
+
+
+def _constant(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
@@ -349,17 +366,17 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
     def differentiable(*inputs: Any, summed: bool) -> Tensor:
         if summed:
             return summed_up(*inputs)[0]
-        asked = tuple(map(_asked, inputs[:learns]))
+        asked = tuple(map(may_learn, inputs[:learns]))
         with no_autocast(inputs[0]):
             if not any(asked):
                 return evaluate(*inputs, None, *asked)[0]
-            copies = (x.clone() if isinstance(x, Tensor) else x for x in inputs[learns:])
+            copies = (x.clone() if isinstance(x, Tensor) else x for x in map(_constant, inputs[learns:]))
             return Coupled.apply(asked, *inputs[:learns], *copies)
 
     return differentiable
 
 
-def _asked(x: Tensor) -> bool:
+def may_learn(x: Tensor) -> bool:
     """Whether a gradient with respect to x may be asked for."""
     if not torch.is_grad_enabled():
         return False

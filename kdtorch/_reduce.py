@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdtorch._collectives import all_sum, check_batch, size
+from kdtorch._numerics import own
 from kdtorch._typing import ProcessGroup, Reduction
 
 
@@ -15,7 +16,7 @@ def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
         return arrays
-    where = where.clone()  # it is held until the backward pass, and the caller may write into theirs before
+    where = own(where)  # which is held until the backward pass
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
@@ -39,7 +40,7 @@ def reduce_sum(
     ranks = size(group)
     if reduction == "sum":
         return value * ranks
-    return value / (max(number, 1) if where is None else count(where, value.dtype, group) / ranks)
+    return value / (max(number, 1) if where is None else count(own(where), value.dtype, group) / ranks)
 
 
 def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -> Tensor:

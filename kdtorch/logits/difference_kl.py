@@ -63,8 +63,8 @@ def difference_kl_loss(
     """
     check_classes(student_logits)
     check_reduction(reduction)
-    (like,) = promote(student_logits.new_empty(()), teacher_logits.new_empty(()))[:1]
-    temperature = scalar(positive("temperature", temperature, like), like)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    temperature = scalar(temperature, student_logits, teacher_logits)
     check_batch(student_logits, group)
     local = local_rows(len(student_logits), group)
     kept = None if where is None else all_gather_constant(where, group)
@@ -118,7 +118,9 @@ def _evaluate(
     )
     divergence, cooling = (torch.where(partners, z.to(x.dtype), 0) for z in (divergence, cooling))
     of_all = (share * (2 * divergence - cooling)).sum() / temperature
-    return temperature**2 * divergence.sum(1) / number, *zero_masked(kept, gradient.to(x.dtype)), of_all
+    if of_student:
+        (gradient,) = zero_masked(kept, gradient.to(x.dtype))
+    return temperature**2 * divergence.sum(1) / number, gradient, of_all
 
 
 _divergences = coupled(_evaluate, learns=2)
@@ -144,7 +146,7 @@ def _dtype_of_products(x: Tensor, y: Tensor, kept: Tensor | None, temperature: T
     below the smallest number, exp(10) of them, must not be felt beside it.
     """
     span = torch.maximum(_span(x), _span(y)) / temperature
-    if torch.isneginf(torch.minimum(x.amin(), y.amin())):
+    if torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
         x_absent, y_absent = (torch.isneginf(z if kept is None else z[kept]) for z in (x, y))
         if (x_absent & ~y_absent & ~x_absent.all(-1, keepdim=True)).any():
             return None
@@ -161,7 +163,9 @@ def _span(x: Tensor) -> Tensor:
 
 
 def _are_near(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
-    return bool((_levelled(_ahead(x, y, temperature)).abs().amax(-1) < 4).all())
+    """Student and teacher, which then have the same classes."""
+    d = ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return bool((_levelled(d).abs().amax(-1) < 4).all())
 
 
 def _by_products(

@@ -187,8 +187,8 @@ def crcd_loss(
     """
     old = CRCDState(*(x.detach().to(student.device) for x in state))
     check_state(state)
-    (like,) = promote(student.new_empty(()), teacher.new_empty(()))[:1]
-    temperature = scalar(positive("temperature", temperature, like), like)
+    temperature = positive("temperature", temperature, student, teacher)
+    temperature = scalar(temperature, student, teacher)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {sizes(negatives)}")
@@ -204,7 +204,7 @@ def crcd_loss(
     every_index, every_valid = all_gather_constant(index, group), all_gather_constant(valid, group)
 
     def side(embedding: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        memory = memory.to(like.dtype)
+        memory = memory.to(temperature.dtype)
         if sharded_memory:
             bank = fetch(memory, places.flatten(), group)
             at = torch.arange(places.numel(), device=places.device).view_as(places)

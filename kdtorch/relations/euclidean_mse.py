@@ -81,17 +81,25 @@ def euclidean_mse_loss(
 def _evaluate(
     student: Tensor, teacher: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor]:
-    """sum_j (d_ij - e_ij)^2 / B of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; the gradient of their weighted sum.
-
-    That with respect to x_i is 2 sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j) / B.
-    """
+    """sum_j (d_ij - e_ij)^2 / B for this rank's i, and the gradient of their weighted sum."""
     student, teacher = zero_masked(kept, *promote(student, teacher))
-    x, y = unit(student), unit(teacher)
-    whole = stop - start == len(x)
-    number = max(len(x), 1) if kept is None else count(kept, x.dtype)
-    masked, both = kept is not None and not kept.all(), 2 if whole else 1
+    number = max(len(student), 1) if kept is None else count(kept, student.dtype)
+    value, gradient = _over_pairs(unit(student), unit(teacher), kept, start, stop, weights, asked)
+    if asked:
+        (gradient,) = zero_masked(kept, unit_pull(student, gradient.mul_(2 / number)))
+    return value / number, gradient
+
+
+_squares = coupled(_evaluate, learns=1)
+
+
+def _over_pairs(
+    x: Tensor, y: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """sum_j (d_ij - e_ij)^2, d = |x_i - x_j| and e = |y_i - y_j|, and sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
+    whole, masked = stop - start == len(x), kept is not None and not kept.all()
     value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
-    centered = x - x.mean(0)
+    both, centered = 2 if whole else 1, x - x.mean(0)
     of_x, of_y = _distances(x), _distances(y)
     for here, rows, columns, others in _blocks(start, stop, x):
         masked_pairs = ~(kept[rows, None] & kept[columns]) if masked else None
@@ -109,12 +117,7 @@ def _evaluate(
         z = centered if apart else x
         gradient[rows] += _towards(pull, z[rows], z[columns], apart)
         gradient[others] += _towards(pull[:, others.start - columns.start :].T, z[others], z[rows], apart)
-    if asked:
-        (gradient,) = zero_masked(kept, unit_pull(student, 2 * gradient / number))
-    return value / number, gradient
-
-
-_squares = coupled(_evaluate, learns=1)
+    return value, gradient
 
 
 def _blocks(start: int, stop: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
