@@ -41,14 +41,14 @@ def _device(x: Any) -> str | None:
     return str(x.device)
 
 
-_SIDE = checks.Side(
+_JAX = checks.Framework(
     arrays=(jax.Array, np.ndarray),
     foreign={"torch": "give kdjax jnp.from_dlpack(x.detach())"},
     sizes=lambda x: x.shape,
     smallest=_smallest,
     device=_device,
 )
-describe = functools.partial(checks.describe, arrays=_SIDE.arrays)
+describe = functools.partial(checks.describe, arrays=_JAX.arrays)
 
 
 def checked(function: _F) -> _F:
@@ -62,7 +62,7 @@ def checked(function: _F) -> _F:
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tuple(map(_array, args)), {name: _array(value) for name, value in kwargs.items()}
         if _CHECK:
-            checks.check(plan, types, _SIDE, args, kwargs)
+            checks.check(plan, types, _JAX, args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -1,12 +1,13 @@
-"""The check of a public function's arguments: from annotations and what came to an error that says how to mend it.
+"""The check of a public function's arguments: from its annotations and what was given to an error that says how to mend it.
 
-It imports neither framework. `check` and what it calls, down to `Came`, are also traced by `torch.compile`, so that they
-are plain; the texts are made by `misfit` and `explain`, which take constants alone and are not traced.
+It imports neither framework. `torch.compile` traces `check` and the functions below it as far as `Given`, which is why they
+use plain Python only. `misfit` and `explain` write the texts; they take constants alone, and are not traced.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
 import inspect
 import numbers
@@ -21,10 +22,10 @@ class Form(NamedTuple):
     """One of the things that an argument may be.
 
     Attributes:
-        kind: `"Array"`; `"Scalar"`, a number or an array of one; `"Sequence"`; `"bool"`; `"int"`; `"None"`; `"any"`, a choice
-            among texts, which is checked where it is made; or the name of a type.
-        dtype: of an array, what the names of its dtypes hold.
-        axes: of an array, the names of its axes: `*name` for any number of them, `_` for one of any size.
+        kind: `"Array"`; `"Scalar"`, a number or an array of shape []; `"Sequence"`; `"bool"`; `"int"`; `"None"`; the name of
+            another type; or `"any"`, which the function itself checks: a choice among texts.
+        dtype: a part of the names of an array's dtypes: `"float"`, `"int"` or `"bool"`.
+        axes: the names of an array's axes: `*name` stands for any number of axes, `_` for one of any size.
     """
 
     kind: str
@@ -33,8 +34,13 @@ class Form(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """A parameter, the item of a sequence, or the field of a state: its name, its annotation as an error says it, and
-    what it may be. `inner` is what a sequence or a state holds.
+    """A parameter, an item of a sequence, or a field of a state.
+
+    Attributes:
+        name: of the parameter or field.
+        text: its annotation, as an error says it.
+        forms: what it may be.
+        inner: the item of a sequence, or the fields of a state.
     """
 
     name: str
@@ -44,7 +50,7 @@ class Argument(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a function takes."""
+    """The parameters of a function. It holds texts and tuples only, so that `torch.compile` can take it for a constant."""
 
     function: str
     arguments: tuple[Argument, ...]
@@ -53,8 +59,8 @@ class Plan(NamedTuple):
     required: tuple[str, ...]
 
 
-class Came(NamedTuple):
-    """What came for an argument.
+class Given(NamedTuple):
+    """What was given for an argument.
 
     Attributes:
         path: the argument, or the item or field of it: `state.center`.
@@ -62,7 +68,7 @@ class Came(NamedTuple):
         got: its description, without its shape.
         shape: of an array, whoever's.
         dtype: of an array of this framework; "" of all else.
-        mend: what to write instead, as far as what came says so by itself.
+        mend: what to write instead, where that is plain from this value alone.
     """
 
     path: str
@@ -73,15 +79,15 @@ class Came(NamedTuple):
     mend: str
 
 
-class Side(NamedTuple):
-    """What the check of one package knows of its framework.
+class Framework(NamedTuple):
+    """What the check needs to know of a framework.
 
     Attributes:
         arrays: the types of its arrays.
-        foreign: of the other arrays' modules, how to bring them here.
-        sizes: the shape of an array, as numbers.
-        smallest: the smallest entry of an array, or None where it cannot be asked.
-        device: where an array is, or None where that is free.
+        foreign: how to convert the arrays of another library, by the name of its module.
+        sizes: the shape of an array as numbers.
+        smallest: the smallest entry of an array, or None while a compiler traces.
+        device: the name of the device that an array must stay on, or None.
     """
 
     arrays: tuple[Any, ...]
@@ -92,7 +98,7 @@ class Side(NamedTuple):
 
 
 def read(function: Callable[..., Any]) -> tuple[Plan, dict[str, Any]]:
-    """What a function takes, from its annotations, and the types that they name."""
+    """The parameters of a function, from its annotations, and the types that these name."""
     parameters, scope = inspect.signature(function).parameters, function.__globals__
     types: dict[str, Any] = {}
     plan = Plan(
@@ -125,8 +131,10 @@ def _forms(node: ast.expr, scope: dict[str, Any], types: dict[str, Any], inner: 
             return [Form("None")]
         case ast.Name("Scalar" | "bool" | "int"):
             return [Form(node.id)]
-        case ast.Name(name) if get_origin(scope[name]) is not Literal:
-            hint = scope[name]
+        case ast.Name(name):
+            hint = scope.get(name, getattr(builtins, name, None))
+            if get_origin(hint) is Literal:
+                return [Form("any")]
         case _:
             return [Form("any")]
     types[name] = tuple(get_origin(x) or x for x in get_args(hint) or (hint,))
@@ -137,24 +145,24 @@ def _forms(node: ast.expr, scope: dict[str, Any], types: dict[str, Any], inner: 
 
 
 def check(
-    plan: Plan, types: dict[str, Any], side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan, types: dict[str, Any], framework: Framework, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[str, Any, Argument]]:
-    """An error that says how to mend it, or all arguments with the items and fields of them."""
+    """Raise an error if an argument does not fit; return all arguments, with the items of sequences and the fields of states."""
     given = _bound(plan, args, kwargs)
     if given is None:
         raise TypeError(misfit(plan.function, plan.positional, plan.names, plan.required, len(args), tuple(kwargs)))
     leaves = _leaves(plan, types, given)
     sizes: dict[str, Any] = {}
     for path, value, argument in leaves:
-        if not _fits(value, argument.forms, types, side.arrays, sizes):
-            everything = tuple([_came(x, y, a, side) for x, y, a in leaves])
+        if not _fits(value, argument.forms, types, framework.arrays, sizes):
+            everything = tuple([_given(x, y, a, framework) for x, y, a in leaves])
             raise TypeError(explain(plan.function, path, everything))
-    _check_devices(plan.function, leaves, side)
+    _check_devices(plan.function, leaves, framework)
     return leaves
 
 
 def _bound(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments by name, or None where they are not the function's."""
+    """The arguments by name, or None if they do not fit the function's parameters."""
     if len(args) > len(plan.positional):
         return None
     given = dict(zip(plan.positional, args, strict=False))
@@ -216,7 +224,7 @@ def _fits(
 
 
 def _axes_fit(shape: tuple[Any, ...], axes: tuple[str, ...], sizes: dict[str, Any]) -> bool:
-    """Whether a shape has these axes, each of the size that it had before; binds the names that are new, if so."""
+    """Whether a shape has these axes, each as long as `sizes` says; the lengths of new axes are added to `sizes`."""
     free = len(shape) - len(axes)
     parts = [*shape]
     if len(axes) and axes[0][0] == "*":
@@ -236,12 +244,12 @@ def _axes_fit(shape: tuple[Any, ...], axes: tuple[str, ...], sizes: dict[str, An
     return True
 
 
-def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], side: Side) -> None:
+def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], framework: Framework) -> None:
     first, device = "", None
     for path, value, argument in leaves:
-        if argument.text == "Scalar" or "." in path or not isinstance(value, side.arrays):  # these are brought along
-            continue
-        here = side.device(value)
+        if argument.text == "Scalar" or "." in path or not isinstance(value, framework.arrays):
+            continue  # numbers and states are moved to the device of the other arguments
+        here = framework.device(value)
         if device is None:
             first, device = path, here
         elif here is not None and here != device:
@@ -250,24 +258,24 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], side:
             )
 
 
-def _came(path: str, value: Any, argument: Argument, side: Side) -> Came:
-    ours = isinstance(value, side.arrays)
+def _given(path: str, value: Any, argument: Argument, framework: Framework) -> Given:
+    ours = isinstance(value, framework.arrays)
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
         dtype, package = str(value.dtype), type(value).__module__.partition(".")[0]
-        shape = tuple(side.sizes(value))
+        shape = tuple(framework.sizes(value))
         if not ours:
-            return Came(path, argument.text, f"{package} {dtype}", shape, "", side.foreign.get(package, ""))
+            return Given(path, argument.text, f"{package} {dtype}", shape, "", framework.foreign.get(package, ""))
         mask = argument.forms[0].dtype == "bool" and "int" in dtype
-        smallest = side.smallest(value) if mask else None
+        smallest = framework.smallest(value) if mask else None
         labels = smallest is not None and smallest < 0
-        return Came(path, argument.text, dtype, shape, dtype, f"give labels != {smallest}" if labels else "")
+        return Given(path, argument.text, dtype, shape, dtype, f"give labels != {smallest}" if labels else "")
     if value is None or isinstance(value, (int, float, str)):
-        return Came(path, argument.text, repr(value), None, "", "")
-    return Came(path, argument.text, type(value).__name__, None, "", _inside(path, value, argument, side))
+        return Given(path, argument.text, repr(value), None, "", "")
+    return Given(path, argument.text, type(value).__name__, None, "", _inside(path, value, argument, framework))
 
 
-def _inside(path: str, value: Any, argument: Argument, side: Side) -> str:
-    """Where the argument lies in what came."""
+def _inside(path: str, value: Any, argument: Argument, framework: Framework) -> str:
+    """How to get the argument out of what was given."""
     form = argument.forms[0]
     if form.kind == "Array":
         for name in ("logits", "last_hidden_state"):
@@ -275,7 +283,7 @@ def _inside(path: str, value: Any, argument: Argument, side: Side) -> str:
                 return f"give {path}.{name}"
             if isinstance(value, Mapping) and name in value:
                 return f"give {path}[{name!r}]"
-        if isinstance(value, (list, tuple)) and len(value) and isinstance(value[0], side.arrays):
+        if isinstance(value, (list, tuple)) and len(value) and isinstance(value[0], framework.arrays):
             return "stack the views into one array" if "views" in form.axes[0] else f"give one array, such as {path}[0]"
     elif len(argument.inner) and form.kind != "Sequence":
         if isinstance(value, Mapping):
@@ -316,7 +324,7 @@ def misfit(
     number: int,
     keywords: tuple[str, ...],
 ) -> str:
-    """Of so many arguments by place, and these by name, that are not the function's."""
+    """The error of a call with so many positional arguments, and with these keywords."""
     options = [_DEVICES if name in _DEVICES else name for name in names if name not in positional]
     taken = f"the arguments are {', '.join(positional)}; the options, given by name, {', '.join(options)}"
     if number > len(positional):
@@ -327,7 +335,7 @@ def misfit(
         if keyword not in names:
             wanted = _ALIASES.get(keyword.lower(), keyword.lower())
             words = set(wanted.split("_"))
-            near = [name for name in names if wanted in name or words == set(name.split("_"))]
+            near = [name for name in names if (len(wanted) > 3 and wanted in name) or words == set(name.split("_"))]
             near = near or difflib.get_close_matches(wanted, names, 1)
             mend = "write " + " or ".join(f"`{name}`" for name in near) if near else taken
             return f"{function}: got an unexpected keyword argument {keyword!r}; {mend}"
@@ -335,34 +343,36 @@ def misfit(
     return f"{function}: missing a required argument: {absent!r}; {taken}"
 
 
-def explain(function: str, path: str, everything: tuple[Came, ...]) -> str:
-    """Of the arguments, the one at `path` does not fit."""
-    at = [came[0] for came in everything].index(path)
-    came = everything[at]
-    got = came.got if came.shape is None else _array(came.got, came.shape)
-    if came.expected == "Scalar":
-        mend = f"; give {path}[0]" if came.dtype and came.shape == (1,) else ""
+def explain(function: str, path: str, everything: tuple[Given, ...]) -> str:
+    """The error about the argument at `path`, which does not fit."""
+    at = [x.path for x in everything].index(path)
+    given = everything[at]
+    got = given.got if given.shape is None else _array(given.got, given.shape)
+    if given.expected == "Scalar":
+        mend = f"; give {path}[0]" if given.dtype and given.shape == (1,) else ""
         return (
             f"{function}: `{path}` must be a number or a floating-point or integer array of shape [], got {got}{mend}"
         )
     beside = [f"{x.path} {_array(x.got, x.shape)}" for x in everything[:at] if x.shape is not None]
-    mend = came.mend or (_mend(came, [x for x in everything if x.dtype]) if came.dtype else "")
+    mend, sizes = given.mend, [n for x in everything for n in x.shape or ()]
+    if not mend and given.dtype and all(isinstance(n, int) for n in sizes):  # jax.export has symbols
+        mend = _mend(given, [x for x in everything if x.dtype])
     return (
-        f"{function}: `{path}` must be {came.expected}, got {got}"
+        f"{function}: `{path}` must be {given.expected}, got {got}"
         + (f" beside {', '.join(beside)}" if beside else "")
         + (f"; {mend}" if mend else "")
     )
 
 
-def _mend(came: Came, arrays: list[Came]) -> str:
+def _mend(given: Given, arrays: list[Given]) -> str:
     """What to write instead of an array, where the mistake is a known one."""
-    name, text, shape, first = came.path, came.expected, came.shape or (), arrays[0]
+    name, text, shape, first = given.path, given.expected, given.shape or (), arrays[0]
     if text.startswith("Sequence"):
         return f"give [{name}]"
     axes, like = text.split("'")[1].split(), first.shape or ()
     floats = [x.path for x in arrays if x.expected.startswith("Float") and x.shape == like]
     if text.startswith("Float"):
-        return _mend_float(came, axes, arrays, floats)
+        return _mend_float(given, axes, arrays, floats)
     if shape == (*like[:-1], 1):
         return f"give {name}[..., 0]"
     if len(like) > 2 and shape == (like[0], *like[2:]):
@@ -379,19 +389,19 @@ def _mend(came: Came, arrays: list[Came]) -> str:
         if shape[-1] == like[-2] + 1:
             return f"{name} is one longer; if the others are shifted by a token, give {name}{cut.replace(':-1', '1:')}"
     if text.startswith("Bool"):
-        if "bool" in came.dtype:
+        if "bool" in given.dtype:
             return ""
-        labels = ", or labels != -100 if these are labels" if "int" in came.dtype else ""
+        labels = ", or labels != -100 if these are labels" if "int" in given.dtype else ""
         return f"give {name} != 0{labels}"
-    if "float" not in came.dtype:
+    if "float" not in given.dtype:
         return ""
     return f"give {name}.argmax(-1)" if shape == like else f"cast {name} to integers"
 
 
-def _mend_float(came: Came, axes: list[str], arrays: list[Came], floats: list[str]) -> str:
-    name, shape, first, like = came.path, came.shape or (), arrays[0].path, arrays[0].shape or ()
-    if "float" not in came.dtype:
-        return f"the order of the arrays is {', '.join(x.path for x in arrays)}" if "int" in came.dtype else ""
+def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list[str]) -> str:
+    name, shape, first, like = given.path, given.shape or (), arrays[0].path, arrays[0].shape or ()
+    if "float" not in given.dtype:
+        return f"the order of the arrays is {', '.join(x.path for x in arrays)}" if "int" in given.dtype else ""
     if len(shape) == len(axes) + 1 and shape[0] == 1 and name.startswith("state."):
         return f"give {name}[0]"
     if len(axes) == 3 and len(shape) == 2 and axes[0].endswith("views"):

@@ -57,7 +57,7 @@ def _smallest(x: Tensor) -> int | None:
         return None
 
 
-_SIDE = checks.Side(
+_TORCH = checks.Framework(
     arrays=(Tensor,),
     foreign={
         "numpy": "give kdtorch torch.as_tensor(x)",
@@ -68,17 +68,20 @@ _SIDE = checks.Side(
     smallest=_smallest,
     device=lambda x: str(x.device),
 )
-describe = functools.partial(checks.describe, arrays=_SIDE.arrays)
+describe = functools.partial(checks.describe, arrays=_TORCH.arrays)
 for _text in (checks.explain, checks.misfit):
     torch.compiler.assume_constant_result(_text)  # which torch.compile need not trace
 
 
-@overload
-def checked(function: _F) -> _F: ...
+if TYPE_CHECKING:
 
+    @overload
+    def checked(function: _F) -> _F: ...
 
-@overload
-def checked(*, learns: tuple[str, ...] = (), dtensor: Literal["rows", "any"] | None = None) -> Callable[[_F], _F]: ...
+    @overload
+    def checked(
+        *, learns: tuple[str, ...] = (), dtensor: Literal["rows", "any"] | None = None
+    ) -> Callable[[_F], _F]: ...
 
 
 def checked(
@@ -109,7 +112,7 @@ def checked(
     def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the next call of this kind need not be checked."""
         plan = kdlosses_plan()
-        leaves = checks.check(plan, types, _SIDE, args, kwargs)
+        leaves = checks.check(plan, types, _TORCH, args, kwargs)
         if torch.is_grad_enabled():
             _check_gradients(plan.function, leaves, learned)
         return not check_dtensors(plan.function, leaves, dtensor)
@@ -123,17 +126,19 @@ def checked(
         if _CHECK:
             values = kwargs.values()
             key = *map(_kind, args), *kwargs, *map(_kind, values), torch.is_grad_enabled()
-            if key not in accepted or torch._C._functorch.maybe_current_level() is not None:
-                plain = check(args, kwargs)
-                if plain and len(accepted) < 1000:
-                    accepted.add(key)
+            try:
+                known = key in accepted and torch._C._functorch.maybe_current_level() is None
+            except TypeError:  # sizes that are symbols
+                key, known = (), False
+            if not known and check(args, kwargs) and len(accepted) < 1000:
+                accepted.add(key)
         if torch._C._is_any_autocast_enabled():
             return _without_autocast(function, args, kwargs)
         return function(*args, **kwargs)
 
     # torch.compile counts recompilations by code object: one each, not one for all losses
     call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    return call
 
 
 def _kind(value: Any) -> Any:
