@@ -72,9 +72,8 @@ def difference_kl_loss(
     student, teacher = all_gather(student, axis_name), all_gather_constant(teacher, axis_name)
     kept = jnp.ones(len(student), bool) if where is None else all_gather_constant(where, axis_name)
     x, y = _center(student, kept), _center(teacher, kept)
-    place, empty = jnp.arange(len(x)), jnp.isneginf(x).all(-1) | jnp.isneginf(y).all(-1)
-    partners = local(kept)[:, None] & kept[None] & ((local(place)[:, None] != place[None]) | empty[None])
-
+    place, both = jnp.arange(len(x)), local(kept)[:, None] & kept[None]
+    partners = both & (local(place)[:, None] != place[None])
     by_products = _products_reach(x, y, kept, temperature)
     near = by_products & _are_near(x, y, temperature)
 
@@ -88,7 +87,7 @@ def difference_kl_loss(
             by_products, lambda: _by_products(*harmless(by_products)), lambda: _by_rows(x, y, temperature, local)
         ),
     )
-    pairs = jnp.where(partners, divergence, 0)
+    pairs = jnp.where(partners, divergence, 0) + _undefined(x, y, both, local)
     return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction, axis_name)
 
 
@@ -97,6 +96,19 @@ def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
     finite = jnp.where(jnp.isneginf(x), 0, x)
     number = jnp.maximum((kept[:, None] & ~jnp.isneginf(x)).sum(0, keepdims=True, dtype=x.dtype), 1)
     return jnp.where(kept[:, None], x - jax.lax.stop_gradient((finite / number).sum(0, keepdims=True)), 0)
+
+
+def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:
+    """NaN for pairs, of a row with itself too, that have no class in common, whose differences are no distribution; else 0."""
+
+    def nan() -> jax.Array:
+        in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
+        undefined = both & ((_product(local(in_x), in_x) == 0) | (_product(local(in_y), in_y) == 0))
+        moved = jax.nn.sigmoid(x).sum(-1)  # by every entry, so that both rows have NaN for their gradient
+        return jnp.where(undefined, jnp.nan, 0) * (local(moved)[:, None] + moved[None])
+
+    absent = jnp.isneginf(x).any() | jnp.isneginf(y).any()
+    return jax.lax.cond(absent, nan, lambda: jnp.where(both, jnp.zeros((), x.dtype), 0))
 
 
 def _products_reach(x: jax.Array, y: jax.Array, kept: jax.Array, temperature: Scalar) -> jax.Array:
@@ -162,7 +174,7 @@ class _Softmaxes(NamedTuple):
     Attributes:
         rise: exp((x - largest) / T) of all rows; 0 for a class at -inf.
         fall: exp((smallest - x) / T) of all rows; 0 there too.
-        total: `[batch, whole batch]`; NaN for rows without a class in common.
+        total: `[batch, whole batch]`, the sum over classes of the product.
         offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
         rows: takes this device's rows of all.
     """
@@ -187,12 +199,15 @@ def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
     absent = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
+    # not below -1e5 T, or infinity would meet 0 in the derivative with respect to T
     rise, fall = (
-        jnp.where(absent, 0, jnp.exp(jnp.where(absent, 0, z) / temperature)) for z in (x - largest, smallest - x)
+        jnp.exp(jnp.maximum(z, -1e5 * temperature) / temperature)
+        for z in (x - largest, jnp.where(absent, -jnp.inf, smallest - x))
     )
     total = _product(local(rise), fall)
-    total += jnp.where(total == 0, jnp.nan, 0)
-    return _Softmaxes(rise, fall, total, (local(largest) - smallest.T) / temperature, local)
+    return _Softmaxes(
+        rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local
+    )
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -103,7 +103,7 @@ def _evaluate(
     x, y = (_center(z, kept) for z in promote(student, teacher))
     rows, number = slice(start, stop), max(len(x), 1) if kept is None else count(kept, x.dtype)
     place = torch.arange(len(x), device=x.device)
-    partners = (place[rows, None] != place) | torch.isneginf(x.amax(-1)) | torch.isneginf(y.amax(-1))
+    partners = place[rows, None] != place
     if kept is not None:
         partners &= kept & kept[rows, None]
     share = partners * (temperature**2 / number)
@@ -116,10 +116,17 @@ def _evaluate(
     divergence, gradient, cooling = way(
         x.to(wide), y.to(wide), temperature.to(wide), rows, share.to(wide) if of_student else None, of_temperature
     )
-    divergence, cooling = (torch.where(partners, z.to(x.dtype), 0) for z in (divergence, cooling))
+    divergence, cooling, gradient = (z.to(x.dtype) for z in (divergence, cooling, gradient))
+    divergence, cooling = (torch.where(partners, z, 0) for z in (divergence, cooling))
+    undefined = _no_common_class(x, y, rows)
+    if undefined is not None:
+        divergence.masked_fill_(undefined, math.nan)
+        touched = undefined.any(0)
+        touched[rows] |= undefined.any(1)
+        gradient = gradient.masked_fill_(touched[:, None], math.nan) if of_student else gradient
     of_all = (share * (2 * divergence - cooling)).sum() / temperature
     if of_student:
-        (gradient,) = zero_masked(kept, gradient.to(x.dtype))
+        (gradient,) = zero_masked(kept, gradient)
     return temperature**2 * divergence.sum(1) / number, gradient, of_all
 
 
@@ -137,6 +144,14 @@ def _center(x: Tensor, kept: Tensor | None) -> Tensor:
 def _finite(x: Tensor, absent: float) -> Tensor:
     """x with another number for -inf; a tenth of the time of `torch.where` on a CPU."""
     return x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=absent)
+
+
+def _no_common_class(x: Tensor, y: Tensor, rows: slice) -> Tensor | None:
+    """The pairs, of a row with itself too, whose differences are no distribution; None where no class is at -inf."""
+    if not torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
+        return None
+    present = [(~torch.isneginf(z)).to(z.dtype) for z in (x, y)]
+    return torch.stack([z[rows] @ z.T == 0 for z in present]).any(0)
 
 
 def _dtype_of_products(x: Tensor, y: Tensor, kept: Tensor | None, temperature: Tensor) -> torch.dtype | None:
@@ -230,7 +245,7 @@ class _Softmaxes(NamedTuple):
     Attributes:
         rise: exp((x - largest) / T) of this rank's rows; 0 for a class at -inf.
         fall: exp((smallest - x) / T) of all rows; 0 there too.
-        total: `[batch, whole batch]`; NaN for rows without a class in common.
+        total: `[batch, whole batch]`, the sum over classes of the product.
         offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
         rows: this rank's.
     """
@@ -268,8 +283,7 @@ def _softmaxes(x: Tensor, temperature: Tensor, rows: slice) -> _Softmaxes:
     smallest = above.amin(-1, keepdim=True)
     scale = math.log2(math.e) / temperature
     rise, fall = ((x[rows] - largest) * scale).exp2_(), ((smallest - above) * scale).exp2_()
-    total = rise @ fall.T
-    return _Softmaxes(rise, fall, total.masked_fill_(total == 0, math.nan), (largest - smallest.T) / temperature, rows)
+    return _Softmaxes(rise, fall, rise @ fall.T, (largest - smallest.T) / temperature, rows)
 
 
 def _by_rows(
