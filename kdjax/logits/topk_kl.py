@@ -9,10 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_and_gradient, positive, promote, valid_index
+from kdjax._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import kl_divergence, rowwise
-from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked, describe
 
 
 @checked
@@ -92,28 +92,31 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    # of the student the type alone is asked here, so that no copy of it is made
-    values, _ = promote(values, student_logits[..., :0])
-    temperature = positive("temperature", temperature, values)
-    student, values, indices = zero_masked(where, student_logits, jax.lax.stop_gradient(values), indices)
+    temperature = positive("temperature", temperature, student_logits, values)
+    indices, values = zero_masked(where, indices, values)
     indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
     places = jnp.sort(indices, -1)
-    twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1)
-    values = jnp.where((twice | jnp.isnan(factor.prod(-1)))[..., None], jnp.nan, values)
+    twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
+    values = jnp.where(twice | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
     if tail == "renormalize":
-        own = jnp.take_along_axis(student, jnp.maximum(indices, 0), axis=-1).astype(values.dtype)
-        divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature)
+        own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
+        divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature, where=where)
     else:
-        left = jnp.full(values.shape[:-1], -jnp.inf) if rest is None else _rest_at(rest, temperature)
-        (left,) = zero_masked(where, jax.lax.stop_gradient(jnp.asarray(left, values.dtype)))
-        divergence = topk_kl_divergence(student, values, indices, left, temperature)
-    return reduce(temperature**2 * divergence, where, reduction, axis_name)
+        left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
+        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
+    return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
-def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
+def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
+    for name, x in given.items():
+        if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape == values.shape[:-1]):
+            raise TypeError(
+                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+            )
     if not isinstance(rest, Mapping):
         return rest
     try:
@@ -123,8 +126,8 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
             '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
-    if isinstance(temperature, jax.Array):  # cannot be asked
-        found = jnp.full_like(next(iter(recorded.values())), jnp.nan)
+    if isinstance(temperature, jax.Array):  # whose value cannot be asked
+        found = jnp.full_like(values[..., 0], jnp.nan)
         for one, x in recorded.items():
             found = jnp.where(temperature.astype(jnp.float32) == one, x, found)
         return found
@@ -139,22 +142,25 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar) -> Array:
 def topk_kl_and_gradient(
     x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes."""
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    """
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
-    own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1).astype(values.dtype))
-    held = _put(jnp.zeros(x.shape, bool), places, ~none)
-    others = jnp.where(held, -jnp.inf, x.astype(values.dtype))
-    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(values.dtype).min
+    own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
+    others = jnp.where(_put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
+    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(x.dtype).min
     largest = jnp.maximum(jnp.maximum(peak, own.max(-1, keepdims=True)), lowest)
     peak, largest = jax.lax.stop_gradient((peak, largest))
+    # in the derivative by T infinity would meet the 0 of an excluded class
+    below = jnp.maximum(others - jnp.maximum(peak, lowest), -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
-    weight = jnp.exp((others - jnp.maximum(peak, lowest)) / temperature)
+    weight = jnp.exp(below / temperature)
     total = weight.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    teacher = jnp.concatenate([values, rest[..., None]], -1)
-    value, gradient = kl_and_gradient(student, teacher, temperature)
-    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1]).astype(x.dtype)
+    value, gradient = kl_and_gradient(student, jnp.concatenate([values, rest[..., None]], -1), temperature)
+    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
 
 
 @functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")

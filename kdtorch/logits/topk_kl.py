@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_and_gradient, positive, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import kl_divergence, rowwise
-from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, describe
 
 
 @checked(dtensor="any")
@@ -105,14 +105,20 @@ def topk_kl_loss(
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
         divergence = kl_divergence(own, values, temperature, where=where)
     else:
-        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature)
+        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
         divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
-    return reduce(temperature**2 * divergence, where, reduction, group)
+    return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
-def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor:
+def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
-    if isinstance(rest, Tensor):
+    given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
+    for name, x in given.items():
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
+            raise TypeError(
+                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+            )
+    if not isinstance(rest, Mapping):
         return rest
     try:
         recorded = {float(name): x for name, x in rest.items()}
@@ -121,8 +127,8 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar) -> Tensor
             '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
-    if isinstance(temperature, Tensor):  # cannot be asked
-        found = torch.full_like(next(iter(recorded.values())), math.nan)
+    if isinstance(temperature, Tensor):  # whose value cannot be asked
+        found = torch.full_like(values[..., 0], math.nan)
         for one, x in recorded.items():
             found = torch.where(temperature.float() == one, x, found)
         return found
