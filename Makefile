@@ -26,10 +26,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# torchdistill comes without torchvision and Cython, which its losses do not use; tests/test_moving.py runs them
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
-	# without its torchvision and Cython, which its losses do not use: tests/test_moving.py runs them
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchdistill
 	touch $@
