@@ -42,8 +42,8 @@ check: .venv/installed
 	$(INSTALL) -e '.[all]' --group examples
 	touch $@
 
+# torchdistill comes without torchvision and Cython, which its losses do not use; tests/test_moving.py runs them
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
-	# without its torchvision and Cython, which its losses do not use: tests/test_moving.py runs them
 	$(INSTALL) --no-deps torchdistill
 	touch $@ .venv/demo

@@ -24,7 +24,7 @@ from kdlosses.pages import blocks, entries, losses, paper
 from parity.cases import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("kdjax", "kdtorch", "parity")
+PACKAGES = ("kdjax", "kdlosses", "kdtorch", "parity")
 IMPORT_JAX = """
 import time, threading
 import jax, flax.nnx, optax, jaxtyping
