@@ -69,8 +69,18 @@ _TORCH = checks.Framework(
     device=lambda x: str(x.device),
 )
 describe = functools.partial(checks.describe, arrays=_TORCH.arrays)
-for _text in (checks.explain, checks.misfit):
-    torch.compiler.assume_constant_result(_text)  # which torch.compile need not trace
+
+
+def _constant(function: _F) -> _F:
+    """Let `torch.compile` call the function, which takes constants, and keep its result, instead of tracing it.
+
+    This is `torch.compiler.assume_constant_result`, whose first use would import the whole compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_constant(checks.explain), _constant(checks.misfit)
 
 
 if TYPE_CHECKING:
@@ -105,7 +115,7 @@ def checked(
     learned = learns or (read.names[0], "temperature")
     accepted: set[Any] = set()
 
-    @torch.compiler.assume_constant_result  # so that torch.compile keeps no guard for it
+    @_constant  # so that torch.compile keeps no guard for it
     def kdlosses_plan() -> checks.Plan:
         return read
 
@@ -197,7 +207,7 @@ def _differentiated(x: Tensor) -> bool:
 _warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _warn(function: str, name: str, first: str) -> None:
     if function in _warned:
         return
