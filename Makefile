@@ -1,15 +1,22 @@
-# `make demo` and `make test` need Python >= 3.11 and nothing else; each makes .venv on its first call.
+# `make demo`, `make test` and `make test-all` need Python >= 3.11 and nothing else; each makes .venv on its first call.
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
 export MPLBACKEND = Agg
 
-.PHONY: demo test check fuzz docs docs-serve
+.PHONY: demo test test-all check fuzz docs docs-serve
 
-demo: .venv/installed
+# the digits: both frameworks, and what the example itself imports
+demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
+# every loss, every law, both packages
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# and what takes longer: trainings, many draws, browsers, processes, large meshes. `make test test-all` runs each test once
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 fuzz: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
@@ -26,8 +33,17 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/made:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]' --group test --group check
+	$(INSTALL) pip
 	touch $@
+
+.venv/demo: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) -e '.[all]' --group examples
+	touch $@
+
+# torchdistill comes without torchvision and Cython, which its losses do not use; tests/test_moving.py runs them
+.venv/installed: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) -e '.[all]' --group test --group check
+	$(INSTALL) --no-deps torchdistill
+	touch $@ .venv/demo

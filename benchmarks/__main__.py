@@ -78,7 +78,7 @@ def _row(workload: Any, forms: tuple[str, ...], quick: bool, seconds: float = 8)
     forms = measure.names_of(workload, forms)
     row: dict[str, Any] = {
         "workload": workload.name,
-        "targets": {"torch": workload.torch, "jax": workload.jax, "memory": workload.memory},
+        "targets": {name: getattr(workload.benchmark, name) for name in ("torch", "jax", "memory")},
         "seconds": {
             k: dataclasses.asdict(v) for k, v in measure.timings(workload, forms, 1 if quick else seconds).items()
         },

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.workloads import Workload
+from parity.arrays import each_array
+from parity.row import Loss
 
 FORMS = ("direct", "torch", "compiled", "jax")
 
 
 class Outcome(NamedTuple):
-    """The value, and the gradients by input."""
+    """The value, and the gradients by input, each a list of arrays."""
 
     value: np.ndarray
-    gradients: dict[str, Any]
+    gradients: dict[str, list[np.ndarray]]
 
 
 class Form(NamedTuple):
@@ -37,26 +39,25 @@ def _torch(workload: Workload, name: str) -> Form:
     import kdtorch
     from benchmarks import direct
 
-    function = getattr(direct if name == "direct" else kdtorch, workload.loss)
+    loss = workload.loss
+    function = getattr(direct if name == "direct" else kdtorch, loss.name)
     if name == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, dynamic=False)
-    inputs = _each(workload.inputs(), torch.from_numpy)
-    if "state" in inputs:
-        inputs["state"] = _state(kdtorch, workload)(**inputs["state"])
-    learned = [x for key in workload.learns for x in _list(inputs[key])]
+    inputs = _with_state(kdtorch, loss, each_array(workload.inputs(), torch.from_numpy))
+    learned = [x for key in loss.learns for x in _list(inputs[key])]
     for x in learned:
         x.requires_grad_()
 
     def step() -> Any:
-        value = function(*inputs.values(), **workload.options)
+        value = function(*inputs.values(), **workload.benchmark.options)
         value = value[0] if isinstance(value, tuple) else value
         return value.detach(), torch.autograd.grad(value, learned)
 
     def outcome(result: Any) -> Outcome:
-        gradients = iter(result[1])
-        by_name = {k: _each(inputs[k], lambda _: next(gradients).numpy()) for k in workload.learns}
-        return Outcome(result[0].numpy(), by_name)
+        slopes = iter(x.numpy() for x in result[1])
+        gradients = {k: [next(slopes) for _ in _list(inputs[k])] for k in loss.learns}
+        return Outcome(result[0].numpy(), gradients)
 
     return Form(step, outcome)
 
@@ -67,20 +68,19 @@ def _jax(workload: Workload) -> Form:
 
     import kdjax
 
+    loss = workload.loss
+    maps = [k for k, kind in loss.inputs.items() if kind == "maps"]
     drawn = workload.inputs()
-    if workload.loss == "hcl_loss":
-        drawn = _each(drawn, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, -1)))
-    inputs = _each(drawn, jnp.asarray)
-    if "state" in inputs:
-        inputs["state"] = _state(kdjax, workload)(**inputs["state"])
-    order = list(inputs)
+    drawn |= {k: [np.ascontiguousarray(np.moveaxis(x, 1, -1)) for x in drawn[k]] for k in maps}
+    inputs = _with_state(kdjax, loss, each_array(drawn, jnp.asarray))
 
     def objective(learned: dict[str, Any], fixed: dict[str, Any]) -> Any:
-        value = getattr(kdjax, workload.loss)(*({**learned, **fixed}[k] for k in order), **workload.options)
+        arguments = {**learned, **fixed}
+        value = getattr(kdjax, loss.name)(*(arguments[k] for k in loss.inputs), **workload.benchmark.options)
         return value if isinstance(value, tuple) else (value, None)
 
-    learned = {k: x for k, x in inputs.items() if k in workload.learns}
-    fixed = {k: x for k, x in inputs.items() if k not in workload.learns}
+    learned = {k: x for k, x in inputs.items() if k in loss.learns}
+    fixed = {k: x for k, x in inputs.items() if k not in loss.learns}
     program = jax.jit(jax.value_and_grad(objective, has_aux=True)).lower(learned, fixed).compile()
 
     def step() -> Any:
@@ -88,21 +88,30 @@ def _jax(workload: Workload) -> Form:
 
     def outcome(result: Any) -> Outcome:
         (value, _), gradients = result
-        back = (lambda x: np.moveaxis(np.asarray(x), -1, 1)) if workload.loss == "hcl_loss" else np.asarray
-        return Outcome(np.asarray(value), _each(gradients, back))
+        arrays = {k: [np.asarray(x) for x in _list(v)] for k, v in gradients.items()}
+        return Outcome(
+            np.asarray(value), arrays | {k: [np.moveaxis(x, -1, 1) for x in arrays[k]] for k in maps if k in arrays}
+        )
 
     analysis = program.memory_analysis()
     held = analysis.temp_size_in_bytes + analysis.output_size_in_bytes if analysis else None
     return Form(step, outcome, held)
 
 
+def _with_state(package: Any, loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the state as the package's own."""
+    return inputs | (
+        {loss.state: getattr(package, loss.inputs[loss.state])(**inputs[loss.state])} if loss.state else {}
+    )
+
+
 def floor(workload: Workload) -> Callable[[], Any]:
     """Reads the inputs and writes the gradients, once: copies what is learned and sums the rest."""
     import torch
 
-    inputs = workload.inputs()
-    learned = [torch.from_numpy(x) for k in workload.learns for x in _list(inputs[k])]
-    rest = [torch.from_numpy(x) for k, v in inputs.items() if k not in (*workload.learns, "state") for x in _list(v)]
+    inputs, loss = workload.inputs(), workload.loss
+    learned = [torch.from_numpy(x) for k in loss.learns for x in _list(inputs[k])]
+    rest = [torch.from_numpy(x) for k, v in inputs.items() if k not in (*loss.learns, loss.state) for x in _list(v)]
     copies = [torch.empty_like(x) for x in learned]
 
     def step() -> None:
@@ -120,7 +129,7 @@ def check(name: str, got: Outcome, want: Outcome) -> None:
     pairs += [
         (f"gradient of {key}", a, b)
         for key, gradient in want.gradients.items()
-        for a, b in zip(_list(got.gradients[key]), _list(gradient), strict=True)
+        for a, b in zip(got.gradients[key], gradient, strict=True)
     ]
     for what, a, b in pairs:
         error = np.abs(a - b).max() / np.abs(b).max()
@@ -130,17 +139,5 @@ def check(name: str, got: Outcome, want: Outcome) -> None:
             )
 
 
-def _state(package: Any, workload: Workload) -> Any:
-    return getattr(package, {"dino_loss": "DINOState", "crcd_loss": "CRCDState"}[workload.loss])
-
-
 def _list(x: Any) -> list[Any]:
     return x if isinstance(x, list) else [x]
-
-
-def _each(x: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(x, dict):
-        return {key: _each(value, function) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_each(value, function) for value in x]
-    return function(np.asarray(x) if isinstance(x, np.generic) else x)

@@ -23,17 +23,13 @@ from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, draw, each_array
 from parity.run import run
 
 SIZES = Sizes(batch=(4,), classes=7, dim=5, views=3, num_data=9, negatives=3)
-NUMBERS = (
-    *("logits", "kept_logits", "rest", "features", "wide_features"),
-    *("maps", "views", "teacher_views", "centers"),
-)
 
 
 def _each(function: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Loss, dict[str, Any]], dict[str, Any]]:
     """A change of every array of numbers, given with the axis of its examples."""
 
     def change(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
-        numbers = {k: KINDS[loss.inputs[k]].axis or 0 for k in inputs if loss.inputs[k] in NUMBERS}
+        numbers = {k: KINDS[loss.inputs[k]].axis or 0 for k in inputs if KINDS[loss.inputs[k]].numbers}
         return inputs | {
             k: each_array(inputs[k], lambda x, axis=axis: function(x, axis)) for k, axis in numbers.items()
         }

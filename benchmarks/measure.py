@@ -118,4 +118,4 @@ def _status(field: str) -> int:
 
 
 def names_of(workload: Workload, forms: tuple[str, ...] = FORMS) -> tuple[str, ...]:
-    return tuple(x for x in forms if x != "direct" or workload.direct)
+    return tuple(x for x in forms if x != "direct" or workload.benchmark.direct)

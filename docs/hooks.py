@@ -1,4 +1,4 @@
-"""What MkDocs alone does not: formulas as MathML, the pages of the API, and pages from files that are not in docs/."""
+"""What MkDocs alone does not do: the catalogue, the API pages, formulas as MathML, and pages from files outside docs/."""
 
 import html
 import os
@@ -6,6 +6,7 @@ import pathlib
 import re
 from typing import Any
 
+import catalogue
 import griffe
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -22,8 +23,25 @@ RENAMED |= {other: name for name, other in RENAMED.items()}
 ALONE = {"LossState"}  # PyTorch calls it a buffer
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add to the navigation the pages of the losses, by family, and those of the API."""
+    catalogue.load.cache_clear()
+    nav = {title: pages for entry in config.nav or () for title, pages in entry.items()}
+    for family, losses in catalogue.by_family().items():
+        nav["Catalogue"].append({catalogue.FAMILIES[family]: [f"losses/{loss.name}.md" for loss in losses]})
+    for package in TWINS:
+        nav["API"].append({package: [f"api/{page}" for page in sorted(public(package), key=families_first)]})
+    nav["API"] += [f"api/{page}" for page in public("parity")]
+    return config
+
+
+def families_first(page: str) -> tuple[int, str]:
+    families, part = list(catalogue.FAMILIES), pathlib.Path(page).stem
+    return families.index(part) if part in families else len(families), part
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The pages that no one writes."""
+    """Add the pages that are not written by hand."""
     for source, page in OUTSIDE.items():
         if page != "index.md" and (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
@@ -41,8 +59,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def public(package: str) -> dict[str, dict[str, str]]:
-    """Page by page the public names, each once, with their summaries."""
-    module = griffe.load(package, search_paths=[ROOT], allow_inspection=False)
+    """The pages of a package's API, and on each the public names that no page before it has, with their summaries."""
+    module = catalogue.load(package)
     pages: dict[str, dict[str, str]] = {}
     seen = set()
     for part in PARTS if package in TWINS else PARTS[:1]:
@@ -89,6 +107,18 @@ class Docstrings(griffe.Extension):
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    """Fill the pages of the catalogue, and make links to files of the repository links to their pages."""
+    folder, _, name = page.file.src_uri.rpartition("/")
+    if page.file.src_uri == "losses/index.md":
+        markdown = markdown.replace("TABLES", catalogue.catalogue())
+    elif page.file.src_uri == "choosing.md":
+        markdown = markdown.replace("TABLE", catalogue.choosing()).replace("LISTS", catalogue.uses())
+    elif folder == "losses":
+        markdown = catalogue.page(catalogue.read(name.removesuffix(".md")))
+    return linked(markdown, page)
+
+
+def linked(markdown: str, page: Page) -> str:
     """A link to a file of the repository leads to its page, or, where it has none, is its text."""
     source = page.file.abs_src_path
     folder = pathlib.Path(source).parent if source else ROOT

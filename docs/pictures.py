@@ -1,11 +1,13 @@
-"""One picture a loss for its page: docs/pictures/NAME.svg, drawn from the library itself.
+"""One picture for each loss's page: docs/pictures/NAME.svg, drawn with the library itself.
 
-Black on nothing; on a dark page site.css turns the colours around.
+The front matter of the page names a function of this file and its arguments, such as `curves temperature 1 2 4`. There
+are general ones, `curves` for logits, `plane` for features, `points` for relations between examples, and below them some
+for a single loss. The pictures are black on a transparent background; on a dark page site.css inverts them.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +18,13 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from catalogue import Loss, by_family
 from matplotlib.axes import Axes
 from torch import Tensor
 
 import kdtorch
 
-Alone = Callable[[Tensor], Tensor]  # of the student
-Pair = Callable[[Tensor, Tensor], Tensor]  # of student and teacher
+Values = Callable[[Tensor], Tensor]  # the loss for each row of a student, the teacher fixed
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 BLUE, RED, GREEN, GREY = "#1f5fb4", "#d1495b", "#2e8b57", "#8a8a8a"
@@ -39,17 +41,28 @@ STYLE = {
     "savefig.transparent": True,
     "svg.hashsalt": "kdlosses",
 }
-ALONE, OTHERS = torch.zeros(0, 3), torch.tensor([[0.0, 1.0, 0.5], [-1.0, 0.0, 2.0]])
+LETTERS = {"alpha": "α", "beta": "β", "gamma": "γ", "mu": "μ", "temperature": "T"}
+LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.5], [-1.0, 0.0, 2.0]])
 
 
-def slope(loss: Alone, x: Tensor) -> tuple[Tensor, Tensor]:
+def lines(loss: Loss, words: Sequence[str]) -> dict[str, tuple[Callable[..., Tensor], dict[str, Any]]]:
+    """What is compared, by the text of its line: a setting and its values, or `beside` and the names of other losses."""
+    if not words or words[0] == "beside":
+        return {name.removesuffix("_loss"): (getattr(kdtorch, name), {}) for name in (loss.name, *words[1:])}
+    option, *values = words
+    settings = ({option: int(x) if x.isdigit() else float(x)} for x in values)
+    names = (f"{LETTERS.get(option, option)} = {x}" for x in values)
+    return {name: (getattr(kdtorch, loss.name), x) for name, x in zip(names, settings, strict=True)}
+
+
+def slope(loss: Values, x: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient."""
     x = x.clone().requires_grad_()
     value = loss(x)
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
-def pull(axes: Axes, loss: Alone, points: Tensor, scale: float) -> None:
+def pull(axes: Axes, loss: Values, points: Tensor, scale: float) -> None:
     """Arrows against the gradient, the longest one `1 / scale` of the width."""
     against = -slope(loss, points)[1]
     axes.quiver(*points.T, *against.T, color=BLUE, width=0.008, scale=scale * float(against.norm(dim=1).max()))
@@ -66,136 +79,128 @@ def round_axes(axes: Axes, title: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def each(
-    loss: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    settings: dict[str, float],
-    others: Tensor,
-    students: Tensor,
-    teachers: Tensor,
-) -> Tensor:
-    """A loss of as many batches as there are rows: a row, and others that stay."""
-    rows = ([torch.cat([x[None], others]) for x in pair] for pair in zip(students, teachers, strict=True))
-    return torch.stack([loss(*pair, *inputs, **settings) for pair in rows])
-
-
-def family(
-    loss: Callable[..., Tensor], option: str, values: Sequence[float], *inputs: Tensor, others: Tensor = ALONE
-) -> dict[str, Pair]:
-    """One loss with several values of one setting."""
-    letter = {"temperature": "T", "beta": "β", "gamma": "γ"}[option]
-    return {f"{letter} = {x:g}": functools.partial(each, loss, inputs, {option: x}, others) for x in values}
-
-
-def curves(
-    lines: dict[str, Pair], moved: int = 0, logits: Sequence[float] = (2.0, 0.5, -1.0), whose: str = "the teacher's"
-) -> None:
+def draw_curves(values: dict[str, Values], logits: Tensor, moved: int, whose: str, which: str) -> None:
     """Values and gradients as one logit of the student moves and the others are the teacher's."""
-    teacher = torch.tensor(logits)
     moving = torch.linspace(-4, 8, 121)
-    student = teacher.repeat(len(moving), 1)
+    student = logits.repeat(len(moving), 1)
     student[:, moved] = moving
     figure, panels = plt.subplots(1, 2)
-    for name, loss in lines.items():
-        value, gradient = slope(lambda x, loss=loss: loss(x, teacher.expand_as(x)), student)
+    for name, loss in values.items():
+        value, gradient = slope(loss, student)
         panels[0].plot(moving, value, label=name)
         panels[1].plot(moving, gradient[:, moved])
     for panel, title in zip(panels, ("value", "gradient"), strict=True):
-        panel.axvline(teacher[moved], color=GREY, linestyle=":", label=whose if panel is panels[0] else None)
+        panel.axvline(logits[moved], color=GREY, linestyle=":", label=whose if panel is panels[0] else None)
         panel.axhline(0, color=GREY, linewidth=0.5)
-        panel.set(
-            title=title,
-            xlabel=f"the student's logit of {('the likeliest class', 'another class', 'a class not kept')[moved]}",
-        )
+        panel.set(title=title, xlabel=f"the student's logit of {which}")
     figure.legend(loc="outside upper center", ncols=4)
 
 
-def plane(loss: Alone, aim: Sequence[float], profile: Callable[[Axes], None]) -> Axes:
-    """Where a feature of two numbers is pulled; beside it what `profile` draws."""
-    figure, (left, right) = plt.subplots(1, 2)
+def curves(loss: Loss, *words: str) -> None:
+    """A loss of logits. With labels, the logit of a wrong class moves; where examples are coupled, there are two more."""
+    parameters = list(inspect.signature(getattr(kdtorch, loss.name)).parameters)
+    logits = LOGITS if "couples" in loss.meta else LOGITS[:1]
+    inputs = [torch.arange(len(logits))] if "labels" in parameters else []
+
+    def values(function: Callable[..., Tensor], settings: dict[str, Any]) -> Values:
+        def one(row: Tensor) -> Tensor:
+            return function(torch.cat([row[None], logits[1:]]), logits, *inputs, **settings)
+
+        return lambda student: torch.stack([one(row) for row in student])
+
+    whose = f"the {parameters[1].removesuffix('_logits').replace('weak', 'weak head')}'s"
+    which = "another class" if inputs else "the likeliest class"
+    compared = {name: values(*x) for name, x in lines(loss, words).items()}
+    draw_curves(compared, logits[0], 1 if inputs else 0, whose, which)
+
+
+def draw_plane(loss: Values, aim: Tensor) -> tuple[Axes, Axes]:
+    """Where a feature of two numbers is pulled, and axes beside it."""
+    _, (left, right) = plt.subplots(1, 2)
     ticks = torch.linspace(-2.5, 2.5, 101)
     height = loss(torch.cartesian_prod(ticks, ticks)).reshape(101, 101)
     left.contour(ticks, ticks, height.T, 10, colors=GREY, linewidths=0.4)
     pull(left, loss, torch.cartesian_prod(ticks[4::13], ticks[4::13]), 7)
     left.plot(*aim, "*", color=RED, markersize=11)
     left.set(aspect="equal", title="where the student is pulled", xlabel="first feature", ylabel="second feature")
-    profile(right)
-    figure.legend(loc="outside upper right", ncols=4)
-    return left
+    return left, right
 
 
-def to(loss: Callable[..., Tensor], teacher: float | Sequence[float], **settings: float) -> Alone:
-    return lambda x: loss(x, torch.tensor(teacher).expand_as(x), reduction="none", **settings)
+def plane(loss: Loss, *words: str) -> None:
+    """A loss of features: the pull to a teacher at (0.9, 0.3), and gradients for one feature and a teacher at 0.
+
+    The word `teacher` in the place of a setting is followed by other teachers.
+    """
+
+    def values(function: Callable[..., Tensor], settings: dict[str, Any], teacher: Sequence[float] = (0.0,)) -> Values:
+        options = {key: x for key, x in settings.items() if key != "teacher"}
+        fixed = torch.tensor([settings["teacher"]]) if "teacher" in settings else torch.tensor(teacher)
+        return lambda x: function(x, fixed.expand_as(x), reduction="none", **options)
+
+    compared = lines(loss, words)
+    grid = torch.cartesian_prod(*[torch.linspace(-2.5, 2.5, 101)] * 2)
+    pulled = values(getattr(kdtorch, loss.name), {}, (0.9, 0.3))
+    _, axes = draw_plane(pulled, grid[pulled(grid).argmin()])
+    s = torch.linspace(-3, 3, 301)[:, None]
+    for name, x in compared.items():
+        axes.plot(s, slope(values(*x), s)[1], label=name)
+    axes.axhline(0, color=GREY, linewidth=0.5)
+    axes.set(title="gradient", xlabel="one feature of the student")
+    axes.figure.legend(loc="outside upper right", ncols=4)
 
 
-def regression(
-    loss: Callable[..., Tensor], teacher: Sequence[float], aim: Sequence[float], lines: dict[str, Alone], title: str
-) -> None:
-    """A plane, and values or gradients of several losses of one feature."""
-
-    def profile(axes: Axes) -> None:
-        s = torch.linspace(-3, 3, 301)[:, None]
-        for name, line in lines.items():
-            axes.plot(s, slope(line, s)[title == "gradient"], label=name)
-        axes.axhline(0, color=GREY, linewidth=0.5)
-        axes.set(title=title, xlabel="one feature of the student")
-
-    plane(to(loss, teacher), aim, profile)
-
-
-def dcn() -> None:
-    teacher, centers = torch.tensor([0.9, 1.2]), 2 * circle(17.0)
-
-    def loss(x: Tensor) -> Tensor:
-        labels = torch.zeros(len(x), dtype=torch.int64)
-        return kdtorch.dcn_loss(x, teacher.expand_as(x), labels, centers, reduction="none")
-
-    def profile(axes: Axes) -> None:
-        length = torch.linspace(0.05, 3, 200)[:, None]
-        for degrees in (0, 45, 90):
-            towards = circle(17.0 + degrees)
-            axes.plot(length, loss(length * towards), label=f"{degrees}° off")
-        axes.axvline(teacher.norm(), color=GREY, linestyle=":", label="the teacher")
-        axes.set(title="value", xlabel="the student's norm")
-
-    left = plane(loss, teacher, profile)
-    left.plot(*zip((0, 0), 1.3 * centers[0], strict=True), color=GREEN)
-    left.add_patch(plt.Circle((0, 0), teacher.norm(), fill=False, color=RED, linestyle=":"))
-
-
-def euclidean_mse() -> None:
-    """A few points of the student, where they go, and the teacher's."""
+def points(loss: Loss) -> None:
+    """A loss of relations: a few points of the teacher, those of the student, and where gradient descent takes them."""
     teacher = circle(20.0, 50.0, 170.0, 215.0, 260.0)
     student = circle(10.0, 60.0, 110.0, 190.0, 290.0) * torch.tensor([0.7, 1.3, 1.0, 1.4, 0.8])[:, None]
 
-    def loss(x: Tensor) -> Tensor:
-        return kdtorch.euclidean_mse_loss(x, teacher)
+    def value(x: Tensor) -> Tensor:
+        return getattr(kdtorch, loss.name)(x, teacher)
 
+    rate = 0.05 / slope(value, student)[1].norm(dim=1).max()
     path = [student]
     for _ in range(400):
-        path.append(path[-1] - 0.3 * slope(loss, path[-1])[1])
+        path.append(path[-1] - rate * slope(value, path[-1])[1])
     _, (left, right) = plt.subplots(1, 2)
     round_axes(left, "the teacher's distances")
     round_axes(right, "the student's pull, and where it ends")
-    for axes, points, color in ((left, teacher, RED), (right, student, BLUE)):
-        axes.plot(*points.T, "o", color=color)
-        for i, point in enumerate(points):
+    for axes, placed, color in ((left, teacher, RED), (right, student, BLUE)):
+        axes.plot(*placed.T, "o", color=color)
+        for i, point in enumerate(placed):
             axes.annotate(i + 1, point, 1.1 * point + 0.08, color=color)
-            for other in points[:i]:
+            for other in placed[:i]:
                 axes.plot(*zip(point, other, strict=True), color=color, linewidth=0.4)
     right.plot(*torch.stack(path).permute(2, 0, 1), color=GREEN, linewidth=1)
     right.plot(*path[-1].T, "o", color=GREEN, fillstyle="none")
-    pull(right, loss, student, 4)
+    pull(right, value, student, 4)
 
 
-def crcd() -> None:
+def dcn(loss: Loss) -> None:
+    teacher, centers = torch.tensor([0.9, 1.2]), 2 * circle(17.0)
+
+    def value(x: Tensor) -> Tensor:
+        labels = torch.zeros(len(x), dtype=torch.int64)
+        return kdtorch.dcn_loss(x, teacher.expand_as(x), labels, centers, reduction="none")
+
+    left, right = draw_plane(value, teacher)
+    left.plot(*zip((0, 0), 1.3 * centers[0], strict=True), color=GREEN)
+    left.add_patch(plt.Circle((0, 0), teacher.norm(), fill=False, color=RED, linestyle=":"))
+    length = torch.linspace(0.05, 3, 200)[:, None]
+    for degrees in (0, 45, 90):
+        right.plot(length, value(length * circle(17.0 + degrees)), label=f"{degrees}° off")
+    right.axvline(teacher.norm(), color=GREY, linestyle=":", label="the teacher")
+    right.set(title="value", xlabel="the student's norm")
+    right.figure.legend(loc="outside upper right", ncols=4)
+
+
+def crcd(loss: Loss) -> None:
     """On the unit circle: the relations of one sample to the anchors, and its loss wherever it may be."""
     memory = circle(20.0, 80.0, 140.0, 205.0, 250.0, 300.0)
     index, negatives = torch.arange(3), torch.tensor([[3, 4, 5]] * 3)
     state = kdtorch.CRCDState(memory, memory, torch.tensor(40.0), torch.tensor(40.0))
     student = circle(320.0, 110.0, 190.0)
 
-    def loss(x: Tensor) -> Tensor:
+    def value(x: Tensor) -> Tensor:
         return kdtorch.crcd_loss(x, memory[:3], index, negatives, state, temperature=0.5)[0]
 
     figure, (left, right) = plt.subplots(1, 2)
@@ -206,17 +211,17 @@ def crcd() -> None:
     left.plot(*memory[:3].T, "*", color=RED, markersize=10, label="teacher, remembered")
     left.plot(*memory[3:].T, "x", color=GREY, label="negatives")
     left.plot(*student.T, "o", color=BLUE, label="student")
-    pull(left, loss, student, 3)
+    pull(left, value, student, 3)
     for i, point in enumerate(memory[:3]):
         left.annotate(i + 1, point, 1.2 * point - 0.05, color=RED)
     figure.legend(loc="outside upper center", ncols=3)
     degrees = torch.arange(-120.0, 240.0, 2)
-    right.plot(degrees, [loss(torch.cat([circle(float(x)), student[1:]])) for x in degrees])
+    right.plot(degrees, [value(torch.cat([circle(float(x)), student[1:]])) for x in degrees])
     right.axvline(20, color=RED, linestyle=":")
     right.set(title="value", xlabel="degrees of sample 1")
 
 
-def dino() -> None:
+def dino(loss: Loss) -> None:
     """A teacher that gives one output to all examples, and the centre that takes it away."""
     rng = np.random.default_rng(0)
     teacher = torch.tensor(0.05 * rng.normal(size=(2, 64, 6)) + np.array([0.3, 0.0, 0.05, -0.05, 0.0, 0.1]))
@@ -238,7 +243,7 @@ def dino() -> None:
     left.legend()
 
 
-def hcl() -> None:
+def hcl(loss: Loss) -> None:
     """A difference of two maps, and the pull of the whole maps and of the pooled ones."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:16, :16]
@@ -259,59 +264,48 @@ def hcl() -> None:
         axes.set(title=title, xticks=[], yticks=[])
 
 
-def symmetric_kl() -> None:
-    losses = {"KL(q‖p)": kdtorch.kl_loss, "symmetric": kdtorch.symmetric_kl_loss}
-    lines = {name: functools.partial(each, loss, (), {}, ALONE) for name, loss in losses.items()}
-    curves(lines | {"KL(p‖q)": lambda s, t: 2 * lines["symmetric"](s, t) - lines["KL(q‖p)"](s, t)})
+def symmetric_kl(loss: Loss) -> None:
+    def forward(s: Tensor) -> Tensor:
+        return kdtorch.kl_loss(s, LOGITS[:1].expand_as(s), reduction="none")
+
+    def symmetric(s: Tensor) -> Tensor:
+        return kdtorch.symmetric_kl_loss(s, LOGITS[:1].expand_as(s), reduction="none")
+
+    def reverse(s: Tensor) -> Tensor:
+        return 2 * symmetric(s) - forward(s)
+
+    compared: dict[str, Values] = {"KL(q‖p)": forward, "symmetric": symmetric, "KL(p‖q)": reverse}
+    draw_curves(compared, LOGITS[0], 0, "the teacher's", "the likeliest class")
 
 
-def topk_kl() -> None:
-    logits = (2.0, 0.5, -0.5, 0.0, -1.0, -1.5)
+def topk_kl(loss: Loss) -> None:
+    logits = torch.tensor([2.0, 0.5, -0.5, 0.0, -1.0, -1.5])
 
-    def kept(number: int, tail: str) -> Pair:
-        def loss(s: Tensor, t: Tensor) -> Tensor:
+    def kept(number: int, tail: str) -> Values:
+        def value(s: Tensor) -> Tensor:
+            t = logits.expand_as(s)
             values, indices = t.topk(number)
             rest = t.scatter(1, indices, -torch.inf).logsumexp(1)
             return kdtorch.topk_kl_loss(s, values, indices, rest, tail=tail, reduction="none")
 
-        return loss
+        return value
 
-    lines = {"all": kept(6, "bucket"), "2 and the rest": kept(2, "bucket"), "2 alone": kept(2, "renormalize")}
-    curves(lines, moved=2, logits=logits)
+    compared = {"all": kept(6, "bucket"), "2 and the rest": kept(2, "bucket"), "2 alone": kept(2, "renormalize")}
+    draw_curves(compared, logits, 2, "the teacher's", "a class not kept")
 
 
-MSE, HUBER, BCE = kdtorch.mse_loss, kdtorch.smooth_l1_loss, kdtorch.bce_loss
-LABEL = torch.tensor([0])
-PICTURES: dict[str, Callable[[], Any]] = {
-    "kl_loss": lambda: curves(family(kdtorch.kl_loss, "temperature", (1, 2, 4))),
-    "symmetric_kl_loss": symmetric_kl,
-    "difference_kl_loss": lambda: curves(family(kdtorch.difference_kl_loss, "temperature", (1, 2, 4), others=OTHERS)),
-    "topk_kl_loss": topk_kl,
-    "dkd_loss": lambda: curves(family(kdtorch.dkd_loss, "beta", (0, 1, 8), LABEL), moved=1),
-    "nkd_loss": lambda: curves(family(kdtorch.nkd_loss, "gamma", (0, 1.5, 4), LABEL), moved=1),
-    "uskd_loss": lambda: curves(
-        family(kdtorch.uskd_loss, "beta", (0, 0.1, 1), torch.arange(3), others=OTHERS), 1, whose="the weak head's"
-    ),
-    "bce_loss": lambda: regression(
-        BCE, [0.9, 0.3], [2.2, -0.85], {f"teacher {t}": to(BCE, t) for t in (0.5, 0.9, 1.2)}, "value"
-    ),
-    "mse_loss": lambda: regression(
-        MSE, [0.8, 0.5], [0.8, 0.5], {"MSE": to(MSE, 0.0), "smooth L1": to(HUBER, 0.0)}, "gradient"
-    ),
-    "smooth_l1_loss": lambda: regression(
-        HUBER, [0.8, 0.5], [0.8, 0.5], {f"β = {b}": to(HUBER, 0.0, beta=b) for b in (0.25, 1, 3)}, "gradient"
-    ),
-    "hcl_loss": hcl,
-    "dcn_loss": dcn,
-    "euclidean_mse_loss": euclidean_mse,
-    "crcd_loss": crcd,
-    "dino_loss": dino,
-}
+DRAW: tuple[Callable[..., None], ...] = (curves, plane, points, dcn, crcd, dino, hcl, symmetric_kl, topk_kl)
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
+    known = {draw.__name__: draw for draw in DRAW}
     with matplotlib.rc_context(STYLE):
-        for name, draw in PICTURES.items():
-            draw()
-            plt.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+        for loss in (loss for losses in by_family().values() for loss in losses):
+            kind, *words = loss.meta["picture"].split()
+            if kind not in known:
+                raise SystemExit(
+                    f"docs/losses/{loss.name}.md: `picture` begins with one of {list(known)}, got {kind!r}"
+                )
+            known[kind](loss, *words)
+            plt.savefig(FOLDER / f"{loss.name}.svg", metadata={"Date": None})
             plt.close()

@@ -315,6 +315,30 @@ def table(framework: str, teacher: dict[str, Any] | None, rows: list[dict[str, A
     return result
 
 
+def summary(results: dict[str, Any]) -> str:
+    """What was shown, in a sentence or two: which losses helped, and how equal the frameworks are."""
+    students = results["students"]
+    gains = {
+        row["losses"]: [next(x["gain"] for x in rows if x["losses"] == row["losses"]) for rows in students.values()]
+        for row in next(iter(students.values()))[1:]
+    }
+    helped = sorted((name for name, gain in gains.items() if min(gain) > 0), key=lambda name: -np.mean(gains[name]))
+    where = " and ".join(students)
+    text = (
+        f"In {where} the student is more accurate with {len(helped)} of the {len(gains)} losses and mixtures than alone"
+    )
+    text += (
+        f": {', '.join(f'{name} ({100 * np.mean(gains[name]):+.1f} points)' for name in helped)}." if helped else "."
+    )
+    if comparison := results["same_training"]:
+        text += (
+            f" One training run in both frameworks ({comparison['losses']}, {comparison['steps']} steps) gives the same "
+            f"losses: they differ by at most {comparison['float64']['largest_relative_difference']:.1e} relative in float64, "
+            f"and by {comparison['float32']['largest_relative_difference']:.1e} in float32."
+        )
+    return text
+
+
 def picture(results: dict[str, Any], file: Path) -> None:
     """The accuracies, and beside them the two loss curves and their difference."""
     parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
@@ -435,18 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for name in halves:
         console.print(table(name, results["teachers"].get(name), results["students"][name]))
-    if comparison := results["same_training"]:
-        largest = [
-            f"{dtype} {comparison[dtype]['largest_relative_difference']:.1e}" for dtype in ("float64", "float32")
-        ]
-        console.print(
-            f"One training in both frameworks, {comparison['losses']}, {comparison['steps']} steps: the largest "
-            f"relative difference of the losses is {', '.join(largest)}."
-        )
     picture(results, options.out / "digits.png")
     results["wall_seconds"] = time.perf_counter() - begin
     (options.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"digits.json and digits.png are in {options.out}, after {results['wall_seconds']:.0f} seconds.")
+    console.print(summary(results))
 
 
 if __name__ == "__main__":

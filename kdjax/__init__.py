@@ -1,6 +1,8 @@
-"""Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch."""
+"""Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch.
 
-import importlib.metadata
+Every setting is a constant, except the temperatures that act on the student (`temperature`, `student_temperature`): in kdjax
+its gradient is 0; kdtorch raises a `ValueError` if it is a tensor that requires a gradient.
+"""
 
 try:
     import flax  # noqa: F401
@@ -22,11 +24,7 @@ from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
-
-try:
-    __version__ = importlib.metadata.version("kdlosses")
-except importlib.metadata.PackageNotFoundError:  # a tree that is not installed
-    __version__ = "unknown"
+from kdlosses import __version__ as __version__
 
 __all__ = [
     "CRCDState",

@@ -2,9 +2,7 @@
 
 import sys
 
-import kdjax
-from kdjax.make_loss import PUBLISHED
 from kdlosses import pages
 
 if __name__ == "__main__":
-    sys.exit(pages.main(kdjax, PUBLISHED))
+    sys.exit(pages.main("kdjax", ["kdjax"]))

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from kdjax._pack import array, jax_dtype, packed, unpacked
 from kdjax.teacher_cache import TeacherCache, record_teacher
-from kdlosses import files, layers
-from kdlosses.trees import (
-    Layout,
-    Packed,
-    check_outputs,
-    each_leaf,
-    leaves,
-    no_leaf,
-    numpy_dtype,
-    pack,
-    resolve,
-    twin,
-    unpack,
-)
+from kdlosses import files
+from kdlosses.trees import Layout, check_outputs, each_leaf, leaves, twin
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +60,6 @@ def torch_teacher(
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"torch_teacher: `module` must be a torch.nn.Module, got {type(module).__name__}")
     axes = Layout.of("torch_teacher", layout)
-    shapes: dict[Any, Any] = {}
 
     def infer(inputs: Any) -> Any:
         place = next((x.device for x in (*module.parameters(), *module.buffers())), torch.device("cpu"))
@@ -91,6 +78,8 @@ def torch_teacher(
         check_outputs("torch_teacher", result, torch.Tensor)
         return each_leaf(axes.channels_last, result)
 
+    callback = _Callback("torch_teacher", lambda structure, *arrays: infer(structure.inputs(*arrays)))
+
     def teacher(*args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
             return _arrays("torch_teacher", infer((args, kwargs)))
@@ -99,8 +88,8 @@ def torch_teacher(
                 "torch_teacher: called under jit, grad, vmap or scan; call it before the step and hand in what it gives, "
                 "or make it with inside_jit=True"
             )
-        inputs = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if _is_array(x) else x, (args, kwargs))
-        return _callback("torch_teacher", infer, inputs, shapes)
+        structure, *arrays = _Structure.of((args, kwargs))
+        return callback(structure, *jax.lax.stop_gradient(arrays))
 
     return teacher
 
@@ -138,63 +127,95 @@ def torch_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> print(jax.jit(jax.grad(loss))(jnp.array([1.0, 3.0]), jnp.zeros(2)))
     [1. 3.]
     """
-    import torch
+    import torch  # noqa: F401  (where it is not installed, the error is here)
 
-    shapes: dict[Any, Any] = {}
+    value, gradient = (_Callback("torch_loss", functools.partial(run, fn)) for run in (_value, _gradient))
 
-    def infer(inputs: Any) -> tuple[Any, tuple[Any, ...]]:
-        args, kwargs = each_leaf(lambda x: x, inputs, twin("kdjax", "kdtorch"))
-        result = fn(*args, **kwargs)
-        check_outputs("torch_loss", result, torch.Tensor)
-        return (result[0], result[1:]) if type(result) is tuple else (result, ())
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def crossing(structure: _Structure, floats: list[Any], others: list[Any]) -> Any:
+        return value(structure, floats, others)
+
+    def forward(structure: _Structure, *arrays: list[Any]) -> Any:
+        return value(structure, *arrays), arrays
+
+    def backward(structure: _Structure, arrays: tuple[list[Any], ...], cotangents: Any) -> Any:
+        return gradient(structure, *arrays, cotangents[0]), None
+
+    crossing.defvjp(forward, backward)
 
     def loss(*args: Any, **kwargs: Any) -> Any:
-        flat, tree = jax.tree.flatten((args, kwargs))
-        learns = [i for i, x in enumerate(flat) if _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)]
-        others = {i: x for i, x in enumerate(flat) if i not in learns}
-
-        def inputs(floats: Any, others: Any) -> Any:
-            places = dict(zip(learns, floats, strict=True)) | dict(others)
-            return jax.tree.unflatten(tree, [places[i] for i in range(len(flat))])
-
-        def forward(given: Any) -> Any:
-            with torch.no_grad():
-                result = infer(inputs(*_tensors("torch_loss", given)))
-            return each_leaf(lambda x: x, result, twin("kdtorch", "kdjax"))
-
-        def backward(given: Any) -> list[torch.Tensor]:
-            floats, others, above = _tensors("torch_loss", given)
-            with torch.enable_grad():
-                floats = [x.detach().requires_grad_() for x in floats]
-                result, _ = infer(inputs(floats, others))
-            pairs = zip(leaves(result).values(), leaves(above).values(), strict=True)
-            felt = [(x, y) for x, y in pairs if x.requires_grad]
-            if not felt:
-                raise ValueError(
-                    "torch_loss: a gradient is asked for where none can flow: the loss requires no gradient; "
-                    "do not detach it, nor compute it under no_grad"
-                )
-            values, upstream = zip(*felt, strict=True)
-            slopes = torch.autograd.grad(values, floats, upstream, allow_unused=True)
-            return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(floats, slopes, strict=True)]
-
-        dynamic = {i: x for i, x in others.items() if _is_array(x)}
-        static = {i: x for i, x in others.items() if i not in dynamic}
-
-        @jax.custom_vjp
-        def value(floats: Any, dynamic: Any) -> Any:
-            return _callback("torch_loss", forward, (floats, dynamic | static), shapes)
-
-        def pull_back(residuals: Any, cotangents: Any) -> Any:
-            floats, dynamic = residuals
-            given = (floats, dynamic | static, cotangents[0])
-            return _callback("torch_loss", backward, given, shapes), None
-
-        value.defvjp(lambda *x: (value(*x), x), pull_back)
-        result, extras = value([jnp.asarray(flat[i]) for i in learns], dynamic)
+        result, extras = crossing(*_Structure.of((args, kwargs)))
         return (result, *jax.lax.stop_gradient(extras)) if extras else result
 
     return loss
+
+
+class _Structure(NamedTuple):
+    """What a call depends on, besides its arrays: the tree of the inputs, which of them learn, and what is static.
+
+    The inputs are named by their places among the leaves.
+    """
+
+    tree: Any
+    learns: tuple[int, ...]
+    others: tuple[int, ...]
+    static: tuple[tuple[int, Any], ...]
+
+    @classmethod
+    def of(cls, inputs: Any) -> tuple[_Structure, list[Any], list[Any]]:
+        """The structure, the arrays that learn, which are the floating-point ones, and the other arrays."""
+        flat, tree = jax.tree.flatten(inputs)
+        arrays = {i: x for i, x in enumerate(flat) if isinstance(x, jax.Array | np.ndarray)}
+        floats = {i: jnp.asarray(x) for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        others = {i: x for i, x in arrays.items() if i not in floats}
+        static = tuple((i, x) for i, x in enumerate(flat) if i not in arrays)
+        return cls(tree, tuple(floats), tuple(others), static), [*floats.values()], [*others.values()]
+
+    def inputs(self, floats: Sequence[Any], others: Sequence[Any]) -> Any:
+        """The tree of the inputs, with these arrays in it."""
+        places = dict([*self.static, *zip(self.learns + self.others, [*floats, *others], strict=True)])
+        return jax.tree.unflatten(self.tree, [places[i] for i in range(len(places))])
+
+
+def _value(fn: Callable[..., Any], structure: _Structure, *arrays: list[Any]) -> Any:
+    """On the host: the loss, and what comes besides it."""
+    import torch
+
+    with torch.no_grad():
+        result = _called(fn, structure.inputs(*_tensors("torch_loss", arrays)))
+    return each_leaf(lambda x: x, result, twin("kdtorch", "kdjax"))
+
+
+def _gradient(
+    fn: Callable[..., Any], structure: _Structure, floats: list[Any], others: list[Any], above: Any
+) -> list[torch.Tensor]:
+    """On the host: the gradients of the arrays that learn, for those of the loss."""
+    import torch
+
+    floats, others, above = _tensors("torch_loss", (floats, others, above))
+    with torch.enable_grad():
+        floats = [x.detach().requires_grad_() for x in floats]
+        result, _ = _called(fn, structure.inputs(floats, others))
+    pairs = zip(leaves(result).values(), leaves(above).values(), strict=True)
+    differentiable = [(x, y) for x, y in pairs if x.requires_grad]
+    if not differentiable:
+        raise ValueError(
+            "torch_loss: a gradient is asked for where none can flow: the loss requires no gradient; "
+            "do not detach it, nor compute it under no_grad"
+        )
+    values, upstream = zip(*differentiable, strict=True)
+    slopes = torch.autograd.grad(values, floats, upstream, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(floats, slopes, strict=True)]
+
+
+def _called(fn: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The loss, and what it returns besides."""
+    import torch
+
+    args, kwargs = each_leaf(lambda x: x, inputs, twin("kdjax", "kdtorch"))
+    result = fn(*args, **kwargs)
+    check_outputs("torch_loss", result, torch.Tensor)
+    return (result[0], result[1:]) if type(result) is tuple else (result, ())
 
 
 def to_torch(tree: Any) -> Any:
@@ -217,9 +238,9 @@ def to_torch(tree: Any) -> Any:
     >>> to_torch(dino_init(3))
     DINOState(center=tensor([0., 0., 0.]))
     """
-    from kdtorch import interop
+    from kdtorch import _pack
 
-    return interop.unpacked(packed(tree))
+    return _pack.unpacked(packed(tree))
 
 
 def to_jax(tree: Any) -> Any:
@@ -242,9 +263,9 @@ def to_jax(tree: Any) -> Any:
     >>> to_jax(dino_init(3))
     DINOState(center=Array([0., 0., 0.], dtype=float32))
     """
-    from kdtorch import interop
+    from kdtorch import _pack
 
-    return unpacked(interop.packed(tree))
+    return unpacked(_pack.packed(tree))
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -292,113 +313,15 @@ def load(path: str | os.PathLike[str]) -> Any:
     return unpacked(files.read(path))
 
 
-def packed(tree: Any) -> Packed:
-    """The tree on its way out of JAX, in NumPy."""
-
-    def leaf(path: str, x: Any) -> Packed:
-        if isinstance(x, nnx.Module):
-            return _packed_module(x)
-        if isinstance(x, np.ndarray | np.generic) or (isinstance(x, jax.Array) and not _is_key(x)):
-            return np.asarray(x)
-        raise no_leaf(path, x)
-
-    return pack(tree, "kdjax", leaf)
-
-
-def _packed_module(module: nnx.Module) -> Packed:
-    parts = dict(nnx.iter_modules(module))
-
-    def in_torch(path: tuple[Any, ...]) -> str:
-        steps = [
-            str(step)
-            for i, step in enumerate(path)
-            if not (step == "layers" and isinstance(parts.get(path[:i]), nnx.Sequential))
-        ]
-        return ".".join(steps)
-
-    paths = {".".join(map(str, path)): path for path in parts}
-    found = layers.outermost(((name, parts[path]) for name, path in paths.items()), "flax.nnx", layers.KINDS.values())
-    table = [[in_torch(paths[x.path]), x.path, x.kind] for x in found]
-    weights: layers.Weights = {}
-    keys = []
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        name, value = ".".join(map(str, path)), variable[...]
-        if isinstance(variable, nnx.RngState):
-            continue
-        weights[name] = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
-        if not any(name in layer for layer in found):
-            table.append([in_torch(path), name, ""])
-        if _is_key(value):
-            keys.append([in_torch(path), str(jax.random.key_impl(value))])
-    training = not any(getattr(part, "use_running_average", False) for part in parts.values())
-    return layers.node(
-        module, "kdjax", packed, layers.translated(weights, table, layers.to_torch, 0), table, keys, training
-    )
-
-
-def unpacked(node: Packed) -> Any:
-    """The tree of a packed one, in JAX."""
-
-    def module(node: Packed) -> Any:
-        weights = layers.translated(node["weights"], node["layers"], layers.to_flax, 1)
-        keys = dict(node["keys"])
-        state = {}
-        for name, x in weights.items():
-            if name in keys:
-                state[name] = jax.random.wrap_key_data(jnp.asarray(x), impl=keys[name])
-            elif name.rpartition(".")[2] == "generator":
-                state[name.removesuffix("generator") + "key"] = jax.random.key(zlib.crc32(x.tobytes()))
-            else:
-                state[name] = _array(name, x)
-        paths = [(tuple(int(k) if k.isdecimal() else k for k in name.split(".")), x) for name, x in state.items()]
-        new = nnx.from_flat_state(paths)
-        if node["module"] is None:
-            return new
-        kind, arguments = resolve(node["module"], "kdjax"), unpacked(node["arguments"])
-        seeded = {"rngs": nnx.Rngs(0)} if "rngs" in kind.__init__.__annotations__ else {}
-        built = kind(**arguments, **seeded)
-        nnx.update(built, new)
-        if not node["training"]:
-            built.eval()
-        return built
-
-    return unpack(node, "kdjax", lambda x: _array("", x), module)
-
-
-def _array(name: str, x: np.ndarray) -> jax.Array:
-    """Of the array's own dtype; integers that fit into 32 bits may take them."""
-    with contextlib.suppress(OverflowError):
-        y = jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
-        if y.dtype == x.dtype or (x.dtype.kind in "iu" and (np.asarray(y) == x).all()):
-            return y
-    raise _too_wide("", name, x.dtype)
-
-
-def _too_wide(function: str, name: str, dtype: Any) -> ValueError:
-    where = ": ".join(x for x in (function, name and f"`{name}`") if x)
-    return ValueError(
-        f"{where or 'an array'} is {str(dtype).removeprefix('torch.')}, and JAX has 32 bits; "
-        'call jax.config.update("jax_enable_x64", True), or make it 32 bits wide first'
-    )
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def _is_key(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _tensors(function: str, tree: Any, place: torch.device | None = None) -> Any:
     """The arrays of a tree as tensors, which share their memory."""
     import torch
 
-    from kdtorch import interop
+    from kdtorch import _pack
 
     def tensor(x: Any) -> Any:
         if isinstance(x, np.ndarray):
-            return interop.tensor(x)
+            return _pack.tensor(x)
         if not isinstance(x, jax.Array):
             return x
         try:
@@ -420,59 +343,34 @@ def _arrays(function: str, tree: Any) -> Any:
     return each_leaf(lambda x: None if x is None else array(function, x), tree)
 
 
-def array(function: str, x: torch.Tensor) -> jax.Array:
-    """Of a tensor, without a copy if it fills its memory."""
-    x = _dense(x.detach().resolve_conj().resolve_neg())
-    try:
-        _jax_dtype(function, x)
-        return jax.dlpack.from_dlpack(x)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise TypeError(
-            f"{function}: a tensor of dtype {x.dtype} cannot be handed to JAX, for DLPack has no such dtype there; "
-            "cast it first, as by x.float()"
-        ) from error
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that fills its memory, whatever the order of its axes: JAX takes no other."""
-    order = sorted(range(x.ndim), key=lambda axis: -x.stride()[axis])
-    return x if x.permute(order).is_contiguous() else x.contiguous()
-
-
-def _jax_dtype(function: str, x: torch.Tensor) -> np.dtype:
-    dtype = numpy_dtype(str(x.dtype).removeprefix("torch."))
-    canonical = jax.dtypes.canonicalize_dtype(dtype)
-    if canonical != dtype and dtype.kind not in "iu":
-        raise _too_wide(function, "", x.dtype)
-    return canonical
-
-
-def _callback(function: str, run: Callable[[Any], Any], inputs: Any, shapes: dict[Any, Any]) -> Any:
-    """A function of a tree of JAX arrays to a tree of tensors, called from a compiled program.
+class _Callback:
+    """A function of the host, from arrays to a tree of tensors, as one that a compiled program calls back.
 
     The shapes of what it gives are found by a run on zeros, once for each kind of input.
     """
-    from kdtorch import interop
 
-    flat, tree = jax.tree.flatten(inputs)
-    arrays = {i: x for i, x in enumerate(flat) if _is_array(x)}
-    static = {i: x for i, x in enumerate(flat) if i not in arrays}
+    def __init__(self, function: str, run: Callable[..., Any]) -> None:
+        self.function, self.run = function, run
+        self.shapes: dict[Any, Any] = {}
 
-    def called(given: Sequence[Any]) -> Any:
-        places = static | dict(zip(arrays, given, strict=True))
-        return run(jax.tree.unflatten(tree, [places[i] for i in range(len(places))]))
+    def __call__(self, structure: _Structure, *arrays: Any) -> Any:
+        flat, tree = jax.tree.flatten(arrays)
 
-    def numbers(x: Any) -> Any:
-        return None if x is None else interop.numpy(x).astype(_jax_dtype(function, x), copy=False)
+        def on_host(*flat: Any) -> Any:
+            return self.run(structure, *jax.tree.unflatten(tree, flat))
 
-    key = run.__name__, tree, tuple(static.items()), *((x.shape, x.dtype) for x in arrays.values())
-    if key not in shapes:
-        result = called([np.zeros(x.shape, x.dtype) for x in arrays.values()])
-        shapes[key] = each_leaf(
-            lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, _jax_dtype(function, x)), result
+        key = structure, tree, *((x.shape, x.dtype) for x in flat)
+        if key not in self.shapes:
+            zeros = [np.zeros(x.shape, x.dtype) for x in flat]
+            self.shapes[key] = each_leaf(self._shape, on_host(*zeros))
+        return jax.pure_callback(
+            lambda *flat: each_leaf(self._numbers, on_host(*flat)), self.shapes[key], *flat, vmap_method="sequential"
         )
-    return jax.pure_callback(
-        lambda *given: each_leaf(numbers, called(given)), shapes[key], *arrays.values(), vmap_method="sequential"
-    )
+
+    def _shape(self, x: torch.Tensor | None) -> jax.ShapeDtypeStruct | None:
+        return None if x is None else jax.ShapeDtypeStruct(x.shape, jax_dtype(self.function, x))
+
+    def _numbers(self, x: torch.Tensor | None) -> np.ndarray | None:
+        from kdtorch import _pack
+
+        return None if x is None else _pack.numpy(x).astype(jax_dtype(self.function, x), copy=False)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,10 +83,12 @@ class TeacherCache(cache.Cache):
     [[1.0, 2.0]]
     """
 
+    _array = staticmethod(jnp.asarray)
+
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
         super().__init__(path, num_classes)
 
-    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, jax.Array]:
+    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, Any]:
         """What was recorded of some samples, by name: `logits`, or `values`, `indices` and `rest`; and the other arrays.
 
         Args:
@@ -95,11 +96,11 @@ class TeacherCache(cache.Cache):
             temperature: of the loss, for `rest`; without it there is none.
 
         Returns:
-            Arrays `[batch, ...]` by name, in the order of `index`.
+            Arrays `[batch, ...]` by name, in the order of `index`. `rest` is a mapping from the temperature, as text, to its
+            array, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at.
 
         Raises:
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        outputs = self._outputs(np.asarray(index), temperature)
-        return {name: jnp.asarray(x) for name, x in outputs.items()}
+        return self._read(index, temperature)

@@ -21,8 +21,12 @@ _HEADER, _INDEX, _ROWS = "header.json", "index", "rows"
 class Cache:
     """The outputs that were recorded, memory-mapped; `kdjax.teacher_cache` and `kdtorch.teacher_cache` give arrays."""
 
+    _numpy: Callable[[Any], np.ndarray] = staticmethod(np.asarray)  # from an array of the framework
+    _array: Callable[[np.ndarray], Any] = staticmethod(np.asarray)  # to one
+
     def __init__(self, path: str | os.PathLike[str], num_classes: int | None) -> None:
         self.path = pathlib.Path(path)
+        self._absolute = self.path.absolute()  # the working directory may be another when it is opened again
         header = _header(self.path)
         self.num_classes, self.top_k = header["num_classes"], header["top_k"]
         self.temperatures = tuple(header["temperatures"])
@@ -43,6 +47,10 @@ class Cache:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The path alone, so that a process that is given the cache opens it instead of getting a copy of its rows."""
+        return type(self), (str(self._absolute),)
+
     def holds(self, index: Any) -> np.ndarray:
         """Whether each sample has been recorded.
 
@@ -51,40 +59,57 @@ class Cache:
 
         Returns:
             Booleans of that shape.
-        """
-        return self._places(np.asarray(index))[1]
 
-    def _outputs(self, index: np.ndarray, temperature: float | None) -> dict[str, np.ndarray]:
-        """What was recorded of the samples, by name, in NumPy."""
+        Raises:
+            ValueError: samples that are no whole numbers.
+        """
+        return self._places(_whole_numbers(self._numpy(index)))[1]
+
+    def _read(self, index: Any, temperature: float | None) -> dict[str, Any]:
+        """What was recorded of the samples, by name, and the rest by its temperature."""
         if temperature is not None and self.top_k and temperature not in self.temperatures:
             raise ValueError(
                 f"{self.path}: the rest's logit was recorded for the temperatures {list(self.temperatures)}, got "
                 f'`temperature` {temperature}; record it for that one, or leave the rest out by tail="renormalize"'
             )
-        if index.size and index.dtype.kind not in "iu":
-            raise ValueError(f"`index` must be whole numbers, got {index.dtype}{list(index.shape)}")
+        index = _whole_numbers(self._numpy(index))
         places, held = self._places(index)
         if not held.all():
-            missing = index[~held]
-            raise IndexError(
-                f"{self.path}: holds no sample {missing.ravel()[0]}, nor {missing.size - 1} others of the {index.size} "
-                f"asked for, but {len(self)} others; record them first"
-            )
+            raise IndexError(f"{self.path}: {_missing(index[~held], index.size)}")
         run = places.ndim == 1 and places.size and (np.diff(places) == 1).all()
         rows = self._rows[places[0] : places[-1] + 1] if run else np.take(self._rows, places, axis=0)
-        result = {name: rows.view(self._row)[..., 0][name] for name in self._row.names or ()}
-        if self.top_k:
-            rest = result.pop("rest")
-            if temperature is not None:
-                result["rest"] = rest[..., self.temperatures.index(temperature)]
-        narrow = {"indices": np.int32} if self.top_k else {}
-        return {name: x.astype(narrow.get(name, x.dtype), order="C") for name, x in result.items()}
+        fields = {name: rows.view(self._row)[..., 0][name] for name in self._row.names or ()}
+        rest = fields.pop("rest") if self.top_k else None
+        narrow = {"indices": np.dtype(np.int32)} if self.top_k else {}
+        outputs = {name: self._array(x.astype(narrow.get(name, x.dtype), order="C")) for name, x in fields.items()}
+        if rest is not None and temperature is not None:
+            place = self.temperatures.index(temperature)
+            outputs["rest"] = {
+                str(self.temperatures[place]): self._array(rest[..., place].astype(rest.dtype, order="C"))
+            }
+        return outputs
 
     def _places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(self):
             return np.zeros(index.shape, int), np.zeros(index.shape, bool)
         places = np.minimum(self._sorted.searchsorted(index), len(self) - 1)
         return self._order[places], self._sorted[places] == index
+
+
+def _whole_numbers(index: np.ndarray) -> np.ndarray:
+    if index.size and index.dtype.kind not in "iu":
+        raise ValueError(f"`index` must be whole numbers, got {index.dtype}{list(index.shape)}")
+    return index.astype(np.int64)
+
+
+def _missing(samples: np.ndarray, asked: int) -> str:
+    """What to say of samples that were asked for and are not there."""
+    few = list(dict.fromkeys(samples.tolist()))
+    names = ", ".join(map(str, few[:5])) + (", ..." if len(few) > 5 else "")
+    mend = "record them first; `holds` says which samples are there"
+    if min(few) < 0:
+        mend = "samples are numbered from 0, and a negative number does not count from the end"
+    return f"{samples.size} of the {asked} samples asked for are not there: {names}; {mend}"
 
 
 def record(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from kdlosses import __version__
 from kdlosses.trees import Packed, numpy_dtype
 
 FORMAT = "1"
@@ -30,7 +30,7 @@ def write(path: str | os.PathLike[str], packed: Packed) -> None:
     arrays: dict[str, np.ndarray] = {}
     tree = _without_arrays(packed, "", arrays)
     metadata = {
-        "kdlosses": importlib.metadata.version("kdlosses"),
+        "kdlosses": __version__,
         "format": FORMAT,
         "holds": ", ".join(sorted(set(_names(packed)))),
         "tree": json.dumps(tree),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,22 @@ KINDS = {
     "Conv1d": "Conv",
     "Conv2d": "Conv",
     "Conv3d": "Conv",
+    "ConvTranspose1d": "ConvTranspose",
+    "ConvTranspose2d": "ConvTranspose",
+    "ConvTranspose3d": "ConvTranspose",
     "BatchNorm1d": "BatchNorm",
     "BatchNorm2d": "BatchNorm",
     "BatchNorm3d": "BatchNorm",
     "LayerNorm": "LayerNorm",
     "RMSNorm": "RMSNorm",
     "GroupNorm": "GroupNorm",
+    "InstanceNorm1d": "InstanceNorm",
+    "InstanceNorm2d": "InstanceNorm",
+    "InstanceNorm3d": "InstanceNorm",
     "Embedding": "Embed",
     "MultiheadAttention": "MultiHeadAttention",
 }
+_IN_FLAX = frozenset(KINDS.values())
 
 
 class Weight(NamedTuple):
@@ -38,15 +45,35 @@ class Weight(NamedTuple):
 
 
 _NORM = {"scale": Weight("weight"), "mean": Weight("running_mean"), "var": Weight("running_var")}
+TRANSPOSE_KERNEL = "[transpose_kernel]"  # behind Flax's class
+
+
+def _window_last(kernel: np.ndarray) -> np.ndarray:
+    """From `[*window, in, out]` to `[out, in, *window]`."""
+    return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+
+def _window_first(weight: np.ndarray) -> np.ndarray:
+    """From `[out, in, *window]` to `[*window, in, out]`."""
+    return np.moveaxis(weight, (0, 1), (-1, -2))
+
+
+def _flipped_window_last(kernel: np.ndarray) -> np.ndarray:
+    """From `[*window, in, out]` to `[in, out, *window]`, the window turned round: PyTorch's is a gradient's."""
+    return np.flip(np.moveaxis(kernel, (-2, -1), (0, 1)), tuple(range(2, kernel.ndim)))
+
+
+def _flipped_window_first(weight: np.ndarray) -> np.ndarray:
+    return np.moveaxis(np.flip(weight, tuple(range(2, weight.ndim))), (0, 1), (-2, -1))
+
+
 # by Flax's class, and Flax's name of the weight; a weight that is not here is the same in both
 WEIGHTS: dict[str, dict[str, Weight]] = {
     "Linear": {"kernel": Weight("weight", np.transpose, np.transpose)},
-    "Conv": {  # `[*window, in, out]` and `[out, in, *window]`
-        "kernel": Weight(
-            "weight", lambda k: np.moveaxis(k, (-1, -2), (0, 1)), lambda w: np.moveaxis(w, (0, 1), (-1, -2))
-        )
-    },
-    **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"), _NORM),
+    "Conv": {"kernel": Weight("weight", _window_last, _window_first)},
+    "ConvTranspose": {"kernel": Weight("weight", _flipped_window_last, _flipped_window_first)},
+    f"ConvTranspose{TRANSPOSE_KERNEL}": {"kernel": Weight("weight", _window_last, _window_first)},
+    **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"), _NORM),
     "Embed": {"embedding": Weight("weight")},
 }
 ONLY_TORCH = "num_batches_tracked"  # which nothing of a norm with a momentum depends on
@@ -60,22 +87,41 @@ class Layer(NamedTuple):
     module: Any
 
     def __str__(self) -> str:
-        return f"`{self.path}` ({self.kind})"
+        return f"`{self.path}` ({self.kind})" if self.path else self.kind
 
     def __contains__(self, name: object) -> bool:
         return not self.path or str(name).startswith(f"{self.path}.")
 
 
-def outermost(modules: Iterable[tuple[str, Any]], package: str, kinds: Iterable[str]) -> list[Layer]:
-    """The layers of known kinds, without those inside of another."""
-    known = set(kinds)
+def flax_kind(module: Any) -> str:
+    """The class of a layer of Flax that is known, "" of any other module."""
+    kind = _known(module, "flax.nnx", _IN_FLAX)
+    return f"{kind}{TRANSPOSE_KERNEL}" if kind and getattr(module, "transpose_kernel", False) else kind
+
+
+def torch_kind(module: Any) -> str:
+    """The class of a layer of PyTorch that is known, "" of any other module."""
+    return _known(module, "torch.nn", KINDS)
+
+
+def _known(module: Any, package: str, kinds: Container[str]) -> str:
+    """The first of its classes that the framework itself has: a subclass counts as what it extends."""
+    classes = (c for c in type(module).__mro__ if c.__module__.startswith(package))
+    return next((c.__name__ for c in classes if c.__name__ in kinds), "")
+
+
+def outermost(modules: Iterable[tuple[str, Any]], kind: Callable[[Any], str]) -> list[Layer]:
+    """The layers among the parts of a model, without those inside of another.
+
+    Args:
+        modules: all parts of the model, by their places in it.
+        kind: what a part is called if it is a layer, and "" if it is none.
+    """
     layers: list[Layer] = []
     for path, module in sorted(modules, key=lambda x: x[0].count(".") if x[0] else -1):
-        kind = next(
-            (c.__name__ for c in type(module).__mro__ if c.__module__.startswith(package) and c.__name__ in known), ""
-        )
-        if kind and not any(path in layer for layer in layers):
-            layers.append(Layer(path, kind, module))
+        name = kind(module)
+        if name and not any(path in layer for layer in layers):
+            layers.append(Layer(path, name, module))
     return layers
 
 

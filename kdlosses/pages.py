@@ -1,16 +1,23 @@
-"""The losses of a package on a terminal: a table of them and the page of one, out of `__all__` and the docstrings."""
+"""The losses on a terminal: a table of them and the page of one, out of `__all__` and the docstrings.
+
+The sources are read and not imported, so that a page is there at once, whichever of the frameworks is installed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import functools
+import importlib.util
 import inspect
 import itertools
+import pathlib
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -22,14 +29,62 @@ from rich.text import Text
 from kdlosses.formulas import unicode
 
 _PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
+# what each package needs, and what brings it
+_NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("torch",), "kdlosses[torch]")}
 
 
-def main(package: ModuleType, config: Mapping[str, Any], arguments: Sequence[str] | None = None) -> int:
+class Parameter(NamedTuple):
+    """A parameter of a function, or a field of a named tuple, in the words of the source."""
+
+    name: str
+    annotation: str
+    default: str | None
+    keyword_only: bool
+
+
+class Public(NamedTuple):
+    """A public function or class, by where it is defined, as its source has it."""
+
+    name: str
+    module: str
+    node: ast.FunctionDef | ast.ClassDef
+
+    @property
+    def docstring(self) -> str:
+        return ast.get_docstring(self.node) or ""
+
+    @property
+    def folder(self) -> str:
+        return self.module.split(".")[1]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        if isinstance(self.node, ast.ClassDef):
+            fields = [node for node in self.node.body if isinstance(node, ast.AnnAssign)]
+            return [
+                Parameter(ast.unparse(x.target), ast.unparse(x.annotation), _source(x.value), False) for x in fields
+            ]
+        args = self.node.args
+        defaults = [None] * (len(args.args) - len(args.defaults)) + args.defaults
+        pairs = [*zip(args.args, defaults, strict=True), *zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+        return [Parameter(x.arg, _source(x.annotation) or "", _source(y), x in args.kwonlyargs) for x, y in pairs]
+
+    @property
+    def returns(self) -> str | None:
+        return None if isinstance(self.node, ast.ClassDef) else _source(self.node.returns)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it begins with the student."""
+        return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith("student")
+
+
+def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None = None) -> int:
     """Print the table, or with `show NAME` the page of one.
 
     Args:
-        package: kdjax or kdtorch.
-        config: the table of `make_loss`, for the names that a configuration has.
+        program: whose command it is.
+        packages: kdjax, kdtorch or both.
         arguments: of the command line.
 
     Returns:
@@ -38,30 +93,95 @@ def main(package: ModuleType, config: Mapping[str, Any], arguments: Sequence[str
     Raises:
         SystemExit: 2, a name that is unknown; the message has the nearest.
     """
-    name = package.__name__
-    parser = argparse.ArgumentParser(f"python -m {name}", description=f"List the losses of {name}.")
+    parser = argparse.ArgumentParser(f"python -m {program}", description=f"List the losses of {program}.")
     show = parser.add_subparsers(dest="command").add_parser("show", help="print the page of one")
     show.add_argument("name", help="dkd, DKD, dkd_loss, or a name of a configuration, such as kld")
     options = parser.parse_args(arguments)
-    names = _config_names(config)
+
+    missing = {package: what for package in packages if (what := _missing(package))}
+    inside = sorted((x for x in packages if missing.get(x) != x), key=missing.__contains__) or packages
+    found: dict[str, Public] = {}  # of the first package that has it, one that can be imported before one that cannot
+    having: dict[str, list[str]] = {}
+    for package in inside:
+        for name, x in public(package).items():
+            found.setdefault(name, x)
+            having.setdefault(name, []).extend([package] if package not in missing else [])
+    config = _config_names(inside[0])
+    marks = having if len(packages) > 1 else {}
+
+    console = Console()
+    notes = [f"{x} cannot be imported here, {y} is missing: pip install '{_NEEDS[x][1]}'" for x, y in missing.items()]
     if options.command is None:
-        Console().print(_table(package, names), f"`python -m {name} show dkd` prints the page of one.", highlight=False)
-        return 0
-    known = {key.lower(): public for public in package.__all__ for key in (public, *names.get(public, ()))}
-    known |= {loss.removesuffix("_loss"): loss for loss in losses(package)}
-    asked = options.name.lower()
-    if asked not in known:
-        near = difflib.get_close_matches(asked, known, 3, 0)
-        parser.error(f"no loss is called {options.name!r}; near are {', '.join(near)}; `python -m {name}` lists all")
-    _print_page(Console(), getattr(package, known[asked]), names.get(known[asked], []))
+        console.print(_table([x for x in found.values() if x.is_loss], config, marks))
+        notes.append(f"`python -m {program} show dkd` prints the page of one.")
+    else:
+        known = {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
+        known |= {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
+        asked = options.name.lower()
+        if asked not in known:
+            near = ", ".join(difflib.get_close_matches(asked, known, 3, 0))
+            parser.error(f"no loss is called {options.name!r}; near are {near}; `python -m {program}` lists all")
+        name = known[asked]
+        _print_page(console, found[name], config.get(name, []), marks.get(name, []))
+        notes[:0] = [""] * bool(notes)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
     return 0
+
+
+def public(package: str) -> dict[str, Public]:
+    """The public names of a package, from its source.
+
+    Args:
+        package: kdjax or kdtorch.
+    """
+    for node in _source_of(package).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return {name: _find(package, name) for name in ast.literal_eval(node.value)}
+    raise ValueError(f"{package} has no `__all__`")
+
+
+@functools.cache
+def _source_of(module: str) -> ast.Module:
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)  # which imports nothing, of a package that is not inside of another
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} cannot be found; it is part of kdlosses: install that anew", name=package)
+    path = pathlib.Path(spec.submodule_search_locations[0], *rest)
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
+
+
+def _find(module: str, name: str) -> Public:
+    """Where a name of a module is defined: there, or where the module has it from."""
+    nodes = _source_of(module).body
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return Public(name, module, node)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            return _find(str(node.module), name)
+    raise ValueError(f"{module} has no {name}")
+
+
+def _source(node: ast.expr | None) -> str | None:
+    return None if node is None else ast.unparse(node)
+
+
+def _missing(package: str) -> str:
+    """What is not installed of a package and of what it needs, "" if it can be imported."""
+    for name in (package, *_NEEDS[package][0]):
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            return name
+    return ""
 
 
 def losses(package: ModuleType) -> dict[str, Callable[..., Any]]:
     """The losses among the public names: what begins with the student."""
-    public = {name: getattr(package, name) for name in package.__all__}
-    functions = {name: x for name, x in public.items() if inspect.isfunction(x)}
-    return {name: x for name, x in functions.items() if next(iter(_parameters(x))).startswith("student")}
+    return {name: getattr(package, name) for name, x in public(package.__name__).items() if x.is_loss}
 
 
 def blocks(docstring: str | None) -> Iterator[tuple[str, str]]:
@@ -89,47 +209,51 @@ def paper(docstring: str | None) -> tuple[str, str]:
     return ("the founding repository" if re.search("founding (repository|code)", text) else ""), ""
 
 
-def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
-
-
-def _folder(function: Callable[..., Any]) -> str:
-    return function.__module__.split(".")[1]
-
-
-def _config_names(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """By function; the summary of a module begins with the function that it holds."""
+def _config_names(package: str) -> dict[str, list[str]]:
+    """By function, out of the table of `make_loss`; the summary of a module begins with the function that it holds."""
     names: dict[str, list[str]] = {}
-    for name, term in config.items():
-        holds = re.match("`(.*?)`", term.loss.__doc__ or "")
-        names.setdefault(holds[1] if holds else term.loss.__name__, []).append(name)
+    for node in _source_of(f"{package}.make_loss").body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and _source(node.target) == "PUBLISHED":
+            for key, term in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(term, ast.Call):
+                    loss = _find(f"{package}.make_loss", ast.unparse(term.args[0]))
+                    holds = re.match("`(.*?)`", loss.docstring)
+                    names.setdefault(holds[1] if holds else loss.name, []).append(str(key.value))
     return names
 
 
-def _table(package: ModuleType, names: Mapping[str, Sequence[str]]) -> Table:
+def _table(
+    losses: Sequence[Public], config: Mapping[str, Sequence[str]], packages: Mapping[str, Sequence[str]]
+) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("loss", no_wrap=True)
     table.add_column("what it compares")
     table.add_column("needs", no_wrap=True)
     table.add_column("paper", min_width=17)
-    for _, folder in itertools.groupby(sorted(losses(package).values(), key=_folder), _folder):
-        for function in folder:
-            name, (_, summary) = function.__name__, next(blocks(function.__doc__))
-            needs = [p.name for p in _parameters(function).values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if packages:
+        table.add_column("in", no_wrap=True)
+    for _, folder in itertools.groupby(sorted(losses, key=lambda x: x.folder), lambda x: x.folder):
+        for loss in folder:
+            _, summary = next(blocks(loss.docstring))
+            needs = [x.name for x in loss.parameters if not x.keyword_only]
             needs = [need for need in needs if not need.startswith(("student", "teacher"))]
-            whose, link = paper(function.__doc__)
-            cells = "\n".join([name, *names.get(name, [])]), summary, "\n".join(needs)
-            table.add_row(*map(Text, cells), Text(whose, style=f"link {link}" if link else ""))
+            whose, link = paper(loss.docstring)
+            cells = "\n".join([loss.name, *config.get(loss.name, [])]), summary, "\n".join(needs)
+            inside = ["\n".join(packages[loss.name])] if packages else []
+            table.add_row(*map(Text, cells), Text(whose, style=f"link {link}" if link else ""), *map(Text, inside))
         table.add_section()
     return table
 
 
-def _print_page(console: Console, x: Any, names: Sequence[str]) -> None:
+def _print_page(console: Console, x: Public, names: Sequence[str], packages: Sequence[str]) -> None:
     console.print(Text(_signature(x), style="bold"))
+    if packages:
+        shown = f"; this is its page in {x.module.partition('.')[0]}" if len(packages) > 1 else ""
+        console.print(Text(f"in {' and '.join(packages)}{shown}"))
     if names:
         console.print(Text(f"in a configuration: {', '.join(names)}"))
     before = ""
-    for heading, text in blocks(x.__doc__):
+    for heading, text in blocks(x.docstring):
         console.print()
         if heading and heading != before:
             console.print(Text(heading, style="bold"))
@@ -148,22 +272,16 @@ def _print_page(console: Console, x: Any, names: Sequence[str]) -> None:
         console.print(Padding(body, (0, 0, 0, 2 if heading else 0)))
 
 
-def _signature(x: Any) -> str:
+def _signature(x: Public) -> str:
     """One parameter a line."""
-    signature = inspect.signature(x)
     lines = []
-    for p in signature.parameters.values():
-        if p.kind is p.KEYWORD_ONLY and "*" not in lines:
+    for parameter in x.parameters:
+        if parameter.keyword_only and "*" not in lines:
             lines.append("*")
-        default = "" if p.default is p.empty else f" = {p.default!r}"
-        lines.append(f"{p.name}: {_annotation(p.annotation)}{default}")
-    returned = signature.return_annotation
-    arrow = "" if returned is signature.empty else f" -> {_annotation(returned)}"
-    return "\n".join([f"{x.__name__}(", *(f"    {line}," for line in lines), f"){arrow}"])
-
-
-def _annotation(annotation: Any) -> str:
-    return str(getattr(annotation, "__forward_arg__", annotation))
+        default = "" if parameter.default is None else f" = {parameter.default}"
+        lines.append(f"{parameter.name}: {parameter.annotation}{default}")
+    arrow = f" -> {x.returns}" if x.returns else ""
+    return "\n".join([f"{x.name}(", *(f"    {line}," for line in lines), f"){arrow}"])
 
 
 def _prose(text: str) -> Markdown:

@@ -1,12 +1,15 @@
-"""Knowledge-distillation losses as pure PyTorch functions; `kdjax` holds the same in JAX."""
+"""Knowledge-distillation losses as pure PyTorch functions; `kdjax` holds the same in JAX.
 
-import importlib.metadata
+Every setting is a constant, except the temperatures that act on the student (`temperature`, `student_temperature`): in kdjax
+its gradient is 0; kdtorch raises a `ValueError` if it is a tensor that requires a gradient.
+"""
 
 try:
     import torch  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdtorch needs {error.name}: pip install 'kdlosses[torch]'", name=error.name) from error
 
+from kdlosses import __version__ as __version__
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -20,11 +23,6 @@ from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
-
-try:
-    __version__ = importlib.metadata.version("kdlosses")
-except importlib.metadata.PackageNotFoundError:  # a tree that is not installed
-    __version__ = "unknown"
 
 __all__ = [
     "CRCDState",

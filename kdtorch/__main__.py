@@ -2,9 +2,7 @@
 
 import sys
 
-import kdtorch
 from kdlosses import pages
-from kdtorch.make_loss import PUBLISHED
 
 if __name__ == "__main__":
-    sys.exit(pages.main(kdtorch, PUBLISHED))
+    sys.exit(pages.main("kdtorch", ["kdtorch"]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from kdtorch._typing import ProcessGroup
+from kdlosses import checks
 
 
 def size(group: ProcessGroup | None) -> int:
@@ -80,16 +82,10 @@ class _Gather(torch.autograd.Function):
         return local_rows, None
 
 
-def local_rows(rows: int, group: ProcessGroup | None) -> Tensor:
-    """The places of this rank's rows in what was gathered; on the CPU, where they can be asked for without a wait."""
+def local_rows(rows: int, group: ProcessGroup | None) -> slice:
+    """The places of this rank's rows in what was gathered."""
     first = rank(group) * rows
-    return torch.arange(first, first + rows, device="cpu")
-
-
-def as_slice(places: Tensor) -> slice:
-    """Of places that follow each other."""
-    first = int(places[0]) if len(places) else 0
-    return slice(first, first + len(places))
+    return slice(first, first + rows)
 
 
 def fetch(rows: Tensor, places: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -107,3 +103,64 @@ def fetch(rows: Tensor, places: Tensor, group: ProcessGroup | None) -> Tensor:
     found = rows.new_empty(len(order), rows.shape[1])
     distributed.all_to_all_single(found, rows[wanted], *numbers, group=group)
     return torch.empty_like(found).index_copy_(0, order, found).reshape(*places.shape, -1)
+
+
+def check_dtensors(function: str, leaves: list[tuple[str, Any, checks.Argument]], allowed: str | None) -> bool:
+    """Whether there is a DTensor; an error where PyTorch's operators would not carry the loss."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf[1], Tensor)]
+    sharded = [leaf for leaf in tensors if is_dtensor(leaf[1])]
+    if not len(sharded):
+        return False
+    name, first, _ = sharded[0]
+    if allowed is None:
+        raise TypeError(
+            f"{function}: `{name}` must be no DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
+            "x.to_local() and group="
+        )
+    if any(path == "group" and value is not None for path, value, _ in leaves):
+        raise TypeError(
+            f"{function}: `group` must be None beside the DTensor `{name}`, which holds the whole batch; leave it out, or give "
+            "x.to_local() for every DTensor"
+        )
+    for path, value, argument in tensors:
+        if not is_dtensor(value):
+            if value.ndim or value.requires_grad:
+                raise TypeError(
+                    f"{function}: `{path}` must be a DTensor as `{name}` is; give distribute_tensor({path}, mesh, placements), "
+                    "or x.full_tensor() for every DTensor, or, if each rank holds examples of its own, x.to_local() and group="
+                )
+        elif value.device_mesh != first.device_mesh:
+            raise TypeError(
+                f"{function}: the DTensor `{path}` must be on the mesh of `{name}`; give {path}.redistribute(mesh, placements), "
+                "or x.full_tensor() for both"
+            )
+        elif any(place.is_partial() for place in value.placements):
+            raise TypeError(
+                f"{function}: the DTensor `{path}` must hold sums, got placements {value.placements}; give "
+                f"{path}.redistribute(placements=[Replicate()])"
+            )
+        elif not _last_axis_fits(value, argument.forms, allowed):
+            raise TypeError(
+                f"{function}: the last axis of the DTensor `{path}` must {_ROWS[allowed]}, got placements {value.placements} of "
+                f"shape {list(map(operator.index, value.shape))}; give {path}.redistribute(placements=[Shard(0)]) or {path}.full_tensor()"
+            )
+    return True
+
+
+_ROWS = {"rows": "be whole", "any": "have entries on every rank"}
+
+
+def _last_axis_fits(x: Any, forms: tuple[checks.Form, ...], allowed: str) -> bool:
+    """Of numbers a class or feature, which axis losses reduce."""
+    if not x.is_floating_point() or not any(form.dtype == "float" and len(form.axes) > 1 for form in forms):
+        return True
+    for i, place in enumerate(x.placements):
+        if place.is_shard(x.ndim - 1):
+            ranks, entries = x.device_mesh.size(i), x.shape[-1]
+            if allowed == "rows" or -(-entries // ranks) * (ranks - 1) >= entries:
+                return False
+    return True
+
+
+def is_dtensor(x: Tensor) -> bool:
+    return type(x).__name__ == "DTensor"  # whose import takes a while

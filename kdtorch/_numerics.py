@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from kdtorch._typing import Scalar, rounds
+from kdtorch._typing import Scalar, rounds, sizes
+
+
+def widest(*arrays: Tensor) -> torch.dtype:
+    """What they are computed in: float64 if one of them is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
 
 
 def promote(*arrays: Tensor) -> tuple[Tensor, ...]:
     """All in float64 if one of them is, else in float32."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
+    dtype = widest(*arrays)
     return tuple(x.to(dtype) for x in arrays)
 
 
-def positive(name: str, value: Scalar, like: Tensor) -> Scalar:
-    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN."""
-    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf))
+def positive(name: str, value: Scalar, *like: Tensor, constant: bool = False) -> Scalar:
+    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN.
+
+    It has a gradient, unless it is `constant`, as all other numbers are.
+    """
+    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf), constant)
 
 
-def non_negative(name: str, value: Scalar, like: Tensor) -> Scalar:
+def non_negative(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < math.inf))
 
 
-def fraction(name: str, value: Scalar, like: Tensor) -> Scalar:
+def fraction(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
-def _number(name: str, value: Scalar, like: Tensor, expected: str, test: Callable[[Any], Any]) -> Scalar:
+def _number(
+    name: str,
+    value: Scalar,
+    like: tuple[Tensor, ...],
+    expected: str,
+    test: Callable[[Any], Any],
+    constant: bool = True,
+) -> Scalar:
     if isinstance(value, Tensor):
-        value = value.detach().to(like)
-        return torch.where(test(value), value, math.nan)
+        if constant and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"`{name}` is a constant of the loss and would get no gradient; give {name}.detach()")
+        value = value.to(like[0].device, widest(*like))
+        return value + torch.where(test(value.detach()), 0.0, math.nan)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
     return float(value)
+
+
+def scalar(value: Scalar, *like: Tensor) -> Tensor:
+    """A number as a tensor, in the dtype that the others are computed in."""
+    return value if isinstance(value, Tensor) else like[0].new_full((), value, dtype=widest(*like))
 
 
 def check_state(state: Any) -> None:
@@ -50,6 +72,16 @@ def check_state(state: Any) -> None:
             )
 
 
+def times_square(temperature: Scalar, value: Tensor) -> Tensor:
+    """T² value."""
+    return value if _is_one(temperature) else temperature**2 * value
+
+
+def _is_one(temperature: Scalar) -> bool:
+    """Whether T, which then need not be multiplied by, is the number 1; an array is not asked."""
+    return isinstance(temperature, float) and temperature == 1
+
+
 def weigh(weight: Scalar, value: Tensor) -> Tensor:
     """weight × value. What weighs 0 is not there, be it infinite."""
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
@@ -57,7 +89,7 @@ def weigh(weight: Scalar, value: Tensor) -> Tensor:
 
 def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
-        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
+        raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {sizes(logits)}")
 
 
 def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
@@ -88,6 +120,19 @@ def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], C
     return decorate
 
 
+@custom_op("(Tensor x) -> Tensor", torch.empty_like)
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy of what a user may write into before the backward pass, or has made under `torch.inference_mode`.
+
+    As an operator it is what a compiler holds, which would hold the original for a clone.
+    """
+    return _copy(x) if torch.compiler.is_compiling() else x.clone()
+
+
 def _inside(index: Tensor, size: int, name: str) -> Tensor:
     index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
@@ -115,20 +160,9 @@ def valid_index(name: str, index: Tensor, size: int) -> Tensor:
     return _in_range(index, size, name)
 
 
-def take_class(x: Tensor, labels: Tensor) -> Tensor:
-    """`x[..., labels]`, one class an example."""
-    return x.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def is_class(x: Tensor, labels: Tensor) -> Tensor:
-    """True at each example's label."""
-    return labels.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
-
-
-def log_softmax(x: Tensor, temperature: Scalar = 1.0) -> Tensor:
-    """Of x / temperature over the last axis."""
-    p = softmax(x, temperature)
-    return (x - p.peak) / temperature - p.log_total
+def without_class(x: Tensor, labels: Tensor, absent: float = -math.inf) -> Tensor:
+    """The logits with -inf at each example's label."""
+    return x.scatter(-1, labels.unsqueeze(-1), absent)
 
 
 class Softmax(NamedTuple):
@@ -139,18 +173,49 @@ class Softmax(NamedTuple):
     log_total: Tensor
 
 
-def softmax(x: Tensor, temperature: Scalar = 1.0) -> Softmax:
-    """Over the last axis; p is 0 where every entry is -inf."""
-    peak = x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+def softmax(x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False) -> Softmax:
+    """Over the last axis. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+
+    The largest entry is taken off before the division, whose rounding would be that of the largest.
+    """
+    peak = x.detach().amax(-1, keepdim=True)
+    if may_be_empty:
+        peak = peak.clamp(min=torch.finfo(x.dtype).min)
+    below = x - peak
+    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+        below = torch.maximum(below, -1e5 * temperature)
     # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
-    weight = ((x - peak) * (math.log2(math.e) / temperature)).exp2_()
-    total = weight.sum(-1, keepdim=True).clamp(min=1)  # as much is the largest entry's, where there is one
+    weight = (below * (math.log2(math.e) / temperature)).exp2_()
+    total = weight.sum(-1, keepdim=True)
+    if may_be_empty:
+        total = total.clamp(min=1)  # as much is the largest entry's, where there is one
     return Softmax(weight / total, peak, total.log())
 
 
-def times(q: Tensor, x: Tensor) -> Tensor:
-    """q x, and 0 where q is 0 and x infinite. NaN is 0 too, and must be felt elsewhere."""
-    return (q * x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+def dot(q: Tensor, x: Tensor) -> Tensor:
+    """sum q x over the last axis, where 0 times infinity is 0. NaN may be 0 too, and must be felt elsewhere."""
+    if not eager_on_cpu(q, x):
+        return torch.where(q == 0, 0, q * x).sum(-1)
+    result = torch.linalg.vecdot(q, x)
+    if not result.isfinite().all():  # on a CPU `torch.where` takes ten times as long
+        result = (q * x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
+    return result
+
+
+def eager_on_cpu(*arrays: Tensor | float) -> bool:
+    """Whether values may be asked, and no derivative is to be traced: of ordinary tensors on a CPU, in eager PyTorch.
+
+    There one kernel follows another, so that few and large ones are fast, where a compiler fuses what it is given.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    traced = torch.is_grad_enabled()
+    for x in arrays:
+        if isinstance(x, Tensor) and (
+            type(x) not in (Tensor, Parameter) or not x.is_cpu or (traced and x.requires_grad)
+        ):
+            return False
+    return True
 
 
 class _Refused(torch.autograd.Function):
@@ -171,94 +236,151 @@ class _Refused(torch.autograd.Function):
         raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
 
 
-BLOCK = 2**17  # entries that a row-wise function handles at once on a CPU, whose caches then hold all it makes
+BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then hold all that is made of them
 
 
-def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], opaque: bool = False) -> Callable[..., Tensor]:
-    """A function of rows `[*batch, n]` from one that returns its value and its gradient with respect to its first argument.
+def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A differentiable function from one that makes its value and its gradients in one go.
 
-    The value of a row depends on that row alone. The other arguments are constant: `[*batch, ...]`, or numbers. The
-    gradient is made of differentiable operations, so that the result can be differentiated again. An `opaque` function
-    takes other arguments of any shape and is called once for all rows; its second derivative is refused.
+    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and what
+    else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes of its input, which begin with the value's; with respect
+    to a scalar, the value's axes. The gradients, in the dtypes of their inputs, are all that is held until the backward
+    pass: nothing of the inputs, which may be written into. A second derivative is refused.
     """
 
-    class Rowwise(torch.autograd.Function):
+    class WithGradients(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return value_and_gradient(*inputs) if opaque else _in_blocks(value_and_gradient, *inputs)
+        def forward(asked: tuple[bool, ...], *given: Any) -> tuple[Tensor, ...]:
+            inputs = given[sum(asked) :]
+            value, *others = evaluate(*inputs, *asked)
+            learned = zip(others, inputs, asked, strict=False)
+            return value, *others[learns:], *(part for g, x, wanted in learned if wanted for part in held(g, x.dtype))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.mark_non_differentiable(output[1])
-            ctx.save_for_backward(*(inputs[:1] if opaque else inputs), output[1])
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            *inputs, gradient = ctx.saved_tensors
-            if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                with no_autocast(gradient):
-                    gradient = _Refused.apply(gradient, inputs[0]) if opaque else value_and_gradient(*inputs)[1]
-            return cotangents[0].unsqueeze(-1) * gradient, *(None for _ in ctx.needs_input_grad[1:])
-
-    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
-
-    def value(x: Tensor, *constants: Tensor | float) -> Tensor:
-        constants = _constants(x, constants)
-        with no_autocast(x):
-            return (Rowwise.apply if _differentiated(x) else value_and_gradient)(x, *constants)[0]
-
-    return value
-
-
-def _in_blocks(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 4 * BLOCK:
-        return function(x, *constants)
-    batch = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])
-    others = [c.reshape(len(rows), *c.shape[len(batch) :]) if c.ndim else c for c in constants]
-    value, gradient = x.new_empty(batch), torch.empty_like(rows)
-    values = value.view(-1)  # what is handed out is no view, so that it may be written into
-    number = max(1, BLOCK // rows.shape[-1])
-    for i in range(0, len(rows), number):
-        block = slice(i, i + number)
-        values[block], gradient[block] = function(rows[block], *(c[block] if c.ndim else c for c in others))
-    return value, gradient.reshape(x.shape)
-
-
-def with_backward(value: Callable[..., tuple[Tensor, ...]], pull: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The first of what `value` returns, whose gradient with respect to the first input is `pull(cotangent, *all, *inputs)`.
-
-    Both are opaque. A second derivative is refused.
-    """
-
-    class PulledBack(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return value(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            asked, *given = inputs
+            edges, learned = given[: sum(asked)], given[sum(asked) :][:learns]
             ctx.mark_non_differentiable(*output[1:])
-            ctx.save_for_backward(inputs[0], *output, *inputs)
+            ctx.save_for_backward(*edges, *output[len(output) - _parts(learned, asked) :])
+            ctx.asked, ctx.constants = asked, len(given) - len(edges) - learns
+            ctx.learned = [(x.dtype, x.ndim == 0 < output[0].ndim) for x in learned]
 
         @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            x, *others = ctx.saved_tensors
-            with torch.no_grad(), no_autocast(x):
-                gradient = pull(cotangents[0], *others)
-            if torch.is_grad_enabled():
-                gradient = _Refused.apply(gradient, cotangents[0], x)
-            return gradient, *(None for _ in ctx.needs_input_grad[1:])
+        def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            number = sum(ctx.asked)
+            edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
+            results: list[Tensor | None] = []
+            for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
+                if not wanted:
+                    results.append(None)
+                    continue
+                gradient = next(parts).to(cotangent.dtype)
+                if dtype == torch.float16:
+                    gradient = gradient * next(parts)
+                if torch.is_grad_enabled():
+                    gradient = _Refused.apply(gradient, *edges)
+                gradient = cotangent.reshape(cotangent.shape + (1,) * (gradient.ndim - cotangent.ndim)) * gradient
+                results.append((gradient.sum() if summed else gradient).to(dtype))
+            return None, *(None for _ in edges), *results, *(None for _ in range(ctx.constants))
 
-    def pulled(x: Tensor, *constants: Tensor | float) -> Tensor:
-        constants = _constants(x, constants)
-        return (PulledBack.apply if _differentiated(x) else value)(x, *constants)[0]
+    def differentiable(*inputs: Any) -> tuple[Tensor, ...]:
+        learned = inputs[:learns]
+        asked = tuple(map(may_learn, learned))
+        with no_autocast(inputs[0]):
+            if not any(asked):
+                value, *others = evaluate(*inputs, *asked)
+                return value, *others[learns:]
+            # of no entries: they hold nothing, and the second derivative is refused of them
+            edges = (x.flatten()[:0].clone() for x, wanted in zip(learned, asked, strict=True) if wanted)
+            results = WithGradients.apply(asked, *edges, *learned, *map(_constant, inputs[learns:]))
+            return results[: len(results) - _parts(learned, asked)]
 
-    return pulled
+    return differentiable
+
+
+def _constant(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
+    """How many tensors hold the gradients."""
+    return sum(2 if x.dtype == torch.float16 else 1 for x, wanted in zip(learned, asked, strict=True) if wanted)
+
+
+def held(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A gradient in the dtype of its input; in float16, whose exponents are few, beside the factor that was taken out.
+
+    Gradients of float16 are scaled by the user, so that they do not vanish, in the backward pass alone, which is later.
+    """
+    if dtype != torch.float16:
+        return (gradient.to(dtype),)
+    largest = torch.cat([gradient.flatten(), gradient.new_zeros(1)]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    factor = torch.where(largest > 0, (largest.log2().floor() - 14).clamp(min=-120).exp2(), 1)
+    return (gradient / factor).to(dtype), factor
+
+
+def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., Tensor]:
+    """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
+
+    `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
+    weights are 1). Where values are not summed, the weights are known in the backward pass alone, which evaluates once
+    more; until then the inputs that learn are held, and copies of the others.
+    """
+
+    def total(*inputs: Any) -> tuple[Tensor, ...]:
+        values, *gradients = evaluate(*inputs[:-learns], None, *inputs[-learns:])
+        return values.sum(), *gradients
+
+    class Coupled(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(asked: tuple[bool, ...], *inputs: Any) -> Tensor:
+            return evaluate(*inputs, None, *(False,) * learns)[0]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            ctx.asked, *others = inputs
+            ctx.save_for_backward(*(x for x in others if isinstance(x, Tensor)))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in others]
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if x is None else x[0] for x in ctx.others]
+            learned = [(x, wanted) for x, wanted in zip(inputs, ctx.asked, strict=False)]
+            with torch.no_grad(), no_autocast(cotangent):
+                _, *gradients = evaluate(*inputs, cotangent, *ctx.asked)
+            results: list[Tensor | None] = []
+            for gradient, (x, wanted) in zip(gradients, learned, strict=True):
+                gradient = gradient.to(x.dtype)
+                if torch.is_grad_enabled():
+                    gradient = _Refused.apply(gradient, cotangent, *(x for x, _ in learned))
+                results.append(gradient if wanted else None)
+            return None, *results, *(None for _ in inputs[learns:])
+
+    summed_up = with_gradients(total, learns)
+
+    def differentiable(*inputs: Any, summed: bool) -> Tensor:
+        if summed:
+            return summed_up(*inputs)[0]
+        asked = tuple(map(may_learn, inputs[:learns]))
+        with no_autocast(inputs[0]):
+            if not any(asked):
+                return evaluate(*inputs, None, *asked)[0]
+            copies = (x.clone() if isinstance(x, Tensor) else x for x in map(_constant, inputs[learns:]))
+            return Coupled.apply(asked, *inputs[:learns], *copies)
+
+    return differentiable
+
+
+def may_learn(x: Tensor) -> bool:
+    """Whether a gradient with respect to x may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -267,33 +389,17 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
 
-def _constants(x: Tensor, values: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:
-    return tuple(v.detach() if isinstance(v, Tensor) else x.new_full((), v) for v in values)
+def log_ratio(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False) -> tuple[Softmax, Softmax, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
+    p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
+    apart = torch.where(x.isneginf() & y.isneginf(), 0, x - y)
+    return p, q, (apart - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
 
 
-def _differentiated(x: Tensor) -> bool:
-    """Whether a gradient may be asked for; `torch.compile` cannot trace an `autograd.Function` where none is."""
-    return not torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-
-
-def log_ratio(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Softmax, Softmax, Tensor]:
-    """p = softmax(x / T), q = softmax(y / T), and log(p / q), 0 where both are 0.
-
-    It comes from x - y, so that close rows keep their digits.
-    """
-    p, q = softmax(x, temperature), softmax(y, temperature)
-    ratio = (x - y).sub_(p.peak - q.peak) / temperature
-    ratio = ratio.sub_(p.log_total - q.log_total)
-    return p, q, ratio.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-
-
-def excess(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
-    """p - q = ± max(p, q) (1 - exp(-|log(p / q)|)), in which close rows keep their digits."""
-    with torch.no_grad():
-        result = torch.maximum(p, q).mul_(ratio.abs().neg_().expm1_()).copysign_(ratio)
-    if torch.is_grad_enabled():  # its derivative is that of the difference, at p = q too
-        result = (p - q) + (result - (p - q)).detach()
-    return result
+def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
+    """p - q, from r = log(p / q) as q (e^r - 1) where r is small, so that close rows keep their digits."""
+    near = (q > 0) & (ratio < 1)
+    return torch.where(near, q * torch.where(near, ratio, 0).expm1(), p - q)
 
 
 def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,30 +408,94 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    difference = excess(p.p, q.p, ratio)
-    return (difference - times(q.p, ratio)).sum(-1).clamp(min=0), difference
+    used = torch.where(q.p == 0, 0, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, used)
+    return (difference - q.p * used).sum(-1).clamp(min=0), difference
 
 
-def kl_and_gradient(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+class Tilt(NamedTuple):
+    """p = softmax(x / T) as q = softmax(y / T) times e^d over its mean, where d is (x - y) / T less its mean under q.
+
+    `growth` is e^d - 1, `rise` its mean under q, and `excess` is q (growth - rise), which is (1 + rise) (p - q).
+    """
+
+    q: Tensor
+    d: Tensor
+    growth: Tensor
+    rise: Tensor
+    excess: Tensor
+
+
+FAR = -1e30  # of an infinite logit, which is as good as infinite where another logit of its row is not
+
+
+def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
+    """The way from q to p in few, large kernels; None but in eager PyTorch on a CPU, and where numbers are too far apart.
+
+    No normaliser is rounded that p and q do not share, so that close rows keep their digits.
+    """
+    if not eager_on_cpu(x, y, temperature) or not x.numel():
+        return None
+    found = _tilt(x, y, float(temperature))
+    largest = float(found.growth.amax())
+    if math.isnan(largest):
+        x, y = (logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=FAR) for logits in (x, y))
+        if all(bool((logits.amax(-1) > FAR).all()) for logits in (x, y)):
+            found = _tilt(x, y, float(temperature))
+            largest = float(found.growth.amax())
+    if largest > 1e7:  # e^d of a class that p needs not feel, unless its mean under p is large too
+        largest = float((torch.linalg.vecdot(found.excess, found.growth) / (1 + found.rise.squeeze(-1))).amax())
+    return found if largest < 5e8 else None  # else p would rest on what has few digits in q
+
+
+def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:
+    d = x - y
+    if temperature == 1:
+        q = torch.softmax(y, -1)
+    else:  # a division that rounds must be of small numbers
+        exact = math.frexp(temperature)[0] == 0.5
+        q = torch.softmax(y / temperature if exact else (y - y.amax(-1, keepdim=True)).div_(temperature), -1)
+    d.sub_(torch.linalg.vecdot(q, d).unsqueeze(-1))
+    if temperature != 1:
+        d.div_(temperature)
+    growth = d.expm1()
+    return Tilt(q, d, growth, torch.linalg.vecdot(q, growth).unsqueeze(-1), softmax_pulled_back(growth, q))
+
+
+def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
+    """p (x - sum p x), for which PyTorch has one kernel: the gradient of a softmax."""
+    return torch.ops.aten._softmax_backward_data(x, p, -1, p.dtype)
+
+
+def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        scale = 1 + tilted.rise
+        return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 
 
-kl_divergence = rowwise(kl_and_gradient)
+def kl_of_tilt(tilted: Tilt) -> Tensor:
+    """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding."""
+    return (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
 
 
-@rowwise
-def cross_entropy(x: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T."""
-    p, total = softmax(x, temperature), target.sum(-1, keepdim=True)
-    value = (p.log_total * total).squeeze(-1) - times(target, x - p.peak).sum(-1) / temperature
-    return value, (p.p * total - target) / temperature
+def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:
+    """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T."""
+    return cross_entropy_of_softmax(softmax(x, temperature), x, target, temperature)
 
 
-def without_class(x: Tensor, labels: Tensor) -> Tensor:
-    """The logits with -inf at each example's label."""
-    return x.scatter(-1, labels.unsqueeze(-1), -math.inf)
+def cross_entropy_of_softmax(p: Softmax, x: Tensor, target: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """The same where p may leave out classes of x, whose target is 0.
+
+    A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
+    """
+    total = target.sum(-1, keepdim=True)
+    value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
+    gradient = p.p * total - target
+    return value, gradient if _is_one(temperature) else gradient / temperature
 
 
 def unit(x: Tensor) -> Tensor:
@@ -335,3 +505,14 @@ def unit(x: Tensor) -> Tensor:
     x = x / torch.where(zero, math.inf, scale)
     square = (x * x).sum(-1, keepdim=True)
     return x / torch.where(zero, 1, square).sqrt()
+
+
+def unit_pull(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to x, given that with respect to `unit(x)`."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    zero = scale < torch.finfo(x.dtype).tiny
+    scaled = x / torch.where(zero, math.inf, scale)
+    length = torch.where(zero, math.inf, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True))
+    direction = scaled / length
+    across = gradient - (gradient * direction).sum(-1, keepdim=True) * direction
+    return across / length / torch.where(zero, 1, scale)

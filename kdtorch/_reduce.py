@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdtorch._collectives import all_sum, check_batch, size
+from kdtorch._numerics import own
 from kdtorch._typing import ProcessGroup, Reduction
 
 
@@ -15,6 +16,7 @@ def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
         return arrays
+    where = own(where)  # which is held until the backward pass
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
@@ -28,10 +30,17 @@ def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: Pr
     if reduction == "none":
         return values
     check_batch(values, group)
-    ranks, value = size(group), values.sum()
+    return reduce_sum(values.sum(), values.numel(), where, reduction, group)
+
+
+def reduce_sum(
+    value: Tensor, number: int, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None
+) -> Tensor:
+    """`"mean"` or `"sum"` from the sum over kept examples, of `number` examples kept or not."""
+    ranks = size(group)
     if reduction == "sum":
         return value * ranks
-    return value / (max(values.numel(), 1) if where is None else count(where, values.dtype, group) / ranks)
+    return value / (max(number, 1) if where is None else count(own(where), value.dtype, group) / ranks)
 
 
 def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -> Tensor:

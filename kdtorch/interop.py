@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdlosses import files, layers
-from kdlosses.trees import (
-    Layout,
-    Packed,
-    check_outputs,
-    each_leaf,
-    leaves,
-    no_leaf,
-    numpy_dtype,
-    pack,
-    resolve,
-    twin,
-    unpack,
-)
+from kdlosses import files
+from kdlosses.trees import Layout, check_outputs, each_leaf, leaves, twin
 from kdtorch._numerics import _Refused
+from kdtorch._pack import packed, unpacked
 from kdtorch.teacher_cache import TeacherCache, record_teacher
 
 __all__ = ["TeacherCache", "jax_loss", "jax_teacher", "load", "record_teacher", "save", "to_jax", "to_torch"]
@@ -128,14 +115,70 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> x.grad
     tensor([1., 3.])
     """
-    import jax
-    import jax.numpy as jnp
+    compiled = _Compiled(fn)
 
-    def result(structure: _Structure, floats: Any, others: Any) -> tuple[Any, Any]:
-        places = dict(structure.static) | dict(zip(structure.learns, floats, strict=True)) | others
-        given = jax.tree.unflatten(structure.tree, [places[i] for i in range(len(places))])
-        args, kwargs = each_leaf(lambda x: x, given, twin("kdtorch", "kdjax"))
-        result = fn(*args, **kwargs)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        structure, learns, others = _Structure.of((args, kwargs))
+        if learns:
+            trees: list[Any] = []
+            crossed = _Crossing.apply(compiled, structure, trees, *learns, *others)
+            number = trees[0].num_leaves
+            loss, extras = trees[0].unflatten(crossed[:number]), trees[1].unflatten(crossed[number:])
+        else:
+            place = next((x.device for x in others), torch.device("cpu"))
+            loss, extras = _tensors(compiled.value(structure, [], _arrays("jax_loss", others)), place)
+        loss, extras = each_leaf(lambda x: x, (loss, extras), twin("kdjax", "kdtorch"))
+        return (loss, *extras) if extras else loss
+
+    return loss
+
+
+class _Structure(NamedTuple):
+    """What a call depends on, besides its arrays: the tree of the inputs, which of them learn, and what is static.
+
+    The inputs are named by their places among the leaves.
+    """
+
+    tree: Any
+    learns: tuple[int, ...]
+    others: tuple[int, ...]
+    static: tuple[tuple[int, Any], ...]
+
+    @classmethod
+    def of(cls, inputs: Any) -> tuple[_Structure, list[Tensor], list[Tensor]]:
+        """The structure, the tensors that learn, which are those that require gradient, and the other tensors."""
+        import jax
+
+        flat, tree = jax.tree.flatten(inputs)
+        tensors = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor)}
+        learns = {i: x for i, x in tensors.items() if x.requires_grad and torch.is_grad_enabled()}
+        others = {i: x for i, x in tensors.items() if i not in learns}
+        static = tuple((i, x) for i, x in enumerate(flat) if i not in tensors)
+        return cls(tree, tuple(learns), tuple(others), static), [*learns.values()], [*others.values()]
+
+    def inputs(self, learns: Sequence[Any], others: Sequence[Any]) -> Any:
+        """The tree of the inputs, with these arrays in it."""
+        places = dict([*self.static, *zip(self.learns + self.others, [*learns, *others], strict=True)])
+        return self.tree.unflatten([places[i] for i in range(len(places))])
+
+
+class _Compiled:
+    """A loss of JAX, compiled: its value alone, the value with what the backward pass needs, and the backward pass."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        import jax
+
+        self.fn = fn
+        self.value = jax.jit(self._value, static_argnums=0)
+        self.value_and_pull = jax.jit(self._value_and_pull, static_argnums=0)
+        self.pull_back = jax.jit(lambda pull, cotangents: pull(cotangents)[0])
+
+    def _value(self, structure: _Structure, learns: list[Any], others: list[Any]) -> tuple[Any, tuple[Any, ...]]:
+        import jax
+        import jax.numpy as jnp
+
+        args, kwargs = each_leaf(lambda x: x, structure.inputs(learns, others), twin("kdtorch", "kdjax"))
+        result = self.fn(*args, **kwargs)
         check_outputs("jax_loss", result, jax.Array)
         loss, extras = (result[0], result[1:]) if type(result) is tuple else (result, ())
         for x in jax.tree.leaves(loss):
@@ -146,74 +189,35 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
                 )
         return loss, extras
 
-    forward = jax.jit(result, static_argnums=0)
+    def _value_and_pull(self, structure: _Structure, learns: list[Any], others: list[Any]) -> Any:
+        import jax
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def forward_and_pull(structure: _Structure, floats: Any, others: Any) -> Any:
-        return jax.vjp(lambda floats: result(structure, floats, others), floats, has_aux=True)
-
-    pull_back = jax.jit(lambda pull, cotangents: pull(cotangents)[0])
-
-    class Crossing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, structure: _Structure, trees: list[Any], *tensors: Tensor) -> Any:
-            loss, pull, extras = forward_and_pull(structure, *inputs(structure, tensors))
-            (losses, ctx.tree), (besides, besides_tree) = jax.tree.flatten(loss), jax.tree.flatten(extras)
-            trees += [ctx.tree, besides_tree]
-            ctx.pull, ctx.place = pull, tensors[0].device
-            ctx.save_for_backward(*tensors)  # for the error if one of them is written into before the gradient
-            besides = _tensors(besides, ctx.place)
-            ctx.mark_non_differentiable(*besides)
-            return *(x.clone() for x in _tensors(losses, ctx.place)), *besides
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> Any:
-            tensors = ctx.saved_tensors
-            above = _arrays("jax_loss", list(cotangents[: ctx.tree.num_leaves]))
-            slopes = _tensors(pull_back(ctx.pull, jax.tree.unflatten(ctx.tree, above)), ctx.place)
-            if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
-                slopes = [_Refused.apply(slope, *cotangents, *tensors) for slope in slopes]
-            return None, None, *(slope.clone() for slope in slopes), *[None] * (len(tensors) - len(slopes))
-
-    def inputs(structure: _Structure, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[int, Any]]:
-        arrays = _arrays("jax_loss", list(tensors))
-        number = len(structure.learns)
-        return arrays[:number], dict(zip(structure.others, arrays[number:], strict=True))
-
-    def loss(*args: Any, **kwargs: Any) -> Any:
-        flat, tree = jax.tree.flatten((args, kwargs))
-        tensors = {i: x for i, x in enumerate(flat) if isinstance(x, Tensor)}
-        learns = {i: x for i, x in tensors.items() if x.requires_grad and torch.is_grad_enabled()}
-        others = {i: x for i, x in tensors.items() if i not in learns}
-        static = tuple((i, x) for i, x in enumerate(flat) if i not in tensors)
-        structure = _Structure(tree, tuple(learns), tuple(others), static)
-        if learns:
-            trees: list[Any] = []
-            crossed = Crossing.apply(structure, trees, *learns.values(), *others.values())
-            number = trees[0].num_leaves
-            loss, extras = (
-                jax.tree.unflatten(trees[0], crossed[:number]),
-                jax.tree.unflatten(trees[1], crossed[number:]),
-            )
-        else:
-            place = next((x.device for x in tensors.values()), torch.device("cpu"))
-            loss, extras = _tensors(forward(structure, *inputs(structure, [*others.values()])), place)
-        loss, extras = each_leaf(lambda x: x, (loss, extras), twin("kdjax", "kdtorch"))
-        return (loss, *extras) if extras else loss
-
-    return loss
+        return jax.vjp(lambda learns: self._value(structure, learns, others), learns, has_aux=True)
 
 
-class _Structure(NamedTuple):
-    """What a compiled loss depends on, besides the shapes: the tree of the inputs, which of them learn, what is static.
+class _Crossing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compiled: _Compiled, structure: _Structure, trees: list[Any], *tensors: Tensor) -> Any:
+        import jax
 
-    The inputs are named by their places among the leaves.
-    """
+        arrays, number = _arrays("jax_loss", list(tensors)), len(structure.learns)
+        loss, pull, extras = compiled.value_and_pull(structure, arrays[:number], arrays[number:])
+        (losses, ctx.tree), (besides, besides_tree) = jax.tree.flatten(loss), jax.tree.flatten(extras)
+        trees += [ctx.tree, besides_tree]
+        ctx.pull_back, ctx.place = functools.partial(compiled.pull_back, pull), tensors[0].device
+        ctx.save_for_backward(*tensors)  # for the error if one of them is written into before the gradient
+        besides = _tensors(besides, ctx.place)
+        ctx.mark_non_differentiable(*besides)
+        return *(x.clone() for x in _tensors(losses, ctx.place)), *besides
 
-    tree: Any
-    learns: tuple[int, ...]
-    others: tuple[int, ...]
-    static: tuple[tuple[int, Any], ...]
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        above = _arrays("jax_loss", list(cotangents[: ctx.tree.num_leaves]))
+        slopes = _tensors(ctx.pull_back(ctx.tree.unflatten(above)), ctx.place)
+        if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
+            slopes = [_Refused.apply(slope, *cotangents, *tensors) for slope in slopes]
+        return None, None, None, *(slope.clone() for slope in slopes), *[None] * (len(tensors) - len(slopes))
 
 
 def to_torch(tree: Any) -> Any:
@@ -236,9 +240,9 @@ def to_torch(tree: Any) -> Any:
     >>> to_torch(dino_init(3))
     DINOState(center=tensor([0., 0., 0.]))
     """
-    from kdjax import interop
+    from kdjax import _pack
 
-    return unpacked(interop.packed(tree))
+    return unpacked(_pack.packed(tree))
 
 
 def to_jax(tree: Any) -> Any:
@@ -261,9 +265,9 @@ def to_jax(tree: Any) -> Any:
     >>> to_jax(dino_init(3))
     DINOState(center=Array([0., 0., 0.], dtype=float32))
     """
-    from kdjax import interop
+    from kdjax import _pack
 
-    return interop.unpacked(packed(tree))
+    return _pack.unpacked(packed(tree))
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -313,87 +317,6 @@ def load(path: str | os.PathLike[str]) -> Any:
     return unpacked(files.read(path))
 
 
-def packed(tree: Any) -> Packed:
-    """The tree on its way out of PyTorch, in NumPy."""
-
-    def leaf(path: str, x: Any) -> Packed:
-        if isinstance(x, nn.Module):
-            return _packed_module(x)
-        if isinstance(x, Tensor):
-            if x.requires_grad:
-                raise ValueError(
-                    f"`{path or 'tree'}` is a tensor that requires gradient, and none flows through here; give x.detach()"
-                )
-            return numpy(x)
-        if isinstance(x, np.ndarray | np.generic):
-            return np.asarray(x)
-        raise no_leaf(path, x)
-
-    return pack(tree, "kdtorch", leaf)
-
-
-def _packed_module(module: nn.Module) -> Packed:
-    parts = dict(module.named_modules())
-
-    def in_flax(path: str) -> str:
-        steps = path.split(".")
-        for i in reversed(range(len(steps))):
-            if isinstance(parts.get(".".join(steps[:i])), nn.Sequential):
-                steps.insert(i, "layers")
-        return ".".join(steps)
-
-    found = layers.outermost(parts.items(), "torch.nn", layers.KINDS)
-    table = [[x.path, in_flax(x.path) if x.path else "", layers.KINDS[x.kind]] for x in found]
-    weights = {name: numpy(x) for name, x in module.state_dict().items()}
-    for path, part in parts.items():
-        if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-            weights[f"{path}.generator" if path else "generator"] = numpy(generator.get_state())
-    table += [[name, in_flax(name), ""] for name in weights if not any(name in layer for layer in found)]
-    return layers.node(module, "kdtorch", packed, weights, table, [], module.training)
-
-
-def unpacked(node: Packed) -> Any:
-    """The tree of a packed one, in PyTorch."""
-
-    def module(node: Packed) -> Any:
-        weights = {name: tensor(x) for name, x in node["weights"].items()}
-        keys = [weights.pop(name) for name, _ in node["keys"]]
-        drawn = [weights.pop(name) for name in list(weights) if name.rpartition(".")[2] == "generator"]
-        if node["module"] is None:
-            return weights
-        kind, arguments = resolve(node["module"], "kdtorch"), unpacked(node["arguments"])
-        if keys or drawn:
-            arguments["generator"] = torch.Generator()
-        built = kind(**arguments)
-        built.load_state_dict(built.state_dict() | weights, assign=True)
-        for state in drawn:
-            built.generator.set_state(state)
-        for key in keys:
-            built.generator.manual_seed(zlib.crc32(numpy(key).tobytes()))
-        return built.train(node["training"])
-
-    return unpack(node, "kdtorch", tensor, module)
-
-
-def tensor(x: np.ndarray) -> Tensor:
-    """A copy, in the array's own dtype, of which NumPy may know nothing."""
-    dtype = getattr(torch, "bool" if x.dtype == bool else x.dtype.name, None)
-    if dtype is None:
-        raise TypeError(f"an array of dtype {x.dtype}, which PyTorch has not; cast it first")
-    return (
-        torch.frombuffer(bytearray(x.tobytes()), dtype=dtype).reshape(x.shape)
-        if x.size
-        else torch.empty(x.shape, dtype=dtype)
-    )
-
-
-def numpy(x: Tensor) -> np.ndarray:
-    """A copy, in the tensor's own dtype, of which NumPy may know nothing."""
-    x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    flat = x.reshape(-1).view(torch.uint8).numpy()
-    return flat.copy().view(numpy_dtype(str(x.dtype).removeprefix("torch."))).reshape(x.shape)
-
-
 def _tensors(tree: Any, place: torch.device) -> Any:
     """The JAX arrays of a tree as tensors, which share their memory."""
     return each_leaf(lambda x: None if x is None else torch.from_dlpack(x).to(place), tree)
@@ -403,11 +326,11 @@ def _arrays(function: str, tree: Any) -> Any:
     """The tensors of a tree as JAX arrays, which share their memory."""
     import jax
 
-    from kdjax import interop
+    from kdjax import _pack
 
     def array(x: Any) -> Any:
         if isinstance(x, Tensor) and x.device.type != "cpu" and jax.default_backend() == "cpu":
             x = x.cpu()
-        return interop.array(function, x) if isinstance(x, Tensor) else x
+        return _pack.array(function, x) if isinstance(x, Tensor) else x
 
     return each_leaf(array, tree)

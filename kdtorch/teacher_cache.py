@@ -58,6 +58,13 @@ def record_teacher(
     return TeacherCache(path)
 
 
+def _numpy(x: Any) -> np.ndarray:
+    if not isinstance(x, Tensor):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 class TeacherCache(cache.Cache):
     """What `record_teacher` wrote, from either package; memory-mapped, so that opening reads the index alone.
 
@@ -84,10 +91,12 @@ class TeacherCache(cache.Cache):
     [[1.0, 2.0]]
     """
 
+    _numpy, _array = staticmethod(_numpy), staticmethod(torch.from_numpy)
+
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
         super().__init__(path, num_classes)
 
-    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, Tensor]:
+    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, Any]:
         """What was recorded of some samples, by name: `logits`, or `values`, `indices` and `rest`; and the other arrays.
 
         Args:
@@ -95,18 +104,11 @@ class TeacherCache(cache.Cache):
             temperature: of the loss, for `rest`; without it there is none.
 
         Returns:
-            Tensors `[batch, ...]` by name, in the order of `index`.
+            Tensors `[batch, ...]` by name, in the order of `index`. `rest` is a mapping from the temperature, as text, to its
+            tensor, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at.
 
         Raises:
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        outputs = self._outputs(_numpy(index), temperature)
-        return {name: torch.from_numpy(x) for name, x in outputs.items()}
-
-
-def _numpy(x: Any) -> np.ndarray:
-    if not isinstance(x, Tensor):
-        return np.asarray(x)
-    x = x.detach().cpu()
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+        return self._read(index, temperature)

@@ -17,6 +17,7 @@ from parity.compare import Comparison, Difference
 from parity.run import forget
 
 TITLES = [loss.title for loss in LOSSES]
+SHORT = {title.replace("_loss", ""): title for title in TITLES}  # "dkd", "nkd-soft"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m parity", description=__doc__)
-    parser.add_argument("--loss", nargs="+", choices=TITLES, default=TITLES, metavar="NAME", help=", ".join(TITLES))
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        type=lambda name: SHORT.get(name, name),
+        choices=TITLES,
+        default=TITLES,
+        metavar="NAME",
+        help=f"all of them; or some, with or without _loss: {', '.join(SHORT)}",
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the inputs; all of them")
     parser.add_argument(
         "--framework", nargs="+", choices=["jax", "torch"], default=["jax", "torch"], help="both, unless one is named"

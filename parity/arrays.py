@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,3 +46,12 @@ def to_numpy(x: Any) -> np.ndarray:
         x = x.detach().cpu()
         return x.float().numpy().astype(numpy_dtype("bfloat16")) if "bfloat16" in str(x.dtype) else x.numpy()
     return np.asarray(x)
+
+
+def each_array(x: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """A function of each array in dictionaries and lists."""
+    if isinstance(x, dict):
+        return {key: each_array(value, function) for key, value in x.items()}
+    if isinstance(x, list):
+        return [each_array(value, function) for value in x]
+    return function(np.asarray(x))

@@ -1,6 +1,6 @@
-"""The one table of losses, and the cases that it makes.
+"""The cases that the table of losses makes.
 
-A new loss is a row of `LOSSES`; every law and every comparison then tests it.
+A new loss is a file of `parity/losses`; every law and every comparison then tests it.
 """
 
 from __future__ import annotations
@@ -14,280 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from parity.arrays import each_array
+from parity.kinds import KINDS, Sizes
+from parity.losses import LOSSES
+from parity.perturbations import PERTURBATIONS
+from parity.row import Loss
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of one case. Primes and odd numbers, so that no axis is taken for another."""
-
-    batch: tuple[int, ...] = (5,)
-    classes: int = 7
-    dim: int = 6
-    views: int = 4
-    teacher_views: int = 2
-    maps: tuple[tuple[int, int, int], ...] = ((3, 5, 6), (2, 3, 2))
-    num_data: int = 11
-    negatives: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What an input is: how it is drawn, and which of its axes counts the examples (None: none does)."""
-
-    draw: Callable[[np.random.Generator, Sizes], Any]
-    axis: int | None = 0
-
-
-def _distribution(rng: np.random.Generator, n: Sizes) -> np.ndarray:
-    """Mixtures of two classes; the first example is a single class."""
-    number = int(np.prod(n.batch))
-    labels = np.zeros((number, n.classes))
-    for i in range(number):
-        share = 1.0 if i == 0 else rng.uniform(0.55, 0.95)
-        first, second = rng.choice(n.classes, 2, replace=False)
-        labels[i, first], labels[i, second] = share, 1 - share
-    return labels.reshape(*n.batch, n.classes)
-
-
-def _units(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    x = rng.normal(size=shape)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _maps(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
-    """[batch, channels, height, width]"""
-    return [rng.normal(size=(*n.batch, *shape)) for shape in n.maps]
-
-
-def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
-    """The classes of each example in an order of its own."""
-    return rng.random((*n.batch, n.classes)).argsort(-1)
-
-
-def _kept(n: Sizes) -> int:
-    return max(1, n.classes // 2)
-
-
-KINDS: dict[str, Kind] = {
-    "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes))),
-    "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n)))),
-    "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
-    "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch)),
-    "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim))),
-    "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim + 2))),
-    "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim))),
-    "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch)),
-    "distribution": Kind(_distribution),
-    "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None),
-    "maps": Kind(_maps),
-    "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1),
-    "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1),
-    "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
-    "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
-    "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
-    "CRCDState": Kind(
-        lambda rng, n: {
-            "student_memory": _units(rng, n.num_data, n.dim),
-            "teacher_memory": _units(rng, n.num_data, n.dim),
-            "student_normalizer": np.zeros(()),
-            "teacher_normalizer": np.zeros(()),
-        },
-        None,
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """A row of the table.
-
-    Attributes:
-        name: of the function, in kdjax, kdtorch and parity.oracle.
-        inputs: what each of its inputs is, by name, in order.
-        learns: the inputs that have a gradient.
-        constant: the inputs of which the gradient must be exactly 0.
-        options: settings worth a case each; the first is the ordinary one.
-        ranges: from where to where random draws take each setting.
-        scale: of the terms that the value is the difference of: the least number to measure its error by.
-        leading: whether it takes any number of leading axes.
-        batch_coupled: whether an example's value depends on the others.
-        shift_invariant: whether adding a number to all logits of an example changes nothing.
-        divergence: whether it is 0 at student == teacher and never below.
-        padding: whether a class at -inf in all logits adds nothing.
-    """
-
-    name: str
-    inputs: dict[str, str]
-    learns: tuple[str, ...]
-    constant: tuple[str, ...] = ()
-    options: tuple[dict[str, Any], ...] = ({},)
-    ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    scale: float = 0.0
-    leading: bool = True
-    batch_coupled: bool = False
-    shift_invariant: bool = False
-    divergence: bool = False
-    padding: bool = False
-
-    @property
-    def title(self) -> str:
-        """The name, and what tells two rows of one name apart."""
-        return self.name + ("-soft" if "distribution" in self.inputs.values() else "")
-
-    @property
-    def state(self) -> str | None:
-        return next((name for name, kind in self.inputs.items() if kind.endswith("State")), None)
-
-
-_LOGITS = {"student_logits": "logits", "teacher_logits": "logits"}
-_FEATURES = {"student": "features", "teacher": "features"}
-
-LOSSES: tuple[Loss, ...] = (
-    Loss(
-        "kl_loss",
-        _LOGITS,
-        ("student_logits",),
-        ("teacher_logits",),
-        ({}, {"temperature": 4.0}, {"temperature": 20.0}),
-        {"temperature": (0.5, 20.0)},
-        shift_invariant=True,
-        divergence=True,
-        padding=True,
-    ),
-    Loss(
-        "symmetric_kl_loss",
-        _LOGITS,
-        ("student_logits",),
-        ("teacher_logits",),
-        ({}, {"temperature": 4.0}),
-        {"temperature": (0.5, 20.0)},
-        shift_invariant=True,
-        divergence=True,
-        padding=True,
-    ),
-    Loss(
-        "difference_kl_loss",
-        _LOGITS,
-        ("student_logits",),
-        ("teacher_logits",),
-        ({}, {"temperature": 2.5}),
-        {"temperature": (0.5, 20.0)},
-        leading=False,
-        batch_coupled=True,
-        shift_invariant=True,
-        divergence=True,
-        padding=True,
-    ),
-    Loss(
-        "dkd_loss",
-        {**_LOGITS, "labels": "labels"},
-        ("student_logits",),
-        ("teacher_logits",),
-        ({}, {"alpha": 1.0, "beta": 1.0, "temperature": 1.0}, {"alpha": 0.3, "beta": 0.0, "temperature": 2.0}),
-        {"alpha": (0.0, 2.0), "beta": (0.0, 10.0), "temperature": (0.5, 20.0)},
-        shift_invariant=True,
-        divergence=True,
-        padding=True,
-    ),
-    Loss(
-        "nkd_loss",
-        {**_LOGITS, "labels": "labels"},
-        ("student_logits",),
-        ("teacher_logits",),
-        ({}, {"gamma": 2.0, "temperature": 2.5}),
-        {"gamma": (0.0, 3.0), "temperature": (0.5, 10.0)},
-        shift_invariant=True,
-        padding=True,
-    ),
-    Loss(
-        "nkd_loss",
-        {**_LOGITS, "labels": "distribution"},
-        ("student_logits",),
-        ("teacher_logits",),
-        ranges={"gamma": (0.0, 3.0), "temperature": (0.5, 10.0)},
-        shift_invariant=True,
-    ),
-    Loss(
-        "uskd_loss",
-        {"student_logits": "logits", "weak_logits": "logits", "labels": "labels"},
-        ("student_logits", "weak_logits"),
-        options=({}, {"alpha": 0.1, "beta": 0.5, "mu": 0.1}),
-        ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
-        batch_coupled=True,
-        shift_invariant=True,
-        padding=True,
-    ),
-    Loss(
-        "uskd_loss",
-        {"student_logits": "logits", "weak_logits": "logits", "labels": "distribution"},
-        ("student_logits", "weak_logits"),
-        ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
-        batch_coupled=True,
-        shift_invariant=True,
-    ),
-    Loss(
-        "topk_kl_loss",
-        {"student_logits": "logits", "values": "kept_logits", "indices": "kept_classes", "rest": "rest"},
-        ("student_logits",),
-        ("values", "rest"),
-        ({}, {"temperature": 4.0}, {"temperature": 2.0, "tail": "renormalize"}),
-        {"temperature": (0.5, 20.0)},
-        shift_invariant=True,
-    ),
-    Loss("bce_loss", {"student": "features", "teacher": "fractions"}, ("student",), ("teacher",)),
-    Loss("mse_loss", _FEATURES, ("student",), ("teacher",), divergence=True),
-    Loss(
-        "smooth_l1_loss",
-        _FEATURES,
-        ("student",),
-        ("teacher",),
-        ({}, {"beta": 0.3}),
-        {"beta": (0.1, 3.0)},
-        divergence=True,
-    ),
-    Loss(
-        "hcl_loss",
-        {"student_maps": "maps", "teacher_maps": "maps"},
-        ("student_maps",),
-        ("teacher_maps",),
-        leading=False,
-        divergence=True,
-    ),
-    Loss(
-        "dcn_loss",
-        {**_FEATURES, "labels": "labels", "centers": "centers"},
-        ("student", "centers"),
-        ("teacher",),
-        scale=1.0,  # one less a cosine
-    ),
-    Loss(
-        "euclidean_mse_loss",
-        {"student": "features", "teacher": "wide_features"},
-        ("student",),
-        ("teacher",),
-        scale=0.1,  # the square of a difference of distances, which nearly agree where the batch is small
-        leading=False,
-        batch_coupled=True,
-    ),
-    Loss(
-        "crcd_loss",
-        {**_FEATURES, "index": "index", "negatives": "negatives", "state": "CRCDState"},
-        ("student", "teacher"),
-        options=({}, {"temperature": 0.2, "momentum": 0.9}),
-        ranges={"temperature": (0.05, 1.0), "momentum": (0.0, 0.99)},
-        leading=False,
-        batch_coupled=True,
-    ),
-    Loss(
-        "dino_loss",
-        {"student": "views", "teacher": "teacher_views", "state": "DINOState"},
-        ("student",),
-        ("teacher",),
-        ({}, {"teacher_temperature": 0.07, "student_temperature": 0.3, "center_momentum": 0.5}),
-        {"teacher_temperature": (0.04, 0.1), "student_temperature": (0.05, 0.5), "center_momentum": (0.0, 0.99)},
-        leading=False,
-        shift_invariant=True,
-    ),
-)
+__all__ = [
+    "KINDS",
+    "LOSSES",
+    "PERTURBATIONS",
+    "Case",
+    "Loss",
+    "Sizes",
+    "along",
+    "cases",
+    "draw",
+    "each_array",
+    "perturbed",
+    "random_case",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,14 +86,6 @@ def _float32(inputs: dict[str, Any]) -> dict[str, Any]:
     return each_array(inputs, lambda x: x.astype(np.float32).astype(np.float64) if x.dtype.kind == "f" else x)
 
 
-def each_array(x: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
-    if isinstance(x, dict):
-        return {key: each_array(value, function) for key, value in x.items()}
-    if isinstance(x, list):
-        return [each_array(value, function) for value in x]
-    return function(np.asarray(x))
-
-
 def along(loss: Loss, inputs: dict[str, Any], function: Callable[[np.ndarray, int], np.ndarray]) -> dict[str, Any]:
     """The inputs with a function of (array, axis of the examples) applied to those that have such an axis."""
     result = dict(inputs)
@@ -362,148 +100,16 @@ def _on(function: Callable[[np.ndarray, int], np.ndarray], axis: int, x: np.ndar
     return function(x, axis)
 
 
-def _of_kind(loss: Loss, inputs: dict[str, Any], kinds: tuple[str, ...], function: Callable) -> dict[str, Any] | None:
-    """The inputs with a function of (array, with its examples first) applied to those of some kinds, if there are any."""
-    result = dict(inputs)
-    for name in (name for name in inputs if loss.inputs[name] in kinds):
-        axis = KINDS[loss.inputs[name]].axis or 0
-
-        def change(x: np.ndarray, axis: int = axis) -> np.ndarray:
-            return np.moveaxis(function(np.moveaxis(x.copy(), axis, 0)), 0, axis)
-
-        result[name] = each_array(inputs[name], change)
-    return result if set(kinds) & set(loss.inputs.values()) else None
-
-
-_NUMBERS = ("logits", "kept_logits", "rest", "features", "wide_features", "maps", "views", "teacher_views")
-
-
-def _wide(scale: float, loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    return _of_kind(loss, inputs, ("logits", "kept_logits", "rest"), lambda x: x * (scale / 3))
-
-
-def _confident(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The student's largest logit is that of the label, by far."""
-    if "labels" not in loss.inputs.values() or "logits" not in loss.inputs.values():
-        return None
-    labels = next(name for name, kind in loss.inputs.items() if kind == "labels")
-    largest = inputs[loss.learns[0]].argmax(-1)
-    return _wide(1e4, loss, {**inputs, labels: np.where(inputs[labels] < 0, inputs[labels], largest)})
-
-
-def _padded(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The last class is padding, in all logits, and nobody's label."""
-    if not loss.padding or inputs[loss.learns[0]].shape[-1] < 4:
-        return None
-    inputs = {k: x % (x.max() or 1) if loss.inputs[k] == "labels" else x for k, x in inputs.items()}
-
-    def pad(x: np.ndarray) -> np.ndarray:
-        x[..., -1] = -np.inf
-        return x
-
-    return _of_kind(loss, inputs, ("logits",), pad)
-
-
-def _equal_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    def repeat(x: np.ndarray) -> np.ndarray:
-        x[-1] = x[0]
-        return x
-
-    return _of_kind(loss, inputs, _NUMBERS, repeat)
-
-
-def _near_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Two of the student's; the teacher's stay apart, so that what separates the two is felt."""
-    if not loss.batch_coupled or loss.inputs[loss.learns[0]] != "features":
-        return None
-    student = inputs[loss.learns[0]].copy()
-    student[-1] = student[0] + 1e-3 * student[-1]
-    return {**inputs, loss.learns[0]: student}
-
-
-def _zero_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """One of the student's, and another of the teacher's."""
-    result = dict(inputs)
-    for name, place in (*((k, 0) for k in loss.learns), *((k, -1) for k in loss.constant)):
-
-        def zero(x: np.ndarray, axis: int = KINDS[loss.inputs[name]].axis or 0, place: int = place) -> np.ndarray:
-            x = x.copy()
-            np.moveaxis(x, axis, 0)[place] = 0
-            return x
-
-        result[name] = each_array(inputs[name], zero)
-    return result
-
-
-def _ties(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    return _of_kind(loss, inputs, _NUMBERS, np.round)
-
-
-def _near_ties(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Every second class is as likely as the one before to the student, and by a unit or two more to the weak head."""
-    if loss.name != "uskd_loss":
-        return None
-    result = dict(inputs)
-    for name, factor in (("student_logits", 1.0), ("weak_logits", 1 + 2.0**-22)):
-        x = inputs[name].copy()
-        x[..., 1::2] = factor * x[..., : 2 * (x.shape[-1] // 2) : 2]
-        result[name] = x
-    return result
-
-
-def _student_is_teacher(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    if not loss.constant or loss.inputs[loss.learns[0]] != loss.inputs[loss.constant[0]]:
-        return None
-    return {**inputs, loss.constant[0]: inputs[loss.learns[0]]}
-
-
-def _equal_indices(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    def repeat(x: np.ndarray) -> np.ndarray:
-        x[::2] = x[0]
-        return x
-
-    return _of_kind(loss, inputs, ("labels", "index", "negatives"), repeat)
-
-
-# what can be done to any draw, without a change of its shapes: None where it means nothing for the loss
-TWISTS: dict[str, Callable[[Loss, dict[str, Any]], dict[str, Any] | None]] = {
-    "logits-of-100": functools.partial(_wide, 100.0),
-    "logits-of-1e4": functools.partial(_wide, 1e4),
-    "confident": _confident,
-    "padded": _padded,
-    "padded-wide": lambda loss, inputs: (wide := _wide(150.0, loss, inputs)) and _padded(loss, wide),
-    "equal-rows": _equal_rows,
-    "near-rows": _near_rows,
-    "zero-rows": _zero_rows,
-    "ties": _ties,
-    "near-ties": _near_ties,
-    "student-is-teacher": _student_is_teacher,
-    "equal-indices": _equal_indices,
-}
-
-
-# of a twist that makes a formula ill-conditioned: the limits held instead, and why
-_ILL: dict[str, tuple[dict[str, tuple[float, float, float]], str]] = {
-    "near-rows": (
-        {"float64": (64, 512, 64), "float32": (16, 512, 64)},
-        "the rows are rounded once they have unit length, and two of them differ by a thousandth of that",
-    ),
-    "near-ties": (
-        {"float32": (2**13, 2**19, 0)},
-        "classes whose scores are a few units in the last place apart change places with the rounding of the softmax",
-    ),
-}
-
-
-def twist(case: Case, name: str) -> Case | None:
-    """The case with all its steps twisted, if the twist means anything for its loss."""
-    twisted = [TWISTS[name](case.loss, inputs) for inputs in case.steps]
-    steps = tuple(_float32(inputs) for inputs in twisted if inputs is not None)
-    if len(steps) < len(twisted):
+def perturbed(case: Case, name: str) -> Case | None:
+    """The case with all its steps perturbed in one way, if that way means anything for its loss."""
+    changed = [PERTURBATIONS[name](case.loss, inputs) for inputs in case.steps]
+    steps = tuple(_float32(inputs) for inputs in changed if inputs is not None)
+    if len(steps) < len(changed):
         return None
     scale = 0.1 * math.prod(max(1.0, x) for x in case.options.values()) if name == "student-is-teacher" else case.scale
     full_name = name if case.name == "ordinary" else f"{case.name}-{name}"
-    bounds, why = _ILL.get(name, ({}, ""))
+    ill = case.loss.ill_conditioned.get(name)
+    bounds, why = (ill.bounds, ill.why) if ill else ({}, "")
     return dataclasses.replace(case, name=full_name, steps=steps, scale=scale, bounds=bounds, why=why)
 
 
@@ -536,14 +142,14 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
         where = np.array([[True, False, True], [True, True, False]])
         yield dataclasses.replace(leading, where=where, reduction="none")
 
-    for name in TWISTS:
-        twisted = twist(ordinary, name)
-        if twisted is not None:
-            yield twisted
+    for name in PERTURBATIONS:
+        case = perturbed(ordinary, name)
+        if case is not None:
+            yield case
 
 
 def random_case(loss: Loss, seed: int) -> Case:
-    """A case of random sizes, settings, mask, reduction and twist."""
+    """A case of random sizes, settings, mask, reduction and perturbation."""
     rng = np.random.default_rng([zlib.crc32(loss.title.encode()), seed, 1])
     batch: tuple[int, ...] = (int(rng.integers(1, 8)),)
     if loss.leading and rng.random() < 0.3:
@@ -563,8 +169,8 @@ def random_case(loss: Loss, seed: int) -> Case:
     steps = draw(loss, sizes, seed, steps=int(rng.integers(1, 5)) if loss.state else 1)
     reduction = str(rng.choice(["mean", "sum", "none"]))
     case = Case(loss, f"draw-{seed}", steps, options, reduction=reduction, seed=seed)
-    name = str(rng.choice([name for name in TWISTS if not name.startswith("near")]))
-    case = twist(case, name) or case
+    name = str(rng.choice([name for name in PERTURBATIONS if not name.startswith("near")]))
+    case = perturbed(case, name) or case
     # the oracle's own rounding, where all is 0; and that of logits so large that what is left of one another is little
     felt = {"logits-of-100": 1.0, "padded-wide": 1.0, "logits-of-1e4": 16.0, "confident": 16.0}.get(name, 0.0)
     case = dataclasses.replace(case, scale=max(case.scale, felt, 2.0**-14), value_scale=felt)

@@ -16,7 +16,7 @@ from rich.text import Text
 from kdlosses.trees import is_array, leaves, numpy_dtype
 from parity.arrays import is_float
 
-PARTS = ("value", "gradient", "state")
+PARTS = ("value", "gradient", "state", "setting")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Difference:
         dtype: of the inputs.
         one: the side that is judged.
         other: the side that it is held against.
-        part: `"value"`, `"gradient"` or `"state"`.
+        part: `"value"`, `"gradient"` or `"state"`; `"setting"`, of a layer, where it differs.
         leaf: the place of the worst array in its tree.
         index: of the worst entry in it.
         ours: the number of the side that is judged.

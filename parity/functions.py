@@ -200,15 +200,14 @@ def checked_outputs(side: str, function: Any, outputs: Mapping[str, Any]) -> dic
 
 
 @contextlib.contextmanager
-def named(side: str, function: Any, dtype: str) -> Iterator[None]:
+def named(side: str, function: Any, dtype: str, besides: str = "") -> Iterator[None]:
+    """An error that says which side raised it, on what, and what there is to know besides."""
     try:
         yield
     except Exception as error:
         if isinstance(error, NotAnArrayError):
             raise
-        message = (
-            f"compare: the {side} function {_name(function)} raised {type(error).__name__} on {dtype} inputs: {error}"
-        )
+        message = f"compare: the {side} function {_name(function)} raised {type(error).__name__} on {dtype} inputs: {error}{besides}"
         raise RuntimeError(message) from error
 
 
@@ -216,6 +215,8 @@ def checked_arguments(
     name: str, inputs: tuple[Any, ...], dtypes: Sequence[str], limits: Mapping[str, tuple[float, float]] | None
 ) -> tuple[tuple[Any, ...], Mapping[str, tuple[float, float]]]:
     """The inputs as NumPy arrays, and the limits of every dtype."""
+    if isinstance(dtypes, str):
+        raise ValueError(f'{name}: `dtypes` must be a list of names, got the name alone: write dtypes=["{dtypes}"]')
     for dtype in dtypes:
         if dtype not in LIMITS:
             raise ValueError(f"{name}: `dtypes` must be of {', '.join(LIMITS)}, got {dtype!r}")

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 
-from kdlosses.layers import KINDS, Layer, Weights, outermost, to_torch
-from kdlosses.trees import each_leaf, leaves
+from kdlosses.trees import each_leaf, is_array, leaves
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
 from parity.compare import Comparison, Difference
 from parity.functions import by_leaf, checked_arguments, checked_outputs, cotangent, named, precision, pulled_back
+from parity.layers import (
+    Call,
+    Copy,
+    Own,
+    Pair,
+    convolves,
+    copy_weights,
+    in_torch,
+    paired,
+    run_flax,
+    run_torch,
+    uncalled,
+)
+from parity.settings import differing
 
 if TYPE_CHECKING:
     import torch
     from flax import nnx
-
-_Call = tuple[Layer, Any]
-_CHANNELS_FIRST = {"Conv1d": 3, "Conv2d": 4, "Conv3d": 5}
 
 
 def compare_modules(
@@ -33,32 +40,42 @@ def compare_modules(
     dtypes: Sequence[str] = ("float64", "float32"),
     limits: Mapping[str, tuple[float, float]] | None = None,
     channels_first: Sequence[int] | None = None,
+    layers: Mapping[type, type | tuple[type, Copy]] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Give a PyTorch module the weights of a Flax NNX module, run both, and find the first layer that differs.
 
-    The layers are paired in the order in which they are called: Linear, Conv, BatchNorm, LayerNorm, RMSNorm, GroupNorm,
-    Embedding and multi-head attention (which JAX computes in float32 even for float64: compare it with
-    `dtypes=["float32"]`); their names need not agree. A parameter outside of such a layer (a class token)
-    is paired with the one of the same path and shape. Neither module is changed; each runs in the mode it is in.
+    The layers are paired in the order in which they are called: Linear, Conv, ConvTranspose, BatchNorm, LayerNorm,
+    RMSNorm, GroupNorm, InstanceNorm, Embedding and multi-head attention (which JAX computes in float32 even for float64:
+    compare it with `dtypes=["float32"]`), and those of `layers`; their names need not agree. A parameter outside of such a
+    layer (a class token) is paired with the one of the same path and shape. Compared are what goes into each layer, what
+    comes out, its settings, the gradients of its parameters, and what the modules have averaged afterwards: in training
+    mode the running mean and variance (Flax's momentum is one less PyTorch's, and its variance is of the population, not
+    of a sample, which is taken into account). Any other variable of Flax is compared with the buffer of the same path and
+    shape, if there is one. Neither module is changed; each runs in the mode it is in.
 
     Args:
         nnx_module: takes the inputs as JAX arrays.
         torch_module: takes them as tensors.
         inputs: NumPy arrays, or trees of them, as the Flax module takes them.
-        dtypes: that both modules run in.
+        dtypes: that both modules run in, a list of names.
         limits: of (value, gradient) by dtype, as in `compare`; gradients in ULP of the layer's largest.
-        channels_first: the numbers of axes of the arrays, inputs and outputs, that are `[N, C, ...]` in PyTorch and
-            `[N, ..., C]` in Flax; by default 4 for a module with a `Conv2d`, 3 with a `Conv1d`, 5 with a `Conv3d`.
+        channels_first: the numbers of axes of the arrays, inputs and outputs of the modules, that are `[N, C, ...]` in
+            PyTorch and `[N, ..., C]` in Flax; by default those that a convolution, a norm by channels or a pooling sees.
+        layers: of the user's own, `{MyFlaxLayer: MyTorchLayer}` if their weights have the same names, but for those of
+            known layers inside of them; else `{MyFlaxLayer: (MyTorchLayer, copy_weights)}`, where
+            `copy_weights(flax_layer, torch_layer)` writes the weights of the one into the other. It is called a second time
+            with gradients for weights, so it may permute, reshape and scale them, and nothing else.
         seed: of the cotangent of the outputs that the parameters' gradients are for.
 
     Returns:
         A `Comparison` with a row a layer, in the order of the calls, then the outputs; `.note` names the first that
-        differs.
+        differs: a layer, or what is computed between two layers if what goes into the second differs already.
 
     Raises:
-        TypeError: a layer, or a parameter, that is not known, or has no twin; the message names it.
-        ValueError: the modules call other layers, or in another order, or a dropout is on.
+        TypeError: an argument of another kind, a layer, or a parameter, that is not known, or has no twin; the message
+            names it.
+        ValueError: the modules call other layers, or in another order, a weight is of another shape, or a dropout is on.
         RuntimeError: a module raised; the message names the side and the cause.
 
     A port, of which the norm has PyTorch's epsilon and not Flax's:
@@ -76,16 +93,71 @@ def compare_modules(
     """
     import jax
 
+    own = _checked(nnx_module, torch_module, layers)
     inputs, limits = checked_arguments("compare_modules", inputs, dtypes, limits)
-    if channels_first is None:
-        kinds = {layer.kind for layer in _torch_layers(torch_module)}
-        channels_first = [axes for kind, axes in _CHANNELS_FIRST.items() if kind in kinds]
     found: list[Difference] = []
     for dtype in dtypes:
         with precision(dtype), jax.numpy_dtype_promotion("standard"):  # which Flax's batch norm needs
-            found += _differences(nnx_module, torch_module, inputs, dtype, limits[dtype], channels_first, seed)
+            found += _differences(nnx_module, torch_module, inputs, dtype, limits[dtype], channels_first, own, seed)
     first = next((x for x in found if not x.passed), None)
-    return Comparison(tuple(found), note=f"the first that differs is {first.subject}" if first else "")
+    part = {"gradient": "the gradient of ", "state": "the state of "}.get(first.part, "") if first else ""
+    return Comparison(tuple(found), note=f"the first that differs is {part}{first.subject}" if first else "")
+
+
+def _checked(nnx_module: Any, torch_module: Any, layers: Mapping[type, Any] | None) -> Own:
+    """The user's own layers, of arguments that are what they should be.
+
+    Raises:
+        TypeError: one that is not.
+    """
+    import torch
+    from flax import nnx
+
+    name = "compare_modules"
+    if isinstance(nnx_module, torch.nn.Module) and isinstance(torch_module, nnx.Module):
+        raise TypeError(
+            f"{name}: the Flax module comes first and the PyTorch module second, and they were given the other way round"
+        )
+    for argument, x, kind, called in (
+        ("nnx_module", nnx_module, nnx.Module, "an nnx.Module"),
+        ("torch_module", torch_module, torch.nn.Module, "a torch.nn.Module"),
+    ):
+        if not isinstance(x, kind):
+            raise TypeError(f"{name}: `{argument}` must be {called}, got {_described(x)}")
+    own = {}
+    for ours, twin in dict(layers or {}).items():
+        theirs, copies = twin if isinstance(twin, tuple) and len(twin) == 2 else (twin, None)
+        fits = isinstance(ours, type) and issubclass(ours, nnx.Module)
+        fits = fits and isinstance(theirs, type) and issubclass(theirs, torch.nn.Module)
+        if not fits or not (copies is None or callable(copies)):
+            raise TypeError(
+                f"{name}: `layers` must be {{MyFlaxLayer: MyTorchLayer}} or {{MyFlaxLayer: (MyTorchLayer, copy_weights)}}, "
+                f"of classes and a function of a layer of each, got {{{_brief(ours)}: {_brief(twin)}}}"
+            )
+        own[ours] = (theirs, copies)
+    return own
+
+
+def _described(x: Any) -> str:
+    """What came for a module, and what to do with it."""
+    kind = x if isinstance(x, type) else type(x)
+    bases = {c.__module__.partition(".")[0] for c in kind.__mro__}
+    if isinstance(x, type):
+        return f"the class {x.__name__}; give a module that is built of it"
+    if any(c.__module__.startswith("flax.linen") for c in kind.__mro__):
+        return (
+            f"{kind.__name__}, a Linen module; write the model with flax.nnx, or compare its outputs alone: "
+            "parity.compare(lambda x: model.apply(variables, x), torch_module, x)"
+        )
+    if "torch" in bases:
+        return f"{kind.__name__}, a PyTorch module"
+    if "flax" in bases:
+        return f"{kind.__name__}, a Flax module"
+    return f"a {kind.__name__}; for functions there is parity.compare" if callable(x) else kind.__name__
+
+
+def _brief(x: Any) -> str:
+    return f"({', '.join(map(_brief, x))})" if isinstance(x, tuple) else getattr(x, "__name__", repr(x))
 
 
 def _differences(
@@ -94,22 +166,15 @@ def _differences(
     inputs: tuple[Any, ...],
     dtype: str,
     limits: tuple[float, float],
-    channels_first: Sequence[int],
+    channels_first: Sequence[int] | None,
+    own: Own,
     seed: int,
 ) -> Iterator[Difference]:
     import torch
     from flax import nnx
 
-    def first(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x, -1, 1) if x.ndim in channels_first else x
-
-    def last(x: Any) -> Any:
-        return x.movedim(1, -1) if x.ndim in channels_first else x
-
     inputs = each_leaf(lambda x: rounded(x, dtype), inputs)
     our_inputs = each_leaf(lambda x: jax_array(x, dtype), inputs)
-    their_inputs = each_leaf(lambda x: torch_tensor(first(x), dtype), inputs)
-
     ours, theirs = nnx.clone(nnx_module), copy.deepcopy(torch_module).to(getattr(torch, dtype))
     state = [(path, x[...]) for path, x in nnx.to_flat_state(nnx.state(ours))]
     nnx.update(ours, nnx.from_flat_state([(path, x.astype(dtype) if is_float(x) else x) for path, x in state]))
@@ -119,24 +184,35 @@ def _differences(
     _check_dropout(ours, theirs)
 
     # each run is of a copy: a module may average what it sees
+    ours_afterwards = nnx.clone(ours)
     with named("JAX", ours, dtype):
-        our_outputs, our_calls = _run_flax(nnx.clone(ours), our_inputs)
-    with named("PyTorch", theirs, dtype):
-        _, their_calls = _run_torch(copy.deepcopy(theirs), their_inputs)
-    pairs = _paired(our_calls, their_calls)
-    weights = _flat(nnx.state(ours, nnx.Any(nnx.Param, nnx.BatchStat)))
-    _copy_weights(_translated(weights, pairs), theirs)
-    their_outputs, their_calls = _run_torch(theirs, their_inputs)
+        our_outputs, our_calls = run_flax(ours_afterwards, our_inputs, own)
+    turned = tuple(_channels_first(ours, theirs, our_calls) if channels_first is None else channels_first)
+    # contiguous, for PyTorch's backward pass of a group norm does not survive other strides
+    first = each_leaf(lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim in turned else x, inputs)
+    their_inputs = each_leaf(lambda x: torch_tensor(x, dtype), first)
+    given = f"arrays of {' and '.join(map(str, turned))} axes as [N, C, ...]" if turned else "its arrays as they are"
+    with named("PyTorch", theirs, dtype, f" (it was given {given}: see `channels_first`)"):
+        _, their_calls = run_torch(copy.deepcopy(theirs), their_inputs, own)
+    pairs = paired(our_calls, their_calls, own)
+    settings = {
+        str(pair): [*differing(pair, call, dtype)] for call, pair in zip(our_calls, pairs, strict=True) if pair.kind
+    }
+    twins, alone = uncalled(ours, theirs, pairs, own)
+    every = [*dict.fromkeys(pairs), *twins]
+    copy_weights(in_torch(ours, nnx.Any(nnx.Param, nnx.BatchStat), every), theirs, every, alone, settings)
+    _check_repeatable(theirs, their_inputs)
+    their_outputs, their_calls = run_torch(theirs, their_inputs, own)
 
-    names = {(x.path, y.path): _subject(x, y) for x, y in pairs}
-    where = {"case": "", "dtype": dtype}
-    for (x, our_output), (y, their_output) in zip(our_calls, their_calls, strict=True):
-        a, b = to_numpy(our_output), to_numpy(last(their_output))
-        yield from by_leaf(a, b, limit=limits[0], part="value", subject=names[x.path, y.path], **where)
     our_outputs = checked_outputs("JAX", nnx_module, leaves(our_outputs))
-    their_outputs = {k: last(x) for k, x in checked_outputs("PyTorch", torch_module, leaves(their_outputs)).items()}
-    given, wanted = ({k: to_numpy(x) for k, x in side.items()} for side in (our_outputs, their_outputs))
-    yield from by_leaf(given, wanted, limit=limits[0], part="value", subject="output", **where)
+    their_outputs = {
+        name: x.movedim(1, -1) if x.ndim in turned else x
+        for name, x in checked_outputs("PyTorch", torch_module, leaves(their_outputs)).items()
+    }
+    calls = zip(our_calls, their_calls, pairs, strict=True)
+    where = {"case": "", "dtype": dtype}
+    yield from _values([*calls], settings, inputs, our_outputs, their_outputs, turned, limit=limits[0], **where)
+    yield from _states(ours_afterwards, theirs, every, limit=limits[0], **where)
 
     above = {k: cotangent(k, x.shape, seed) for k, x in our_outputs.items() if is_float(x)}
 
@@ -144,127 +220,104 @@ def _differences(
         outputs = leaves(module(*our_inputs))
         return sum((outputs[k] * jax_array(x, dtype).astype(outputs[k].dtype)).sum() for k, x in above.items())
 
-    parameters = dict(theirs.named_parameters())
-    their_slopes = pulled_back(their_outputs, parameters, above)
-    for subject, slopes in _translated(_flat(nnx.grad(objective)(ours)), pairs).items():
+    their_slopes = pulled_back(their_outputs, dict(theirs.named_parameters()), above)
+    nnx.update(ours, nnx.grad(objective)(nnx.clone(ours)))
+    for subject, ours_of_it in in_torch(ours, nnx.Param, every).items():
+        slopes = {name: x for name, x in ours_of_it.items() if name in their_slopes}
         wanted = {name: their_slopes[name] for name in slopes}
-        scale = max(np.abs(x).max(initial=0) for x in wanted.values())  # of the bias before a norm, whose gradient is 0
+        scale = max((np.abs(x).max(initial=0) for x in wanted.values()), default=0)  # of the bias before a norm it is 0
         yield from by_leaf(slopes, wanted, limit=limits[1], scale=scale, part="gradient", subject=subject, **where)
 
 
-def _subject(ours: Layer, theirs: Layer) -> str:
-    return f"{ours}, in PyTorch {theirs}"
+def _values(
+    calls: list[tuple[Call, Call, Pair]],
+    settings: Mapping[str, list[str]],
+    inputs: tuple[Any, ...],
+    our_outputs: Mapping[str, Any],
+    their_outputs: Mapping[str, Any],
+    turned: tuple[int, ...],
+    **where: Any,
+) -> Iterator[Difference]:
+    """What goes into each layer, its settings, and what comes out; the outputs of the modules.
+
+    What goes into a layer is named only where everything before agrees: then the fault is before the layer.
+    """
+    agreed, before, largest = True, "the inputs", _largest(inputs)
+    value: Any = {**where, "part": "value"}
+
+    def noticed(differences: Iterator[Difference]) -> Iterator[Difference]:
+        nonlocal agreed
+        for x in differences:
+            agreed = agreed and x.passed
+            yield x
+
+    def into(what: Any, ours: Any, theirs: Any) -> Iterator[Difference]:
+        subject = f"what is computed between {before} and {what}"
+        found = by_leaf(ours, theirs, subject=subject, scale=largest, **value) if agreed else iter(())
+        return noticed(x for x in found if not x.passed)
+
+    seen = set()
+    for ours, theirs, pair in calls:
+        subject = str(pair)
+        given = [pair.channels_last(x, turned) for x in theirs.inputs]
+        if len(given) == len(ours.inputs):
+            yield from into(pair, *((x if len(x) > 1 else x[0]) for x in (ours.inputs, given)))
+        if subject not in seen:
+            seen.add(subject)
+            failed: Any = {
+                **where,
+                "subject": subject,
+                "part": "setting",
+                "one": "jax",
+                "other": "torch",
+                "ulp": math.inf,
+            }
+            yield from noticed(Difference(problem=x, **failed) for x in settings.get(subject, ()))
+        output = {name: pair.channels_last(x, turned) for name, x in leaves(theirs.output).items() if is_array(x)}
+        yield from noticed(by_leaf(leaves(ours.output), output, subject=subject, **value))
+        before, largest = f"{pair},", max(_largest(ours.output), _largest(inputs))
+    ours_of_all, theirs_of_all = ({k: to_numpy(x) for k, x in side.items()} for side in (our_outputs, their_outputs))
+    yield from into("the output", ours_of_all, theirs_of_all)
+    yield from by_leaf(ours_of_all, theirs_of_all, subject="output", **value)
 
 
-def _flax_layers(module: Any) -> list[Layer]:
-    from flax import nnx
-
-    return outermost(
-        ((".".join(map(str, path)), x) for path, x in nnx.iter_modules(module)), "flax.nnx", KINDS.values()
+def _largest(tree: Any) -> float:
+    return max(
+        (float(np.abs(x).max(initial=0)) for x in leaves(tree).values() if is_array(x) and is_float(x)), default=0
     )
 
 
-def _torch_layers(module: Any) -> list[Layer]:
-    return outermost(module.named_modules(), "torch.nn", KINDS)
-
-
-def _run_flax(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, list[_Call]]:
-    """The outputs, and those of every layer in the order of the calls."""
-    layers = {id(layer.module): layer for layer in _flax_layers(module)}
-    calls: list[_Call] = []
-
-    def recorded(call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def record(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = call(self, *args, **kwargs)
-            if id(self) in layers:
-                calls.append((layers[id(self)], output))
-            return output
-
-        return record
-
-    with contextlib.ExitStack() as stack:
-        for owner in {next(c for c in type(x.module).__mro__ if "__call__" in vars(c)) for x in layers.values()}:
-            stack.enter_context(mock.patch.object(owner, "__call__", recorded(owner.__call__)))
-        outputs = module(*inputs)
-    return outputs, calls
-
-
-def _run_torch(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, list[_Call]]:
-    calls: list[_Call] = []
-    for layer in _torch_layers(module):
-
-        def record(_module: Any, _inputs: Any, output: Any, layer: Layer = layer) -> None:
-            calls.append((layer, output[0] if isinstance(output, tuple) else output))  # attention gives its weights too
-
-        layer.module.register_forward_hook(record)
-    return module(*inputs), calls
-
-
-def _paired(ours: list[_Call], theirs: list[_Call]) -> list[tuple[Layer, Layer]]:
-    pairs: dict[tuple[str, str], tuple[Layer, Layer]] = {}
-    for number, (our_call, their_call) in enumerate(itertools.zip_longest(ours, theirs)):
-        x, y = our_call and our_call[0], their_call and their_call[0]
-        if not (x and y) or KINDS[y.kind] != x.kind:
-            raise ValueError(
-                f"compare_modules: call {number} is of {x or 'no layer'} in Flax and of {y or 'no layer'} in PyTorch; "
-                "both must call the same kinds of layers in the same order"
-            )
-        pairs[x.path, y.path] = x, y
-    for side, other in ((0, 1), (1, 0)):
-        twins: dict[str, Layer] = {}
-        for pair in pairs.values():
-            if twins.setdefault(pair[side].path, pair[other]) is not pair[other]:
-                raise ValueError(
-                    f"compare_modules: {pair[side]} is called where the other module calls {twins[pair[side].path]} "
-                    f"and where it calls {pair[other]}; a layer must have one twin"
-                )
-    return list(pairs.values())
-
-
-def _flat(state: Any) -> Weights:
+def _states(ours: Any, theirs: Any, pairs: list[Pair], **where: Any) -> Iterator[Difference]:
+    """What the modules hold beside their parameters, after the run."""
     from flax import nnx
 
-    return {".".join(map(str, path)): to_numpy(x[...]) for path, x in nnx.to_flat_state(state)}
+    buffers = {name: to_numpy(x) for name, x in theirs.named_buffers()}
+    for subject, held in in_torch(ours, nnx.Not(nnx.Param), pairs).items():
+        for name, x in held.items():
+            if name in buffers and x.shape == buffers[name].shape:
+                variance = buffers.get(name.replace("running_mean", "running_var"), buffers[name])
+                scale = float(np.sqrt(_largest(variance))) if name.endswith("running_mean") else 0.0
+                one, other = {name: x}, {name: buffers[name]}
+                yield from by_leaf(one, other, scale=scale, part="state", subject=subject, **where)
 
 
-def _translated(weights: Weights, pairs: list[tuple[Layer, Layer]]) -> dict[str, Weights]:
-    """Flax's weights, or their gradients, under PyTorch's names and in its layout, by subject."""
-    result: dict[str, Weights] = {}
-    left = dict(weights)
-    for ours, theirs in pairs:
-        own = {name: left.pop(name) for name in weights if name in ours}
-        own = {name.removeprefix(f"{ours.path}."): x for name, x in own.items()}
-        prefix = f"{theirs.path}." if theirs.path else ""
-        result[_subject(ours, theirs)] = {prefix + name: x for name, x in to_torch(ours.kind, own).items()}
-    return {**result, **{f"`{name}`": {name: x} for name, x in left.items()}}
+def _channels_first(ours: Any, theirs: Any, our_calls: list[Call]) -> list[int]:
+    """The numbers of axes of what has its channels first in PyTorch, and last in Flax."""
+    from flax import nnx
 
-
-def _copy_weights(weights: dict[str, Weights], module: Any) -> None:
-    import torch
-
-    given = {name: (subject, x) for subject, own in weights.items() for name, x in own.items()}
-    wanted = dict(module.named_parameters()) | {
-        k: v for k, v in module.named_buffers() if k.split(".")[-1].startswith("running_")
-    }
-    known = f"known are {', '.join(KINDS)}, and parameters that have the same path on both sides"
-    for name in wanted.keys() - given.keys():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        raise TypeError(f"compare_modules: `{name}`, of a PyTorch {type(owner).__name__}, has no twin in Flax; {known}")
-    for name, (subject, x) in given.items():
-        if name not in wanted:
-            raise TypeError(f"compare_modules: {subject} of Flax has no twin `{name}` in PyTorch; {known}")
-        if x.shape != tuple(wanted[name].shape):
-            shapes = f"{list(x.shape)} from Flax, {list(wanted[name].shape)} in PyTorch"
-            raise ValueError(f"compare_modules: {subject}: `{name}` is {shapes}")
-        with torch.no_grad():
-            wanted[name].copy_(torch_tensor(x, str(x.dtype)))
+    seen = {x.ndim for call in our_calls for x in call.inputs if convolves(call.layer, x)}
+    norms = [x for _, x in nnx.iter_modules(ours) if isinstance(x, nnx.BatchNorm)]
+    names = {c.__name__ for x in theirs.modules() for c in type(x).__mro__ if c.__module__.startswith("torch.nn")}
+    by_channel = {name for name in names if name[-2:] in ("1d", "2d", "3d")} - {"BatchNorm1d"}  # which takes [N, C] too
+    if any(norm.axis not in (-1, (-1,)) for norm in norms):
+        by_channel -= {"BatchNorm2d", "BatchNorm3d"}
+    return sorted(seen | {int(name[-2]) + 2 for name in by_channel})
 
 
 def _check_dropout(ours: Any, theirs: Any) -> None:
     from flax import nnx
 
-    on = [f"`{path}` of PyTorch" for path, x in theirs.named_modules() if x.training and _rate(x, "p", "dropout")]
+    on = [f"`{path}` of PyTorch" for path, x in theirs.named_modules() if x.training and _torch_rate(x)]
     on += [
         f"`{'.'.join(map(str, path))}` of Flax"
         for path, x in nnx.iter_modules(ours)
@@ -274,5 +327,26 @@ def _check_dropout(ours: Any, theirs: Any) -> None:
         raise ValueError(f"compare_modules: {on[0]} drops at random: call .eval() on both modules first")
 
 
+def _torch_rate(module: Any) -> float:
+    is_dropout = any("Dropout" in c.__name__ for c in type(module).__mro__)
+    return _rate(module, *["p"] * is_dropout, "dropout", "drop_prob")
+
+
 def _rate(module: Any, *names: str) -> float:
-    return next((rate for rate in (getattr(module, name, None) for name in names) if isinstance(rate, float)), 0.0)
+    return next(
+        (rate for rate in (getattr(module, name, None) for name in names) if isinstance(rate, int | float)), 0.0
+    )
+
+
+def _check_repeatable(theirs: Any, inputs: tuple[Any, ...]) -> None:
+    """A dropout that is a function is no part of the module: it shows in that two runs differ."""
+    import torch
+
+    with torch.no_grad():
+        one, other = (leaves(copy.deepcopy(theirs)(*inputs)) for _ in range(2))
+    for name, x in one.items():
+        if is_array(x) and is_float(x) and not torch.allclose(x, other[name], rtol=1e-2, atol=0, equal_nan=True):
+            raise ValueError(
+                "compare_modules: the PyTorch module gives other outputs each time that it runs: something in it draws at "
+                "random, such as torch.nn.functional.dropout, which draws in eval mode too without training=self.training"
+            )

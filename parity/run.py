@@ -186,7 +186,7 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
-    function = getattr(package or importlib.import_module("parity.oracle"), case.loss.name)
+    function = getattr(package, case.loss.name) if package else case.loss.formula
     number = numpy_dtype(result_dtype(dtype)).type
     options = {k: v if isinstance(v, str) else number(v) for k, v in case.options.items()}
     shape = _batch(case, case.steps[0])

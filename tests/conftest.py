@@ -1,6 +1,7 @@
 """Strict from day one: dtype promotion, rank promotion, and 64-bit numbers where they are asked for."""
 
 import itertools
+import pathlib
 import shutil
 
 import hypothesis
@@ -11,10 +12,14 @@ import torch
 from parity.run import forget
 
 jax.config.update("jax_num_cpu_devices", 8)
+# a program that one worker or an earlier run has compiled is not compiled again
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # a worker a core: threads that wait for one another would take most of the time
-hypothesis.settings.register_profile("tests", max_examples=200, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
 

@@ -19,6 +19,7 @@ import torch
 from frameworks import JAX, TORCH
 from hypothesis import strategies as st
 
+from parity import scales
 from parity.arrays import HALVES, jax_array, numpy_dtype, to_numpy, torch_tensor
 from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, along, draw, each_array
 from parity.run import run, upstream
@@ -163,7 +164,7 @@ def _numbers(loss: Loss) -> dict[str, str]:
     return {
         name: "student" if name == loss.learns[0] else "teacher"
         for name, kind in loss.inputs.items()
-        if kind in ("logits", "features", "wide_features", "fractions", "centers", "maps", "views", "teacher_views")
+        if KINDS[kind].numbers or kind == "fractions"
     }
 
 
@@ -174,7 +175,7 @@ def example(loss: Loss, recipe: Recipe, form: Form) -> Example:
     limits = _limits(form.dtype)
     for name, side in _numbers(loss).items():
         kind = loss.inputs[name]
-        batched = bool(sizes.batch) or kind == "centers"
+        batched = bool(sizes.batch) or KINDS[kind].axis is None
 
         def spoil(x: np.ndarray, name: str = name, side: str = side, kind: str = kind, batched: bool = batched) -> Any:
             axis = (KINDS[kind].axis or 0) if batched else 0
@@ -186,8 +187,8 @@ def example(loss: Loss, recipe: Recipe, form: Form) -> Example:
     options = _options(loss, recipe, rng)
     # a logit beyond the largest number once it is divided by T is the student's exclusion of a class
     _relate(loss, inputs, recipe.relation, -float(limits.max) / 2 * min(1.0, options.get("temperature", 1.0)))
-    if "CRCDState" in loss.inputs.values() and recipe.seed % 2:
-        inputs["state"] |= {"student_normalizer": np.array(9.0), "teacher_normalizer": np.array(2.0)}
+    if loss.state and recipe.seed % 2:
+        inputs[loss.state] |= {k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()}
     if recipe.seed % 3 == 0 and "labels" in loss.inputs.values():  # the same class for all
         inputs["labels"] = np.zeros_like(inputs["labels"])
 
@@ -365,48 +366,16 @@ class Trial:
         return changed, evaluate(self.name, self.loss, changed)
 
 
-def _scales(loss: Loss, given: Example) -> tuple[float, float]:
-    """The least numbers to measure errors of value and gradient by: what an input's own rounding does to them.
-
-    An input of size M is known to M ULP, and where the value is a difference of two such, or the exponential of one,
-    its error is of that size however small what remains.
-    """
+def _given(loss: Loss, given: Example) -> scales.Given:
+    """What the row's scales depend on."""
     entries = [x for k in _numbers(loss) for x in _leaves(given.inputs[k])]
-    entries += [given.inputs[loss.state]["center"]] if loss.name == "dino_loss" else []
-    m = max((_size(x) for x in entries), default=0.0)
-    options = given.options
-    if loss.name == "dino_loss":
-        sharpness = 1 / options["student_temperature"]
-        spread = m / options["teacher_temperature"] + m * sharpness
-        return 1 + m * sharpness * (1 + spread), sharpness * (1 + spread)
-    if "logits" in loss.inputs.values():
-        weight = max([1.0, *(options.get(k, 0.0) for k in ("alpha", "beta", "gamma", "mu"))])
-        t = options.get("temperature", 1.0)
-        return weight * (1 + t + m) * max(1.0, t), weight * (1 + t + m)
-    if loss.name in ("mse_loss", "hcl_loss"):
-        return m * min(m, 1e150), m
-    if loss.name in ("bce_loss", "smooth_l1_loss"):
-        return m, 1 + m / options.get("beta", 1.0)
-    # of rows of unit length: a gradient is the greater the shorter the row was
-    tiny = float(_limits(given.dtype).tiny)
-    lengths = [float(x) for x in np.abs(entries[0]).max(-1).ravel() if x >= tiny]
-    steepness = 1 / options["temperature"] / _nearest(given.inputs) if loss.state else 1.0
-    return steepness, steepness / min(lengths, default=1.0)
+    largest = max(map(scales.size, entries), default=0.0)
+    return scales.Given(largest, given.inputs, given.options, float(_limits(given.dtype).tiny))
 
 
-def _nearest(inputs: dict[str, Any]) -> float:
-    """How near CRCD's embeddings come to an anchor, whose direction from them is known no better than that; 1 at most."""
-    distances = [1.0]
-    for side, other in (("student", "teacher"), ("teacher", "student")):
-        x = inputs[side] / (np.abs(inputs[side]).max(-1, keepdims=True) + 1e-300)
-        x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-300)
-        anchors = inputs["state"][f"{other}_memory"][inputs["index"]]
-        distances += np.linalg.norm(x[:, None] - anchors[None], axis=-1).ravel().tolist()
-    return max(min(distances), 1e-6)
-
-
-def _size(x: np.ndarray) -> float:
-    return float(np.abs(x[np.isfinite(x)]).max(initial=0))
+def _scales(loss: Loss, given: Example) -> tuple[float, float]:
+    """The least numbers to measure errors of value and gradient by: what an input's own rounding does to them."""
+    return loss.rounding(_given(loss, given))
 
 
 def close(got: Any, want: Any, dtype: str, limit: float, scale: float = 0.0) -> None:
@@ -437,9 +406,7 @@ def _same(trial: Trial, given: Example, got: Outcome, want: Outcome) -> None:
 
 def _same_state(trial: Trial, given: Example, got: Outcome, want: Outcome) -> None:
     for k, v in want.state.items():
-        # a centre is a mean of what may nearly cancel; a normaliser of exp(x / temperature)
-        scale = _size(given.inputs["teacher"]) if k == "center" else _size(v) * 0.05 / given.options["temperature"]
-        close(got.state[k], v, "float64", VALUE, scale)
+        close(got.state[k], v, "float64", VALUE, trial.loss.state_rounding(_given(trial.loss, given), v))
 
 
 def finite(trial: Trial) -> None:
@@ -616,7 +583,7 @@ def split(trial: Trial) -> None:
     close(values, want.values, "float64", VALUE, _scales(loss, given)[0])
     for k, v in want.state.items():
         middle = sum(x.state[k] / 2 for _, x in halves)
-        close(middle, v, "float64", VALUE, _size(given.inputs["teacher"]))
+        close(middle, v, "float64", VALUE, loss.state_rounding(_given(loss, given), v))
 
 
 def scaled_gradient(trial: Trial) -> None:
@@ -660,8 +627,8 @@ LAWS: dict[Callable[[Trial], None], Callable[[Loss], Any]] = {
     permutation: _always,
     shift_of_logits: lambda loss: loss.shift_invariant,
     never_negative: lambda loss: loss.divergence,
-    hot_limit: lambda loss: loss.name == "kl_loss",
-    dkd_is_kl: lambda loss: loss.name == "dkd_loss",
+    hot_limit: lambda loss: "hot_limit" in loss.laws,
+    dkd_is_kl: lambda loss: "dkd_is_kl" in loss.laws,
     split: lambda loss: not loss.batch_coupled,
     scaled_gradient: _always,
     a_bad_batch: lambda loss: loss.constant or loss.state,
@@ -763,9 +730,10 @@ def obey(trial: Trial) -> None:
         _named(law, lambda law=law: law(trial))
 
 
-def obey_together(name: str, loss: Loss, trials: list[Trial]) -> None:
+def obey_together(name: str, loss: Loss, trials: list[Trial], eagerly: bool = True) -> None:
+    """Hold trials against the laws of many together; where JAX compiles every operation by itself only if it is asked to."""
     for law, applies in TOGETHER.items():
-        if applies(name, loss):
+        if applies(name, loss) and (eagerly or law is not jit_is_eager):
             _named(law, lambda law=law: law(name, loss, [trial.whole for trial in trials]))
 
 

@@ -14,7 +14,7 @@ import zipfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 IN_THE_SDIST = ["README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "pyproject.toml"]
-IN_THE_SDIST += ["benchmarks/direct.py", "docs/parity.md", "examples/digits.py", "tests/conftest.py"]
+IN_THE_SDIST += ["benchmarks/direct/kl.py", "docs/parity.md", "examples/digits.py", "tests/conftest.py"]
 IN_THE_SDIST += ["tests/golden/kl.npz", "kdjax/py.typed"]
 INSTALLED = """
 import importlib, sys
@@ -58,8 +58,16 @@ def check_contents(wheel: pathlib.Path, sdist: pathlib.Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = archive.namelist()
     version = wheel.name.split("-")[1]
-    assert {name.split("/")[0] for name in inside} == {"kdjax", "kdtorch", "parity", f"kdlosses-{version}.dist-info"}
-    assert {"kdjax/py.typed", "kdtorch/py.typed", "parity/py.typed", "parity/report.html"} <= set(inside)
+    assert {name.split("/")[0] for name in inside} == {
+        "kdjax",
+        "kdlosses",
+        "kdtorch",
+        "parity",
+        f"kdlosses-{version}.dist-info",
+    }
+    assert {"kdjax/py.typed", "kdlosses/py.typed", "kdtorch/py.typed", "parity/py.typed", "parity/report.html"} <= set(
+        inside
+    )
     with tarfile.open(sdist) as archive:
         missing = {f"kdlosses-{version}/{name}" for name in IN_THE_SDIST} - set(archive.getnames())
     assert not missing, missing
@@ -73,7 +81,8 @@ def check_installed(place: pathlib.Path, archive: pathlib.Path, extra: str, ours
     run(*pip, "-c", ROOT / "constraints.txt", f"{archive}[{extra}]")
     installed = time.perf_counter()
     run(python, "-I", "-c", INSTALLED, ours, other, others)
-    assert "dkd_loss" in run(python, "-I", "-m", ours)
+    for program in (ours, "kdlosses"):
+        assert "dkd_loss" in run(python, "-I", "-m", program)
     seconds = installed - start, time.perf_counter() - installed
     print(f"{archive.name}[{extra}]: installed in {seconds[0]:.0f} s, checked in {seconds[1]:.0f} s")
 

@@ -104,7 +104,9 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
 
 
 CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
-DINO = next(x for x in LOSSES if x.name == "dino_loss")
+WITH_STATE = [loss for loss in LOSSES if loss.state]
+# those that take two arrays of a row an example, and nothing else
+OF_TWO = [x for x in LOSSES if all(kind.endswith(("logits", "features")) for kind in x.inputs.values())]
 
 
 def said(function: Callable, *arguments, **options) -> str:
@@ -141,8 +143,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
         group = distributed.group.WORLD
         logits = torch.randn(3 - rank, 5)
         results = {
-            f"sizes {name}": said(getattr(kdtorch, name), logits, logits, group=group)
-            for name in ("kl_loss", "difference_kl_loss", "euclidean_mse_loss")
+            f"sizes {loss.name}": said(getattr(kdtorch, loss.name), logits, logits, group=group) for loss in OF_TWO
         }
         results["no member"] = said(kdtorch.kl_loss, logits, logits, group=distributed.new_group([1]))
 
@@ -153,7 +154,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
         def skewed(inputs: dict) -> None:
             inputs["negatives"] %= 4
 
-        for loss in (DINO, CRCD):
+        for loss in WITH_STATE:
             results[f"nan {loss.name}"] = one_step(loss, group, nan)
             results[f"masked {loss.name}"] = one_step(loss, group, where=torch.full((16 // ranks,), not rank))
             results[f"nothing {loss.name}"] = one_step(loss, group, where=torch.zeros(16 // ranks, dtype=torch.bool))
@@ -163,8 +164,8 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
             for sharded in (False, True):
                 results[f"{name} {sharded}"] = one_step(CRCD, group, change, sharded_memory=sharded)
         empty = torch.zeros(0, 5, requires_grad=True)
-        for name in ("kl_loss", "difference_kl_loss", "euclidean_mse_loss"):
-            results[f"empty {name}"] = getattr(kdtorch, name)(empty, empty.detach(), group=group).detach()
+        for loss in OF_TWO:
+            results[f"empty {loss.name}"] = getattr(kdtorch, loss.name)(empty, empty.detach(), group=group).detach()
 
         torch.manual_seed(0)
         module = nn.parallel.DistributedDataParallel(Distiller(), process_group=group)

@@ -1,5 +1,6 @@
 """The benchmarks: every form of a workload gives the same numbers, and what the tool says."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -7,40 +8,35 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks import hostile, scaling, workloads
+from benchmarks import direct, hostile, scaling
 from benchmarks.__main__ import main, tables
 from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
+from parity.cases import LOSSES, Sizes
 
-SMALL = {
-    "kl_loss": workloads._logits(6, 11),
-    "symmetric_kl_loss": workloads._logits(6, 11),
-    "difference_kl_loss": workloads._logits(6, 11),
-    "dkd_loss": workloads._logits(6, 11, labels=True),
-    "nkd_loss": workloads._logits(6, 11, labels=True),
-    "uskd_loss": workloads._logits(6, 11, labels=True, names=("student", "weak")),
-    "topk_kl_loss": workloads._kept(6, 11, top_k=3),
-    "euclidean_mse_loss": workloads._features(6, 9),
-    "dcn_loss": workloads._features(6, 9, 4),
-    "dino_loss": workloads._views(6, 9),
-    "crcd_loss": workloads._crcd(6, 9, 5, 20),
-    "hcl_loss": workloads._maps(3, (2, 8, 8), (3, 4, 4)),
-}
+SMALL = Sizes((6,), 11, 9, 10, 2, ((2, 8, 8), (3, 4, 4)), 20, 5, kept=3)
+TIMED = [loss for loss in LOSSES if loss.benchmarks]
 
 
-@pytest.mark.parametrize("loss", sorted({x.loss for x in WORKLOADS}))
+def small(loss):
+    """The loss's first benchmark, at sizes that are the same for all."""
+    return Workload(loss, dataclasses.replace(loss.benchmarks[0], sizes=SMALL))
+
+
+@pytest.mark.parametrize("loss", TIMED, ids=lambda loss: loss.title)
 def test_the_direct_form_is_the_same_loss(loss):
-    full = next(x for x in WORKLOADS if x.loss == loss)
-    small = Workload("small", loss, SMALL[loss], full.learns, options=full.options)
-    want = (made := form("direct", small)).outcome(made.step())
+    want = (made := form("direct", small(loss))).outcome(made.step())
     for name in ("torch", "jax"):
-        made = form(name, small)
+        made = form(name, small(loss))
         check(name, made.outcome(made.step()), want)
 
 
+def test_a_direct_form_stands_where_a_speed_is_claimed():
+    assert {name for name in vars(direct) if name.endswith("_loss")} == {loss.name for loss in TIMED}
+
+
 def test_a_wrong_value_is_not_timed():
-    small = Workload("small", "kl_loss", SMALL["kl_loss"], ("student",))
-    made = form("torch", small)
+    made = form("torch", small(next(loss for loss in TIMED if loss.divergence)))
     got = made.outcome(made.step())
     with pytest.raises(AssertionError, match="x: the value differs from the direct form's by"):
         check("x", got._replace(value=1.01 * got.value), got)
@@ -91,7 +87,7 @@ def test_tables_keep_every_figure(width):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--only", "nkd", "xyz"], "no workload has ['xyz'] in its name: kl 128×10, "),
+        (["--only", "nkd", "xyz"], "no workload has ['xyz'] in its name: crcd 64×128, K 500, 50,000 rows, "),
         (["--threads", "0"], "argument --threads: must be at least 1, got 0"),
         (
             ["--png", "x.png", "--forms", "jax"],

@@ -9,9 +9,11 @@ import sys
 import pytest
 from digest import digests
 
+from parity.cases import LOSSES
+
 TESTS = pathlib.Path(__file__).parent
 # a sum over a whole array or a product of matrices is divided among threads as there are threads
-DEPENDS_ON_THREADS = {"torch difference_kl_loss", "torch euclidean_mse_loss"}
+DEPENDS_ON_THREADS = {f"torch {loss.title}" for loss in LOSSES if loss.depends_on_threads}
 
 
 @pytest.fixture(scope="module")

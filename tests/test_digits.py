@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow  # trainings
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 # small tensors gain nothing from threads, and lose much where the cores are busy

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow  # processes that train
 
 ROOT = Path(__file__).parent.parent
 # programs that run for a second are not worth optimising, nor are small tensors worth threads

@@ -1,9 +1,11 @@
 """Every mistake gets the same error in both packages: the argument, what was expected, what came, how to mend it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,31 +15,45 @@ from frameworks import BOTH, JAX, TORCH
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 LOGITS, LABELS, MAP = np.zeros((4, 10)), np.zeros(4, int), np.zeros((2, 8, 8, 3))
 VIEWS = np.zeros((2, 4, 6))
+TOKENS, IMAGE = np.zeros((2, 6, 9)), np.zeros((2, 5, 3, 4))
 
 
-def crcd(f, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, dtype="float64", **options):
+def as_it_is(function):
+    return function
+
+
+def crcd(f, wrap=as_it_is, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, dtype="float64", **options):
     given = f.arrays([np.ones((2, dim)), np.ones((2, dim)), np.array(index), np.array(negatives)])
     memories = [np.ones((6, state_dim)), np.ones((6, state_dim)), np.zeros(()), np.zeros(())]
     state = f.kd.CRCDState(*f.arrays(memories, dtype))
-    return f.kd.crcd_loss(*given, state, **options)
+    return wrap(f.kd.crcd_loss)(*given, state, **options)
 
 
-def call(name, *arrays, **options):
-    def run(f):
-        where = {"where": f.array(options["where"])} if "where" in options else {}
-        return getattr(f.kd, name)(*f.arrays(list(arrays)), **{**options, **where})
+def call(name, *arguments, **options):
+    """A call whose NumPy arrays become the framework's; `wrap` may compile the function."""
+
+    def run(f, wrap=as_it_is):
+        def given(x):
+            return f.arrays(x) if isinstance(x, np.ndarray | np.generic | list) else x
+
+        return wrap(getattr(f.kd, name))(*map(given, arguments), **{k: given(v) for k, v in options.items()})
 
     return run
 
 
-def dino(*arrays, dim=6, **options):
-    return lambda f: f.kd.dino_loss(*f.arrays(list(arrays)), f.kd.dino_init(dim), **options)
+def dino(*arguments, dim=6, **options):
+    return lambda f, wrap=as_it_is: call("dino_loss", *arguments, f.kd.dino_init(dim), **options)(f, wrap)
 
 
 def key(f):
-    import jax
-
     return jax.random.key(0) if f is JAX else None
+
+
+@dataclasses.dataclass
+class Output:
+    """What a model of transformers returns."""
+
+    logits: np.ndarray
 
 
 MISTAKES = {
@@ -59,7 +75,7 @@ MISTAKES = {
     "temperature a word": (
         call("kl_loss", LOGITS, LOGITS, temperature="4"),
         TypeError,
-        r"kl_loss: `temperature` must be a number or a floating-point array of shape \[\], got '4'",
+        r"kl_loss: `temperature` must be a number or a floating-point or integer array of shape \[\], got '4'",
     ),
     "temperature infinite": (
         call("kl_loss", LOGITS, LOGITS, temperature=float("inf")),
@@ -67,9 +83,9 @@ MISTAKES = {
         "`temperature` .* got inf",
     ),
     "a temperature an example": (
-        lambda f: f.kd.kl_loss(*f.arrays([LOGITS, LOGITS]), temperature=f.array(np.ones(4))),
+        call("kl_loss", LOGITS, LOGITS, temperature=np.ones(4)),
         TypeError,
-        r"`temperature` must be a number or a floating-point array of shape \[\], got float64\[4\]",
+        r"`temperature` must be a number or a floating-point or integer array of shape \[\], got float64\[4\]",
     ),
     "negative weight": (
         call("dkd_loss", LOGITS, LOGITS, LABELS, beta=-1.0),
@@ -105,7 +121,8 @@ MISTAKES = {
     "a padded vocabulary": (
         call("kl_loss", np.zeros((1, 152064)), np.zeros((1, 151936))),
         TypeError,
-        r"student_logits has 128 classes more; if they are padding, cut them off: student_logits\[..., :151936\]$",
+        r"student_logits has 128 classes more; if they are padding, cut them off: student_logits\[..., :151936\]; "
+        "if the student uses them, give teacher_logits -inf there$",
     ),
     "features beside logits": (
         call("nkd_loss", np.zeros((4, 2, 256)), LOGITS, LABELS),
@@ -212,7 +229,7 @@ MISTAKES = {
         r"dino_loss: `state.center` must be Float\[Array, 'dim'\], got float32\[5\] beside student .*; make a state of width 6$",
     ),
     "no state": (
-        lambda f: f.kd.dino_loss(*f.arrays([VIEWS, VIEWS]), None),
+        call("dino_loss", VIEWS, VIEWS, None),
         TypeError,
         "`state` must be DINOState, got None",
     ),
@@ -223,12 +240,14 @@ MISTAKES = {
         "`dtype` must be float32 or float64, got bfloat16",
     ),
     "a half-precision centre": (
-        lambda f: f.kd.dino_loss(*f.arrays([VIEWS, VIEWS]), f.kd.DINOState(f.array(np.zeros(6), "float16"))),
+        lambda f, wrap=as_it_is: call("dino_loss", VIEWS, VIEWS, f.kd.DINOState(f.array(np.zeros(6), "float16")))(
+            f, wrap
+        ),
         ValueError,
         "`state.center` must be float32 or float64, got float16; in half precision small steps are lost",
     ),
     "a half-precision bank": (
-        lambda f: crcd(f, dtype="bfloat16"),
+        lambda f, wrap=as_it_is: crcd(f, wrap, dtype="bfloat16"),
         ValueError,
         "`state.student_memory` must be float32 or float64, got bfloat16",
     ),
@@ -243,12 +262,12 @@ MISTAKES = {
         "`final` must be finite and greater",
     ),
     "a memory of another width": (
-        lambda f: crcd(f, state_dim=5),
+        lambda f, wrap=as_it_is: crcd(f, wrap, state_dim=5),
         TypeError,
         r"crcd_loss: `state.student_memory` must be .*got float64\[6, 5\] beside student float64\[2, 4\].*; make a state of width 4$",
     ),
     "no negatives": (
-        lambda f: crcd(f, negatives=np.zeros((2, 0), int)),
+        lambda f, wrap=as_it_is: crcd(f, wrap, negatives=np.zeros((2, 0), int)),
         ValueError,
         r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
     ),
@@ -258,9 +277,205 @@ MISTAKES = {
         ValueError,
         "`num_negatives` must be at least 1",
     ),
-    "an unknown argument": (call("kl_loss", LOGITS, LOGITS, T=4.0), TypeError, "unexpected keyword argument 'T'"),
-    "a missing argument": (call("dkd_loss", LOGITS, LOGITS), TypeError, "missing a required argument: 'labels'"),
+    "another name of an argument": (
+        call("kl_loss", LOGITS, LOGITS, T=4.0),
+        TypeError,
+        "^kl_loss: got an unexpected keyword argument 'T'; write `temperature`$",
+    ),
+    "another name of two arguments": (
+        dino(VIEWS, VIEWS, temp=0.1),
+        TypeError,
+        "^dino_loss: .* 'temp'; write `teacher_temperature` or `student_temperature`$",
+    ),
+    "mdistiller's names": (
+        call("dkd_loss", logits_student=LOGITS, logits_teacher=LOGITS, target=LABELS),
+        TypeError,
+        "'logits_student'; write `student_logits`$",
+    ),
+    "a mask by another name": (call("mse_loss", LOGITS, LOGITS, mask=LABELS == 0), TypeError, "'mask'; write `where`$"),
+    "a misspelt argument": (
+        call("nkd_loss", LOGITS, LOGITS, LABELS, temprature=2.0),
+        TypeError,
+        "'temprature'; write `temperature`$",
+    ),
+    "an unknown argument": (
+        call("mse_loss", LOGITS, LOGITS, T=4.0),
+        TypeError,
+        r"^mse_loss: got an unexpected keyword argument 'T'; the arguments are student, teacher; the options, given by "
+        r"name, where, reduction, axis_name \(kdjax\) or group \(kdtorch\)$",
+    ),
+    "options by place": (
+        call("kl_loss", LOGITS, LOGITS, 4.0),
+        TypeError,
+        "^kl_loss: takes 2 positional arguments, got 3; the arguments are student_logits, teacher_logits; the options, "
+        "given by name, temperature, where, ",
+    ),
+    "an argument given twice": (
+        call("kl_loss", LOGITS, LOGITS, student_logits=LOGITS),
+        TypeError,
+        "^kl_loss: got multiple values for argument 'student_logits'",
+    ),
+    "a missing argument": (
+        call("dkd_loss", LOGITS, LOGITS),
+        TypeError,
+        "^dkd_loss: missing a required argument: 'labels'; the arguments are student_logits, teacher_logits, labels; ",
+    ),
+    "a Boolean temperature": (
+        call("nkd_loss", LOGITS, LOGITS, LABELS, temperature=True),
+        TypeError,
+        r"`temperature` must be a number or .* array of shape \[\], got True$",
+    ),
+    "an array of a Boolean temperature": (
+        call("nkd_loss", LOGITS, LOGITS, LABELS, temperature=np.array(True)),
+        TypeError,
+        r"`temperature` must be .*, got bool\[\]$",
+    ),
+    "a temperature of shape [1]": (
+        call("symmetric_kl_loss", LOGITS, LOGITS, temperature=np.ones(1)),
+        TypeError,
+        r"`temperature` must be .*, got float64\[1\]; give temperature\[0\]$",
+    ),
+    "a student of more classes": (
+        call("symmetric_kl_loss", np.zeros((4, 12)), LOGITS),
+        TypeError,
+        r"student_logits has 2 classes more; if they are padding, cut them off: student_logits\[..., :10\]; if the student "
+        "uses them, give teacher_logits -inf there$",
+    ),
+    "labels of an image, channels first": (
+        call("dkd_loss", IMAGE, IMAGE, np.zeros((2, 3, 4), int)),
+        TypeError,
+        r"`labels` must be .* got int(32|64)\[2, 3, 4\] beside .*; the last axis must be classes; give x.movedim\(1, -1\) in "
+        r"PyTorch, jnp.moveaxis\(x, 1, -1\) in JAX, for student_logits and teacher_logits$",
+    ),
+    "a mask of an image, channels first": (
+        call("kl_loss", IMAGE, IMAGE, where=np.ones((2, 3, 4), bool)),
+        TypeError,
+        r"`where` must be .* give x.movedim\(1, -1\) in PyTorch, ",
+    ),
+    "features of an image, channels first": (
+        call("dcn_loss", IMAGE, IMAGE, np.zeros((2, 3, 4), int), np.zeros((7, 4))),
+        TypeError,
+        r"`labels` must be .*; the last axis must be dim; give x.movedim\(1, -1\) in PyTorch, .* for student and teacher$",
+    ),
+    "channels first and classes last": (
+        call("kl_loss", IMAGE, np.moveaxis(IMAGE, 1, -1)),
+        TypeError,
+        "`teacher_logits` must be .*; bring the classes of both to the last axis$",
+    ),
+    "a mask shifted by a token": (
+        call("kl_loss", TOKENS, TOKENS, where=np.ones((2, 5), bool)),
+        TypeError,
+        r"`where` must be .*; where is one shorter; if it is shifted by a token, shift too: student_logits\[:, :-1\], "
+        r"teacher_logits\[:, :-1\]$",
+    ),
+    "labels shifted by a token": (
+        call("nkd_loss", TOKENS, TOKENS, np.zeros((2, 5), int)),
+        TypeError,
+        r"`labels` must be .*; labels is one shorter; if it is shifted by a token, shift too: student_logits\[:, :-1\], ",
+    ),
+    "logits shifted by a token": (
+        call("dkd_loss", TOKENS[:, :-1], TOKENS[:, :-1], np.zeros((2, 6), int)),
+        TypeError,
+        r"`labels` must be .*; labels is one longer; if the others are shifted by a token, give labels\[:, 1:\]$",
+    ),
+    "a teacher shifted by a token": (
+        call("kl_loss", TOKENS, TOKENS[:, 1:]),
+        TypeError,
+        r"`teacher_logits` must .*; student_logits is one longer; if the other is shifted by a token, give student_logits\[:, :-1\]$",
+    ),
+    "the output of a model": (
+        call("kl_loss", Output(LOGITS), Output(LOGITS)),
+        TypeError,
+        r"^kl_loss: `student_logits` must be Float\[Array, '\*batch classes'\], got Output; give student_logits.logits$",
+    ),
+    "the teacher's output of a model": (
+        call("dkd_loss", LOGITS, Output(LOGITS), LABELS),
+        TypeError,
+        "`teacher_logits` must be .*, got Output beside student_logits .*; give teacher_logits.logits$",
+    ),
+    "the output of a model as a mapping": (
+        call("kl_loss", LOGITS, {"logits": LOGITS}),
+        TypeError,
+        r"`teacher_logits` must be .*, got dict beside .*; give teacher_logits\['logits'\]$",
+    ),
+    "a tuple of logits": (
+        lambda f, wrap=as_it_is: wrap(f.kd.kl_loss)((f.array(LOGITS), None), f.array(LOGITS)),
+        TypeError,
+        r"`student_logits` must be .*, got tuple; give one array, such as student_logits\[0\]$",
+    ),
+    "a list of views": (
+        dino([VIEWS[0], VIEWS[1]], VIEWS),
+        TypeError,
+        r"`student` must be Float\[Array, 'student_views batch dim'\], got list; stack the views into one array$",
+    ),
+    "views on the batch axis": (
+        dino(VIEWS, VIEWS.reshape(8, 6)),
+        TypeError,
+        r"`teacher` must be .*got float64\[8, 6\] beside .*; stack the views on a first axis: teacher.reshape\(views, -1, 6\)$",
+    ),
+    "a released centre": (
+        lambda f, wrap=as_it_is: call("dino_loss", VIEWS, VIEWS, f.kd.DINOState(f.array(np.zeros((1, 6)))))(f, wrap),
+        TypeError,
+        r"`state.center` must be Float\[Array, 'dim'\], got float64\[1, 6\] beside .*; give state.center\[0\]$",
+    ),
+    "a state as a mapping": (
+        lambda f, wrap=as_it_is: call("dino_loss", VIEWS, VIEWS, f.kd.dino_init(6)._asdict())(f, wrap),
+        TypeError,
+        r"dino_loss: `state` must be DINOState, got dict beside .*; give DINOState\(\*\*state\)$",
+    ),
+    "a state as a list": (
+        lambda f, wrap=as_it_is: call("dino_loss", VIEWS, VIEWS, [np.zeros(6)])(f, wrap),
+        TypeError,
+        r"dino_loss: `state` must be DINOState, got list beside .*; give DINOState\(\*state\)$",
+    ),
+    "another loss's state": (
+        lambda f, wrap=as_it_is: crcd(
+            f, lambda function: lambda *x: wrap(f.kd.dino_loss)(*f.arrays([VIEWS, VIEWS]), x[-1])
+        ),
+        TypeError,
+        "dino_loss: `state` must be DINOState, got CRCDState beside",
+    ),
+    "a mask of integers": (
+        call("mse_loss", LOGITS, LOGITS, where=np.ones(4, int)),
+        TypeError,
+        "`where` must be Bool.* give where != 0, or labels != -100 if these are labels$",
+    ),
 }
+OF_VALUES = {  # whose text needs a value, which no tracer has
+    "labels as a mask": (
+        call("kl_loss", LOGITS, LOGITS, where=np.array([1, -100, 2, 3])),
+        TypeError,
+        r"`where` must be Bool.*, got int(32|64)\[4\] beside .*; give labels != -100$",
+        "give where != 0, or labels != -100 if these are labels",
+    ),
+    "labels as a mask, narrow": (
+        call("mse_loss", LOGITS, LOGITS, where=np.array([1, -1, 2, 3], "int8")),
+        TypeError,
+        r"`where` must be Bool.*, got int(8|32)\[4\] beside .*; give labels != -1$",
+        "give where != 0, or labels != -100 if these are labels",
+    ),
+}
+
+
+def traced(f, dynamic=None):
+    """What compiles a function: of jax.jit's, what is no array is a constant of the program."""
+    if f is TORCH:
+        return lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+
+    def wrap(function):
+        def compiled(*args, **kwargs):
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+
+            def program(arrays):
+                args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)])
+                return function(*args, **kwargs)
+
+            return jax.jit(program)(arrays)
+
+        return compiled
+
+    return wrap
 
 
 @both
@@ -271,15 +486,57 @@ def test_mistakes(f, mistake):
         run(f)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *OF_VALUES])
 def test_both_packages_say_the_same(mistake):
-    run, error, _ = MISTAKES[mistake]
+    run, error, *_ = {**MISTAKES, **OF_VALUES}[mistake]
     said = []
     for f in BOTH:
         with pytest.raises(error) as raised:
             run(f)
-        said.append((type(raised.value), str(raised.value).replace("int64", "int32")))
+        said.append((type(raised.value), str(raised.value).replace("int64", "int32").replace("int8", "int32")))
     assert said[0] == said[1]
+
+
+TRACED = [name for name, (run, _, _) in MISTAKES.items() if run.__code__.co_argcount == 2]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@both
+@pytest.mark.parametrize("mistake", TRACED)
+def test_mistakes_under_a_compiler(f, mistake):
+    """The same text from `jax.jit`, and from `torch.compile`, in whose own exception it lies."""
+    run, error, _ = MISTAKES[mistake]
+    with pytest.raises(error) as raised:
+        run(f)
+    symbolic = f is TORCH and (error is TypeError or "shape" in str(raised.value))
+    for dynamic in (None, True) if symbolic else (None,):
+        torch._dynamo.reset()
+        with pytest.raises(error if f is JAX else torch._dynamo.exc.Unsupported) as compiled:
+            run(f, traced(f, dynamic))
+        text = str(raised.value)
+        assert f is TORCH or str(compiled.value) == text
+        assert text in str(compiled.value).replace("\\'", "'")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_mistakes_where_the_compiler_may_leave_the_graph():
+    """Without `fullgraph` the error is the eager one."""
+    run, error, message = MISTAKES["batches differ"]
+    torch._dynamo.reset()
+    with pytest.raises(error, match=message):
+        run(TORCH, lambda function: torch.compile(function, backend="eager"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@both
+@pytest.mark.parametrize("mistake", OF_VALUES)
+def test_mistakes_of_values(f, mistake):
+    run, error, message, under_a_compiler = OF_VALUES[mistake]
+    with pytest.raises(error, match=message):
+        run(f)
+    torch._dynamo.reset()
+    with pytest.raises((error, torch._dynamo.exc.Unsupported), match=under_a_compiler):
+        run(f, traced(f))
 
 
 def module(name, *arguments, **options):
@@ -374,8 +631,13 @@ OUT_OF_RANGE = {
         4,
         5,
     ),
-    "crcd index": (lambda f: crcd(f, index=(0, 6), reduction="none"), "index", 5, 6),
-    "crcd negatives": (lambda f: crcd(f, negatives=((2, 3), (4, -7)), reduction="none"), "negatives", 5, -7),
+    "crcd index": (lambda f, wrap=as_it_is: crcd(f, wrap, index=(0, 6), reduction="none"), "index", 5, 6),
+    "crcd negatives": (
+        lambda f, wrap=as_it_is: crcd(f, wrap, negatives=((2, 3), (4, -7)), reduction="none"),
+        "negatives",
+        5,
+        -7,
+    ),
 }
 
 

@@ -1,16 +1,34 @@
-"""The published codes' figures, in tests/golden, through both packages and the oracle."""
+"""The published codes' figures, in tests/golden, through both packages and the oracle.
 
+What a file's `meta` may name, beside `function`, `kwargs`, `source` and `note`:
+
+- `inputs`: the arguments before the state, in order: the arrays `in_NAME`; `in_where`, where there is one, is the mask;
+- `counts`: the inputs that are lists, and of how many arrays: `in_NAME_0`, `in_NAME_1`, …;
+- `layouts`: the inputs that are feature maps, always `"NCHW"`;
+- `grads`: the inputs whose gradient was published, `grad_NAME`;
+- `returns`: `"array"` where the published figures are an array, `out_array`, and the gradients those of its sum times
+  `in_cotangent`;
+- `state`: the fields of a state; it starts at `in_FIELD`, or at 0, and is `state_FIELD_0` after the first step;
+- `steps`: how many there are, each with arrays of its own: `in_NAME_0`, `out_loss_0`, …; `step_kwargs`: settings of each;
+- `renamed`: prefixes of arrays that are called otherwise.
+"""
+
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import torch
+from frameworks import BOTH, JAX
 
 import kdjax
 import kdtorch
-from parity.cases import LOSSES, Case
+from parity.cases import LOSSES, Case, Sizes, draw, each_array
 from parity.compare import difference
-from parity.run import Result, run
+from parity.run import run, upstream
 
 FILES = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
 # relative to the value, and to the gradient's largest entry. The released code of the Euclidean distances clamps their
@@ -23,72 +41,185 @@ def load(path):
         return json.loads(bytes(data["meta"])), {key: data[key] for key in data.files if key != "meta"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a function, and what the published code gave: the value, the gradients by input, the next state.
+
+    A step of several starts from the state that was published for the step before. Maps have their channels second.
+    """
+
+    name: str
+    function: str
+    inputs: dict[str, Any]
+    maps: tuple[str, ...]
+    options: dict[str, Any]
+    where: np.ndarray | None
+    state: dict[str, np.ndarray]
+    cotangent: np.ndarray
+    value: np.ndarray
+    gradients: dict[str, Any]
+    after: dict[str, np.ndarray]
+
+    @property
+    def loss(self):
+        """The row of the table."""
+        soft = "labels" in self.inputs and self.inputs["labels"].ndim == 2
+        return next(x for x in LOSSES if x.name == self.function and ("distribution" in x.inputs.values()) == soft)
+
+
 def published(path):
-    """Each step of a file as a case, which starts from the state published for the step before, and what it gave."""
+    """The calls of a file."""
     meta, data = load(path)
-    soft = data["in_labels"].ndim == 2 if "in_labels" in data else False
-    loss = next(x for x in LOSSES if x.name == meta["function"] and ("distribution" in x.inputs.values()) == soft)
-    for step in range(meta.get("steps", 1)):
-        suffix = f"_{step}" if loss.state else ""
-        if "maps" in meta:
-            read = {key: [data[f"{key}_{i}"] for i in range(meta["maps"])] for key in MAPS}
-            inputs = {"student_maps": read["in_student"], "teacher_maps": read["in_teacher"]}
-            gradient = {"student_maps": read["grad_student"]}
-        else:
-            inputs = {key: data[f"in_{key}{suffix}"] for key in loss.inputs if key != loss.state}
-            gradient = {key: data[f"grad_{RENAMED.get((loss.name, key), key)}{suffix}"] for key in loss.learns}
-        states = []
-        if loss.state:
-            states = [{key: data[f"state_{key}_{step}"] for key in STATES[loss.name]}]
-            inputs["state"] = {
-                key: data[f"state_{key}_{step - 1}"] if step else data.get(f"in_{key}", np.zeros_like(now))
-                for key, now in states[0].items()
-            }
-        options = dict(meta.get("kwargs", {}))
-        if loss.name == "dino_loss":
-            options = {key: meta[key] for key in ("student_temperature", "center_momentum")}
-            options["teacher_temperature"] = meta["teacher_temperatures"][step]
-        case = Case(loss, f"{meta['case']}{suffix}", (inputs,), options, seed=None)
-        yield case, Result([data[f"out_loss{suffix}"]], [gradient], states)
+    steps = meta.get("steps")
+
+    def array(prefix, name, suffix):
+        key = meta.get("renamed", {}).get(f"{prefix}_{name}", f"{prefix}_{name}")
+        number = meta.get("counts", {}).get(name)
+        return data[f"{key}{suffix}"] if number is None else [data[f"{key}{suffix}_{i}"] for i in range(number)]
+
+    for step in range(steps or 1):
+        suffix = "" if steps is None else f"_{step}"
+        out = data[f"out_{meta.get('returns', 'loss')}{suffix}"]
+        after = {k: data[f"state_{k}_{step}"] for k in meta.get("state", ())}
+        before = {k: data[f"state_{k}_{step - 1}"] if step else data.get(f"in_{k}", 0 * v) for k, v in after.items()}
+        yield Call(
+            name=meta["case"] + suffix,
+            function=meta["function"],
+            inputs={k: array("in", k, suffix) for k in meta["inputs"]},
+            maps=tuple(meta.get("layouts", ())),
+            options={**meta["kwargs"], **meta.get("step_kwargs", [{}] * (step + 1))[step]},
+            where=data.get(f"in_where{suffix}"),
+            state=before,
+            cotangent=data.get("in_cotangent", np.ones(())),
+            value=out,
+            gradients={k: array("grad", k, suffix) for k in meta["grads"]},
+            after=after,
+        )
 
 
-MAPS = ("in_student", "in_teacher", "grad_student")
-RENAMED = {("crcd_loss", "teacher"): "teacher_embedding"}
-STATES = {
-    "dino_loss": ("center",),
-    "crcd_loss": ("student_memory", "teacher_memory", "student_normalizer", "teacher_normalizer"),
-}
-PUBLISHED = [step for path in FILES if "make_loss" not in path.stem for step in published(path)]
+CALLS = [call for path in FILES if load(path)[0]["function"] != "make_loss" for call in published(path)]
+
+
+def evaluate(f, call, dtype):
+    """The value, the gradients of the inputs that learn and of those that are constant, and the next state."""
+
+    def turned(name, x, source, place):
+        return each_array(x, lambda y: np.moveaxis(y, source, place)) if f is JAX and name in call.maps else x
+
+    loss, function = call.loss, getattr(f.kd, call.function)
+    names = dict(zip(loss.inputs, call.inputs, strict=False))  # the row's names, and the file's
+    constant = [names[k] for k in loss.constant]
+    inputs = {k: f.arrays(turned(k, x, 1, -1), dtype) for k, x in call.inputs.items()}
+    state = [getattr(f.kd, loss.inputs[loss.state])(**f.arrays(call.state, dtype))] if call.state else []
+    options = call.options if call.where is None else {**call.options, "where": f.array(call.where)}
+    cotangent = f.array(call.cotangent, dtype)
+
+    def objective(free):
+        value = function(*{**inputs, **free}.values(), *state, **options)
+        value, after = (value[0], value[1]._asdict()) if state else (value, {})
+        return (value * cotangent).sum(), (value, after)
+
+    free = {k: inputs[k] for k in (*call.gradients, *constant)}
+    slopes, (value, after) = f.jit(f.grad(objective, has_aux=True))(free)
+    slopes = {k: turned(k, numpy(f, x), -1, 1) for k, x in slopes.items()}
+    zero = {k: slopes.pop(k) for k in constant}
+    return f.numpy(value), slopes, zero, {k: f.numpy(x) for k, x in after.items()}
+
+
+def numpy(f, x):
+    return [f.numpy(y) for y in x] if isinstance(x, list) else f.numpy(x)
+
+
+def compared(call, dtype, sides, *parts):
+    """Each part as (what it is, what came, what is published); raises unless they agree."""
+    for part, got, want in parts:
+        limit = LIMITS[dtype][part != "value"] / np.finfo(dtype).eps
+        names = {"subject": call.function, "case": call.name, "dtype": dtype, "names": sides}
+        found = difference([got], [want], limit=limit, expected=dtype, part=part, **names)
+        assert found.passed, str(found)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("framework", ["jax", "torch", "oracle"])
-@pytest.mark.parametrize(("case", "want"), PUBLISHED, ids=lambda x: x.name if isinstance(x, Case) else "")
-def test_losses(case, want, framework, dtype):
-    if framework == "oracle":  # its gradients, a step of every entry, are compared with the packages' on small cases
-        want = Result(want.values, [{}], want.states)
-    got = run(framework, case, dtype, gradients=framework != "oracle")
-    for gradient in got.gradients:
-        for key in case.loss.constant:
-            gradient.pop(key)
-    if framework == "oracle":  # which computes in more digits than either dtype has
-        states = [{key: x.astype(dtype) for key, x in state.items()} for state in got.states]
-        got = Result([x.astype(dtype) for x in got.values], got.gradients, states)
-    for part, one, other in (
-        ("value", got.values, want.values),
-        ("gradient", got.gradients, want.gradients),
-        ("state", got.states, want.states),
-    ):
-        limit = LIMITS[dtype][part != "value"] / np.finfo(dtype).eps
-        names = {"subject": case.loss.title, "case": case.name, "dtype": dtype, "names": (framework, "published")}
-        x = difference(one, other, limit=limit, expected=dtype, part=part, **names)
-        assert x.passed, str(x)
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_packages(call, f, dtype):
+    value, gradients, constant, after = evaluate(f, call, dtype)
+    compared(
+        call,
+        dtype,
+        (f.name, "published"),
+        ("value", value, call.value),
+        ("gradient", gradients, call.gradients),
+        ("state", after, call.after),
+    )
+    assert all((x == 0).all() for x in jax.tree.leaves(constant))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_oracle(call, dtype):
+    """Its gradients, a step of every entry, are compared with the packages' on small cases."""
+    inputs = dict(zip(call.loss.inputs, (*call.inputs.values(), call.state), strict=False))
+    options = {k: v for k, v in call.options.items() if k != "reduction"}
+    reduction = call.options.get("reduction", "mean")
+    got = run("oracle", Case(call.loss, "", (inputs,), options, call.where, reduction), dtype, gradients=False)
+    # it computes in more digits than either dtype has
+    after = {k: x.astype(dtype) for states in got.states for k, x in states.items()}
+    value = got.values[0].astype(dtype)
+    compared(call, dtype, ("oracle", "published"), ("value", value, call.value), ("state", after, call.after))
+
+
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+def test_a_mask_and_an_array(f, tmp_path):
+    """What no file has yet: written from the oracle's figures, and refused where one of them is wrong."""
+    loss = next(x for x in LOSSES if x.name == "dkd_loss")
+    (inputs,) = draw(loss, Sizes(), 0)
+    where = np.arange(5) != 2
+    case = Case(loss, "", (inputs,), where=where, reduction="none")
+    exact = run("oracle", case)
+    meta = {"function": loss.name, "kwargs": {"reduction": "none"}, "inputs": list(inputs), "grads": list(loss.learns)}
+    arrays = {f"in_{k}": x for k, x in inputs.items()} | {"in_where": where, "in_cotangent": upstream(case, (5,))}
+    arrays |= {f"grad_{k}": exact.gradients[0][k].astype("float64") for k in loss.learns}
+    for factor in (1.0, 1.0001):
+        text = json.dumps({**meta, "returns": "array", "case": "masked"})
+        value = factor * exact.values[0].astype("float64")
+        np.savez(tmp_path / "masked.npz", meta=np.frombuffer(text.encode(), np.uint8), out_array=value, **arrays)
+        (call,) = published(tmp_path / "masked.npz")
+        if factor == 1:
+            test_oracle(call, "float64")
+            test_packages(call, f, "float64")
+        else:
+            with pytest.raises(AssertionError, match="value"):
+                test_packages(call, f, "float64")
 
 
 @pytest.mark.parametrize("package", [kdjax, kdtorch])
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("dino")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in FILES if "epochs" in load(p)[0]], ids=lambda p: p.stem)
 def test_teacher_temperature(path, package):
     meta, _ = load(path)
     schedule = {key: meta[key] for key in ("warmup", "final", "warmup_epochs")}
     for epoch, want in zip(meta["epochs"], meta["teacher_temperatures"], strict=True):
         assert float(package.dino_teacher_temperature(epoch, **schedule)) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 3, 30])
+def test_teacher_temperature_follows_the_released_table(warmup_epochs):
+    """`np.linspace` and then the final temperature, of integers and of arrays, outside and inside a compiled program."""
+    epochs, schedule = 33, {"warmup": 0.04, "final": 0.07, "warmup_epochs": warmup_epochs}
+    table = np.concatenate([np.linspace(0.04, 0.07, warmup_epochs), np.full(epochs - warmup_epochs, 0.07)])
+    ours = jax.jit(lambda epoch: kdjax.dino_teacher_temperature(epoch, **schedule))
+    theirs = torch.compile(
+        lambda epoch: kdtorch.dino_teacher_temperature(epoch, **schedule), backend="eager", fullgraph=True
+    )
+    for epoch in (0, 1, 2, 29, 32):
+        for got in (
+            kdjax.dino_teacher_temperature(epoch, **schedule),
+            kdtorch.dino_teacher_temperature(epoch, **schedule),
+            ours(epoch),
+        ):
+            assert float(got) == pytest.approx(table[epoch], rel=1e-12)
+    every = np.arange(epochs)
+    for got in (ours(every), kdjax.dino_teacher_temperature(every, **schedule)):
+        np.testing.assert_allclose(got, table, rtol=1e-12)
+    for function in (theirs, lambda epoch: kdtorch.dino_teacher_temperature(epoch, **schedule)):
+        np.testing.assert_allclose(function(torch.from_numpy(every)), table, rtol=1e-12)

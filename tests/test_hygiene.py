@@ -24,10 +24,10 @@ from kdlosses.pages import blocks, entries, losses, paper
 from parity.cases import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("kdjax", "kdtorch", "parity")
+PACKAGES = ("kdjax", "kdlosses", "kdtorch", "parity")
 IMPORT_JAX = """
 import time, threading
-import jax, flax.nnx, optax, jaxtyping, beartype.door
+import jax, flax.nnx, optax, jaxtyping
 from jax._src import xla_bridge
 before = dict(jax.config.values), threading.active_count()
 start = time.process_time()
@@ -39,7 +39,7 @@ print(seconds)
 """
 IMPORT_TORCH = """
 import time, threading
-import torch, jaxtyping, beartype.door, torch._library, torch.distributed
+import torch, jaxtyping, torch._library, torch.distributed
 def settings():
     random = torch.random.get_rng_state().tolist()
     return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), threading.active_count(), random

@@ -713,6 +713,21 @@ def test_weights_of_a_module_that_is_not_ours(tmp_path):
     port.load_state_dict(kdtorch.interop.load(tmp_path / "theirs"))
 
 
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("window", [(3,), (3, 2), (2, 3, 4)])
+def test_transposed_convolutions_cross(window, transpose_kernel):
+    options = {"padding": "VALID", "transpose_kernel": transpose_kernel, "param_dtype": "float64"}
+    ours = nnx.ConvTranspose(3, 5, window, 2, **options, rngs=nnx.Rngs(0))
+    theirs = getattr(torch.nn, f"ConvTranspose{len(window)}d")(3, 5, window, 2).double()
+    theirs.load_state_dict(kdjax.interop.to_torch(ours))
+    x = normal(2, *(4, 5, 6)[: len(window)], 3, dtype="float64")
+    with torch.no_grad():
+        y = theirs(torch.from_numpy(np.array(x)).movedim(-1, 1)).movedim(1, -1)
+    np.testing.assert_allclose(numpy(y), ours(x), rtol=1e-12, atol=1e-12)
+    if not transpose_kernel:  # what PyTorch's is read as
+        same(flat(kdjax.interop.to_jax(theirs)), flat(ours))
+
+
 def test_attention_does_not_come_back():
     with pytest.raises(TypeError, match="multi-head attention does not say"):
         kdjax.interop.to_jax(torch.nn.MultiheadAttention(4, 2))

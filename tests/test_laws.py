@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 
-from parity.cases import LOSSES, Case, Loss, Sizes, cases, draw
+from parity.cases import KINDS, LOSSES, PERTURBATIONS, Case, Loss, Sizes, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -70,8 +70,8 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
     inputs = f.arrays(inputs, dtype)
     options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
     if loss.state:
-        inputs["state"] = {k: v if v.ndim else v + 5.0 for k, v in inputs["state"].items()}  # normalisers are set
-        inputs["state"] = getattr(f.kd, loss.inputs["state"])(**inputs["state"])
+        later = f.arrays({k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()})
+        inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**inputs[loss.state] | later)
     function, first = getattr(f.kd, loss.name), loss.learns[0]
 
     def value(x, **more):
@@ -88,7 +88,7 @@ def close(a, b, limit=256):
 
 @every
 def test_second_derivative(loss):
-    """That of kdjax is right; kdtorch's is the same, or refused."""
+    """That of kdjax is right; kdtorch's is the same, or refused. Where a part that moves is held constant, they agree."""
     function, x = called(JAX, loss)
     direction = jax.tree.map(jnp.cos, x)
 
@@ -104,12 +104,12 @@ def test_second_derivative(loss):
     moved = [jax.tree.map(lambda a, d, s=s: a + s * step * jnp.sin(d * 3), x, direction) for s in (1, -1)]
     difference = float(slope(moved[0]) - slope(moved[1])) / (2 * step)
     product = sum((a * jnp.sin(d * 3)).sum() for a, d in zip(leaves(got), leaves(direction), strict=True))
-    if loss.name != "uskd_loss":  # whose soft labels move with x but are constant to the gradient
+    if not loss.partly_constant:
         assert float(product) == pytest.approx(difference, rel=1e-5, abs=1e-8)
 
     function, x = called(TORCH, loss)
     slope = along_direction(TORCH, function, [TORCH.array(d) for d in leaves(direction)])
-    if loss.name in ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss"):
+    if not loss.second_derivative:
         with pytest.raises(NotImplementedError, match="no second derivative"):
             torch.func.grad(slope)(x)
         return
@@ -188,11 +188,12 @@ def test_second_call_compiles_nothing_in_torch(loss):
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
-def test_torch_compile(loss):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile(backend, loss):
     function, x = called(TORCH, loss)
     torch._dynamo.reset()
     results = []
-    for run_it in (function, torch.compile(function, fullgraph=True)):
+    for run_it in (function, torch.compile(function, fullgraph=True, backend=backend)):
         given = [y.clone().requires_grad_() for y in leaves(x)]
         run_it(given if isinstance(x, list) else given[0]).backward()
         results.append([y.grad.numpy() for y in given])
@@ -200,9 +201,7 @@ def test_torch_compile(loss):
 
 
 @framework
-@pytest.mark.parametrize(
-    "loss", [x for x in LOSSES if x.name in ("kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss")], ids=named
-)
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.infinite], ids=named)
 def test_infinite_where_the_student_excludes_a_class(name, loss):
     (inputs,) = draw(loss, Sizes(), 0)
     inputs["student_logits"][
@@ -214,21 +213,27 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
 
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-def test_labels_of_any_integer_dtype(f):
+@pytest.mark.parametrize("loss", [x for x in LOSSES if "labels" in x.inputs.values()], ids=named)
+def test_labels_of_any_integer_dtype(f, loss):
     """Of more classes than the dtype counts."""
-    logits, labels = np.random.default_rng(0).normal(size=(2, 4, 300)), np.array([0, 5, 100, 127])
-    student, teacher = f.arrays(list(logits))
-    want = f.numpy(f.kd.dkd_loss(student, teacher, f.array(labels), reduction="none"))
+    (inputs,) = draw(loss, Sizes((4,), 300), 0)
+    given = {**f.arrays(inputs), "labels": f.array(np.array([0, 5, 100, 127]))}
+
+    def values(labels):
+        return f.numpy(getattr(f.kd, loss.name)(**{**given, "labels": labels}, reduction="none"))
+
+    def array(labels, dtype):
+        return (jnp.asarray if f is JAX else torch.from_numpy)(np.array(labels, dtype))
+
+    want = values(given["labels"])
     for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "uint64", "int64"):
-        given = (jnp.asarray if f is JAX else torch.from_numpy)(labels.astype(dtype))
-        got = f.numpy(f.kd.dkd_loss(student, teacher, given, reduction="none"))
-        assert np.array_equal(got, want), dtype
-    wrong = (jnp.asarray if f is JAX else torch.from_numpy)(np.array([0, 5, -1, 127], "int8"))
+        assert np.array_equal(values(array([0, 5, 100, 127], dtype)), want), dtype
+    wrong = [0, 5, -1, 127]
     if f is JAX:
-        assert np.array_equal(np.isnan(f.kd.dkd_loss(student, teacher, wrong, reduction="none")), wrong < 0)
+        assert np.array_equal(np.isnan(values(array(wrong, "int8"))), np.array(wrong) < 0)
     else:
         with pytest.raises(IndexError, match=r"0 .. 299, got -1"):
-            f.kd.dkd_loss(student, teacher, wrong)
+            values(array(wrong, "int8"))
 
 
 def slopes(loss, device=None):
@@ -266,7 +271,8 @@ def test_shapes_alone(loss):
 
 @pytest.mark.parametrize(
     ("loss", "sizes"),
-    [(x, Sizes()) for x in LOSSES] + [(x, Sizes((300,), 2000)) for x in LOSSES if x.name in ("dkd_loss", "nkd_loss")],
+    [(x, Sizes()) for x in LOSSES]
+    + [(x, Sizes((300,), 2000)) for x in LOSSES if "logits" in x.inputs.values() and not x.batch_coupled],
     ids=lambda x: named(x) if isinstance(x, Loss) else f"{x.classes} classes",
 )
 def test_values_may_be_written_into(loss, sizes):
@@ -294,17 +300,14 @@ def test_gradients_of_many_cotangents_at_once(loss):
         )
 
 
-@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
-def test_no_nan_on_the_way(name):
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.padding], ids=named)
+def test_no_nan_on_the_way(loss):
     """`jax_debug_nans`, which looks at every operation outside of `jit`, stops at nothing, with a padded class neither."""
-    loss = next(x for x in LOSSES if x.name == name)
     (inputs,) = draw(loss, Sizes(batch=(2,), classes=4), 0)
-    for key in list(inputs)[:2]:
-        inputs[key][:, -1] = -np.inf
-    inputs["labels"] = np.array([0, 1])
+    inputs = PERTURBATIONS["padded"](loss, inputs)
     student, *others = JAX.arrays(inputs).values()
     with jax.debug_nans(True):
-        assert jnp.isfinite(jax.grad(getattr(JAX.kd, name))(student, *others)).all()
+        assert jnp.isfinite(jax.grad(getattr(JAX.kd, loss.name))(student, *others)).all()
 
 
 def test_one_hot_labels_are_labels():

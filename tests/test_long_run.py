@@ -3,6 +3,8 @@
 import long_run
 import pytest
 
+pytestmark = pytest.mark.slow  # thousands of steps
+
 
 @pytest.mark.parametrize("loss", long_run.STATEFUL, ids=lambda loss: loss.title)
 def test_a_thousand_steps(loss):

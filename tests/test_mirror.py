@@ -1,4 +1,4 @@
-"""The two packages hold the same files, names, parameters, defaults and summaries."""
+"""The two packages hold the same files, names, parameters, defaults and summaries, and imports run one way."""
 
 import ast
 import inspect
@@ -107,17 +107,106 @@ def test_order(path):
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
 
 
+# the arrows: kdlosses <- kdjax, kdtorch <- parity, and nothing of the repository besides
+BELOW = {"kdlosses": set(), "kdjax": {"kdlosses"}, "kdtorch": {"kdlosses"}, "parity": {"kdlosses", "kdjax", "kdtorch"}}
+JAX, TORCH = {"jax", "jaxlib", "flax", "optax"}, {"torch"}
+OTHERS = {"kdlosses": JAX | TORCH, "kdjax": TORCH, "kdtorch": JAX, "parity": set()}
+CROSSES = {"kdjax/interop.py": {"torch", "kdtorch._pack"}, "kdtorch/interop.py": {"jax", "flax", "kdjax._pack"}}
+FOR_TYPES = {"kdjax/_pack.py": {"torch"}, "kdjax/interop.py": {"torch"}}
+PACKAGED = sorted(str(path.relative_to(ROOT)) for package in BELOW for path in (ROOT / package).rglob("*.py"))
+ELSEWHERE = [
+    path
+    for path in ROOT.rglob("*.py")
+    if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks", "examples", "docs")
+]
+OF_THE_REPOSITORY = {
+    *BELOW,
+    *(path.stem for path in ELSEWHERE),
+    *(path.relative_to(ROOT).parts[0] for path in ELSEWHERE),
+}
+
+
+def imports(source):
+    """What a file imports, module by module: at once, in functions as they are called, and for the types alone."""
+    found = {"at once": set(), "in a function": set(), "for types": set()}
+
+    def visit(node, when):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found[when] |= {alias.name for alias in child.names}
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0
+                inside = ROOT.joinpath(*child.module.split(".")).is_dir()
+                found[when] |= {f"{child.module}.{x.name}" if inside else child.module for x in child.names}
+            elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                visit(child, "for types")
+            else:
+                inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                visit(child, "in a function" if inner and when == "at once" else when)
+
+    visit(ast.parse(source), "at once")
+    return found
+
+
+def strays(path, source):
+    """The imports of a file that go against the arrows."""
+    package = path.partition("/")[0]
+    above = (OF_THE_REPOSITORY - BELOW[package] - {package}) | OTHERS[package]
+    allowed = {"at once": set(), "in a function": CROSSES.get(path, set()), "for types": FOR_TYPES.get(path, set())}
+    for when, modules in imports(source).items():
+        for module in sorted(modules):
+            top = module.partition(".")[0]
+            if top in above and not {module, top} & allowed[when]:
+                yield module, when
+
+
+@pytest.mark.parametrize("path", PACKAGED)
+def test_imports_run_one_way(path):
+    assert list(strays(path, (ROOT / path).read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "found"),
+    [
+        ("kdlosses/trees.py", "import jax.numpy as jnp", [("jax.numpy", "at once")]),
+        ("kdlosses/trees.py", "def f():\n    import kdjax", [("kdjax", "in a function")]),
+        ("kdjax/interop.py", "def f():\n    import torch.nn\n    from kdtorch import _pack", []),
+        ("kdjax/interop.py", "def f():\n    from kdtorch import interop", [("kdtorch.interop", "in a function")]),
+        ("kdjax/interop.py", "from kdtorch import _pack", [("kdtorch._pack", "at once")]),
+        ("kdjax/interop.py", "from kdtorch._pack import tensor", [("kdtorch._pack", "at once")]),
+        ("kdtorch/_numerics.py", "def f():\n    import jax", [("jax", "in a function")]),
+        ("kdtorch/logits/kl.py", "try:\n    from parity.compare import ulps\nexcept ImportError: ...", [("parity.compare", "at once")]),
+        ("parity/run.py", "from tests import laws", [("tests.laws", "at once")]),
+        ("parity/run.py", "import laws", [("laws", "at once")]),
+        ("parity/run.py", "from benchmarks.direct import kl_loss", [("benchmarks.direct", "at once")]),
+        ("parity/run.py", "import kdjax, kdtorch.nn, jax, torch", []),
+    ],
+)  # fmt: skip
+def test_an_import_that_goes_the_other_way_is_found(path, source, found):
+    assert list(strays(path, source)) == found
+
+
 @pytest.mark.parametrize(
     ("modules", "others"),
     [
-        ("kdjax, kdjax.nn, kdjax.interop, kdjax.__main__", {"torch", "kdtorch"}),
-        ("kdtorch, kdtorch.nn, kdtorch.interop, kdtorch.__main__", {"jax", "kdjax"}),
+        ("kdjax, kdjax.nn, kdjax.interop, kdjax.__main__", TORCH | {"kdtorch", "parity", "tests", "benchmarks"}),
+        ("kdtorch, kdtorch.nn, kdtorch.interop, kdtorch.__main__", JAX | {"kdjax", "parity", "tests", "benchmarks"}),
+        ("kdtorch.interop", JAX | {"kdjax", "parity", "rich"}),
+        ("kdlosses", JAX | TORCH | {"kdjax", "kdtorch", "parity", "rich", "numpy"}),
         (
-            "kdlosses.cache, kdlosses.config, kdlosses.files, kdlosses.formulas, kdlosses.layers, kdlosses.pages, kdlosses.settings, kdlosses.trees",
-            {"torch", "kdtorch", "jax", "kdjax"},
+            ", ".join(path.removesuffix(".py").replace("/", ".") for path in PACKAGED if path.startswith("kdlosses")),
+            JAX | TORCH | {"kdjax", "kdtorch", "parity"},
         ),
+        ("parity", JAX | TORCH | {"kdjax", "kdtorch", "tests", "benchmarks"}),
     ],
 )
-def test_one_framework_does_not_import_the_other(modules, others):
-    code = f"import {modules}, sys; sys.exit(bool({others!r} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_what_an_import_does_not_load(modules, others):
+    code = f"import {modules}, sys; print(*sorted({others!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_the_interop_of_jax_loads_no_more_than_flax_does():
+    code = "import flax.nnx, optax, sys; before = set(sys.modules); import kdjax.interop; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & {*TORCH, "kdtorch", "parity", "rich"}

@@ -1,12 +1,16 @@
-"""`python -m kdjax` and `python -m kdtorch`: every loss, and its page, in a terminal of 80 columns."""
+"""`python -m kdlosses`, `kdjax` and `kdtorch`: every loss, and its page, in a terminal of 80 columns."""
 
+import os
+import pathlib
 import runpy
+import subprocess
 import sys
 
 import pytest
 from rich.cells import cell_len
 
 import kdjax
+import kdlosses
 import kdtorch
 from kdlosses.formulas import unicode
 from kdlosses.pages import blocks, entries, losses, paper
@@ -52,6 +56,77 @@ def test_the_table(page, package):
         "uskd_tea",
         "rkd",
     }
+
+
+def test_the_table_of_both(page):
+    text = page(kdlosses)
+    assert (
+        """
+ dkd_loss            Decoupled          labels       Zhao et al., CVPR  kdjax
+ dkd                 knowledge                       2022               kdtorch
+"""
+        in text
+    )
+    assert {line[1:].split(" ")[0] for line in text.splitlines()} >= {*losses(kdjax), *losses(kdtorch), "kld", "rkd"}
+    assert text.count("kdjax") == text.count("kdtorch") == len(losses(kdjax))
+
+
+@pytest.mark.parametrize("name", losses(kdjax))
+def test_every_loss_shows_from_both(page, name):
+    head, *rest = page(kdlosses, "show", name).split("in kdjax and kdtorch; this is its page in kdjax\n")
+    assert [head + "".join(rest)] == [page(kdjax, "show", name)]
+
+
+ROOT = pathlib.Path(kdlosses.__file__).parent.parent
+HIDDEN = """
+import runpy, sys
+hidden, *arguments = sys.argv[1:]
+sys.modules.update(dict.fromkeys(hidden.split(",")))
+sys.argv = ["kdlosses", *arguments]
+try:
+    runpy.run_module("kdlosses", run_name="__main__")
+except SystemExit as left:
+    loaded = {"jax", "torch", "kdjax", "kdtorch", "parity"} & {name for name, x in sys.modules.items() if x}
+    sys.exit(left.code or ", ".join(loaded) or 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "having", "array", "notes"),
+    [
+        ("nothing", ["kdjax", "kdtorch"], "Array", []),
+        ("torch", ["kdjax"], "Array", ["kdtorch cannot be imported here, torch is missing: pip install 'kdlosses[torch]'"]),
+        ("jax", ["kdtorch"], "Tensor", ["kdjax cannot be imported here, jax is missing: pip install 'kdlosses[jax]'"]),
+        ("flax", ["kdtorch"], "Tensor", ["kdjax cannot be imported here, flax is missing: pip install 'kdlosses[jax]'"]),
+        ("kdjax", ["kdtorch"], "Tensor", ["kdjax cannot be imported here, kdjax is missing: pip install 'kdlosses[jax]'"]),
+        ("jax,torch", [], "Array", ["kdjax cannot be imported here, jax is missing: pip install 'kdlosses[jax]'",
+                                    "kdtorch cannot be imported here, torch is missing: pip install 'kdlosses[torch]'"]),
+    ],
+)  # fmt: skip
+def test_with_what_is_installed(hidden, having, array, notes):
+    """Neither framework is loaded for it, and one of them is enough."""
+
+    def printed(*arguments):
+        command = [sys.executable, "-c", HIDDEN, hidden, *arguments]
+        environment = {**os.environ, "COLUMNS": "100"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return [line.rstrip() for line in done.stdout.splitlines()]
+
+    table, page = printed(), printed("show", "sml")
+    assert table[-1 - len(notes) :] == [*notes, "`python -m kdlosses show dkd` prints the page of one."]
+    assert (page[-len(notes) - 1 :] == ["", *notes]) if notes else page[-1] == "  0.8125"
+    row = table.index(next(line for line in table if line.startswith(" smooth_l1_loss ")))
+    marks = [line.split()[-1] for line in table[row : row + 2] if line.split()[-1].startswith("kd")]
+    assert marks == having
+    assert page[1] == f"    student: Float[{array}, '*batch features'],"
+    assert [line for line in page if line.startswith("in kd")] == [
+        f"in {' and '.join(having)}{'; this is its page in kdjax' if len(having) > 1 else ''}"
+    ] * bool(having)
+
+
+def test_the_version():
+    assert kdlosses.__version__ == kdjax.__version__ == kdtorch.__version__
 
 
 HEAD = """\

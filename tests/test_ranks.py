@@ -14,6 +14,8 @@ import kdtorch
 from parity.cases import KINDS, LOSSES
 from parity.compare import ulps
 
+pytestmark = pytest.mark.slow  # processes
+
 
 def start(function, number, folder, *arguments):
     torch.multiprocessing.start_processes(
@@ -68,7 +70,7 @@ def wrong(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["kl_loss", "difference_kl_loss", "euclidean_mse_loss"])
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.OF_TWO])
 def test_batches_of_different_sizes(name, wrong):
     """An error on every rank that names both."""
     for rank, result in enumerate(wrong):
@@ -83,7 +85,7 @@ def test_a_group_without_this_rank(wrong):
     assert wrong[0]["no member"].startswith("TypeError: kl_loss: `group` must be ProcessGroup | None, got ")
 
 
-@pytest.mark.parametrize("name", ["dino_loss", "crcd_loss"])
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.WITH_STATE])
 def test_one_rank_with_nan(name, wrong):
     """The loss of the batch is NaN; what would not be a number is remembered on no rank, the rest on all alike."""
     assert np.isnan(np.mean([x[f"nan {name}"]["value"] for x in wrong]))
@@ -92,7 +94,7 @@ def test_one_rank_with_nan(name, wrong):
         assert a.equal(b)
 
 
-@pytest.mark.parametrize("name", ["dino_loss", "crcd_loss"])
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.WITH_STATE])
 def test_a_rank_without_examples(name, wrong):
     """A masked rank adds nothing; where all are masked, the answer is 0 and the state stays."""
     masked, nothing = ([x[f"{kind} {name}"] for x in wrong] for kind in ("masked", "nothing"))
@@ -105,12 +107,12 @@ def test_a_rank_without_examples(name, wrong):
         assert all(a.equal(b) for a, b in zip(x["before"], x["after"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["kl_loss", "difference_kl_loss", "euclidean_mse_loss"])
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.OF_TWO])
 def test_empty_batches(name, wrong):
     assert [x[f"empty {name}"] for x in wrong] == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["dino_loss", "crcd_loss"])
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.WITH_STATE])
 def test_no_update(name, wrong):
     for x in wrong:
         assert x[f"no update {name}"]["same"]
@@ -160,8 +162,8 @@ def test_a_group_that_is_not_initialised():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     group = torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
-    for name in ("kl_loss", "difference_kl_loss"):
+    for loss in ranks.OF_TWO:
         with pytest.raises(
             ValueError, match=r"`group` must be a process group of torch\.distributed, which is not init"
         ):
-            getattr(kdtorch, name)(torch.ones(2, 3), torch.ones(2, 3), group=group)
+            getattr(kdtorch, loss.name)(torch.ones(2, 3), torch.ones(2, 3), group=group)

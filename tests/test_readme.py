@@ -1,4 +1,4 @@
-"""The code of the README and of the pages of docs/ runs as printed; that of docs/losses has its own test."""
+"""The code of the README and of the pages of docs/ runs as printed (docs/losses has its own test); the table holds."""
 
 import pathlib
 import re
@@ -8,10 +8,17 @@ import textwrap
 
 import pytest
 
+import kdjax
+import kdtorch
+from docs.catalogue import FAMILIES
+from kdlosses.pages import losses
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(x for x in (ROOT / "docs").rglob("*.md") if x.parent.name != "losses")]
 BLOCKS = [
-    pytest.param(textwrap.dedent(code), id=f"{page.stem}-{i}")
+    pytest.param(
+        textwrap.dedent(code), id=f"{page.stem}-{i}", marks=[pytest.mark.slow] if page.stem != "README" else []
+    )
     for page in PAGES
     for i, code in enumerate(re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), re.S | re.M))
 ]
@@ -28,8 +35,19 @@ def test_code(code):
         assert last < first
 
 
-def test_the_table_names_every_loss():
-    from kdjax.make_loss import PUBLISHED
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_the_table_of_families_names_and_links_every_loss(package):
+    """A family is a folder of the package."""
+    rows = re.findall(r"^\| (\w.*?) \| (\[.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    links = {family: re.findall(r"\[`(\w+)`\]\((.*?)\)", cell) for family, cell in rows}
+    want = {}
+    for name, loss in sorted(losses(package).items()):
+        folder = loss.__module__.split(".")[1]
+        want.setdefault(FAMILIES[folder], []).append((name, f"docs/losses/{name}.md"))
+    assert links == want
 
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.M)
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(PUBLISHED)
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

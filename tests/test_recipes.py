@@ -21,7 +21,7 @@ from kdtorch import kl_loss
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RECIPES = EXAMPLES / "recipes"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]  # trainings
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,14 @@ def test_all_is_within_its_limits(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize("name", ["mse", "mse_loss"])
+def test_a_short_name_will_do(name, capsys):
+    assert main(["--loss", name, "--framework", "torch", "--dtype", "float64"]) == 0
+    text = capsys.readouterr().out
+    assert "│ mse_loss │ float64 │" in text
+    assert text.count("float64") == 1
+
+
 def test_what_fails_is_repeated_alone(monkeypatch, capsys):
     broken(monkeypatch)
     assert main([*FAST, "--tries", "3", "--seed", "4"]) == 1
@@ -121,6 +129,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert importlib.metadata.version("jax") in page
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path, browser):
     file = tmp_path / "report.html"
     report.write_html(str(file), comparison())

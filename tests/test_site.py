@@ -20,6 +20,7 @@ import pytest
 from selenium.webdriver.support import expected_conditions as conditions
 from selenium.webdriver.support.wait import WebDriverWait
 
+pytestmark = pytest.mark.slow  # it draws every picture, builds the site, and opens a browser
 ROOT = pathlib.Path(__file__).parent.parent
 FACES = [f"{package}{part}" for package in ("kdjax", "kdtorch") for part in ("", ".nn", ".interop", ".teacher_cache")]
 FACES.append("parity")

@@ -1,6 +1,10 @@
 """A teacher's outputs on disk: what is recorded is what is read, in either framework, whatever happens to the writer."""
 
+import copy
 import json
+import os
+import pickle
+import re
 import subprocess
 import sys
 
@@ -59,12 +63,44 @@ def test_what_is_recorded_is_read_in_both_frameworks(f, dtype, tmp_path):
     for reader, cache in readers(tmp_path / "top"):
         assert (cache.top_k, cache.temperatures) == (4, (1.0, 2.5))
         outputs = cache.read(ORDER[picked], temperature=2.5)
+        assert list(outputs["rest"]) == ["2.5"]
+        outputs["rest"] = outputs["rest"]["2.5"]
         got = {name: reader.numpy(x) for name, x in outputs.items()}
         assert np.array_equal(got["values"], largest[:, :4].astype(dtype))
         assert np.array_equal(np.take_along_axis(LOGITS[picked], got["indices"], -1), largest[:, :4])
         assert np.allclose(got["rest"], 2.5 * np.log(np.exp(largest[:, 4:] / 2.5).sum(-1)), rtol=1e-6)
         assert got["rest"].dtype == "float32"
         assert "rest" not in cache.read(ORDER[picked])
+
+
+@both
+def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
+    """What `read` gives is refused at another temperature: in words for a number, by NaN for an array."""
+    cache = record(f, tmp_path / "cache", top_k=3, temperatures=[1.0, 4.0], dtype="float32")
+    student = f.array(np.flip(LOGITS, 1), "float32")
+    names = "values", "indices", "rest"
+    x = {name: y for name, y in cache.read(ORDER, temperature=4).items() if name in names}
+    loss = f.jit(f.kd.topk_kl_loss, static_argnames="temperature") if f is JAX else f.kd.topk_kl_loss
+    want = loss(student, **x, temperature=4.0)
+    assert np.isfinite(f.numpy(want))
+    assert f.numpy(loss(student, **x | {"rest": x["rest"]["4.0"]}, temperature=4.0)) == f.numpy(want)
+    for wrong in (1.0, 4.1, 3.0):
+        with pytest.raises(
+            ValueError, match=rf"`rest` was recorded for the temperatures \[4.0\], got .* {wrong}; read it"
+        ):
+            loss(student, **x, temperature=wrong)
+    with pytest.raises(ValueError, match=r"`rest` was recorded .*, got `temperature` 1.0"):
+        loss(student, *x.values())
+    loss = f.jit(f.kd.topk_kl_loss)
+    for dtype in ("float32", "float64"):
+        assert f.numpy(loss(student, **x, temperature=f.array(np.array(4.0), dtype))) == f.numpy(want)
+        assert np.isnan(f.numpy(loss(student, **x, temperature=f.array(np.array(1.0), dtype))))
+    some = record(f, tmp_path / "other", top_k=3, temperatures=[0.1], dtype="float32").read(ORDER, temperature=0.1)
+    assert np.isfinite(
+        f.numpy(
+            loss(student, some["values"], some["indices"], some["rest"], temperature=f.array(np.array(0.1), "float32"))
+        )
+    )
 
 
 @both
@@ -89,7 +125,7 @@ def test_tokens_and_half_precision_teachers(tmp_path):
         data = [{"index": np.arange(6), "logits": array}]
         x = record(f, tmp_path / f.name, data, top_k=3, dtype="float32").read([4, 1], temperature=1.0)
         assert tuple(x["values"].shape) == tuple(x["indices"].shape) == (2, 5, 3)
-        assert tuple(x["rest"].shape) == (2, 5)
+        assert tuple(x["rest"]["1.0"].shape) == (2, 5)
         rounded = torch.from_numpy(logits).bfloat16().float().numpy()[[4, 1]]
         assert np.array_equal(f.numpy(x["values"]), np.sort(rounded, -1)[..., :-4:-1])
         student = f.array(logits[[4, 1]], "float32")
@@ -238,15 +274,30 @@ def test_a_cache_that_does_not_fit(f, tmp_path):
     assert open_(tmp_path / "cache", num_classes=3).num_classes == 3
     with pytest.raises(ValueError, match="the teacher has 3 classes, and the student, by `num_classes`, 10; record"):
         open_(tmp_path / "cache", num_classes=10)
-    with pytest.raises(IndexError, match="holds no sample 5, nor 1 others of the 3 asked for"):
-        cache.read([1, 5, 9])
+    for index, message in (
+        ([1, 5, 9], "2 of the 3 samples asked for are not there: 5, 9; record them first; `holds` says which"),
+        (np.arange(9), "7 of the 9 samples asked for are not there: 0, 3, 4, 5, 6, ...; record"),
+        ([[5, 5], [5, 1]], "3 of the 4 samples asked for are not there: 5; record"),
+        ([1, -1], "1 of the 2 samples asked for are not there: -1; samples are numbered from 0, and a negative number"),
+        (np.array([2**63], np.uint64), "1 of the 1 samples asked for are not there"),
+    ):
+        for given in (index, f.array(np.asarray(index).astype("int64"))):
+            with pytest.raises(IndexError, match=f"cache: {re.escape(message)}"):
+                cache.read(given)
+        assert not cache.holds(index).all()
     with pytest.raises(
         ValueError, match=r"recorded for the temperatures \[1.0\], got `temperature` 2.0; record it for"
     ):
         cache.read([1], temperature=2.0)
-    with pytest.raises(ValueError, match=r"`index` must be whole numbers, got bool\[2\]"):
-        cache.read(np.array([True, False]))
-    assert len(cache.read([])["values"]) == 0
+    for ask in (cache.read, cache.holds):
+        for index, got in (
+            (np.array([True, False]), "bool[2]"),
+            (np.ones(1), "float64[1]"),
+            ([1.0, 2.5], "float64[2]"),
+        ):
+            with pytest.raises(ValueError, match=rf"`index` must be whole numbers, got {re.escape(got)}"):
+                ask(index)
+    assert len(cache.read([])["values"]) == len(cache.holds([])) == 0
     with pytest.raises(ValueError, match="absent: no teacher was recorded there"):
         open_(tmp_path / "absent")
     (tmp_path / "other").mkdir()
@@ -268,6 +319,74 @@ def test_a_cache_that_does_not_fit(f, tmp_path):
 def test_a_batch_is_a_mapping(f, tmp_path):
     with pytest.raises(ValueError, match="a batch must be a mapping of `index`, `logits` and others, got tuple"):
         MODULES[f.name].record_teacher(tmp_path / "cache", [(f.array(np.arange(2)), f.array(np.ones((2, 3))))])
+
+
+@both
+def test_a_pickled_cache_is_its_path(f, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = record(f, "cache", dtype="float32", top_k=5)
+    data = pickle.dumps(cache)
+    assert len(data) < 2000
+    monkeypatch.chdir(ROOT)
+    for other in (pickle.loads(data), copy.copy(cache), copy.deepcopy(cache)):
+        assert type(other) is MODULES[f.name].TeacherCache
+        assert np.array_equal(f.numpy(other.read(ORDER)["values"]), f.numpy(cache.read(ORDER)["values"]))
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="cache: no teacher was recorded there"):
+        pickle.loads(data)
+
+
+SPAWNED = {
+    "jax": """
+import multiprocessing, sys
+import numpy as np
+from kdjax.teacher_cache import TeacherCache
+
+if __name__ == "__main__":
+    cache, parts = TeacherCache(sys.argv[1]), np.array_split(np.arange(30)[::-1], 4)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        got = pool.map(cache.read, parts)
+    assert [x["logits"].tolist() for x in got] == [cache.read(x)["logits"].tolist() for x in parts]
+""",
+    "torch": """
+import sys
+import torch
+from kdtorch.teacher_cache import TeacherCache
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.cache)
+
+    def __getitem__(self, i):
+        return {name: x for name, x in self.cache.read(i, temperature=4.0).items()}
+
+
+if __name__ == "__main__":
+    cache = TeacherCache(sys.argv[1])
+    loader = torch.utils.data.DataLoader(Data(cache), 10, num_workers=2, multiprocessing_context="spawn")
+    for i, got in enumerate(loader):
+        want = cache.read(range(10 * i, 10 * i + 10), temperature=4.0)
+        assert torch.equal(got["values"], want["values"])
+        assert torch.equal(got["rest"]["4.0"], want["rest"]["4.0"])
+""",
+}
+
+
+@both
+def test_spawned_processes_read_the_same_files(f, tmp_path):
+    batch = {"index": np.arange(30), "logits": RNG.normal(size=(30, 5)).astype(np.float32)}
+    options = {"top_k": 2, "temperatures": [4.0]} if f is TORCH else {}
+    record(f, tmp_path / "cache", [batch], **options)
+    (tmp_path / "run.py").write_text(SPAWNED[f.name])
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py", tmp_path / "cache"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_both_names_are_in_interop():

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from frameworks import BOTH, JAX
+import torch
+from frameworks import BOTH, JAX, TORCH
 
 from kdlosses.cache import largest_logits
 from parity.compare import ulps
@@ -135,18 +136,250 @@ def test_a_class_that_is_there_twice_gives_nan(f):
         assert np.array_equal(np.isnan(value), np.arange(6) == 1)
 
 
+def ragged(rng, values, indices):
+    """Entries among which padding of all sorts is spread, and where they are: as many in each example, in other places."""
+    number, k = indices.shape
+    kept = np.arange(k + 4) < k
+    kept = np.stack([rng.permutation(kept) for _ in range(number)])
+    more_values, more_indices = (
+        rng.choice([np.nan, np.inf, -np.inf, 0.0, 99.0], kept.shape),
+        rng.choice([-1, -100, CLASSES, 10**6, 0, 3], kept.shape),
+    )
+    for new, old in ((more_values, values), (more_indices, indices)):
+        new[kept] = old.ravel()
+    return more_values, more_indices, kept
+
+
+TAILS = [("bucket", 1.0), ("bucket", 4.0), ("renormalize", 2.5)]
+
+
+@both
+@pytest.mark.parametrize(("tail", "temperature"), TAILS)
+def test_an_entry_that_is_not_kept_is_as_if_it_were_not_there(f, tail, temperature):
+    """More entries than classes, even: of NaN, out of range, of a class that is there already."""
+    for k in (3, 7):
+        values, indices, rest = kept(TEACHER, k, temperature)
+        more_values, more_indices, where = ragged(RNG, values, indices)
+        want = value_and_slope(f, STUDENT, values, indices, rest, tail=tail, temperature=temperature)
+        got = value_and_slope(
+            f, STUDENT, more_values, more_indices, rest, tail=tail, temperature=temperature, kept=f.array(where)
+        )
+        for a, b in zip(got, want, strict=True):
+            assert ulps(a, b, "float64") <= 16
+    values, indices, rest = kept(TEACHER, CLASSES, temperature)
+    more_values, more_indices, where = ragged(RNG, values, indices)
+    got = value_and_slope(
+        f, STUDENT, more_values, more_indices, rest, tail=tail, temperature=temperature, kept=f.array(where)
+    )
+    for a, b in zip(got, full(f, STUDENT, TEACHER, temperature), strict=True):
+        assert ulps(a, b, "float64") <= 16
+
+
+@both
+@pytest.mark.parametrize(("tail", "temperature"), TAILS)
+def test_the_order_of_the_entries_says_nothing(f, tail, temperature):
+    values, indices, rest = kept(TEACHER, 4, temperature)
+    values, indices, where = ragged(RNG, values, indices)
+    order = RNG.random(where.shape).argsort(-1)
+    want = value_and_slope(f, STUDENT, values, indices, rest, tail=tail, temperature=temperature, kept=f.array(where))
+    values, indices, where = (np.take_along_axis(x, order, -1) for x in (values, indices, where))
+    got = value_and_slope(f, STUDENT, values, indices, rest, tail=tail, temperature=temperature, kept=f.array(where))
+    for a, b in zip(got, want, strict=True):
+        assert ulps(a, b, "float64") <= 16
+
+
+@both
+def test_an_example_of_which_nothing_is_kept(f):
+    """The rest alone is one class, on which student and teacher agree; no class at all is no distribution."""
+    values, indices, rest = kept(TEACHER, 3, 1.0)
+    where = np.arange(6)[:, None] * np.ones(3, int) != 2
+    value, slope = value_and_slope(f, STUDENT, values, indices, rest, kept=f.array(where))
+    assert value[2] == 0
+    assert not slope[2].any()
+    assert value[[0, 1, 3, 4, 5]].all()
+    for given in ({"rest": rest - np.inf}, {"rest": rest, "tail": "renormalize"}):
+        options = {k: v for k, v in given.items() if k == "tail"}
+        value, slope = value_and_slope(f, STUDENT, values, indices, given["rest"], kept=f.array(where), **options)
+        assert np.isnan(value[2])
+        assert np.isfinite(value[[0, 1, 3, 4, 5]] if options else 0.0).all()
+        masked = f.array(np.arange(6) != 2)
+        value, slope = value_and_slope(
+            f, STUDENT, values, indices, given["rest"], kept=f.array(where), where=masked, **options
+        )
+        assert value[2] == 0
+        assert not slope[2].any()
+
+
+@both
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_no_distribution_is_nan(f, tail):
+    """A student at -inf throughout, or a teacher whose entries and rest are: NaN in value and gradient, nothing where masked."""
+    values, indices, rest = kept(TEACHER, 3, 1.0)
+    student, others = STUDENT.copy(), np.arange(6) != 2
+    student[2] = -np.inf
+    no_values, no_rest = (np.where(np.reshape(others, (6,) + (1,) * (x.ndim - 1)), x, -np.inf) for x in (values, rest))
+    for given in (
+        (student, values, indices, rest),
+        (STUDENT, no_values, indices, no_rest),
+        (student, no_values, indices, no_rest),
+    ):
+        value, slope = value_and_slope(f, *given, tail=tail)
+        assert np.array_equal(np.isnan(value), ~others)
+        assert np.isnan(slope[2][indices[2]]).all()
+        assert np.isfinite(slope[others]).all()
+        value, slope = value_and_slope(f, *given, tail=tail, where=f.array(others))
+        assert np.isfinite(value).all()
+        assert np.isfinite(slope).all()
+        assert value[2] == 0
+        assert not slope[2].any()
+
+
+@both
+@pytest.mark.parametrize(("tail", "temperature"), TAILS)
+def test_the_gradient_of_the_temperature(f, tail, temperature):
+    """Equal to central differences; the rest is what it was."""
+    values, indices, rest = kept(TEACHER, 3, temperature)
+    more = ragged(RNG, values, indices)
+    where = f.array(np.arange(6) != 4)
+    for entries, options in (((values, indices), {}), (more[:2], {"kept": f.array(more[2]), "where": where})):
+        arrays = f.arrays([STUDENT, *entries, rest])
+
+        def loss(t, arrays=arrays, options=options):
+            return f.kd.topk_kl_loss(*arrays, temperature=t, tail=tail, **options)
+
+        h = 1e-5
+        want = [float(loss(temperature + x)) for x in (h, -h)]
+        got = f.numpy(f.grad(loss)(f.array(np.array(temperature))))
+        assert abs(got - (want[0] - want[1]) / (2 * h)) <= 1e-8 * max(1, abs(got))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_what_is_held_until_the_backward_pass(tail, dtype):
+    """The gradient in the student's dtype, and nothing of the teacher, which may be written into or come from inference."""
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    student, *teacher = TORCH.arrays([STUDENT, values, indices, rest], dtype)
+    student.requires_grad_()
+    every = *teacher, torch.from_numpy(np.arange(6) != 4), torch.from_numpy(np.arange(18).reshape(6, 3) % 7 != 1)
+
+    def loss(values, indices, rest, where=None, kept=None):
+        options = {"temperature": 2.0, "tail": tail, "where": where, "kept": kept}
+        return TORCH.kd.topk_kl_loss(student, values, indices, rest, **options)
+
+    def slope(value):
+        return torch.autograd.grad(1000 * value, student)[0]
+
+    for inputs in (every, every[:3]):
+        want = slope(loss(*inputs))
+        assert want.dtype == student.dtype
+        with torch.inference_mode():
+            given = [x.clone() for x in inputs]
+        assert torch.equal(slope(loss(*given)), want)
+        given, held = [x.clone() for x in inputs], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            value = loss(*given)
+        for x in given:
+            x.fill_(torch.nan if x.is_floating_point() else 1)
+        assert torch.equal(slope(value), want)
+        entries = student.nbytes if tail == "bucket" else 18 * (student.itemsize + 8)
+        rows = 6 * (1 + 4 * (dtype == "float16")) + 8  # the mask, float16's unit, the mean's number
+        assert sum(held) <= entries + rows, held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jax_holds_the_gradient_in_the_dtype_of_the_student(dtype):
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    student, *teacher = JAX.arrays([STUDENT, values, indices, rest], dtype)
+    for tail, most in (("bucket", student.nbytes), ("renormalize", 18 * (student.itemsize + 4 + 4 + 1))):
+        _, pull = jax.vjp(lambda x, tail=tail: JAX.kd.topk_kl_loss(x, *teacher, temperature=2.0, tail=tail), student)
+        held = [x.nbytes for x in jax.tree.leaves(pull) if x.ndim]
+        assert 0 < sum(held) <= most + 5 * 6 * 8, held
+
+
+@both
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("classes", [4, CLASSES])
+def test_the_second_derivative(f, tail, classes):
+    """Of one other class, too, whose weight is exactly 1: equal to central differences of the gradient."""
+    teacher = kept(TEACHER[:, :classes], 3, 2.0)
+    student, way, *teacher = f.arrays([STUDENT[:, :classes], RNG.normal(size=(6, classes)), *teacher])
+    slope = f.grad(lambda x: f.kd.topk_kl_loss(x, *teacher, temperature=2.0, tail=tail))
+    h = 1e-5
+    want = (f.numpy(slope(student + h * way)) - f.numpy(slope(student - h * way))) / (2 * h)
+    got = f.numpy(f.grad(lambda x: (slope(x) * way).sum())(student))
+    assert np.abs(got - want).max() <= 1e-8
+
+
+@both
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_under_vmap(f, tail):
+    """Over any one of the inputs, with the others fixed."""
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    given = f.arrays([STUDENT, values, indices, rest, np.arange(18).reshape(6, 3) % 7 != 1])
+    vmap, stack = (jax.vmap, jnp.stack) if f is JAX else (torch.func.vmap, torch.stack)
+
+    def loss(student, values, indices, rest, where):
+        return f.kd.topk_kl_loss(student, values, indices, {"2.0": rest}, temperature=2.0, tail=tail, kept=where)
+
+    slope = f.grad(loss)
+    want = f.numpy(slope(*given))
+    for place in range(5):
+        dims = tuple(0 if i == place else None for i in range(5))
+        stacked = [stack([x, x]) if i == place else x for i, x in enumerate(given)]
+        got = f.numpy(vmap(slope, dims)(*stacked))
+        assert np.abs(got - want).max() <= 1e-14
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_under_torch_compile(tail):
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    student, values, indices, rest, where = TORCH.arrays(
+        [STUDENT, values, indices, rest, np.arange(18).reshape(6, 3) % 7 != 1]
+    )
+    student.requires_grad_()
+
+    def loss(rest, **options):
+        return TORCH.kd.topk_kl_loss(student, values, indices, rest, tail=tail, **options)
+
+    for given in (rest, {"2.0": rest}):
+        for temperature in (2.0, torch.tensor(2.0)):
+            torch.compiler.reset()
+            compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+            for options in ({}, {"kept": where}):
+                options = options | {"temperature": temperature}
+                got, want = (
+                    torch.autograd.grad(function(given, **options), student)[0] for function in (compiled, loss)
+                )
+                assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
 def test_a_class_out_of_range():
     values, indices, rest = kept(TEACHER, 3, 1.0)
     indices[1, 2] = CLASSES
     value, _ = value_and_slope(JAX, STUDENT, values, indices, rest)
     assert np.array_equal(np.isnan(value), np.arange(6) == 1)
     with pytest.raises(IndexError, match=r"`indices` must lie in 0 .. 8, got 9"):
-        value_and_slope(BOTH[1], STUDENT, values, indices, rest)
+        value_and_slope(TORCH, STUDENT, values, indices, rest)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"rest": None, "kept": np.ones((6, 3), bool)}, ValueError, "`rest` must be given"),
+        (
+            {"kept": np.ones((6, 2), bool)},
+            TypeError,
+            r"`kept` must be Bool\[Array, '\*batch kept'\].*, got bool\[6, 2\] beside",
+        ),
+        ({"kept": np.ones((6, 3))}, TypeError, r"`kept` must be .*, got float64\[6, 3\] .*; give kept != 0"),
+        ({"rest": {"1.0": np.ones((6, 1))}}, TypeError, r'`rest(\["1.0"\])?` must be .*'),
+        (
+            {"rest": {"4.0": np.ones(6), "0.5": np.ones(6)}},
+            ValueError,
+            r"`rest` was recorded for the temperatures \[0.5, 4.0\], got `temperature` 1.0; read it",
+        ),
+        ({"rest": {"x": np.ones(6)}}, ValueError, r"`rest` must be "),
+        ({"rest": {}}, ValueError, r"`rest` was recorded for the temperatures \[\]"),
         ({"tail": "drop"}, ValueError, '`tail` must be one of "bucket", "renormalize", got \'drop\''),
         ({"tail": None}, ValueError, '`tail` must be one of "bucket", "renormalize", got None'),
         ({"rest": None}, ValueError, r'`rest` must be given with tail="bucket" where 3 of 9 .*by tail="renormalize"'),
@@ -161,7 +394,7 @@ def test_mistakes(change, error, message):
     for f in BOTH:
         values, indices, rest = kept(TEACHER, 3, 1.0)
         given = {"student_logits": STUDENT, "values": values, "indices": indices, "rest": rest} | change
-        given = {k: f.array(x) if isinstance(x, np.ndarray) else x for k, x in given.items()}
+        given = {k: f.arrays(x) if isinstance(x, np.ndarray | dict) else x for k, x in given.items()}
         with pytest.raises(error, match=message) as raised:
             f.kd.topk_kl_loss(**given)
         said.append(str(raised.value).replace("int64", "int32"))

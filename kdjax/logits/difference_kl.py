@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, check_classes, kl_divergence, positive, promote
+from kdjax._numerics import HIGHEST, check_classes, check_fixed, positive, promote
 from kdjax._reduce import count, reduce, zero_masked
+from kdjax._rowwise import kl_divergence
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 Rows = Callable[[jax.Array], jax.Array]  # this device's rows of all
@@ -62,6 +64,7 @@ def difference_kl_loss(
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """
+    check_fixed("difference_kl_loss", batch=student_logits.shape[0])
     student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
     check_classes(student)
     temperature = positive("temperature", temperature, student)
@@ -69,27 +72,22 @@ def difference_kl_loss(
     student, teacher = all_gather(student, axis_name), all_gather_constant(teacher, axis_name)
     kept = jnp.ones(len(student), bool) if where is None else all_gather_constant(where, axis_name)
     x, y = _center(student, kept), _center(teacher, kept)
+    place, both = jnp.arange(len(x)), local(kept)[:, None] & kept[None]
+    partners = both & (local(place)[:, None] != place[None])
+    by_products = _products_reach(x, y, kept, temperature)
+    near = by_products & _are_near(x, y, temperature)
 
-    limit = -0.7 * jnp.log(jnp.finfo(x.dtype).tiny) * temperature
-    left_out = jnp.isneginf(x) & ~jnp.isneginf(y)
-    narrow = (_span(x) < limit).all() & (_span(y) < limit).all() & ~left_out.any()
-    near = narrow & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 4).all()
+    def harmless(true: jax.Array) -> tuple[jax.Array, jax.Array, Scalar, Rows]:  # vmap evaluates all three ways
+        return jnp.where(true, x, 0), jnp.where(true, y, 0), temperature, local
 
-    def harmless(
-        true: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, Scalar]:  # vmap evaluates all three, on harmless values
-        return jnp.where(true, x, 0), jnp.where(true, y, 0), temperature
-
-    divergence = jax.lax.switch(
-        narrow.astype(int) + near.astype(int),
-        (
-            lambda: _by_rows(x, y, temperature, local),
-            lambda: _by_products(*harmless(narrow), local),
-            lambda: _by_expansion(*harmless(near), local),
+    divergence = jax.lax.cond(
+        near,
+        lambda: _by_expansion(*harmless(near)),
+        lambda: jax.lax.cond(
+            by_products, lambda: _by_products(*harmless(by_products)), lambda: _by_rows(x, y, temperature, local)
         ),
     )
-    place = jnp.arange(len(x))
-    pairs = jnp.where(kept[None] & (local(place)[:, None] != place[None]), divergence, 0)
+    pairs = jnp.where(partners, divergence, 0) + _undefined(x, y, both, local)
     return reduce(temperature**2 * pairs.sum(1) / count(kept, x.dtype), where, reduction, axis_name)
 
 
@@ -100,43 +98,69 @@ def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.where(kept[:, None], x - jax.lax.stop_gradient((finite / number).sum(0, keepdims=True)), 0)
 
 
+def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:
+    """NaN for pairs, of a row with itself too, that have no class in common, whose differences are no distribution; else 0."""
+
+    def nan() -> jax.Array:
+        in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
+        undefined = both & ((_product(local(in_x), in_x) == 0) | (_product(local(in_y), in_y) == 0))
+        moved = jax.nn.sigmoid(x).sum(-1)  # by every entry, so that both rows have NaN for their gradient
+        return jnp.where(undefined, jnp.nan, 0) * (local(moved)[:, None] + moved[None])
+
+    absent = jnp.isneginf(x).any() | jnp.isneginf(y).any()
+    return jax.lax.cond(absent, nan, lambda: jnp.where(both, jnp.zeros((), x.dtype), 0))
+
+
+def _products_reach(x: jax.Array, y: jax.Array, kept: jax.Array, temperature: Scalar) -> jax.Array:
+    """Whether exponentials of a row's entries keep their digits.
+
+    The largest term of a normaliser is at least exp(-span), or exp(-2 span) where rows leave out different classes; those
+    below the smallest number must not be felt beside it.
+    """
+    x_absent, y_absent = jnp.isneginf(x), jnp.isneginf(y)
+    uneven = jnp.any(jnp.stack([(z.any(0) & ~(z | ~kept[:, None]).all(0)).any() for z in (x_absent, y_absent)]))
+    span = jnp.maximum(_span(x), _span(y)) * jnp.where(uneven, 2, 1) / temperature
+    left_out = x_absent & ~y_absent & ~x_absent.all(-1, keepdims=True)
+    return (span < -0.7 * jnp.log(jnp.finfo(x.dtype).tiny)).all() & ~left_out.any()
+
+
 def _span(x: jax.Array) -> jax.Array:
-    return jnp.max(x, -1) - jnp.min(jnp.where(jnp.isneginf(x), jnp.max(x, -1, keepdims=True), x), -1)
+    return jnp.max(x, -1) - jnp.min(jnp.where(jnp.isneginf(x), jnp.inf, x), -1)
+
+
+def _are_near(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
+    """Student and teacher, which then have the same classes."""
+    same = (jnp.isneginf(x) == jnp.isneginf(y)).all()
+    return same & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 4).all()
 
 
 def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """KL of all pairs from products of matrices: log Z_ij is a product of exponentials of the two rows.
+    """KL of all pairs from products of matrices.
 
-    KL_ij = sum_k q_ijk (d_ik - d_jk) - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
+    KL_ij = E_q[d_i - d_j] - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
-    e_x, f_x, offset_x = _exponentials(x, temperature, local)
-    e_y, f_y, offset_y = _exponentials(y, temperature, local)
-    z_x, z_y = _product(local, e_x, f_x), _product(local, e_y, f_y)
-    d = _ahead(x, y, temperature)
-    mean = (_product(local, e_y * d, f_y) - _product(local, e_y, f_y * d)) / z_y
-    divergence = mean + (jnp.log(z_x) - jnp.log(z_y)) + (offset_x - offset_y)
+    p, q, d = _softmaxes(x, temperature, local), _softmaxes(y, temperature, local), _ahead(x, y, temperature)
+    divergence = q.mean(d, -d) + (jnp.log(p.total) - jnp.log(q.total)) + (p.offset - q.offset)
     return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
 
 
 def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
     """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
 
-    KL_ij = log(1 + s - m) + m with m = E_q[d_i - d_j], s = E_q[exp(d_j - d_i) - 1 + d_i - d_j], d = (y - x) / T, and
-    exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    KL_ij = log(1 + s - m) + m with m = E_q[D], D = d_i - d_j, s = E_q[S], S = exp(-D) - 1 + D, d = (y - x) / T, and
+    exp(-D) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
     """
-    e, f, _ = _exponentials(y, temperature, local)
-    d = _levelled(_ahead(x, y, temperature))
+    q, d = _softmaxes(y, temperature, local), _levelled(_ahead(x, y, temperature))
     u, v = jnp.expm1(-d), jnp.expm1(d)
-    z = _product(local, e, f)
-    mean = (_product(local, e * d, f) - _product(local, e, f * d)) / z
-    square = (_product(local, e * (u + d), f) + _product(local, e, f * (v - d)) + _product(local, e * u, f * v)) / z
+    mean, square = q.mean(d, -d), q.mean(u + d, v - d) + q.product(u, v)
     divergence = square + (jnp.log1p(square - mean) - (square - mean))
     return divergence + jax.lax.stop_gradient(jnp.maximum(-divergence, 0))
 
 
 def _ahead(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
-    """(y - x) / T; 0 where y is -inf."""
-    return jnp.where(jnp.isneginf(y), 0, y - jnp.where(jnp.isneginf(x), 0, x)) / temperature
+    """(y - x) / T; 0 where one of them is -inf."""
+    absent = jnp.isneginf(x) | jnp.isneginf(y)
+    return jnp.where(absent, 0, jnp.where(absent, 0, y) - jnp.where(absent, 0, x)) / temperature
 
 
 def _levelled(d: jax.Array) -> jax.Array:
@@ -144,17 +168,50 @@ def _levelled(d: jax.Array) -> jax.Array:
     return d - d.mean(-1, keepdims=True)
 
 
-def _exponentials(x: jax.Array, temperature: Scalar, local: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp((x - max)/T), exp((min - x)/T) and (max_i - min_j)/T; a class at -inf is 0 in both."""
-    left_out = jnp.isneginf(x)
+class _Softmaxes(NamedTuple):
+    """softmax((x_i - x_j) / T) of this device's i and all j, as `rise[i] * fall[j] / total[i, j]`.
+
+    Attributes:
+        rise: exp((x - largest) / T) of all rows; 0 for a class at -inf.
+        fall: exp((smallest - x) / T) of all rows; 0 there too.
+        total: `[batch, whole batch]`, the sum over classes of the product.
+        offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
+        rows: takes this device's rows of all.
+    """
+
+    rise: jax.Array
+    fall: jax.Array
+    total: jax.Array
+    offset: jax.Array
+    rows: Rows
+
+    def mean(self, u: jax.Array, v: jax.Array) -> jax.Array:
+        """Of u_i + v_j."""
+        of_u = _product(self.rows(self.rise * u), self.fall)
+        return (of_u + _product(self.rows(self.rise), self.fall * v)) / self.total
+
+    def product(self, u: jax.Array, v: jax.Array) -> jax.Array:
+        """The mean of u_i v_j."""
+        return _product(self.rows(self.rise * u), self.fall * v) / self.total
+
+
+def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
+    absent = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    smallest = jax.lax.stop_gradient(jnp.min(jnp.where(left_out, largest, x), -1, keepdims=True))
-    fall = jnp.where(left_out, 0, jnp.exp((smallest - jnp.where(left_out, smallest, x)) / temperature))
-    return jnp.exp((x - largest) / temperature), fall, (local(largest) - smallest.T) / temperature
+    smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
+    # not below -1e5 T, or infinity would meet 0 in the derivative with respect to T
+    rise, fall = (
+        jnp.exp(jnp.maximum(z, -1e5 * temperature) / temperature)
+        for z in (x - largest, jnp.where(absent, -jnp.inf, smallest - x))
+    )
+    total = _product(local(rise), fall)
+    return _Softmaxes(
+        rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local
+    )
 
 
-def _product(local: Rows, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(local(a), b.T, precision=HIGHEST)
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b.T, precision=HIGHEST)
 
 
 def _by_rows(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdjax._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
 from kdjax._reduce import reduce, zero_masked
-from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax._rowwise import kl_divergence, rowwise
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked, describe
 
 
 @checked
@@ -17,10 +20,11 @@ def topk_kl_loss(
     student_logits: Float[Array, "*batch classes"],
     values: Float[Array, "*batch kept"],
     indices: Integer[Array, "*batch kept"],
-    rest: Float[Array, "*batch"] | None = None,
+    rest: Float[Array, "*batch"] | Mapping[str, Float[Array, "*batch"]] | None = None,
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    kept: Bool[Array, "*batch kept"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
@@ -40,11 +44,16 @@ def topk_kl_loss(
             that example, as does a class that is there twice.
         rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
             mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
-            `temperatures`. Needed for the bucket, unless all classes are kept; -inf where nothing is left.
+            `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
+            call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
+            bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
         temperature: T > 0.
         tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
             number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
+            values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
+            with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -52,11 +61,11 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
-        student gives -inf to a class that the teacher uses.
+        student gives -inf to a class that the teacher uses; NaN where all that is compared of one of them is -inf.
 
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket.
+            kept than there are, no `rest` for the bucket, or one of another temperature.
         TypeError: a shape or dtype that does not fit.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
@@ -70,46 +79,94 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    kept, classes = indices.shape[-1], student.shape[-1]
+    check_classes(student_logits)
+    entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
-    if not 1 <= kept <= classes:
+    if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
-            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {kept}"
+            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and kept < classes:
+    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {kept} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    indices, factor = valid_index(indices, classes)
-    held = jnp.put_along_axis(jnp.zeros(student.shape, bool), indices, True, axis=-1, inplace=False)
-    factor = jnp.where(held.sum(-1) == kept, factor.prod(-1).astype(student.dtype), jnp.nan)
-    x, y = jnp.take_along_axis(student, indices, axis=-1), jax.lax.stop_gradient(values)
-    if tail == "bucket":
-        left = jnp.full(y.shape[:-1], -jnp.inf, y.dtype) if rest is None else jax.lax.stop_gradient(rests[0])
-        x, y = _with_rest(student, x, held, temperature), jnp.concatenate([y, left[..., None]], -1)
+    temperature = positive("temperature", temperature, student_logits, values)
+    indices, values = zero_masked(where, indices, values)
+    indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
+    if kept is not None:
+        indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
+    places = jnp.sort(indices, -1)
+    twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
+    values = jnp.where(twice | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
+    if tail == "renormalize":
+        own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
+        divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature, where=where)
     else:
-        x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, axis_name)
+        left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
+        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
+    return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
-def _with_rest(student: jax.Array, kept: jax.Array, held: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, of the kept classes and of the others together."""
-    others = jnp.where(held, -jnp.inf, student)
-    _, peak, _, log_total = softmax(others, temperature)
-    largest = jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    rest = (peak - largest) / temperature + log_total
-    rest = jnp.where(jnp.isneginf(others).all(-1, keepdims=True), -jnp.inf, rest)
-    return jnp.concatenate([(kept - largest) / temperature, rest], -1)
+def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
+    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
+    for name, x in given.items():
+        if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape == values.shape[:-1]):
+            raise TypeError(
+                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+            )
+    if not isinstance(rest, Mapping):
+        return rest
+    try:
+        recorded = {float(name): x for name, x in rest.items()}
+    except ValueError:
+        raise ValueError(
+            '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
+            f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
+        ) from None
+    if isinstance(temperature, jax.Array):  # whose value cannot be asked
+        found = jnp.full_like(values[..., 0], jnp.nan)
+        for one, x in recorded.items():
+            found = jnp.where(temperature.astype(jnp.float32) == one, x, found)
+        return found
+    if temperature not in recorded:
+        raise ValueError(
+            f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
+            'that one, or leave the rest out by tail="renormalize"'
+        )
+    return recorded[temperature]
 
 
-def _scaled(x: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, with the softmax of x / temperature."""
-    largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    return (x - jnp.where(jnp.isneginf(largest), 0, largest)) / temperature
+def topk_kl_and_gradient(
+    x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    """
+    none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
+    own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
+    others = jnp.where(_put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
+    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(x.dtype).min
+    largest = jnp.maximum(jnp.maximum(peak, own.max(-1, keepdims=True)), lowest)
+    peak, largest = jax.lax.stop_gradient((peak, largest))
+    # in the derivative by T infinity would meet the 0 of an excluded class
+    below = jnp.maximum(others - jnp.maximum(peak, lowest), -1e5 * temperature)
+    # of a row without others all weights are 0, and its logit is -inf
+    weight = jnp.exp(below / temperature)
+    total = weight.sum(-1, keepdims=True)
+    total = jnp.where(total == 0, 1, total)
+    student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
+    value, gradient = kl_and_gradient(student, jnp.concatenate([values, rest[..., None]], -1), temperature)
+    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
+
+
+@functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
+def _put(row: jax.Array, places: jax.Array, entries: jax.Array) -> jax.Array:
+    """Entries at their places in a row; one beyond its end is dropped."""
+    return row.at[places].set(entries, mode="drop")
+
+
+topk_kl_divergence = rowwise(topk_kl_and_gradient)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather_constant, fetch, rank, size
-from kdjax._numerics import HIGHEST, check_state, fraction, positive, promote, rowwise, unit, valid_index
+from kdjax._numerics import HIGHEST, check_fixed, check_state, fraction, positive, promote, unit, valid_index
 from kdjax._reduce import count, reduce, zero_masked
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -165,6 +166,7 @@ def crcd_loss(
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
+    check_fixed("crcd_loss", batch=student.shape[0], negatives=negatives.shape[1], memory=state.student_memory.shape[0])
     student, teacher = promote(student, teacher)
     check_state(state)
     temperature = positive("temperature", temperature, student)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, promote, unit
+from kdjax._numerics import HIGHEST, check_fixed, promote, unit
 from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
@@ -56,6 +56,7 @@ def euclidean_mse_loss(
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """
+    check_fixed("euclidean_mse_loss", batch=student.shape[0])
     student, teacher = promote(student, teacher)
     student, teacher = (unit(x) for x in zero_masked(where, student, teacher))
     local = functools.partial(local_rows, rows=len(student), axis_name=axis_name)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import promote, unit, valid_index
+from kdtorch._numerics import may_learn, no_autocast, own, promote, unit, unit_pull, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, checked
 
 
-@checked
+@checked(learns=("student", "centers"), dtensor="any")
 def dcn_loss(
     student: Float[Tensor, "*batch dim"],
     teacher: Float[Tensor, "*batch dim"],
@@ -55,16 +58,58 @@ def dcn_loss(
     >>> print(f"{dcn_loss(s, t, torch.tensor([1]), centers):.4f}")
     0.5000
     """
-    student, teacher, centers = promote(student, teacher, centers)
-    student, teacher, labels = zero_masked(where, student, teacher, labels)
-    labels = valid_index("labels", labels, len(centers))
-    center = unit(centers[labels])
+    (labels,) = zero_masked(where, labels)
+    labels, mask = own(valid_index("labels", labels, len(centers))), None if where is None else own(where)
+    run = _AlongCenter.apply if may_learn(student) or may_learn(centers) else _AlongCenter.forward
+    with no_autocast(student):
+        value, *_ = run(student, centers, teacher.detach(), labels, mask)
+    return reduce(value, where, reduction, group)
 
-    # the value depends on s/scale and t/scale alone, which neither overflow nor vanish when squared
-    scale = torch.maximum(student.detach().abs(), teacher.detach().abs()).amax(-1, keepdim=True)
-    zero = scale < torch.finfo(student.dtype).tiny
-    student, teacher = (torch.where(zero, 0, x / torch.where(zero, 1, scale)) for x in (student, teacher))
-    student_square, teacher_square = student.square().sum(-1), teacher.detach().square().sum(-1)
-    square = torch.where(student_square < teacher_square, teacher_square, student_square)
-    cosine = (student * center).sum(-1) / torch.where(square == 0, 1, square).sqrt()
-    return reduce(1 - cosine, where, reduction, group)
+
+# A gradient written by hand, so that until the backward pass only the two inputs that learn are held, as they came, and of
+# the teacher one number an example. It is made of differentiable operations, and can be differentiated in its turn.
+class _AlongCenter(torch.autograd.Function):
+    """1 - s.c / max(|s|, |t|), where c is the unit centre of the example's class.
+
+    It depends on s / scale and t / scale alone, which neither overflow nor vanish when squared.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor, centers: Tensor, teacher: Tensor, labels: Tensor, where: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, t, rows = promote(student, teacher, centers[labels])
+        s, t = zero_masked(where, s, t)
+        scale = torch.maximum(s.abs(), t.abs()).amax(-1, keepdim=True)
+        scale = torch.where(scale < torch.finfo(s.dtype).tiny, math.inf, scale)  # two zero features stay 0
+        teacher_square = (t / scale).square().sum(-1, keepdim=True)
+        return 1 - _cosine(s / scale, unit(rows), teacher_square)[0].squeeze(-1), scale, teacher_square
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        student, centers, _, labels, where = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(student, centers, labels, where, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        student, centers, labels, where, scale, teacher_square = ctx.saved_tensors
+        with no_autocast(cotangent):
+            s, rows = (x.to(scale.dtype) for x in (student, centers[labels]))
+            x, above, center = zero_masked(where, s)[0] / scale, cotangent.unsqueeze(-1), unit(rows)
+            cosine, length, shorter = _cosine(x, center, teacher_square)
+            of_student = above * (torch.where(shorter, 0, cosine / length) * x - center) / length / scale
+            of_rows = unit_pull(rows, -above * x / length)
+            of_centers = of_rows.new_zeros(centers.shape).index_put_((labels,), of_rows, accumulate=True)
+        return of_student.to(student.dtype), of_centers.to(centers.dtype), None, None, None
+
+
+def _cosine(student: Tensor, center: Tensor, teacher_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s.c / max(|s|, |t|), this maximum, and whether it is the teacher's."""
+    square = student.square().sum(-1, keepdim=True)
+    shorter = square < teacher_square
+    square = torch.where(shorter, teacher_square, square)
+    length = torch.where(square == 0, 1, square).sqrt()
+    return (student * center).sum(-1, keepdim=True) / length, length, shorter

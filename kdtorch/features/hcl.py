@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import promote, rowwise
-from kdtorch._reduce import reduce, zero_masked
-from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch._numerics import widest
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked, sizes
 
 
 @checked
@@ -68,44 +69,54 @@ def hcl_loss(
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
         if student.shape != teacher.shape:
             raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
-                f"and {list(teacher.shape)}; {_mend(student, teacher)}"
+                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {sizes(student)} "
+                f"and {sizes(teacher)}; {_mend(student, teacher)}"
             )
-    maps = []
-    for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = zero_masked(where, *promote(student, teacher))
-        maps.append(_one_map(student, teacher, channel_axis))
+    maps = [_one_map(*both, channel_axis, where) for both in zip(student_maps, teacher_maps, strict=True)]
     return reduce(torch.stack(maps).sum(0), where, reduction, group)
 
 
 def _mend(student: Tensor, teacher: Tensor) -> str:
-    if sorted(student.shape) == sorted(teacher.shape):
+    if sorted(sizes(student)) == sorted(sizes(teacher)):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
     return "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
-def _one_map(student: Tensor, teacher: Tensor, channel_axis: int) -> Tensor:
-    student, teacher = (x.movedim(channel_axis, 1) for x in (student, teacher.detach()))
-    batch, channels, height, width = student.shape
-    sizes = [size for size in (4, 2, 1) if size < height]
+def _one_map(student: Tensor, teacher: Tensor, channel_axis: int, where: Tensor | None) -> Tensor:
+    student, teacher = (x.movedim(channel_axis, 1) for x in (student, teacher))
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _squares(student, teacher, None, where=where)
+    like = student.new_empty(student.shape[2:], dtype=widest(student, teacher))
+    return _squares(student, teacher, [_pools(like)], where=where)  # in a list, since it has no row an example
+
+
+def squares_and_gradient(x: Tensor, y: Tensor, pools: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The weighted mean of |d|^2 and |K d|^2, d = x - y, K the pooling; it is linear, so the difference is pooled."""
+    difference, pool = (x - y).flatten(2), pools[0] if pools else _pools(x)
+    pooled, number = difference @ pool.T, math.prod(x.shape[1:]) * (2 - 0.5 ** len(_sizes(x.shape[2])))
+    value = difference.square().sum((1, 2)) + pooled.square().sum((1, 2))
+    return value / number, (difference + pooled @ pool).mul_(2 / number).reshape(x.shape)
+
+
+# By hand, value and gradient take one pass over blocks of examples that a CPU's caches hold, and nothing else is held until
+# the backward pass.
+_squares = rowwise(squares_and_gradient, axes=3)
+
+
+def _sizes(height: int) -> list[int]:
+    return [size for size in (4, 2, 1) if size < height]
+
+
+def _pools(like: Tensor) -> Tensor:
+    """The matrix of all pools of a map `[..., height, width]`, a row a bin, times the roots of their weights."""
+    height, width = like.shape[-2:]
     scaled = [
         math.sqrt(0.5**level * height * width)
         / size
-        * torch.kron(_pooling(size, height, student), _pooling(size, width, student))
-        for level, size in enumerate(sizes, 1)
+        * torch.kron(_pooling(size, height, like), _pooling(size, width, like))
+        for level, size in enumerate(_sizes(height), 1)
     ]
-    pools = torch.cat([student.new_empty(0, height * width), *scaled]).expand(max(batch, 1), -1, -1)
-    weights = 2 - 0.5 ** len(sizes)
-    return _squares(student.flatten(1), teacher.flatten(1), pools) / (channels * height * width * weights)
-
-
-@rowwise
-def _squares(x: Tensor, y: Tensor, pools: Tensor) -> tuple[Tensor, Tensor]:
-    """|d|^2 + |K d|^2 with d = x - y and K the pooling, a row a bin; pooling is linear, so the difference is pooled."""
-    difference, pool = x - y, pools[0]
-    pooled = difference.unflatten(-1, (-1, pool.shape[-1])) @ pool.T
-    value = torch.linalg.vecdot(difference, difference) + pooled.square().sum((-2, -1))
-    return value, 2 * (difference + (pooled @ pool).flatten(-2))
+    return torch.cat([like.new_empty(0, height * width), *scaled])
 
 
 def _pooling(bins: int, length: int, like: Tensor) -> Tensor:

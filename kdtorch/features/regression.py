@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import positive, promote
-from kdtorch._reduce import reduce, zero_masked
+from kdtorch._numerics import positive
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="any")
 def bce_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -47,12 +48,20 @@ def bce_loss(
     >>> print(f"{bce_loss(s, t):.4f}")
     0.4100
     """
-    student, teacher = zero_masked(where, *promote(student, teacher))
-    entries = functional.binary_cross_entropy_with_logits(student, teacher.detach(), reduction="none")
-    return reduce(entries.mean(-1), where, reduction, group)
+    return reduce(_bce(student, teacher, where=where), where, reduction, group)
 
 
-@checked
+def bce_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of -y log sigmoid(x) - (1 - y) log(1 - sigmoid(x)), and its gradient (sigmoid(x) - y) / D."""
+    value = functional.binary_cross_entropy_with_logits(x, y, reduction="none").mean(-1)
+    return value, (x.sigmoid() - y) / x.shape[-1]
+
+
+# By hand, these gradients are all that is held until the backward pass, where autograd would hold both inputs.
+_bce = rowwise(bce_and_gradient)
+
+
+@checked(dtensor="any")
 def mse_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -89,12 +98,19 @@ def mse_loss(
     >>> print(f"{mse_loss(s, t):.4f}")
     2.5000
     """
-    student, teacher = zero_masked(where, *promote(student, teacher))
-    entries = functional.mse_loss(student, teacher.detach(), reduction="none")
-    return reduce(entries.mean(-1), where, reduction, group)
+    return reduce(_mse(student, teacher, where=where), where, reduction, group)
 
 
-@checked
+def mse_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of (x - y)^2, and its gradient 2 (x - y) / D."""
+    difference = x - y
+    return difference.square().mean(-1), difference * (2 / x.shape[-1])
+
+
+_mse = rowwise(mse_and_gradient)
+
+
+@checked(dtensor="any")
 def smooth_l1_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -132,7 +148,15 @@ def smooth_l1_loss(
     >>> print(f"{smooth_l1_loss(s, t):.4f}")
     0.8125
     """
-    student, teacher = zero_masked(where, *promote(student, teacher))
-    beta = positive("beta", beta, student)
-    scaled = functional.smooth_l1_loss(student / beta, teacher.detach() / beta, reduction="none")
-    return reduce(beta * scaled.mean(-1), where, reduction, group)
+    beta = positive("beta", beta, student, teacher, constant=True)
+    return reduce(_smooth_l1(student, teacher, beta, where=where), where, reduction, group)
+
+
+def smooth_l1_and_gradient(x: Tensor, y: Tensor, beta: Scalar) -> tuple[Tensor, Tensor]:
+    """beta times the mean of c (z - c / 2) with z = (x - y) / beta and c = z within [-1, 1], and its gradient c / D."""
+    z = (x - y) / beta
+    slope = z.clamp(-1, 1)
+    return beta * (slope * (z - slope / 2)).mean(-1), slope / x.shape[-1]
+
+
+_smooth_l1 = rowwise(smooth_l1_and_gradient)

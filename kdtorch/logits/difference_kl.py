@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import all_gather, all_gather_constant, as_slice, check_batch, local_rows
-from kdtorch._numerics import check_classes, custom_op, kl_and_gradient, positive, promote, with_backward
-from kdtorch._reduce import count, reduce, zero_masked
+from kdtorch._collectives import all_gather, all_gather_constant, check_batch, local_rows
+from kdtorch._numerics import check_classes, coupled, custom_op, kl_and_gradient, positive, promote, scalar
+from kdtorch._reduce import check_reduction, count, reduce, reduce_sum, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -60,29 +61,84 @@ def difference_kl_loss(
     >>> print(f"{difference_kl_loss(s, t):.4f}")
     0.0204
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    check_batch(student, group)
-    local = local_rows(len(student), group)
-    student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
+    check_classes(student_logits)
+    check_reduction(reduction)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    temperature = scalar(temperature, student_logits, teacher_logits)
+    check_batch(student_logits, group)
+    local = local_rows(len(student_logits), group)
     kept = None if where is None else all_gather_constant(where, group)
-    x, y = _center(student, kept), _center(teacher, kept)
-    partners = local.to(x.device)[:, None] != torch.arange(len(x), device=x.device)
-    partners = partners if kept is None else partners & kept
-    pairs = torch.where(partners, _divergences(x, y, local, temperature), 0)
-    number = max(len(x), 1) if kept is None else count(kept, x.dtype)
-    return reduce(temperature**2 * pairs.sum(1) / number, where, reduction, group)
+    if group is not None:  # gradients are summed over ranks, and not in half precision
+        student_logits, teacher_logits = promote(student_logits, teacher_logits)
+    student, teacher = all_gather(student_logits, group), all_gather_constant(teacher_logits, group)
+    value = _divergences(student, temperature, teacher, kept, local.start, local.stop, summed=reduction != "none")
+    if reduction == "none":
+        return reduce(value, where, reduction, group)
+    return reduce_sum(value, local.stop - local.start, where, reduction, group)
+
+
+# An operator with gradients written by hand, because which way is right depends on the numbers, and so that neither an
+# array of all pairs nor anything of the teacher is held until the backward pass.
+@custom_op(
+    "(Tensor student, Tensor temperature, Tensor teacher, Tensor? kept, SymInt start, SymInt stop, Tensor? weights,"
+    " bool of_student, bool of_temperature) -> (Tensor, Tensor, Tensor)",
+    lambda student, temperature, teacher, kept, start, stop, weights, of_student, of_temperature: (
+        (x := promote(student, teacher)[0]).new_empty(stop - start),
+        x.new_empty(x.shape if of_student else 0),
+        x.new_empty(()),
+    ),
+)
+def _evaluate(
+    student: Tensor,
+    temperature: Tensor,
+    teacher: Tensor,
+    kept: Tensor | None,
+    start: int,
+    stop: int,
+    weights: Tensor | None,
+    of_student: bool,
+    of_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """T^2 / B sum_j KL_ij for this rank's i, and the gradients of their weighted sum."""
+    x, y = (_center(z, kept) for z in promote(student, teacher))
+    rows, number = slice(start, stop), max(len(x), 1) if kept is None else count(kept, x.dtype)
+    place = torch.arange(len(x), device=x.device)
+    partners = place[rows, None] != place
+    if kept is not None:
+        partners &= kept & kept[rows, None]
+    share = partners * (temperature**2 / number)
+    if weights is not None:
+        share *= weights[:, None]
+
+    dtype = _dtype_of_products(x, y, kept, temperature)
+    way = _by_rows if dtype is None else _by_expansion if _are_near(x, y, temperature) else _by_products
+    wide = dtype or x.dtype
+    divergence, gradient, cooling = way(
+        x.to(wide), y.to(wide), temperature.to(wide), rows, share.to(wide) if of_student else None, of_temperature
+    )
+    divergence, cooling, gradient = (z.to(x.dtype) for z in (divergence, cooling, gradient))
+    divergence, cooling = (torch.where(partners, z, 0) for z in (divergence, cooling))
+    undefined = _no_common_class(x, y, rows)
+    if undefined is not None:
+        divergence.masked_fill_(undefined, math.nan)
+        touched = undefined.any(0)
+        touched[rows] |= undefined.any(1)
+        gradient = gradient.masked_fill_(touched[:, None], math.nan) if of_student else gradient
+    of_all = (share * (2 * divergence - cooling)).sum() / temperature
+    if of_student:
+        (gradient,) = zero_masked(kept, gradient)
+    return temperature**2 * divergence.sum(1) / number, gradient, of_all
+
+
+_divergences = coupled(_evaluate, learns=2)
 
 
 def _center(x: Tensor, kept: Tensor | None) -> Tensor:
     """Without the column means over kept rows, which no difference feels; masked rows are 0."""
-    if kept is not None:
-        x = torch.where(kept[:, None], x, 0)
+    (x,) = zero_masked(kept, x)
     absent = torch.isneginf(x).to(x.dtype).sum(0)
     number = (len(x) if kept is None else kept.sum(dtype=x.dtype)) - absent
-    mean = (_finite(x.detach(), 0.0) / number.clamp(min=1)).sum(0)
-    return x - mean if kept is None else torch.where(kept[:, None], x - mean, 0)
+    return zero_masked(kept, x - (_finite(x, 0.0) / number.clamp(min=1)).sum(0))[0]
 
 
 def _finite(x: Tensor, absent: float) -> Tensor:
@@ -90,57 +146,30 @@ def _finite(x: Tensor, absent: float) -> Tensor:
     return x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=absent)
 
 
-@custom_op(
-    "(Tensor x, Tensor y, Tensor local, Tensor temperature) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, local, _: tuple(x.new_empty(len(local), len(x), dtype=t) for t in (x.dtype, _widest(x), _widest(x))),
-)
-def _forward(x: Tensor, y: Tensor, local: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL of the pairs of this rank's rows and all, `[batch, whole batch]`; from products, the normalisers too."""
-    rows, dtype = as_slice(local), _dtype_of_products(x, y, temperature)
-    if dtype is None:
-        divergence = _by_rows(x, y, rows, temperature)
-        unused = torch.empty_like(divergence, dtype=_widest(x))
-        return divergence, unused, unused.clone()
-    divergence, z_x, z_y = _by_products(x.to(dtype), y.to(dtype), rows, temperature)
-    return divergence.to(x.dtype), z_x.to(_widest(x)), z_y.to(_widest(x))
+def _no_common_class(x: Tensor, y: Tensor, rows: slice) -> Tensor | None:
+    """The pairs, of a row with itself too, whose differences are no distribution; None where no class is at -inf."""
+    if not torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
+        return None
+    present = [(~torch.isneginf(z)).to(z.dtype) for z in (x, y)]
+    return torch.stack([z[rows] @ z.T == 0 for z in present]).any(0)
 
 
-@custom_op(
-    "(Tensor cotangent, Tensor value, Tensor z_x, Tensor z_y, Tensor x, Tensor y, Tensor local, Tensor temperature)"
-    " -> Tensor",
-    lambda cotangent, value, z_x, z_y, x, *_: torch.empty_like(x),
-)
-def _backward(
-    cotangent: Tensor, value: Tensor, z_x: Tensor, z_y: Tensor, x: Tensor, y: Tensor, local: Tensor, temperature: Tensor
-) -> Tensor:
-    """sum_j [c_ij (p_ij - q_ij) - c_ji (p_ji - q_ji)] / T, p and q the softmaxes of the pair's differences by T."""
-    rows, dtype = as_slice(local), _dtype_of_products(x, y, temperature)
-    if dtype is None:
-        return _pulled_rows(cotangent, x, y, rows, temperature)
-    of_student, of_teacher = (
-        _pulled_products((cotangent / (temperature * z)).to(dtype), a.to(dtype), rows, temperature)
-        for z, a in ((z_x, x), (z_y, y))
-    )
-    return (of_student - of_teacher).to(x.dtype)
-
-
-_divergences = with_backward(_forward, _backward)
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    return x.dtype if x.device.type == "mps" else torch.float64
-
-
-def _dtype_of_products(x: Tensor, y: Tensor, temperature: Tensor) -> torch.dtype | None:
+def _dtype_of_products(x: Tensor, y: Tensor, kept: Tensor | None, temperature: Tensor) -> torch.dtype | None:
     """The first in which exponentials of a row's entries keep their digits; None if they do in none.
 
-    The largest term of a normaliser is at least exp(-span); those below the smallest number, exp(10) of them, must not
-    be felt beside it.
+    The largest term of a normaliser is at least exp(-span), or exp(-2 span) where rows leave out different classes; those
+    below the smallest number, exp(10) of them, must not be felt beside it.
     """
-    if torch.isneginf(x.amin(-1)).any() and (torch.isneginf(x) & ~torch.isneginf(y)).any():
-        return None
-    span, digits = torch.maximum(_span(x), _span(y)) / temperature, math.log(torch.finfo(x.dtype).eps)
-    reach = {dtype: digits - math.log(torch.finfo(dtype).tiny) - 10 for dtype in (x.dtype, _widest(x))}
+    span = torch.maximum(_span(x), _span(y)) / temperature
+    if torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
+        x_absent, y_absent = (torch.isneginf(z if kept is None else z[kept]) for z in (x, y))
+        if (x_absent & ~y_absent & ~x_absent.all(-1, keepdim=True)).any():
+            return None
+        if any((z.any(0) & ~z.all(0)).any() for z in (x_absent, y_absent)):
+            span = 2 * span
+    digits = math.log(torch.finfo(x.dtype).eps)
+    widest = x.dtype if x.device.type == "mps" else torch.float64
+    reach = {dtype: digits - math.log(torch.finfo(dtype).tiny) - 10 for dtype in (x.dtype, widest)}
     return next((dtype for dtype, limit in reach.items() if (span < limit).all()), None)
 
 
@@ -148,28 +177,56 @@ def _span(x: Tensor) -> Tensor:
     return x.amax(-1) - _finite(x, math.inf).amin(-1)
 
 
-def _by_products(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL and normalisers of all pairs from products of matrices: Z_ij is one of exponentials of the two rows.
+def _are_near(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
+    """Student and teacher, which then have the same classes."""
+    d = ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return bool((_levelled(d).abs().amax(-1) < 4).all())
 
-    KL_ij = m - log Z^t_ij + log Z^s_ij with m = E_q[d_i - d_j], d = (y - x) / T. Where student and teacher are near, so
-    that these terms would cancel, it comes from small ones: log(1 + s - m) + m with s = E_q[exp(d_j - d_i) - 1 + d_i - d_j],
-    and exp(d_j - d_i) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+
+def _by_products(
+    x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of all pairs from products of matrices, what the shares pull the rows by, and -T times the derivative by T.
+
+    KL_ij = E_q[d_i - d_j] - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
-    e_x, f_x, offset_x = _exponentials(x, rows, temperature)
-    e, f, offset = _exponentials(y, rows, temperature)
-    z_x, z = e_x @ f_x.T, e @ f.T
-    d = _ahead(x, y, temperature)
-    level = d - d.mean(-1, keepdim=True)  # which no softmax feels
-    near = bool((level.abs().amax(-1) < 4).all())
-    d = level if near else d
-    mean = ((e * d[rows]) @ f.T - e @ (f * d).T) / z
-    if near:
-        u, v = (-d).expm1(), d.expm1()
-        square = ((e * (u + d)[rows]) @ f.T + e @ (f * (v - d)).T + (e * u[rows]) @ (f * v).T) / z
-        divergence = square + ((square - mean).log1p() - (square - mean))
-    else:
-        divergence = mean + (z_x.log() - z.log()) + (offset_x - offset)
-    return divergence.clamp_(min=0), z_x, z
+    p = _softmaxes(x, temperature, rows)
+    d, a = _ahead(x, y, temperature), _levelled(_finite(x, 0.0) / temperature) if of_temperature else x
+    gradient, total, offset = p.pulled(share), p.total, p.offset
+    cooling = p.mean(a, -a) if of_temperature else total
+    del p
+    q = _softmaxes(y, temperature, rows)
+    mean = q.mean(d, -d)
+    divergence = mean + (total.log() - q.total.log()) + (offset - q.offset)
+    if of_temperature:
+        b = a + d
+        cooling = cooling - q.mean(a, -a) + q.cross(b, d) - q.mean(b, -b) * mean
+    return divergence.clamp_(min=0), gradient.sub_(q.pulled(share)).div_(temperature), cooling
+
+
+def _by_expansion(
+    x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
+
+    KL_ij = log(1 + s - m) + m with m = E_q[D], D = d_i - d_j, s = E_q[S], S = exp(-D) - 1 + D, d = (y - x) / T, and
+    exp(-D) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    """
+    gradient = _softmaxes(x, temperature, rows).pulled(share)
+    q, d = _softmaxes(y, temperature, rows), _levelled(_ahead(x, y, temperature))
+    u, v = (-d).expm1(), d.expm1()
+    mean, square = q.mean(d, -d), q.mean(u + d, v - d) + q.product(u, v)
+    divergence = square + ((square - mean).log1p() - (square - mean))
+    cooling = mean
+    if of_temperature:
+        # p / q - 1 is (S - s - D + m) / (1 + s - m), so that p - q and the covariance of q nearly cancel too
+        a = _levelled(_finite(x, 0.0) / temperature)
+        middle = q.mean(a, -a)
+        joint = q.mean(a * (u + d), a * (d - v)) + q.product(a, v - d) - q.product(u + d, a)
+        joint += q.product(a * u, v) - q.product(u, a * v)
+        rest = joint - middle * square + (square - mean) * (q.cross(a, d) - middle * mean)
+        cooling = q.cross(d, d) - mean.square() + rest / (1 + (square - mean))
+    return divergence.clamp_(min=0), gradient.sub_(q.pulled(share)).div_(temperature), cooling
 
 
 def _ahead(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
@@ -177,36 +234,85 @@ def _ahead(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
     return ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
 
 
-def _pulled_products(weight: Tensor, x: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    """sum_j c_ij p_ij - c_ji p_ji, where p_ijk = e_ik f_jk / z_ij and the weight is c / z."""
-    e, f, _ = _exponentials(x, rows, temperature)
-    result = (weight.T @ e).mul_(f).neg_()
-    result[rows] += (weight @ f).mul_(e)
-    return result
+def _levelled(d: Tensor) -> Tensor:
+    """Without the rows' means, which no softmax feels."""
+    return d - d.mean(-1, keepdim=True)
 
 
-def _exponentials(x: Tensor, rows: slice, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp((x - max)/T) of some rows, exp((min - x)/T) of all, and (max_i - min_j)/T; a class at -inf is 0 in both."""
+class _Softmaxes(NamedTuple):
+    """softmax((x_i - x_j) / T) of this rank's i and all j, as `rise[i] * fall[j] / total[i, j]`.
+
+    Attributes:
+        rise: exp((x - largest) / T) of this rank's rows; 0 for a class at -inf.
+        fall: exp((smallest - x) / T) of all rows; 0 there too.
+        total: `[batch, whole batch]`, the sum over classes of the product.
+        offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
+        rows: this rank's.
+    """
+
+    rise: Tensor
+    fall: Tensor
+    total: Tensor
+    offset: Tensor
+    rows: slice
+
+    def mean(self, u: Tensor, v: Tensor) -> Tensor:
+        """Of u_i + v_j."""
+        return ((self.rise * u[self.rows]) @ self.fall.T + self.rise @ (self.fall * v).T) / self.total
+
+    def product(self, u: Tensor, v: Tensor) -> Tensor:
+        """The mean of u_i v_j."""
+        return (self.rise * u[self.rows]) @ (self.fall * v).T / self.total
+
+    def cross(self, u: Tensor, v: Tensor) -> Tensor:
+        """The mean of (u_i - u_j) (v_i - v_j)."""
+        return self.mean(u * v, u * v) - self.product(u, v) - self.product(v, u)
+
+    def pulled(self, share: Tensor | None) -> Tensor:
+        """sum_j share_ij p_ij - share_ji p_ji, of p the softmaxes."""
+        if share is None:
+            return self.total.new_empty(0)
+        weight = share / self.total
+        result = (weight.T @ self.rise).mul_(self.fall).neg_()
+        result[self.rows] += (weight @ self.fall).mul_(self.rise)
+        return result
+
+
+def _softmaxes(x: Tensor, temperature: Tensor, rows: slice) -> _Softmaxes:
     largest, above = x[rows].amax(-1, keepdim=True), _finite(x, math.inf)
     smallest = above.amin(-1, keepdim=True)
     scale = math.log2(math.e) / temperature
     rise, fall = ((x[rows] - largest) * scale).exp2_(), ((smallest - above) * scale).exp2_()
-    return rise, fall, (largest - smallest.T) / temperature
+    return _Softmaxes(rise, fall, rise @ fall.T, (largest - smallest.T) / temperature, rows)
 
 
-def _by_rows(x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    """KL of all pairs from the differences themselves, a row at a time."""
+def _by_rows(
+    x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the differences themselves, a row at a time."""
     student, teacher = _differences(x), _differences(y)
-    return torch.stack([kl_and_gradient(student(i), teacher(i), temperature)[0] for i in range(rows.start, rows.stop)])
+    divergence = x.new_empty(rows.stop - rows.start, len(x))
+    gradient, cooling = x.new_zeros(x.shape if share is not None else 0), torch.zeros_like(divergence)
+    for here, i in enumerate(range(rows.start, rows.stop)):
+        a, b = student(i), teacher(i)
+        divergence[here], pull = kl_and_gradient(a, b, temperature)
+        if of_temperature:
+            cooling[here] = _cooling(a, b, temperature, pull).masked_fill_(divergence[here].isinf(), 0)
+        if share is not None:
+            pull.mul_(share[here, :, None])
+            gradient[i] += pull.sum(0)
+            gradient -= pull
+    return divergence, gradient, cooling
 
 
-def _pulled_rows(cotangent: Tensor, x: Tensor, y: Tensor, rows: slice, temperature: Tensor) -> Tensor:
-    student, teacher, result = _differences(x), _differences(y), torch.zeros_like(x)
-    for i, c in zip(range(rows.start, rows.stop), cotangent, strict=True):
-        gradient = kl_and_gradient(student(i), teacher(i), temperature)[1].mul_(c[:, None])
-        result[i] += gradient.sum(0)
-        result -= gradient
-    return result
+def _cooling(a: Tensor, b: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
+    """-T times the derivative by T of KL(softmax(b / T) || softmax(a / T)), given that by a."""
+    d, q = _ahead(a, b, temperature), (b / temperature).softmax(-1)
+    a, b = _finite(a, 0.0), _finite(b, 0.0) / temperature
+    centered = q * (d - (q * d).sum(-1, keepdim=True))
+    return (centered * (b - (q * b).sum(-1, keepdim=True))).sum(-1) + (
+        gradient * (a - (q * a).sum(-1, keepdim=True))
+    ).sum(-1)
 
 
 def _differences(x: Tensor) -> Callable[[int], Tensor]:

@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
-    Softmax,
+    FAR,
     check_classes,
+    eager_on_cpu,
     kl_and_gradient,
     kl_of_softmaxes,
+    kl_of_tilt,
     log_ratio,
     non_negative,
     positive,
-    promote,
-    rowwise,
+    tilt,
     valid_index,
     weigh,
     without_class,
 )
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="rows")
 def dkd_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -46,9 +48,10 @@ def dkd_loss(
         student_logits: `[*batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` is an error.
-        alpha: weight of the target part (TCKD), ≥ 0.
-        beta: weight of the non-target part (NCKD), ≥ 0. With α = 1 and β = 1 − q_y it is KL, example by example.
-        temperature: T > 0.
+        alpha: weight of the target part (TCKD), ≥ 0; a constant.
+        beta: weight of the non-target part (NCKD), ≥ 0; a constant. With α = 1 and β = 1 − q_y it is KL, example by
+            example.
+        temperature: T > 0; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -72,35 +75,55 @@ def dkd_loss(
     >>> print(f"{dkd_loss(s, t, torch.tensor([0])):.4f}")
     1.2644
     """
-    student, teacher, labels = zero_masked(where, *promote(student_logits, teacher_logits), labels)
-    check_classes(student)
-    alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
-    temperature = positive("temperature", temperature, student)
-    labels = valid_index("labels", labels, student.shape[-1])
-    return reduce(_decoupled(student, teacher.detach(), labels, alpha, beta, temperature), where, reduction, group)
+    check_classes(student_logits)
+    logits = student_logits, teacher_logits
+    alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
+    temperature = positive("temperature", temperature, *logits)
+    labels = valid_index("labels", *zero_masked(where, labels), student_logits.shape[-1])
+    return reduce(_decoupled(*logits, labels, alpha, beta, temperature, where=where), where, reduction, group)
 
 
-@rowwise
-def _decoupled(
-    x: Tensor, y: Tensor, labels: Tensor, alpha: Tensor, beta: Tensor, temperature: Tensor
+def decoupled_and_gradient(
+    x: Tensor, y: Tensor, labels: Tensor, alpha: Scalar, beta: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
+    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p.
+
+    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    """
     label = labels.unsqueeze(-1)
-    hat_p, hat_q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature)
-    x_binary, y_binary = (
-        _binary(logits.gather(-1, label), hat, temperature) for logits, hat in ((x, hat_p), (y, hat_q))
-    )
-    target, target_gradient = kl_and_gradient(x_binary, y_binary, torch.ones_like(temperature))
-    others, others_gradient = kl_of_softmaxes(hat_p, hat_q, ratio)
+    hat_p, totals, others, difference = _others(x, y, labels, temperature)
+    binary = (_binary(a.gather(-1, label), *total, temperature) for a, total in zip((x, y), totals, strict=True))
+    target, target_gradient = kl_and_gradient(*binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
-    gradient = beta * temperature * others_gradient - at_label * hat_p.p
+    gradient = beta * temperature * difference - at_label * hat_p
     square = temperature**2  # before a sum that might not exist
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, gradient.scatter(-1, label, at_label)
 
 
-def _binary(at_label: Tensor, others: Softmax, temperature: Tensor) -> Tensor:
+_decoupled = rowwise(decoupled_and_gradient)
+
+Total = tuple[Tensor, Tensor]  # the largest logit, and log sum exp((x - largest) / T)
+
+
+def _others(
+    x: Tensor, y: Tensor, labels: Tensor, temperature: Scalar
+) -> tuple[Tensor, tuple[Total, Total], Tensor, Tensor]:
+    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, which may be none."""
+    if eager_on_cpu(x, y, temperature):
+        far = [without_class(logits, labels, FAR) for logits in (x, y)]
+        peaks = [logits.amax(-1, keepdim=True) for logits in far]
+        tilted = tilt(*far, temperature) if all(bool((peak > FAR).all()) for peak in peaks) else None
+        if tilted is not None:
+            value, difference = kl_of_tilt(tilted), tilted.excess.div_(1 + tilted.rise)
+            of_y = peaks[1], -tilted.q.amax(-1, keepdim=True).log()
+            hat_p = tilted.q.add_(difference)
+            return hat_p, ((peaks[0], -hat_p.amax(-1, keepdim=True).log()), of_y), value, difference
+    p, q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature, may_be_empty=True)
+    return p.p, (p[1:], q[1:]), *kl_of_softmaxes(p, q, ratio)
+
+
+def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
-    largest = torch.maximum(at_label, others.peak)
-    rest = (others.peak - largest) / temperature + others.log_total
-    return torch.cat([(at_label - largest) / temperature, rest], -1)
+    largest = torch.maximum(at_label, peak)
+    return torch.cat([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)

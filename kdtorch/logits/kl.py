@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, excess, kl_divergence, log_ratio, positive, promote, rowwise, times
-from kdtorch._reduce import reduce, zero_masked
+from kdtorch._numerics import (
+    check_classes,
+    difference_of_softmaxes,
+    log_ratio,
+    positive,
+    softmax_pulled_back,
+    tilt,
+    times_square,
+)
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="any")
 def kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -26,7 +36,7 @@ def kl_loss(
     Args:
         student_logits: `[*batch, classes]`; leading axes are free, so `[batch, tokens, vocabulary]` works.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0. The factor T² keeps the gradient's size as T grows.
+        temperature: T > 0; an array has a gradient. The factor T² keeps the gradient's size as T grows.
         where: `[*batch]`, False for examples (or tokens) that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -40,6 +50,13 @@ def kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
+    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. A
+    Jensen–Shannon divergence built as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the two
+    softmaxes, has the right value and gradient 0, because its whole gradient goes through the second s. KL(p‖q) with the
+    student's gradient is `2 * symmetric_kl_loss(s, t) - kl_loss(s, t)`; in the same way
+    `(kl_loss(m, t) + 2 * symmetric_kl_loss(s, m) - kl_loss(s, m)) / 2`, with m made constant, has the gradient of the
+    Jensen–Shannon divergence. kdtorch warns, once, if a constant requires a gradient and the first argument does not.
+
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
     Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too unless told
     `batchmean`. Here T² is always there and the mean is over examples.
@@ -50,14 +67,13 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = kl_divergence(student, teacher.detach(), temperature)
-    return reduce(temperature**2 * divergence, where, reduction, group)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
-@checked
+@checked(dtensor="any")
 def symmetric_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -75,7 +91,7 @@ def symmetric_kl_loss(
     Args:
         student_logits: `[*batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -98,18 +114,26 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = _jeffreys(student, teacher.detach(), temperature)
-    return reduce(temperature**2 / 2 * divergence, where, reduction, group)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
+    return reduce(times_square(temperature, divergence) / 2, where, reduction, group)
 
 
-@rowwise
-def _jeffreys(x: Tensor, y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
+def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        scale = 1 + tilted.rise
+        p, difference = torch.addcmul(tilted.q, tilted.q, tilted.growth).div_(scale), tilted.excess.div_(scale)
+        value = torch.linalg.vecdot(difference, tilted.d).clamp_(min=0)
+        return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
     p, q, ratio = log_ratio(x, y, temperature)
-    difference, reverse = excess(p.p, q.p, ratio), times(p.p, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, ratio)
+    reverse = torch.where(p.p == 0, 0, p.p * ratio)
     gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
-    felt = 0 * (p.log_total + q.log_total).squeeze(-1)  # NaN, which times() would hide
-    return times(difference, ratio).sum(-1) + felt, gradient / temperature
+    # of one sign, unless r has lost its digits
+    return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
+
+
+_jeffreys = rowwise(jeffreys_and_gradient)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
+    cross_entropy_of_softmax,
     non_negative,
     positive,
-    promote,
-    rowwise,
     softmax,
-    times,
     valid_index,
     weigh,
     without_class,
 )
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(dtensor="rows")
 def nkd_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -44,8 +44,8 @@ def nkd_loss(
         teacher_logits: the same shape; constant, its gradient is 0.
         labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` is an error), or
             a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
-        gamma: weight of the non-target part, ≥ 0.
-        temperature: T > 0, of the non-target part alone.
+        gamma: weight of the non-target part, ≥ 0; a constant.
+        temperature: T > 0, of the non-target part alone; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -69,25 +69,29 @@ def nkd_loss(
     >>> print(f"{nkd_loss(s, t, torch.tensor([0])):.4f}")
     0.7282
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    teacher = teacher.detach()
-    check_classes(student)
-    gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
-    (labels,) = zero_masked(where, labels if labels.ndim < student.ndim else labels.argmax(-1))
-    labels = valid_index("labels", labels, student.shape[-1])
-    return reduce(_normalized(student, teacher, labels, gamma, temperature), where, reduction, group)
+    check_classes(student_logits)
+    logits = student_logits, teacher_logits
+    gamma, temperature = non_negative("gamma", gamma, *logits), positive("temperature", temperature, *logits)
+    (labels,) = zero_masked(where, labels if labels.ndim < student_logits.ndim else labels.argmax(-1))
+    labels = valid_index("labels", labels, student_logits.shape[-1])
+    return reduce(_normalized(*logits, labels, gamma, temperature, where=where), where, reduction, group)
 
 
-@rowwise
-def _normalized(x: Tensor, y: Tensor, labels: Tensor, gamma: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
+def normalized_and_gradient(
+    x: Tensor, y: Tensor, labels: Tensor, gamma: Scalar, temperature: Scalar
+) -> tuple[Tensor, Tensor]:
+    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q).
+
+    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    """
     label = labels.unsqueeze(-1)
     p, q_y = softmax(x), softmax(y).p.gather(-1, label)
     log_p_y = x.gather(-1, label) - p.peak - p.log_total
-    x_others, hat_q = without_class(x, labels), softmax(without_class(y, labels), temperature).p
-    hat_p, total = softmax(x_others, temperature), hat_q.sum(-1, keepdim=True)
-    others = hat_p.log_total * total - times(hat_q, x_others - hat_p.peak).sum(-1, keepdim=True) / temperature
-    value = 0 * q_y - times(q_y, log_p_y) + weigh(gamma * temperature**2, others)  # NaN, which times() would hide
-    gradient = q_y * p.p + gamma * temperature * (hat_p.p * total).sub_(hat_q)
-    # summed, not squeezed: PyTorch lets nobody write into a view that an `autograd.Function` returns
-    return value.sum(-1), gradient.scatter_add_(-1, label, -q_y)
+    target = -torch.where(q_y == 0, 0, q_y * log_p_y).squeeze(-1)
+    hat_p, hat_q = (softmax(without_class(a, labels), temperature, may_be_empty=True) for a in (x, y))
+    others, gradient = cross_entropy_of_softmax(hat_p, x, hat_q.p, temperature)
+    weight = gamma * temperature**2
+    return target + weigh(weight, others), (q_y * p.p + weight * gradient).scatter_add_(-1, label, -q_y)
+
+
+_normalized = rowwise(normalized_and_gradient)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_divergence, positive, promote, softmax, valid_index
+from kdtorch._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
 from kdtorch._reduce import reduce, zero_masked
-from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch._rowwise import kl_divergence, rowwise
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, describe
 
 
-@checked
+@checked(dtensor="any")
 def topk_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     values: Float[Tensor, "*batch kept"],
     indices: Integer[Tensor, "*batch kept"],
-    rest: Float[Tensor, "*batch"] | None = None,
+    rest: Float[Tensor, "*batch"] | Mapping[str, Float[Tensor, "*batch"]] | None = None,
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    kept: Bool[Tensor, "*batch kept"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
@@ -41,11 +44,16 @@ def topk_kl_loss(
             class that is there twice gives NaN for that example.
         rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
             mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
-            `temperatures`. Needed for the bucket, unless all classes are kept; -inf where nothing is left.
+            `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
+            call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
+            bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
         temperature: T > 0.
         tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
             number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
+            values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
+            with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -53,11 +61,11 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
-        student gives -inf to a class that the teacher uses.
+        student gives -inf to a class that the teacher uses; NaN where all that is compared of one of them is -inf.
 
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket.
+            kept than there are, no `rest` for the bucket, or one of another temperature.
         IndexError: a class outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
@@ -72,45 +80,111 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    student, values, *rests = promote(student_logits, values, *() if rest is None else (rest,))
-    student, values, indices, *rests = zero_masked(where, student, values, indices, *rests)
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    kept, classes = indices.shape[-1], student.shape[-1]
+    check_classes(student_logits)
+    entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
-    if not 1 <= kept <= classes:
+    if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
-            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {kept}"
+            f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and kept < classes:
+    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {kept} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    indices = valid_index("indices", indices, classes)
-    twice = (indices.sort(-1).values.diff(dim=-1) == 0).any(-1)
-    factor = torch.where(twice, math.nan, 1.0).to(student.dtype)
-    x, y = student.gather(-1, indices), values.detach()
-    if tail == "bucket":
-        left = torch.full_like(y[..., 0], -math.inf) if rest is None else rests[0].detach()
-        x, y = _with_rest(student, x, indices, temperature), torch.cat([y, left[..., None]], -1)
+    temperature = positive("temperature", temperature, student_logits, values)
+    indices, values = zero_masked(where, indices, values)
+    indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
+    if kept is not None:
+        indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
+    places = indices.sort(-1).values
+    twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
+    values = torch.where(twice, math.nan, values)
+    if tail == "renormalize":
+        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
+        divergence = kl_divergence(own, values, temperature, where=where)
     else:
-        x = _scaled(x, temperature)
-    return reduce(factor * temperature**2 * kl_divergence(x, _scaled(y, temperature), 1.0), where, reduction, group)
+        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
+    return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
-def _with_rest(student: Tensor, kept: Tensor, indices: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, of the kept classes and of the others together."""
-    lowest = torch.finfo(student.dtype).min
-    others = student.scatter(-1, indices, -math.inf)
-    _, peak, log_total = softmax(others, temperature)
-    largest = student.detach().amax(-1, keepdim=True).clamp(min=lowest)
-    rest = (peak - largest) / temperature + log_total
-    rest = torch.where(torch.isneginf(others.detach().amax(-1, keepdim=True)), -math.inf, rest)
-    return torch.cat([(kept - largest) / temperature, rest], -1)
+def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
+    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
+    for name, x in given.items():
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
+            raise TypeError(
+                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+            )
+    if not isinstance(rest, Mapping):
+        return rest
+    try:
+        recorded = {float(name): x for name, x in rest.items()}
+    except ValueError:
+        raise ValueError(
+            '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
+            f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
+        ) from None
+    if isinstance(temperature, Tensor):  # whose value cannot be asked
+        found = torch.full_like(values[..., 0], math.nan)
+        for one, x in recorded.items():
+            found = torch.where(temperature.float() == one, x, found)
+        return found
+    if temperature not in recorded:
+        raise ValueError(
+            f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
+            'that one, or leave the rest out by tail="renormalize"'
+        )
+    return recorded[temperature]
 
 
-def _scaled(x: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, with the softmax of x / temperature."""
-    return (x - x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)) / temperature
+class _Entries(torch.autograd.Function):
+    """`x[..., indices]`, -inf where an index is below 0. `Tensor.gather` would hold x until the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor) -> Tensor:
+        return torch.where(indices < 0, -math.inf, x.gather(-1, indices.clamp(min=0)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.classes = x.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        entries = torch.where(indices < 0, 0, cotangent)
+        zeros = cotangent.new_zeros(()).expand(*cotangent.shape[:-1], ctx.classes)
+        return zeros.scatter_add(-1, indices.clamp(min=0), entries), None
+
+
+def topk_kl_and_gradient(
+    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Scalar
+) -> tuple[Tensor, Tensor]:
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    """
+    none, places = indices < 0, indices.clamp(min=0)
+    own = torch.where(none, -math.inf, x.gather(-1, places))
+    others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
+    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(x.dtype).min
+    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True)).clamp(min=lowest)
+    below = others.sub_(peak.clamp(min=lowest))
+    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+        below = torch.maximum(below, -1e5 * temperature)
+    # of a row without others all weights are 0, and its logit is -inf
+    weight = (below * (math.log2(math.e) / temperature)).exp2_()
+    total = weight.sum(-1, keepdim=True).clamp(min=1)
+    student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
+    value, gradient = kl_and_gradient(student, torch.cat([values, rest.unsqueeze(-1)], -1), temperature)
+    spread = weight * (gradient[..., -1:] / total)
+    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
+
+
+topk_kl_divergence = rowwise(topk_kl_and_gradient)

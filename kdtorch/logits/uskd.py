@@ -9,21 +9,22 @@ from torch import Tensor
 
 from kdtorch._collectives import all_sum
 from kdtorch._numerics import (
+    Softmax,
     check_classes,
-    cross_entropy,
+    cross_entropy_and_gradient,
+    cross_entropy_of_softmax,
     non_negative,
-    promote,
-    rowwise,
     softmax,
-    times,
     valid_index,
     weigh,
+    widest,
 )
 from kdtorch._reduce import reduce, zero_masked
+from kdtorch._rowwise import by_rows, rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked
+@checked(learns=("student_logits", "weak_logits"))
 def uskd_loss(
     student_logits: Float[Tensor, "*batch classes"],
     weak_logits: Float[Tensor, "*batch classes"],
@@ -53,9 +54,9 @@ def uskd_loss(
         labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` is an error), or
             a distribution `[*batch, classes]` (mixup), whose two most probable classes are y; a second one of
             probability 0 is ignored, so that a one-hot distribution equals its class.
-        alpha: weight of the target part, ≥ 0.
-        beta: weight of the non-target part, ≥ 0.
-        mu: weight of the weak head's own cross-entropy, ≥ 0.
+        alpha: weight of the target part, ≥ 0; a constant.
+        beta: weight of the non-target part, ≥ 0; a constant.
+        mu: weight of the weak head's own cross-entropy, ≥ 0; a constant.
         where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -79,62 +80,92 @@ def uskd_loss(
     >>> print(f"{uskd_loss(s, w, torch.tensor([0])):.4f}")
     0.2453
     """
-    student, weak = zero_masked(where, *promote(student_logits, weak_logits))
-    check_classes(student)
-    alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
-    mu = non_negative("mu", mu, student)
-    unused = torch.maximum(student, weak).isneginf().to(student.dtype)
-    p, w = softmax(student.detach()), softmax(weak.detach()).p
-    log_p = student.detach() - p.peak - p.log_total
+    check_classes(student_logits)
+    logits = student_logits, weak_logits
+    alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
+    mu = non_negative("mu", mu, *logits)
 
-    if labels.ndim < student.ndim:
-        (labels,) = zero_masked(where, labels)
-        classes = valid_index("labels", labels, student.shape[-1]).unsqueeze(-1)
-        probabilities = torch.ones_like(student[..., :1])
-        distribution = torch.zeros_like(student).scatter(-1, classes, probabilities)
+    (kept,) = zero_masked(where, labels)
+    if labels.ndim < student_logits.ndim:
+        labels = valid_index("labels", kept, student_logits.shape[-1])
+        classes = labels.unsqueeze(-1)
+        probabilities = torch.ones_like(classes, dtype=widest(*logits))
     else:
-        (distribution,) = zero_masked(where, labels.to(student.dtype))
-        first = distribution.argmax(-1, keepdim=True)
-        second = distribution.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
+        first = kept.argmax(-1, keepdim=True)
+        second = kept.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
         classes = torch.cat([first, second], -1)
-        probabilities = distribution.gather(-1, classes)
+        probabilities = kept.gather(-1, classes).to(widest(*logits))
         classes = torch.where(probabilities > 0, classes, first)  # a second label of probability 0 is the first again
 
+    (log_p,) = by_rows(_log_p, where, student_logits.detach(), classes)
     present = probabilities > 0
-    counted = present if where is None else present & where.unsqueeze(-1)
-    log_p_labels = torch.where(present, log_p.gather(-1, classes), 0)
-    square = torch.where(counted, (2 * log_p_labels).exp(), 0)
-    examples = tuple(range(student.ndim - 1))
+    counted = (present if where is None else present & where.unsqueeze(-1)) & ~log_p.isnan()
+    square = torch.where(present, (2 * log_p).exp(), 0)
+    examples = tuple(range(square.ndim - 1))
     number = all_sum(counted.sum(examples, dtype=square.dtype), group).clamp(min=1)
-    mean = all_sum(square.sum(examples), group) / number
+    mean = all_sum(torch.where(counted, square, 0).sum(examples), group) / number
     soft = torch.where(present, square + probabilities - mean, 0)
 
-    over_w = 1 - torch.where(present, w.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6
-    over_p = 1 - log_p_labels.sum(-1, keepdim=True) + 1e-6
-    zipf = _zipf(w / over_w + log_p / over_p).scatter(-1, classes, 0) * (1 - unused)
-    zipf = zipf / zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny)
-    smooth = (0.9 * distribution + 0.1 / (1 - unused).sum(-1, keepdim=True)) * (1 - unused)
-    value = _target_and_others(student, classes, soft, zipf, alpha, beta) + weigh(mu, cross_entropy(weak, smooth, 1.0))
-    return reduce(value, where, reduction, group)
+    value = _target_and_others(*logits, classes, probabilities, soft, alpha, beta, where=where)
+    head = _head(*logits[::-1], labels, where=where)
+    return reduce(value + weigh(mu, head), where, reduction, group)
 
 
-@rowwise
-def _target_and_others(
-    x: Tensor, classes: Tensor, soft: Tensor, zipf: Tensor, alpha: Tensor, beta: Tensor
+def _log_p(x: Tensor, classes: Tensor) -> tuple[Tensor]:
+    p = softmax(x)
+    return (x.gather(-1, classes) - p.peak - p.log_total,)
+
+
+def target_and_others_and_gradient(
+    x: Tensor, weak: Tensor, classes: Tensor, probabilities: Tensor, soft: Tensor, alpha: Scalar, beta: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z)."""
-    p, x_others = softmax(x), x.scatter(-1, classes, -math.inf)
-    target = -times(soft, x.gather(-1, classes) - p.peak - p.log_total).sum(-1, keepdim=True)
-    hat_p, total = softmax(x_others), zipf.sum(-1, keepdim=True)
-    others = hat_p.log_total * total - times(zipf, x_others - hat_p.peak).sum(-1, keepdim=True)
-    gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * (hat_p.p * total - zipf)
-    return (weigh(alpha, target) + weigh(beta, others)).squeeze(-1), gradient.scatter_add(-1, classes, -alpha * soft)
+    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z).
+
+    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    """
+    p = softmax(x)
+    log_p = x - p.peak - p.log_total
+    zipf = _zipf(log_p.detach(), softmax(weak.detach()), torch.maximum(x, weak).isneginf(), classes, probabilities)
+    log_p_y = log_p.gather(-1, classes)
+    target = -torch.where(soft == 0, 0, soft * log_p_y).sum(-1)
+    hat_p = softmax(x.scatter(-1, classes, -math.inf), may_be_empty=True)
+    others, gradient = cross_entropy_of_softmax(hat_p, x, zipf, 1.0)
+    gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * gradient
+    return weigh(alpha, target) + weigh(beta, others), gradient.scatter_add_(-1, classes, -alpha * soft)
 
 
-def _zipf(score: Tensor) -> Tensor:
+_target_and_others = rowwise(target_and_others_and_gradient)
+
+
+def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilities: Tensor) -> Tensor:
+    """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
+    present = probabilities > 0
+    over_w, over_p = (
+        1 - torch.where(present, x.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6 for x in (w.p, log_p)
+    )
+    zipf = _inverse_places(w.p / over_w + log_p / over_p)
+    zipf = zipf.scatter(-1, classes, 0).masked_fill(unused, 0)
+    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    return zipf / (zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny) + felt)
+
+
+def _inverse_places(score: Tensor) -> Tensor:
     """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes."""
     bits = (0 - score).view(torch.int64 if score.dtype == torch.float64 else torch.int32)
     keys = bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)  # in the order of -score
     order = keys.argsort(dim=-1, stable=True)
     weight = 1 / torch.arange(1, score.shape[-1] + 1, dtype=score.dtype, device=score.device)
     return torch.zeros_like(score).scatter(-1, order, weight.expand_as(score))
+
+
+def head_and_gradient(weak: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum (0.9 l + 0.1 / C) log softmax(weak), over the classes that are not padding."""
+    used = torch.maximum(x, weak).isneginf().logical_not().to(weak.dtype)
+    distribution = labels
+    if labels.ndim < weak.ndim:
+        distribution = torch.zeros_like(weak).scatter(-1, labels.unsqueeze(-1), 1)
+    number = used.sum(-1, keepdim=True) + 0 * x.detach().amax(-1, keepdim=True)  # NaN where x is no distribution
+    return cross_entropy_and_gradient(weak, (0.9 * distribution + 0.1 / number) * used)
+
+
+_head = rowwise(head_and_gradient)

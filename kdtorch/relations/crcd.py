@@ -13,9 +13,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtorch._collectives import all_gather_constant, check_batch, fetch, rank, size
-from kdtorch._numerics import BLOCK, check_state, custom_op, fraction, positive, promote, rowwise, unit, valid_index
+from kdtorch._numerics import (
+    BLOCK,
+    check_state,
+    custom_op,
+    fraction,
+    positive,
+    promote,
+    scalar,
+    unit,
+    unit_pull,
+    valid_index,
+    with_gradients,
+)
 from kdtorch._reduce import count, reduce, zero_masked
-from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, sizes
 
 
 class CRCDState(NamedTuple):
@@ -99,7 +111,7 @@ def _at_least_one(**numbers: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
-@checked
+@checked(learns=("student", "teacher", "temperature"))
 def crcd_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],
@@ -173,14 +185,14 @@ def crcd_loss(
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
-    student, teacher = promote(student, teacher)
     old = CRCDState(*(x.detach().to(student.device) for x in state))
     check_state(state)
-    temperature = positive("temperature", temperature, student)
+    temperature = positive("temperature", temperature, student, teacher)
+    temperature = scalar(temperature, student, teacher)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
-    student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
+        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {sizes(negatives)}")
+    index, negatives = zero_masked(where, index, negatives)
     rows = len(old.student_memory)
     num_data = rows * size(group) if sharded_memory else rows
     index = valid_index("index", index, num_data)
@@ -188,29 +200,28 @@ def crcd_loss(
     valid = torch.ones_like(index, dtype=torch.bool) if where is None else where
 
     check_batch(student, group)
-    student, teacher = unit(student), unit(teacher)
     places = torch.cat([index[:, None], negatives], 1)
     every_index, every_valid = all_gather_constant(index, group), all_gather_constant(valid, group)
 
     def side(embedding: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        bank, at = memory.to(embedding.dtype), places
+        memory = memory.to(temperature.dtype)
         if sharded_memory:
-            bank, at = (
-                fetch(bank, places.flatten(), group),
-                torch.arange(places.numel(), device=places.device).view_as(places),
-            )
+            bank = fetch(memory, places.flatten(), group)
+            at = torch.arange(places.numel(), device=places.device).view_as(places)
             anchors = all_gather_constant(bank[at[:, 0]], group)
         else:
-            anchors = bank[every_index]
-        known = _Known(bank, at, places, anchors, every_index, every_valid)
-        return _side(embedding, valid, known, normalizer, temperature, num_data, group)
+            bank, at, anchors = memory, places, memory[every_index]
+        known = _Known(bank, at, places, anchors, every_index, every_valid, valid, num_data)
+        return _side(embedding, known, normalizer, temperature, group)
 
     on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
     on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
     loss = reduce(on_student + on_teacher, where, reduction, group)
     if not update:
         return loss, state
-    every_student, every_teacher = all_gather_constant(student, group), all_gather_constant(teacher, group)
+    every_student, every_teacher = (
+        all_gather_constant(unit(x.detach()), group) for x in zero_masked(where, *promote(student, teacher))
+    )
     finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
     here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
     if sharded_memory:  # the rows of other ranks are theirs to remember
@@ -238,6 +249,8 @@ class _Known(NamedTuple):
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
+        kept: `[batch]`, False for examples that count for nothing.
+        num_data: the number of samples in the data set.
     """
 
     bank: Tensor
@@ -246,93 +259,176 @@ class _Known(NamedTuple):
     anchors: Tensor
     anchor_places: Tensor
     valid: Tensor
-
-
-_KNOWN = ", ".join(f"Tensor {field}" for field in _Known._fields)
+    kept: Tensor
+    num_data: int
 
 
 def _side(
-    embedding: Tensor,
-    valid: Tensor,
-    known: _Known,
-    normalizer: Tensor,
-    temperature: Scalar,
-    num_data: int,
-    group: ProcessGroup | None,
+    embedding: Tensor, known: _Known, normalizer: Tensor, temperature: Tensor, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """The loss of one side for each example, and its normaliser."""
-    number = known.places.shape[1]
-    if not isinstance(temperature, Tensor):
-        temperature = embedding.new_full((), temperature)
-    unset = normalizer == 0
-    log_sum = _log_sum(embedding.detach(), valid, *known, temperature, unset)
-    log_triples = 2 * count(known.valid, embedding.dtype).log() + math.log(number)
-    log_mean = all_gather_constant(log_sum[None], group).logsumexp(0) - log_triples
-    fresh = log_mean.exp().to(normalizer.dtype) * num_data
+    unset, total = normalizer == 0, None
+    if group is not None:
+        total = _joined(all_gather_constant(_total(embedding, temperature.detach(), unset, *known)[None], group))
+    value, total = _contrast(embedding, temperature, normalizer, total, *known)
+    fresh = (total[0] - _log_triples(known)).exp().to(normalizer.dtype) * known.num_data
     usable = unset & known.valid.any() & torch.isfinite(fresh)
-    normalizer = torch.where(usable, fresh, normalizer)
-    log_z = torch.where(unset, log_mean + math.log(num_data), normalizer.log().to(embedding.dtype))
-    noise = torch.tensor((number - 1) / num_data, dtype=torch.float64, device="cpu")
-    return _contrast(embedding, *known, log_z, temperature, noise), normalizer
+    return value, torch.where(usable, fresh, normalizer)
+
+
+_KNOWN = "Tensor bank, Tensor at, Tensor places, Tensor anchors, Tensor anchor_places, Tensor valid, Tensor kept, SymInt num_data"
 
 
 @custom_op(
-    f"(Tensor embedding, Tensor kept, {_KNOWN}, Tensor temperature, Tensor unset) -> Tensor",
-    lambda embedding, *_: embedding.new_empty(()),
+    f"(Tensor embedding, Tensor temperature, Tensor unset, {_KNOWN}) -> Tensor",
+    lambda embedding, temperature, *_: temperature.new_empty(2),
 )
-def _log_sum(embedding: Tensor, kept: Tensor, *others: Tensor) -> Tensor:
-    """log of the sum of exp(r.rho/tau) over the kept triples of this rank's examples."""
-    *fields, temperature, unset = others
-    known = _Known(*fields)
+def _total(
+    embedding: Tensor,
+    temperature: Tensor,
+    unset: Tensor,
+    bank: Tensor,
+    at: Tensor,
+    places: Tensor,
+    anchors: Tensor,
+    anchor_places: Tensor,
+    valid: Tensor,
+    kept: Tensor,
+    num_data: int,
+) -> Tensor:
+    """What `_sum_over` says of this rank's examples, if the normaliser is unset."""
+    known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
     if not unset:
-        return embedding.new_zeros(())
-    known, embedding = known._replace(at=known.at[kept], places=known.places[kept]), embedding[kept]
-    logs = [
-        (_relations(known, embedding, *block)[0][:, known.valid] / temperature).flatten().logsumexp(0)
-        for block in _blocks(known)
-    ]
-    return (torch.stack(logs) if logs else embedding.new_full((1,), -math.inf)).logsumexp(0)
+        return temperature.new_zeros(2)
+    return _sum_over(_blocks(known, _rows(embedding, known)), known, temperature)
 
 
-@functools.partial(rowwise, opaque=True)
+# An operator with gradients written by hand, so that of all triples no array is held but a block's: the memories, which
+# are written into before the backward pass, and the relations to them are needed in the forward pass alone.
+@functools.partial(with_gradients, learns=2)
 @custom_op(
-    f"(Tensor embedding, {_KNOWN}, Tensor log_z, Tensor temperature, Tensor noise) -> (Tensor, Tensor)",
-    lambda embedding, *_: (embedding.new_empty(len(embedding)), torch.empty_like(embedding)),
+    f"(Tensor embedding, Tensor temperature, Tensor normalizer, Tensor? total, {_KNOWN}, bool of_embedding,"
+    " bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda embedding, temperature, *_: (
+        (value := temperature.new_empty(embedding.shape[0])),
+        temperature.new_empty(embedding.shape),
+        torch.empty_like(value),
+        temperature.new_empty(2),
+    ),
 )
-def _contrast(embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""
-    *fields, log_z, temperature, noise = others
-    known = _Known(*fields)
-    number = count(known.valid, embedding.dtype)
-    log_shifted, shift = math.log(float(noise) + 1e-7), math.log1p(1e-7 / float(noise))
+def _contrast(
+    embedding: Tensor,
+    temperature: Tensor,
+    normalizer: Tensor,
+    total: Tensor | None,
+    bank: Tensor,
+    at: Tensor,
+    places: Tensor,
+    anchors: Tensor,
+    anchor_places: Tensor,
+    valid: Tensor,
+    kept: Tensor,
+    num_data: int,
+    of_embedding: bool,
+    of_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The value of each example, the mean over anchors; its gradients; and what `_sum_over` says of all examples.
 
-    value, gradient = embedding.new_zeros(len(embedding)), torch.zeros_like(embedding)
-    for rows, columns in _blocks(known):
-        relation, pull = _relations(known, embedding, rows, columns)
+    `total` is that of all ranks; None on a single rank, where it comes from the same relations as the values. It is not
+    asked for where the normaliser is set.
+    """
+    known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
+    v, unset = _rows(embedding, known), bool(normalizer == 0)
+    blocks = _blocks(known, v, remembered=unset and total is None)
+    if total is None:
+        total = _sum_over(blocks, known, temperature) if unset else temperature.new_zeros(2)
+    log_z, middle = normalizer.log().to(v.dtype), 0
+    if unset:
+        log_z, middle = total[0] - _log_triples(known) + math.log(num_data), total[1]
+
+    number, noise = count(valid, v.dtype), (places.shape[1] - 1) / num_data
+    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
+    value, cooling, gradient = v.new_zeros(len(v)), v.new_zeros(len(v)), torch.zeros_like(v)
+    for rows, columns, relations in blocks:
+        relation, pull = relations()
         drawn = (relation / temperature).sub_(log_z + log_shifted)
         positive = drawn[..., : int(columns.start == 0)]
         positive.neg_()  # it is pulled where negatives are pushed
         terms = functional.softplus(drawn, threshold=40).sum(-1) + shift * (drawn.shape[-1] - positive.shape[-1])
-        value[rows] += torch.where(known.valid, terms, 0).sum(-1) / number
+        value[rows] += torch.where(valid, terms, 0).sum(-1)
+        if not (of_embedding or of_temperature):
+            continue
         slope = drawn.sigmoid_()
         positive.neg_()
-        gradient[rows] += pull(slope) / (number * temperature)
-    return value, gradient
+        if of_temperature:  # an unset normaliser moves with it too
+            along = torch.linalg.vecdot(slope, relation) - middle * slope.sum(-1)
+            cooling[rows] += torch.where(valid, along, 0).sum(-1)
+        if of_embedding:
+            gradient[rows] += pull(slope)
+    if of_embedding:
+        gradient = unit_pull(_promoted(embedding, known), gradient / (number * temperature))
+    return value / number, gradient, -cooling / (number * temperature**2), total.clone()
 
 
-def _blocks(known: _Known) -> Iterator[tuple[slice, slice]]:
-    """Of examples and places: as many at once as let a CPU's caches hold an array of theirs with all anchors."""
+def _promoted(embedding: Tensor, known: _Known) -> Tensor:
+    return zero_masked(known.kept, embedding.to(known.bank.dtype))[0]
+
+
+def _rows(embedding: Tensor, known: _Known) -> Tensor:
+    """Of unit length; 0 where they count for nothing."""
+    return unit(_promoted(embedding, known))
+
+
+def _log_triples(known: _Known) -> Tensor:
+    return 2 * count(known.valid, known.bank.dtype).log() + math.log(known.places.shape[1])
+
+
+_Relations = tuple[Tensor, Callable[[Tensor], Tensor]]
+_Block = tuple[slice, slice, Callable[[], _Relations]]
+
+
+def _sum_over(blocks: list[_Block], known: _Known, temperature: Tensor) -> Tensor:
+    """log sum exp(r.rho / T) over the kept triples, and the mean of r.rho by these weights."""
+    parts, everything = [temperature.new_tensor([-math.inf, 0.0])], bool(known.kept.all() & known.valid.all())
+    for rows, _, relations in blocks:
+        relation = relations()[0]
+        if not everything:
+            relation = relation[known.kept[rows]][:, known.valid]
+        if relation.numel():
+            peak = relation.amax()
+            weight = ((relation - peak) * (math.log2(math.e) / temperature)).exp2_()
+            total = weight.sum()
+            parts.append(torch.stack([peak / temperature + total.log(), (weight * relation).sum() / total]))
+    return _joined(torch.stack(parts))
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """What `_sum_over` says of several parts together."""
+    logs, means = parts.unbind(-1)
+    log = logs.logsumexp(0)
+    share = (logs - log.clamp(min=torch.finfo(log.dtype).min)).exp()
+    return torch.stack([log, (share * means).sum()])
+
+
+def _blocks(known: _Known, embedding: Tensor, remembered: bool = False) -> list[_Block]:
+    """Of examples and places, and what makes their relations: as many at once as let a CPU's caches hold an array of theirs
+    with all anchors. Those to be remembered are made once, while they take no more room than the next state does.
+    """
     size = (2 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
     examples, places = known.places.shape
     wide = max(min(size, places), 1)
     high = max(size // wide, 1)
+    room = max(2 * known.bank.numel(), 16 * BLOCK) if remembered else 0
+    blocks: list[_Block] = []
     for i, k in itertools.product(range(0, examples, high), range(0, places, wide)):
-        yield slice(i, i + high), slice(k, k + wide)
+        rows, columns = slice(i, i + high), slice(k, k + wide)
+        room -= high * wide * (2 * len(known.anchors) + embedding.shape[-1])
+        relations = functools.partial(_relations, known, embedding, rows, columns)
+        blocks.append((rows, columns, functools.cache(relations) if room >= 0 else relations))
+    return blocks
 
 
-def _relations(
-    known: _Known, embedding: Tensor, rows: slice, columns: slice
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _relations(known: _Known, embedding: Tensor, rows: slice, columns: slice) -> _Relations:
     """r.rho of some examples and places for every anchor, `[examples, batch, places]`, and what takes a slope on it back.
 
     With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
@@ -368,12 +464,12 @@ def _relations(
     relation[same] = (rho.sum(-1) * ones)[same[:2]]
 
     def pull(slope: Tensor) -> Tensor:
-        """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j. Writes into the slope."""
+        """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j."""
         near = (known.valid / torch.where(rho_length == 0, 1, rho_length)[..., 0]).to(slope.dtype)
         across = near * torch.linalg.vecdot(slope, relation)
         equal = near.new_zeros(near.shape).index_put_(same[:2], slope[same], accumulate=True) * near
-        slope[same] = 0
-        weight = slope.div_(length)
+        weight = slope / length
+        weight[same] = 0
         if clear:
             pulled = (near[:, None] @ weight @ w)[:, 0] - (near * weight.sum(-1)) @ a
         else:
@@ -387,9 +483,10 @@ def _relations(
 
 def _same(anchor_places: Tensor, places: Tensor) -> tuple[Tensor, ...]:
     """The few triples of example, anchor and place where the last two are one."""
-    known = anchor_places.new_zeros(int(torch.maximum(anchor_places.amax(), places.amax())) + 1, dtype=torch.bool)
-    known[anchor_places] = True
-    example, place = known[places].nonzero(as_tuple=True)
+    number = int(torch.maximum(anchor_places.amax(), places.amax())) + 1
+    has_anchor = anchor_places.new_zeros(number, dtype=torch.bool)
+    has_anchor[anchor_places] = True
+    example, place = has_anchor[places].nonzero(as_tuple=True)
     hit, anchor = (places[example, place][:, None] == anchor_places).nonzero(as_tuple=True)
     return example[hit], anchor, place[hit]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import all_gather, all_gather_constant, as_slice, check_batch, local_rows
-from kdtorch._numerics import BLOCK, custom_op, promote, unit, with_backward
-from kdtorch._reduce import count, reduce, zero_masked
+from kdtorch._collectives import all_gather, all_gather_constant, check_batch, local_rows
+from kdtorch._numerics import BLOCK, coupled, custom_op, promote, unit, unit_pull
+from kdtorch._reduce import check_reduction, count, reduce, reduce_sum, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
@@ -56,71 +56,81 @@ def euclidean_mse_loss(
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """
-    student, teacher = promote(student, teacher)
-    student, teacher = (unit(x) for x in zero_masked(where, student, teacher))
+    check_reduction(reduction)
     check_batch(student, group)
     local = local_rows(len(student), group)
+    kept = None if where is None else all_gather_constant(where, group)
+    if group is not None:  # gradients are summed over ranks, and not in half precision
+        student, teacher = promote(student, teacher)
     student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
-    kept = torch.ones_like(student[:, 0], dtype=torch.bool) if where is None else all_gather_constant(where, group)
-    return reduce(_squares(student, teacher, kept, local) / count(kept, student.dtype), where, reduction, group)
+    value = _squares(student, teacher, kept, local.start, local.stop, summed=reduction != "none")
+    if reduction == "none":
+        return reduce(value, where, reduction, group)
+    return reduce_sum(value, local.stop - local.start, where, reduction, group)
 
 
+# Written by hand, with its gradient, so that of all pairs no array is held but a block's, and each product is of half of them.
 @custom_op(
-    "(Tensor x, Tensor y, Tensor kept, Tensor local) -> (Tensor, Tensor, Tensor)",
-    lambda x, y, kept, local: (x.new_empty(len(local)), x.new_empty(len(local), len(x)), kept.new_empty(())),
+    "(Tensor student, Tensor teacher, Tensor? kept, SymInt start, SymInt stop, Tensor? weights, bool asked)"
+    " -> (Tensor, Tensor)",
+    lambda student, teacher, kept, start, stop, weights, asked: (
+        (x := promote(student, teacher)[0]).new_empty(stop - start),
+        x.new_empty(x.shape if asked else 0),
+    ),
 )
-def _forward(x: Tensor, y: Tensor, kept: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_j (d_ij - e_ij)^2 of this rank's i, d = |x_i - x_j| and e = |y_i - y_j|; 1 - e / d; whether all x are apart."""
-    whole, masked, clear = len(local) == len(x), not kept.all(), True
+def _evaluate(
+    student: Tensor, teacher: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """sum_j (d_ij - e_ij)^2 / B for this rank's i, and the gradient of their weighted sum."""
+    student, teacher = zero_masked(kept, *promote(student, teacher))
+    number = max(len(student), 1) if kept is None else count(kept, student.dtype)
+    value, gradient = _over_pairs(unit(student), unit(teacher), kept, start, stop, weights, asked)
+    if asked:
+        (gradient,) = zero_masked(kept, unit_pull(student, gradient.mul_(2 / number)))
+    return value / number, gradient
+
+
+_squares = coupled(_evaluate, learns=1)
+
+
+def _over_pairs(
+    x: Tensor, y: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
+) -> tuple[Tensor, Tensor]:
+    """sum_j (d_ij - e_ij)^2, d = |x_i - x_j| and e = |y_i - y_j|, and sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
+    whole, masked = stop - start == len(x), kept is not None and not kept.all()
+    value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
+    both, centered = 2 if whole else 1, x - x.mean(0)
     of_x, of_y = _distances(x), _distances(y)
-    value, weight = x.new_zeros(len(local)), x.new_empty(len(local), len(x))
-    for here, rows, columns, others in _blocks(local, x):
+    for here, rows, columns, others in _blocks(start, stop, x):
         masked_pairs = ~(kept[rows, None] & kept[columns]) if masked else None
         distance, apart = of_x(rows, columns, masked_pairs)
         gap = distance - of_y(rows, columns, masked_pairs)[0]
         if masked_pairs is not None:
             gap.masked_fill_(masked_pairs, 0)
-        torch.mul(distance.reciprocal_().nan_to_num_(nan=math.nan, posinf=0), gap, out=weight[here, columns])
         value[here] += torch.linalg.vecdot(gap, gap)
         if whole:
             value[others] += torch.linalg.vecdot(gap, gap, dim=0)[others.start - columns.start :]
-        clear &= apart
-    return value, weight, torch.tensor(clear, device=x.device)
+        if not asked:
+            continue
+        pull = distance.reciprocal_().nan_to_num_(nan=math.nan, posinf=0).mul_(gap)
+        pull.mul_(both if weights is None else weights[here, None] + (weights[columns] if whole else 0))
+        z = centered if apart else x
+        gradient[rows] += _towards(pull, z[rows], z[columns], apart)
+        gradient[others] += _towards(pull[:, others.start - columns.start :].T, z[others], z[rows], apart)
+    return value, gradient
 
 
-@custom_op(
-    "(Tensor cotangent, Tensor value, Tensor weight, Tensor clear, Tensor x, Tensor y, Tensor kept, Tensor local)"
-    " -> Tensor",
-    lambda cotangent, value, weight, clear, x, *_: torch.empty_like(x),
-)
-def _backward(
-    cotangent: Tensor, value: Tensor, weight: Tensor, clear: Tensor, x: Tensor, y: Tensor, kept: Tensor, local: Tensor
-) -> Tensor:
-    """2 sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
-    whole, twice, result = len(local) == len(x), 2 * cotangent, torch.zeros_like(x)
-    if clear:
-        x = x - x.mean(0)
-    for here, rows, columns, others in _blocks(local, x):
-        pull = weight[here, columns] * (twice[here, None] + (twice[columns] if whole else 0))
-        result[rows] += _towards(pull, x[rows], x[columns], clear)
-        result[others] += _towards(pull[:, others.start - columns.start :].T, x[others], x[rows], clear)
-    return result
-
-
-_squares = with_backward(_forward, _backward)
-
-
-def _blocks(local: Tensor, x: Tensor) -> Iterator[tuple[slice, ...]]:
+def _blocks(start: int, stop: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
     """Of as many rows at once as let a CPU's caches hold their pairs: the places among this rank's rows and among all, of
     what they are compared with, and of what has its pairs with them nowhere else. Where all rows are here, that is each
     pair once.
     """
-    first, size = as_slice(local).start, len(x)
+    size = len(x)
     number = max(BLOCK // max(size, 1), 1) if x.device.type == "cpu" else size
-    for start in range(0, len(local), number):
-        here = slice(start, min(start + number, len(local)))
-        rows = slice(first + here.start, first + here.stop)
-        if len(local) == size:
+    for first in range(start, stop, number):
+        rows = slice(first, min(first + number, stop))
+        here = slice(rows.start - start, rows.stop - start)
+        if stop - start == size:
             yield here, rows, slice(rows.start, size), slice(rows.stop, size)
         else:
             yield here, rows, slice(0, size), slice(0, size)
@@ -146,7 +156,7 @@ def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tenso
     return distances
 
 
-def _towards(weight: Tensor, a: Tensor, b: Tensor, clear: bool | Tensor) -> Tensor:
+def _towards(weight: Tensor, a: Tensor, b: Tensor, clear: bool) -> Tensor:
     """sum_j w_ij (a_i - b_j)."""
     if clear or not len(a):
         return weight.sum(1, keepdim=True) * a - weight @ b

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kdtorch._collectives import all_sum, size
-from kdtorch._numerics import check_state, cross_entropy, fraction, positive, promote, softmax
+from kdtorch._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
 from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
@@ -60,7 +61,8 @@ def dino_teacher_temperature(
         epoch: any epoch ≥ 0, an integer or a tensor; `torch.compile` compiles once more for the second integer.
         warmup: the first temperature.
         final: the last one.
-        warmup_epochs: how many epochs it takes; with 0 or 1 the temperature is `final` throughout.
+        warmup_epochs: the number of epochs in the warm-up, as in the released `linspace(warmup, final, warmup_epochs)`:
+            with 0 the temperature is `final` throughout, with 1 it is `warmup` at epoch 0 and `final` from epoch 1 on.
 
     Returns:
         The temperature, of the shape of `epoch`.
@@ -79,9 +81,9 @@ def dino_teacher_temperature(
         positive(name, value, epoch)
     if warmup_epochs < 0:
         raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}")
-    if warmup_epochs < 2:
+    if warmup_epochs == 0:
         return torch.full_like(epoch, final)
-    return warmup + (final - warmup) * (epoch / (warmup_epochs - 1)).clamp(0, 1)
+    return warmup + (final - warmup) * (epoch / max(warmup_epochs - 1, 1)).clamp(0, 1)
 
 
 def check_views(views: int, teacher_views: int, given: str) -> None:
@@ -92,7 +94,7 @@ def check_views(views: int, teacher_views: int, given: str) -> None:
         )
 
 
-@checked
+@checked(learns=("student", "student_temperature"))
 def dino_loss(
     student: Float[Tensor, "student_views batch dim"],
     teacher: Float[Tensor, "teacher_views batch dim"],
@@ -118,9 +120,9 @@ def dino_loss(
         student: `[student_views, batch, dim]`; the first teacher_views of them are the teacher's views.
         teacher: `[teacher_views, batch, dim]`, constant.
         state: the centre, from `dino_init(dim)` or the step before.
-        teacher_temperature: τ_t > 0; `dino_teacher_temperature` gives its warm-up.
-        student_temperature: τ_s > 0.
-        center_momentum: m in [0, 1].
+        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
+        student_temperature: τ_s > 0; an array has a gradient.
+        center_momentum: m in [0, 1], a constant.
         where: `[batch]`, False for examples that count for nothing, in the centre too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
@@ -150,26 +152,45 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    student, teacher = promote(student, teacher)
-    if where is not None:
-        student, teacher = (torch.where(where[None, :, None], x, 0) for x in (student, teacher))
-    teacher, old = teacher.detach(), state.center.detach().to(teacher.device)
-    teacher_temperature = positive("teacher_temperature", teacher_temperature, student)
-    student_temperature = positive("student_temperature", student_temperature, student)
+    old = state.center.detach().to(teacher.device)
+    teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
+    student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, old)
 
-    q = softmax(teacher - old.to(teacher.dtype), teacher_temperature).p
-    every = q.sum(0)
-    targets = [*(every - q).clamp(min=0), *[every] * (views - teacher_views)]  # of a view: all teacher views but itself
-    pairs = torch.stack(
-        [cross_entropy(x, target, student_temperature) for x, target in zip(student.unbind(0), targets, strict=True)]
-    ).sum(0)
-    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, group)
+    center = old.to(widest(student, teacher)).expand(teacher.shape[1], 1, -1)  # for every example
+    examples = student.transpose(0, 1), teacher.transpose(0, 1)
+    pairs = _pairs(*examples, center, teacher_temperature, student_temperature, where=where)
+    loss = reduce(pairs, where, reduction, group)
 
+    teacher = teacher.detach()
+    if where is not None:
+        teacher = torch.where(where[None, :, None], teacher, 0)
+    total = teacher.sum((0, 1), dtype=center.dtype)
     batch = size(group) * teacher.shape[1]
-    kept = teacher.new_tensor(batch) if where is None else all_sum(where.sum(dtype=teacher.dtype), group)
-    mean = (all_sum(teacher.sum((0, 1)), group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
+    kept = total.new_tensor(batch) if where is None else all_sum(where.sum(dtype=total.dtype), group)
+    mean = (all_sum(total, group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
     padding = torch.isneginf(mean)
-    center = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
-    usable = torch.isfinite(center).all() & (kept > 0)
-    return loss, DINOState(torch.where(usable, center, old)) if update else state
+    moved = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
+    usable = torch.isfinite(moved).all() & (kept > 0)
+    return loss, DINOState(torch.where(usable, moved, old)) if update else state
+
+
+def pairs_and_gradient(
+    x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
+) -> tuple[Tensor, Tensor]:
+    """Of the views of an example, which are the axis before the last.
+
+    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    """
+    views, teacher_views = x.shape[-2], y.shape[-2]
+    q = softmax(y - center, teacher_temperature).p
+    every = q.sum(-2, keepdim=True)
+    parts = [(x[..., :teacher_views, :], (every - q).clamp(min=0))]  # all of the teacher's views but the same one
+    if views > teacher_views:
+        parts.append((x[..., teacher_views:, :], every))
+    values, gradients = zip(*(cross_entropy_and_gradient(*part, temperature) for part in parts), strict=True)
+    number = views * teacher_views - teacher_views
+    return torch.cat(values, -1).sum(-1) / number, torch.cat(gradients, -2).div_(number)
+
+
+_pairs = rowwise(pairs_and_gradient, axes=2)

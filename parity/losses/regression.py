@@ -1,6 +1,8 @@
 import numpy as np
 
-from parity.oracle._plain import constant
+from parity import scales
+from parity.losses._plain import constant
+from parity.row import Loss, Memory
 
 
 def bce_loss(student, teacher):
@@ -31,3 +33,35 @@ def smooth_l1_loss(student, teacher, beta=1.0):
             total = total + (size**2 / (2 * beta) if np.real(size) < beta else size - beta / 2)
         values.append(total / len(s))
     return values
+
+
+ROWS = (
+    Loss(
+        formula=bce_loss,
+        inputs={"student": "features", "teacher": "fractions"},
+        learns=("student",),
+        constant=("teacher",),
+        rounding=scales.of_entries,
+        memory=Memory(jax=4, torch=3),
+    ),
+    Loss(
+        formula=mse_loss,
+        inputs={"student": "features", "teacher": "features"},
+        learns=("student",),
+        constant=("teacher",),
+        divergence=True,
+        rounding=scales.of_squares,
+        memory=Memory(jax=1, torch=3),
+    ),
+    Loss(
+        formula=smooth_l1_loss,
+        inputs={"student": "features", "teacher": "features"},
+        learns=("student",),
+        constant=("teacher",),
+        options=({}, {"beta": 0.3}),
+        ranges={"beta": (0.1, 3.0)},
+        divergence=True,
+        rounding=scales.of_entries,
+        memory=Memory(jax=3, torch=5),
+    ),
+)

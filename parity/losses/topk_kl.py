@@ -1,6 +1,8 @@
 import numpy as np
 
-from parity.oracle._plain import constant, is_left_out, kl, over, without
+from parity.kinds import Sizes
+from parity.losses._plain import constant, is_left_out, kl, over, without
+from parity.row import Benchmark, Loss, Memory
 
 
 def _together(logits):
@@ -19,3 +21,18 @@ def topk_kl_loss(student_logits, values, indices, rest, temperature=1.0, tail="b
             kept, y = [*kept, _together(without(x, places))], [*y, *over([constant(left)], temperature)]
         result.append(temperature**2 * kl(y, kept))
     return result
+
+
+ROWS = (
+    Loss(
+        formula=topk_kl_loss,
+        inputs={"student_logits": "logits", "values": "kept_logits", "indices": "kept_classes", "rest": "rest"},
+        learns=("student_logits",),
+        constant=("values", "rest"),
+        options=({}, {"temperature": 4.0}, {"temperature": 2.0, "tail": "renormalize"}),
+        ranges={"temperature": (0.5, 20.0)},
+        shift_invariant=True,
+        memory=Memory(jax=2, torch=4),
+        benchmarks=(Benchmark("2×512×32,000, k 64", Sizes((2, 512), 32_000, kept=64)),),
+    ),
+)

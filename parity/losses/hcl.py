@@ -1,6 +1,9 @@
 import math
 
-from parity.oracle._plain import constant
+from parity import scales
+from parity.kinds import Sizes
+from parity.losses._plain import constant
+from parity.row import Benchmark, Loss, Memory
 
 
 def hcl_loss(student_maps, teacher_maps):
@@ -31,3 +34,26 @@ def _one_map(difference):
                     total = total + (window.sum() / window.size) ** 2
         value = value + weight * total / (channels * rows * columns)
     return value / sum(weight for weight, _, _ in levels)
+
+
+ROWS = (
+    Loss(
+        formula=hcl_loss,
+        inputs={"student_maps": "maps", "teacher_maps": "maps"},
+        learns=("student_maps",),
+        constant=("teacher_maps",),
+        leading=False,
+        divergence=True,
+        rounding=scales.of_squares,
+        memory=Memory(jax=1, torch=4),
+        benchmarks=(
+            Benchmark(
+                "128, three maps",
+                Sizes((128,), maps=((24, 48, 16), (64, 24, 8), (160, 12, 4))),
+                torch=1.5,
+                jax=1.5,
+                memory=0.6,
+            ),
+        ),
+    ),
+)

@@ -1,6 +1,8 @@
 import numpy as np
 
-from parity.oracle._plain import constant, is_left_out, log_softmax, softmax, without
+from parity.kinds import Sizes
+from parity.losses._plain import constant, is_left_out, log_softmax, softmax, without
+from parity.row import Benchmark, IllConditioned, Loss, Memory
 
 
 def uskd_loss(student_logits, weak_logits, labels, alpha=1.0, beta=0.1, mu=0.005):
@@ -50,3 +52,39 @@ def uskd_loss(student_logits, weak_logits, labels, alpha=1.0, beta=0.1, mu=0.005
                 head = head - (0.9 * one_hot + 0.1 / (classes - len(padding))) * log_w[k]
         values.append(alpha * target + beta * others + mu * head)
     return values
+
+
+NEAR_TIES = IllConditioned(
+    {"float32": (2**13, 2**19, 0)},
+    "classes whose scores are a few units in the last place apart change places with the rounding of the softmax",
+)
+
+ROWS = (
+    Loss(
+        formula=uskd_loss,
+        inputs={"student_logits": "logits", "weak_logits": "logits", "labels": "labels"},
+        learns=("student_logits", "weak_logits"),
+        options=({}, {"alpha": 0.1, "beta": 0.5, "mu": 0.1}),
+        ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
+        batch_coupled=True,
+        shift_invariant=True,
+        padding=True,
+        partly_constant=True,  # the soft labels
+        ill_conditioned={"near-ties": NEAR_TIES},
+        memory=Memory(jax=12, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),  # places are int64
+        collectives=("all-reduce",),
+        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=1.7, jax=1.0, memory=0.8),),
+    ),
+    Loss(
+        formula=uskd_loss,
+        inputs={"student_logits": "logits", "weak_logits": "logits", "labels": "distribution"},
+        learns=("student_logits", "weak_logits"),
+        ranges={"alpha": (0.0, 2.0), "beta": (0.0, 1.0), "mu": (0.0, 0.1)},
+        batch_coupled=True,
+        shift_invariant=True,
+        partly_constant=True,
+        ill_conditioned={"near-ties": NEAR_TIES},
+        memory=Memory(jax=12, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),
+        collectives=("all-reduce",),
+    ),
+)

@@ -1,0 +1,211 @@
+"""What runs a function of rows: under masks, in blocks, in any precision, and with a gradient."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, widest
+from kdtorch._reduce import zero_masked
+
+Input = Tensor | float
+
+
+def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int = 1) -> Callable[..., Tensor]:
+    """A function of rows from one that returns the value of each and its gradient with respect to its first argument.
+
+    The value of a row depends on that row alone. The first argument is `[*batch, n]`, or has so many `axes` after the
+    batch's. The others are constant: `[*batch, ...]`, or numbers; a number that is a tensor and requires a gradient gets
+    one. What is returned takes them as the user gave them, in half precision too, and a mask of the batch, `where=`.
+
+    Until the backward pass only the gradient is held, in the dtype of the first argument: neither another copy of it nor
+    anything of the others, which may be written into or come from `torch.inference_mode()`. The derivative of the
+    gradient goes back to the inputs themselves, and needs them as they were.
+    """
+
+    def with_slopes(learned: Sequence[int], x: Tensor, *others: Input) -> tuple[Tensor, ...]:
+        """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
+
+        def slope(i: int) -> Tensor:
+            def value(number: Tensor) -> Tensor:
+                return value_and_gradient(x, *others[:i], number, *others[i + 1 :])[0]
+
+            if not torch.compiler.is_compiling():
+                _load_forward_mode()
+            return torch.func.jvp(value, (others[i],), (torch.ones_like(others[i]),))[1]
+
+        return *value_and_gradient(x, *others), *map(slope, learned)
+
+    class Rowwise(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(learned: Sequence[int], where: Tensor | None, x: Tensor, *others: Input) -> tuple[Tensor, ...]:
+            def parts(*inputs: Input) -> tuple[Tensor, ...]:
+                value, gradient, *slopes = with_slopes(learned, *inputs)
+                return value, *_pack(gradient, x.dtype, axes), *slopes
+
+            return by_rows(parts, where, x, *others, axes=axes)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            ctx.learned, *given = inputs
+            held = output[1:]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*held)
+            ctx.held = len(held)
+            if torch.compiler.is_compiling():  # there is no second derivative
+                ctx.save_for_backward(*held)
+            elif torch._C._are_functorch_transforms_active():
+                ctx.save_for_backward(*held, *(_saveable(v) for v in given if isinstance(v, Tensor)))
+                ctx.given = [None if isinstance(v, Tensor) else (v,) for v in given]
+            else:
+                ctx.save_for_backward(*held)
+                ctx.given = [(v,) for v in given]
+                ctx.versions = [v._version if isinstance(v, Tensor) and not v.is_inference() else None for v in given]
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            asked, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+            result: list[Tensor | None] = [None] * len(asked)
+            if cotangent is not None:
+                above, held = cotangent.reshape(cotangent.shape + (1,) * axes), saved[: ctx.held]
+                slopes = held[ctx.held - len(ctx.learned) :]
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    where, *inputs = _as_they_were(ctx, saved[ctx.held :])
+                    with no_autocast(cotangent):
+                        _, gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))
+                    result[0] = (above * gradient).to(inputs[0].dtype)
+                elif asked[0]:
+                    result[0] = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes)
+                for i, slope in zip(ctx.learned, slopes, strict=True):
+                    result[1 + i] = (cotangent * slope).sum()
+            return None, None, *result
+
+    # `apply` binds its arguments to the signature first, which in eager code takes longer than a kernel
+    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]
+    apply_in_eager = super(torch.autograd.Function, Rowwise).apply
+
+    def value(x: Tensor, *others: Input, where: Tensor | None = None) -> Tensor:
+        traced, learned, inputs = torch.is_grad_enabled(), [], [x]
+        for i, v in enumerate(others):
+            if isinstance(v, Tensor) and v.requires_grad:
+                if v.ndim:
+                    v = v.detach()
+                elif traced:
+                    learned.append(i)
+            inputs.append(v)
+        with no_autocast(x):
+            if not (learned or (traced and x.requires_grad)):
+                return by_rows(lambda *rows: value_and_gradient(*rows)[:1], where, *inputs, axes=axes)[0]
+            plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+            return (apply_in_eager if plain else Rowwise.apply)(tuple(learned), where, *inputs)[0]
+
+    return value
+
+
+def by_rows(
+    function: Callable[..., tuple[Tensor, ...]], where: Tensor | None, x: Tensor, *others: Input, axes: int = 1
+) -> tuple[Tensor, ...]:
+    """What a function makes of the rows of x and of the others, in float32 or wider; what it makes of masked rows is 0.
+
+    On a CPU it is given the kept rows alone, and no more of them at once than its caches hold; so no whole copy is made
+    of inputs in half precision. Elsewhere it is given all, with 0 in the masked rows.
+    """
+    batch, small = x.shape[: x.ndim - axes], x.numel() < 4 * BLOCK
+    if (where is None and small) or not batch or not eager_on_cpu(x, *others):
+        return function(*_wide(where, x, *others))
+    rows = [v.reshape(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in (x, *others)]
+    number = len(rows[0])
+    kept = None if where is None else where.reshape(-1).nonzero().squeeze(-1)
+    if kept is not None and len(kept) == number:
+        kept = None
+    size = max(number if small else BLOCK * number // x.numel(), 1)
+    results: list[Tensor] = []
+    for start in range(0, max(number if kept is None else len(kept), 1), size):
+        block = slice(start, start + size) if kept is None else kept[start : start + size]
+        parts = function(*_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
+        if not results:
+            results = [_room(part, x, batch, kept is not None) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result.view(number, *part.shape[1:])[block] = part
+    return tuple(results)
+
+
+def _room(part: Tensor, x: Tensor, batch: torch.Size, zero: bool) -> Tensor:
+    """For what is made of all rows: what has the shape of x lies in memory as x does. It is no view, so that it may be
+    written into when a user has it."""
+    if len(batch) == 1 and part.shape[1:] == x.shape[1:]:
+        return (torch.zeros_like if zero else torch.empty_like)(x, dtype=part.dtype)
+    return (part.new_zeros if zero else part.new_empty)(batch + part.shape[1:])
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
+    """The inputs in float32 or wider, with 0 in the masked rows."""
+    dtype = widest(*(v for v in inputs if _has_rows(v)))  # type: ignore[misc]
+    wide: list[Any] = list(inputs)
+    for i, v in enumerate(inputs):
+        if _has_rows(v):
+            v = v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v  # type: ignore[union-attr]
+            wide[i] = v if where is None else zero_masked(where, v)[0]  # type: ignore[arg-type]
+    return wide
+
+
+def _pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
+    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
+
+    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later.
+    """
+    if dtype != torch.float16:
+        return (gradient.to(dtype),)
+    largest = gradient.abs().amax(tuple(range(-axes, 0)), keepdim=True)
+    unit = largest.clamp(min=torch.finfo(largest.dtype).tiny * 2**16) / 2**15
+    return (gradient / unit).to(dtype), unit
+
+
+def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:
+    """The cotangent times a packed gradient, in its dtype."""
+    if unit is not None:
+        above = above * unit
+    if above.dtype == gradient.dtype:
+        return above * gradient
+    return by_rows(lambda g, a: ((a * g).to(gradient.dtype),), None, gradient, above, axes=axes)[0]
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """PyTorch loads what it differentiates forward with at the first use, and warns of what it does itself then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
+def _saveable(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
+
+
+def _as_they_were(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
+    """The inputs, which were saved under a transform of `torch.func`, and are referred to in other eager code."""
+    if saved:
+        tensors = iter(saved)
+        return [next(tensors) if v is None else v[0] for v in ctx.given]
+    for (x,), version in zip(ctx.given, ctx.versions, strict=True):
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                f"the second derivative of a loss needs the inputs that it was given, but one of shape {list(x.shape)} was "
+                "written into since; take the derivatives before, or give the loss a copy of it, x.clone()"
+            )
+    return [_saveable(v) if isinstance(v, Tensor) else v for (v,) in ctx.given]
+
+
+kl_divergence = rowwise(kl_and_gradient)

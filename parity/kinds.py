@@ -1,0 +1,115 @@
+"""How the inputs of the losses are drawn: `KINDS` has a line for each kind of input, and `Sizes` says how large they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of one case. Primes and odd numbers, so that no axis is taken for another.
+
+    Attributes:
+        batch: the axes of the examples; one, unless the loss takes any number of leading axes.
+        classes: of logits, labels, distributions and centres.
+        dim: of features, centres, memories and views.
+        views: of the student.
+        teacher_views: of the teacher.
+        maps: channels, height and width of each feature map.
+        num_data: the samples of the whole data set, for losses that remember each of them.
+        negatives: samples beside its own that an example is compared with.
+        kept: of a teacher's classes, those that were recorded; None for half of them.
+        teacher_dim: of the teacher's features where they need not be as wide as the student's; None for `dim + 2`.
+    """
+
+    batch: tuple[int, ...] = (5,)
+    classes: int = 7
+    dim: int = 6
+    views: int = 4
+    teacher_views: int = 2
+    maps: tuple[tuple[int, int, int], ...] = ((3, 5, 6), (2, 3, 2))
+    num_data: int = 11
+    negatives: int = 4
+    kept: int | None = None
+    teacher_dim: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What an input is.
+
+    Attributes:
+        draw: makes it from random numbers. A state is a dictionary of its fields, maps are a list of arrays.
+        axis: which of its axes counts the examples; None: none does.
+        numbers: whether it may hold any real numbers, so that tests put hostile ones there.
+        later: of a state, the fields that are 0 before the first step, and a number that each may have afterwards.
+    """
+
+    draw: Callable[[np.random.Generator, Sizes], Any]
+    axis: int | None = 0
+    numbers: bool = False
+    later: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _distribution(rng: np.random.Generator, n: Sizes) -> np.ndarray:
+    """Mixtures of two classes; the first example is a single class."""
+    number = int(np.prod(n.batch))
+    labels = np.zeros((number, n.classes))
+    for i in range(number):
+        share = 1.0 if i == 0 else rng.uniform(0.55, 0.95)
+        first, second = rng.choice(n.classes, 2, replace=False)
+        labels[i, first], labels[i, second] = share, 1 - share
+    return labels.reshape(*n.batch, n.classes)
+
+
+def _units(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _maps(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
+    """[batch, channels, height, width]"""
+    return [rng.normal(size=(*n.batch, *shape)) for shape in n.maps]
+
+
+def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
+    """The classes of each example in an order of its own."""
+    return rng.random((*n.batch, n.classes)).argsort(-1)
+
+
+def _kept(n: Sizes) -> int:
+    return n.kept or max(1, n.classes // 2)
+
+
+def _crcd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
+    return {
+        "student_memory": _units(rng, n.num_data, n.dim),
+        "teacher_memory": _units(rng, n.num_data, n.dim),
+        "student_normalizer": np.zeros(()),
+        "teacher_normalizer": np.zeros(()),
+    }
+
+
+KINDS: dict[str, Kind] = {
+    "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes)), numbers=True),
+    "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
+    "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
+    "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), numbers=True),
+    "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True),
+    "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True),
+    "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim))),
+    "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch)),
+    "distribution": Kind(_distribution),
+    "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
+    "maps": Kind(_maps, numbers=True),
+    "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
+    "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
+    "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
+    "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
+    "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
+    "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
+}

@@ -1,0 +1,173 @@
+"""What the checks need to know of a loss: a row, which stands in `parity/losses` beside the loss's formula."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from parity import scales
+from parity.kinds import Sizes
+
+# the sizes at which `Memory` counts, unless it says otherwise
+MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the loss may hold at once, forward and backward, of float32 inputs.
+
+    Attributes:
+        jax: how many arrays as large as the largest XLA may need beside the inputs and the results.
+        torch: how many kdtorch may hold at once, the gradients among them.
+        sizes: what differs from `MEMORY_SIZES`.
+        largest: the entries, of four bytes, of the largest array that there may be; None for those of the largest input.
+        factors: what the inputs that learn are multiplied by, one after another, where large numbers go another way.
+    """
+
+    jax: float
+    torch: float
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    largest: Callable[[Sizes], int] | None = None
+    factors: tuple[float, ...] = (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Sizes at which the loss is timed, and what is claimed of its speed there. The claims are beside the direct form.
+
+    Attributes:
+        title: of the sizes; the loss's short name stands before it.
+        sizes: of the inputs.
+        torch: how many times faster kdtorch shall be, eager; None: nothing is claimed.
+        jax: the same of kdjax under `jit`.
+        memory: the part of the direct form's memory that each may take.
+        options: of the loss.
+        factor: what the logits are multiplied by.
+        direct: whether the direct form fits a common machine.
+    """
+
+    title: str
+    sizes: Sizes
+    torch: float | None = None
+    jax: float | None = None
+    memory: float | None = None
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    factor: float = 1.0
+    direct: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """How time and memory grow: the loss is timed once for each value of a size.
+
+    Attributes:
+        axis: the field of `Sizes` that grows.
+        values: that it takes.
+        sizes: the others.
+    """
+
+    axis: str
+    values: tuple[int, ...]
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class IllConditioned:
+    """Wider limits for a case in which the formula itself magnifies the rounding of its inputs.
+
+    Attributes:
+        bounds: for each dtype the limits of (value, gradient, state), in ULP; those of `parity.check` where it has none.
+        why: the formula is ill-conditioned there.
+    """
+
+    bounds: dict[str, tuple[float, float, float]]
+    why: str
+
+
+# of two rows of unit length that nearly coincide, in losses of distances or directions between rows
+NEAR_ROWS = IllConditioned(
+    {"float64": (64, 512, 64), "float32": (16, 512, 64)},
+    "the rows are rounded once they have unit length, and two of them differ by a thousandth of that",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A row of the table. What is left out holds for an ordinary loss of single examples.
+
+    What goes in:
+
+    Attributes:
+        formula: in plain loops, under the loss's own name; `parity.losses` says how it is written.
+        inputs: what each of its inputs is, a key of `parity.kinds.KINDS`, by name, in order.
+        learns: the inputs that have a gradient.
+        constant: the inputs of which the gradient must be exactly 0.
+        options: settings worth a case each; the first is the ordinary one.
+        ranges: from where to where random draws take each setting: every option whose default is a number.
+
+        leading: whether it takes any number of leading axes.
+        batch_coupled: whether an example's value depends on the others.
+        shift_invariant: whether adding a number to all logits of an example changes nothing.
+        divergence: whether it is 0 at student == teacher and never below.
+        padding: whether a class at -inf in all logits adds nothing.
+        infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
+        partly_constant: whether a part that moves with the student is constant to the gradient.
+        second_derivative: whether kdtorch has one, or refuses; kdjax always has.
+        laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
+
+        scale: of the terms that the value is the difference of: the least number to measure its error by.
+        rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
+        state_rounding: the same of a field of the state, given its value.
+        ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`.
+
+        memory: what it may hold at once.
+        collectives: what each device tells the others, in the words of XLA, when no example is masked.
+        depends_on_threads: whether sums are divided among threads, so that their number moves the last bits.
+        benchmarks: where it is timed.
+        growth: how its time and memory grow with a size.
+    """
+
+    formula: Callable[..., Any]
+    inputs: dict[str, str]
+    learns: tuple[str, ...]
+    constant: tuple[str, ...] = ()
+    options: tuple[dict[str, Any], ...] = ({},)
+    ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    leading: bool = True
+    batch_coupled: bool = False
+    shift_invariant: bool = False
+    divergence: bool = False
+    padding: bool = False
+    infinite: bool = False
+    partly_constant: bool = False
+    second_derivative: bool = True
+    laws: tuple[str, ...] = ()
+
+    scale: float = 0.0
+    rounding: scales.Rounding = scales.of_logits
+    state_rounding: Callable[[scales.Given, np.ndarray], float] = lambda given, value: 0.0
+    ill_conditioned: dict[str, IllConditioned] = dataclasses.field(default_factory=dict)
+
+    memory: Memory
+    collectives: tuple[str, ...] = ()
+    depends_on_threads: bool = False
+    benchmarks: tuple[Benchmark, ...] = ()
+    growth: Growth | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the function, in kdjax, in kdtorch and here."""
+        return self.formula.__name__
+
+    @property
+    def title(self) -> str:
+        """The name, and what tells two rows of one name apart."""
+        return self.name + ("-soft" if "distribution" in self.inputs.values() else "")
+
+    @property
+    def state(self) -> str | None:
+        return next((name for name, kind in self.inputs.items() if kind.endswith("State")), None)

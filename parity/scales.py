@@ -1,0 +1,59 @@
+"""By what an error is measured where a loss is sensitive to its inputs: the functions that a row names as its `rounding`.
+
+An input of size M is known to M ULP. Where the value is a difference of two such, or the exponential of one, its error is
+of that size, however small what remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Given(NamedTuple):
+    """What a scale may depend on.
+
+    Attributes:
+        largest: the largest finite number in the inputs that may hold any.
+        inputs: of the loss, by name.
+        options: its settings; not all of them need be there.
+        tiny: the least normal number of the inputs' precision.
+    """
+
+    largest: float
+    inputs: dict[str, Any]
+    options: dict[str, float]
+    tiny: float
+
+
+# the least numbers to measure the errors of (value, gradient) by
+Rounding = Callable[[Given], tuple[float, float]]
+
+
+def size(x: np.ndarray) -> float:
+    """The largest finite entry."""
+    return float(np.abs(x[np.isfinite(x)]).max(initial=0))
+
+
+def of_logits(given: Given) -> tuple[float, float]:
+    """Of what is linear in the inputs, times T² and the weights of its parts."""
+    weight = max([1.0, *(given.options.get(k, 0.0) for k in ("alpha", "beta", "gamma", "mu"))])
+    t = given.options.get("temperature", 1.0)
+    return weight * (1 + t + given.largest) * max(1.0, t), weight * (1 + t + given.largest)
+
+
+def of_entries(given: Given) -> tuple[float, float]:
+    """Of what is linear in the entries of the features, or quadratic within `beta`."""
+    return given.largest, 1 + given.largest / given.options.get("beta", 1.0)
+
+
+def of_squares(given: Given) -> tuple[float, float]:
+    return given.largest * min(given.largest, 1e150), given.largest
+
+
+def of_unit_rows(given: Given) -> tuple[float, float]:
+    """Of the student's rows once they have unit length: the gradient is the greater the shorter a row was."""
+    lengths = [float(x) for x in np.abs(given.inputs["student"]).max(-1).ravel() if x >= given.tiny]
+    return 1.0, 1 / min(lengths, default=1.0)

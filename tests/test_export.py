@@ -1,0 +1,91 @@
+"""`jax.export` with sizes left open: the exported function gives the loss's numbers, or the loss says what must be fixed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from frameworks import JAX
+
+import kdjax
+from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
+from parity.compare import ulps
+
+FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")  # they go by blocks of the batch
+CASES = [
+    pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
+]
+# kinds whose last axis may be left open, too, in losses whose leading axes are free
+WIDE = {"logits": "c", "distribution": "c", "features": "d", "fractions": "d"}
+
+
+def drawn(loss, sizes):
+    """The inputs of a loss in kdjax, channels last, and a mask."""
+    (inputs,) = draw(loss, sizes, 0)
+    if "maps" in loss.inputs.values():
+        inputs = {name: [np.moveaxis(x, 1, -1) for x in maps] for name, maps in inputs.items()}
+    arrays = {name: each_array(x, lambda x: JAX.array(x, "float32")) for name, x in inputs.items()}
+    if loss.state:
+        arrays[loss.state] = getattr(kdjax, loss.inputs[loss.state])(**arrays[loss.state])
+    where = np.arange(np.prod(sizes.batch)) != 1
+    return [*arrays.values(), jnp.asarray(where.reshape(sizes.batch))]
+
+
+def left_open(loss, arguments, batch, wide, constraints=()):
+    """Shapes with letters in the place of the sizes of the batch and, where asked for, of the last axis."""
+    scope = jax.export.SymbolicScope(constraints)
+
+    def shape(kind, x):
+        axis, sizes = KINDS[kind].axis if kind else 0, list(map(str, x.shape))
+        if axis is not None:
+            sizes[axis : axis + len(batch)] = batch
+            if wide and kind in WIDE:
+                sizes[-1] = WIDE[kind]
+        return jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(sizes), scope=scope) if sizes else (), x.dtype)
+
+    kinds = [*loss.inputs.values(), None]
+    return [jax.tree.map(lambda x, kind=kind: shape(kind, x), y) for kind, y in zip(kinds, arguments, strict=True)]
+
+
+def value_and_slopes(loss, options):
+    learned = tuple(i for i, name in enumerate(loss.inputs) if name in loss.learns)
+
+    def value(*arguments):
+        *inputs, where = arguments
+        result = getattr(kdjax, loss.name)(*inputs, where=where, **options)
+        return result[0] if loss.state else result
+
+    return jax.jit(jax.value_and_grad(value, learned))
+
+
+def check(loss, options, exported, sizes):
+    arguments = drawn(loss, sizes)
+    got, want = exported.call(*arguments), value_and_slopes(loss, options)(*arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.isfinite(a).all()
+        assert ulps(np.asarray(a), np.asarray(b), "float32") <= 16
+
+
+@pytest.mark.parametrize(("loss", "options"), CASES)
+def test_a_batch_of_any_size(loss, options):
+    shapes = left_open(loss, drawn(loss, Sizes(batch=(3,))), ["b"], wide=False)
+    if loss.name in FIXED:
+        message = (
+            f"{loss.name}: the size of the batch must be a number, got the symbolic b; export the loss with a fixed"
+        )
+        with pytest.raises(ValueError, match=message):
+            jax.export.export(value_and_slopes(loss, options))(*shapes)
+        return
+    exported = jax.export.export(value_and_slopes(loss, options))(*shapes)
+    for number in (5, 1) if options == loss.options[0] else (5,):
+        check(loss, options, exported, Sizes(batch=(number,)))
+
+
+OPEN = [loss for loss in LOSSES if loss.leading and loss.name not in ("uskd_loss", "dcn_loss")]
+
+
+@pytest.mark.parametrize("loss", OPEN, ids=lambda loss: loss.title)
+def test_tokens_and_classes_of_any_number(loss):
+    constraints = ["c >= 3"] if "logits" in loss.inputs.values() else []
+    shapes = left_open(loss, drawn(loss, Sizes(batch=(3, 2))), ["b", "t"], wide=True, constraints=constraints)
+    exported = jax.export.export(value_and_slopes(loss, {}))(*shapes)
+    check(loss, {}, exported, Sizes(batch=(2, 3), classes=6, dim=4))
