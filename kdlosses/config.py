@@ -190,8 +190,12 @@ def weight_at(name: str, weight: Weight, epoch: Any) -> Any:
 
 
 def _is_weight(x: Any) -> bool:
-    number = hasattr(x, "__float__") and not isinstance(x, bool) and not getattr(x, "requires_grad", False)
-    return number and 0 <= float(x) < math.inf
+    if isinstance(x, bool | str) or getattr(x, "requires_grad", False):  # of which the gradient would be lost
+        return False
+    try:
+        return 0 <= float(x) < math.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def _names(text: Any, founding: Mapping[str, Term], functions: Mapping[str, Term]) -> list[str]:

@@ -153,7 +153,8 @@ class CombinedLoss(nnx.Module):
             ValueError: the epoch of a weight is absent; values of different shapes.
         """
         values = {name: jnp.asarray(terms[name]) for name in self.names}
-        if len({value.shape for value in values.values()}) > 1:
+        shape = next(iter(values.values())).shape
+        if any(value.shape != shape for value in values.values()):
             shapes = {name: list(value.shape) for name, value in values.items()}
             raise ValueError(
                 f"the losses must give values of one shape to be summed, got {shapes}; take them by `terms`"
@@ -170,7 +171,7 @@ def _options(loss: Any) -> tuple[str, ...]:
     called = loss.function if isinstance(loss, FunctionLoss) else loss
     try:
         return tuple(inspect.signature(called).parameters)
-    except ValueError:  # a function that is not written in Python
+    except (TypeError, ValueError):  # of what is not written in Python
         return ()
 
 
