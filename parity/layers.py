@@ -58,7 +58,7 @@ class Pair(NamedTuple):
     @property
     def kind(self) -> str:
         """Flax's class, "" of a layer of the user's own."""
-        return "" if self.is_own else self.ours.kind.removesuffix(TRANSPOSE_KERNEL)
+        return "" if self.is_own else _class(self.ours.module)
 
     def channels_last(self, x: np.ndarray, channels_first: tuple[int, ...]) -> np.ndarray:
         """An array that goes into or comes out of PyTorch's layer, with the axes that it has in Flax."""
@@ -73,18 +73,23 @@ class Pair(NamedTuple):
         return x
 
 
+def _class(module: Any) -> str:
+    """Flax's class of a layer that is known, "" of any other."""
+    return flax_kind(module).removesuffix(TRANSPOSE_KERNEL)
+
+
 def _feature_axis(norm: Any) -> int:
     axis = getattr(norm, "axis", -1)
     return axis if isinstance(axis, int) else -1
 
 
-def convolves(layer: Layer, x: np.ndarray) -> bool:
+def moves_channels(module: Any, x: np.ndarray) -> bool:
     """Whether an array that goes into a layer of Flax would have its channels first in PyTorch."""
-    kind = layer.kind.removesuffix(TRANSPOSE_KERNEL)
+    kind = _class(module)
     if kind in ("Conv", "ConvTranspose"):
-        return x.ndim == len(layer.module.kernel_size) + 2
+        return x.ndim == len(module.kernel_size) + 2
     by_channel = kind in ("BatchNorm", "GroupNorm", "InstanceNorm")
-    return by_channel and x.ndim > 2 and _feature_axis(layer.module) % x.ndim == x.ndim - 1
+    return by_channel and x.ndim > 2 and _feature_axis(module) % x.ndim == x.ndim - 1
 
 
 def run_flax(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[Call]]:
@@ -107,7 +112,8 @@ def run_flax(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[
                 output = call(self, *args, **kwargs)
             finally:
                 running.remove(id(self))
-            calls.append(_call(layers[id(self)], args, kwargs, output))
+            kind = "" if isinstance(self, tuple(own)) else _class(self)
+            calls.append(_call(layers[id(self)], kind, args, kwargs, output))
             return output
 
         return record
@@ -152,29 +158,32 @@ def _averages(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def run_torch(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[Call]]:
     """The outputs, and the calls of the layers in their order."""
+    layers = {id(layer.module): layer for layer in torch_layers(module, own)}
+    kinds = tuple(theirs for theirs, _ in own.values())
     calls: list[Call] = []
-    for layer in torch_layers(module, own):
 
-        def record(_module: Any, args: Any, kwargs: Any, output: Any, layer: Layer = layer) -> None:
-            is_attention = layer.kind == "MultiheadAttention"  # which gives its weights too
-            calls.append(_call(layer, args, kwargs, output[0] if is_attention else output))
+    def record(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        kind = "" if isinstance(layer, kinds) else torch_kind(layer)
+        output = output[0] if kind == "MultiheadAttention" else output  # which gives its weights too
+        calls.append(_call(layers[id(layer)], kind, args, kwargs, output))
 
+    for layer in layers.values():
         layer.module.register_forward_hook(record, with_kwargs=True)
     return module(*inputs), calls
 
 
-def _call(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-    """Copies, for what follows may write into a tensor."""
+def _call(layer: Layer, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+    """Copies, for what follows may write into a tensor. The kind is "" of a layer of the user's own."""
     given = [x for x in leaves((args, kwargs)).values() if is_array(x)]
-    if layer.kind == "MultiHeadAttention":
+    if kind == "MultiHeadAttention":
         query, key, value = (_argument(args, kwargs, i, f"inputs_{x}") for i, x in enumerate("qkv"))
         key = query if key is None else key
         given = [query, key, key if value is None else value]
-    elif layer.kind == "MultiheadAttention":
+    elif kind == "MultiheadAttention":
         given = [_argument(args, kwargs, i, x) for i, x in enumerate(("query", "key", "value"))]
-    elif layer.kind in KINDS or layer.kind in KINDS.values():
+    elif kind:
         given = given[:1]
-    averages = layer.kind == "BatchNorm" and _averages(layer.module, args, kwargs)
+    averages = kind == "BatchNorm" and _averages(layer.module, args, kwargs)
     return Call(layer, [np.array(to_numpy(x)) for x in given], each_leaf(_copied, output), averages)
 
 
@@ -239,12 +248,11 @@ def uncalled(ours: Any, theirs: Any, pairs: list[Pair], own: Own) -> tuple[list[
 
 
 def _pair(ours: Layer, theirs: Layer, own: Own) -> Pair | None:
-    for kind, (twin, copies) in own.items():
-        if isinstance(ours.module, kind) and isinstance(theirs.module, twin):
+    for flax, (twin, copies) in own.items():
+        if isinstance(ours.module, flax) and isinstance(theirs.module, twin):
             return Pair(ours, theirs, True, copies)
-    if KINDS.get(theirs.kind) == ours.kind.removesuffix(TRANSPOSE_KERNEL):
-        return Pair(ours, theirs)
-    return None
+    kind = _class(ours.module)
+    return Pair(ours, theirs) if kind and KINDS.get(torch_kind(theirs.module)) == kind else None
 
 
 def in_torch(module: Any, only: Any, pairs: list[Pair]) -> dict[str, Weights]:
@@ -272,12 +280,13 @@ def in_torch(module: Any, only: Any, pairs: list[Pair]) -> dict[str, Weights]:
         elif pair.is_own:
             weights = translated(own, names_in_torch(parts[path]), to_torch, 0)
         else:
-            weights = (
-                to_torch(pair.ours.kind, own) if own.keys() - {"cached_key", "cached_value", "cache_index"} else {}
-            )
+            weights = to_torch(flax_kind(parts[path]), own) if own.keys() - _CACHE else {}
         prefix = f"{pair.theirs.path}." if pair.theirs.path else ""
         result[str(pair)] = {prefix + name: x for name, x in weights.items()}
     return {**result, **{f"`{name}`": {name: x} for name, x in left.items()}}
+
+
+_CACHE = {"cached_key", "cached_value", "cache_index"}  # of attention, which PyTorch's has not
 
 
 def _copied_by_user(pair: Pair, layer: Any) -> Weights:
@@ -348,11 +357,11 @@ def copy_weights(
         "layers={MyFlaxLayer: MyTorchLayer}, or layers={MyFlaxLayer: (MyTorchLayer, copy_weights)}"
     )
 
-    def why(name: str, side: str) -> str:
+    def why(name: str) -> str:
         """What there is to say of a weight that has no twin."""
         if owner := next((layer for layer in alone if name in layer), None):
             return f", for {owner} is not called on these inputs"
-        if pair := next((pair for pair in pairs if name in getattr(pair, side)), None):
+        if pair := next((pair for pair in pairs if name in pair.theirs), None):
             return f", for {pair.ours} has no such weight of its own; if it is tied to another, tie it in both"
         return f"; {known}"
 
@@ -360,12 +369,10 @@ def copy_weights(
     for name, x in wanted.items():
         if id(x) not in tied and not any(pair.copy and name in pair.theirs for pair in pairs):
             owner = type(theirs.get_submodule(name.rpartition(".")[0])).__name__
-            raise TypeError(
-                f"compare_modules: `{name}`, of a PyTorch {owner}, has no twin in Flax{why(name, 'theirs')}"
-            )
+            raise TypeError(f"compare_modules: `{name}`, of a PyTorch {owner}, has no twin in Flax{why(name)}")
     for name, (subject, x) in given.items():
         if name not in held:
-            raise TypeError(f"compare_modules: {subject} of Flax has no twin `{name}` in PyTorch{why(name, 'theirs')}")
+            raise TypeError(f"compare_modules: {subject} of Flax has no twin `{name}` in PyTorch{why(name)}")
         target = held[name]
         if x.shape != tuple(target.shape):
             shapes = f"{list(x.shape)} from Flax, {list(target.shape)} in PyTorch"

@@ -18,15 +18,15 @@ from parity.layers import (
     Copy,
     Own,
     Pair,
-    convolves,
     copy_weights,
     in_torch,
+    moves_channels,
     paired,
     run_flax,
     run_torch,
     uncalled,
 )
-from parity.settings import differing
+from parity.settings import shown, unseen
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,11 @@ def compare_modules(
     The layers are paired in the order in which they are called: Linear, Conv, ConvTranspose, BatchNorm, LayerNorm,
     RMSNorm, GroupNorm, InstanceNorm, Embedding and multi-head attention (which JAX computes in float32 even for float64:
     compare it with `dtypes=["float32"]`), and those of `layers`; their names need not agree. A parameter outside of such a
-    layer (a class token) is paired with the one of the same path and shape. Compared are what goes into each layer, what
-    comes out, its settings, the gradients of its parameters, and what the modules have averaged afterwards: in training
-    mode the running mean and variance (Flax's momentum is one less PyTorch's, and its variance is of the population, not
-    of a sample, which is taken into account). Any other variable of Flax is compared with the buffer of the same path and
-    shape, if there is one. Neither module is changed; each runs in the mode it is in.
+    layer (a class token) is paired with the one of the same path and shape. Compared are what comes out of each layer, its
+    settings, the gradients of its parameters, and what the modules hold beside them after the run: in training mode the
+    running mean and variance have moved (it is taken into account that PyTorch's momentum is 1 − Flax's, and that PyTorch
+    averages the variance of a sample, Flax that of the population). Any other variable of Flax is compared with the buffer
+    of the same path and shape, if there is one. Neither module is changed; each runs in the mode it is in.
 
     Args:
         nnx_module: takes the inputs as JAX arrays.
@@ -195,12 +195,10 @@ def _differences(
     with named("PyTorch", theirs, dtype, f" (it was given {given}: see `channels_first`)"):
         _, their_calls = run_torch(copy.deepcopy(theirs), their_inputs, own)
     pairs = paired(our_calls, their_calls, own)
-    settings = {
-        str(pair): [*differing(pair, call, dtype)] for call, pair in zip(our_calls, pairs, strict=True) if pair.kind
-    }
+    explained = {str(pair): [*shown(pair, call)] for call, pair in zip(our_calls, pairs, strict=True)}
     twins, alone = uncalled(ours, theirs, pairs, own)
     every = [*dict.fromkeys(pairs), *twins]
-    copy_weights(in_torch(ours, nnx.Any(nnx.Param, nnx.BatchStat), every), theirs, every, alone, settings)
+    copy_weights(in_torch(ours, nnx.Any(nnx.Param, nnx.BatchStat), every), theirs, every, alone, explained)
     _check_repeatable(theirs, their_inputs)
     their_outputs, their_calls = run_torch(theirs, their_inputs, own)
 
@@ -211,7 +209,7 @@ def _differences(
     }
     calls = zip(our_calls, their_calls, pairs, strict=True)
     where = {"case": "", "dtype": dtype}
-    yield from _values([*calls], settings, inputs, our_outputs, their_outputs, turned, limit=limits[0], **where)
+    yield from _values([*calls], inputs, our_outputs, their_outputs, turned, limit=limits[0], **where)
     yield from _states(ours_afterwards, theirs, every, limit=limits[0], **where)
 
     above = {k: cotangent(k, x.shape, seed) for k, x in our_outputs.items() if is_float(x)}
@@ -231,54 +229,44 @@ def _differences(
 
 def _values(
     calls: list[tuple[Call, Call, Pair]],
-    settings: Mapping[str, list[str]],
     inputs: tuple[Any, ...],
     our_outputs: Mapping[str, Any],
     their_outputs: Mapping[str, Any],
     turned: tuple[int, ...],
     **where: Any,
 ) -> Iterator[Difference]:
-    """What goes into each layer, its settings, and what comes out; the outputs of the modules.
+    """What comes out of each layer and of the modules, and where that differs, what may explain it.
 
-    What goes into a layer is named only where everything before agrees: then the fault is before the layer.
+    If what goes into the first layer that differs is different already, then the fault is before the layer.
     """
-    agreed, before, largest = True, "the inputs", _largest(inputs)
     value: Any = {**where, "part": "value"}
-
-    def noticed(differences: Iterator[Difference]) -> Iterator[Difference]:
-        nonlocal agreed
-        for x in differences:
-            agreed = agreed and x.passed
-            yield x
+    wrong: Any = {**where, "part": "setting", "one": "jax", "other": "torch", "ulp": math.inf}
+    agreed, before, largest = True, "the inputs", _largest(inputs)
+    seen = set()
 
     def into(what: Any, ours: Any, theirs: Any) -> Iterator[Difference]:
         subject = f"what is computed between {before} and {what}"
-        found = by_leaf(ours, theirs, subject=subject, scale=largest, **value) if agreed else iter(())
-        return noticed(x for x in found if not x.passed)
+        return (x for x in by_leaf(ours, theirs, subject=subject, scale=largest, **value) if not x.passed)
 
-    seen = set()
     for ours, theirs, pair in calls:
         subject = str(pair)
-        given = [pair.channels_last(x, turned) for x in theirs.inputs]
-        if len(given) == len(ours.inputs):
-            yield from into(pair, *((x if len(x) > 1 else x[0]) for x in (ours.inputs, given)))
-        if subject not in seen:
-            seen.add(subject)
-            failed: Any = {
-                **where,
-                "subject": subject,
-                "part": "setting",
-                "one": "jax",
-                "other": "torch",
-                "ulp": math.inf,
-            }
-            yield from noticed(Difference(problem=x, **failed) for x in settings.get(subject, ()))
         output = {name: pair.channels_last(x, turned) for name, x in leaves(theirs.output).items() if is_array(x)}
-        yield from noticed(by_leaf(leaves(ours.output), output, subject=subject, **value))
+        found = [*by_leaf(leaves(ours.output), output, subject=subject, **value)]
+        settings = [] if subject in seen else [*unseen(pair, ours, where["dtype"])]
+        seen.add(subject)
+        if not all(x.passed for x in found):
+            given = [pair.channels_last(x, turned) for x in theirs.inputs]
+            if agreed and len(given) == len(ours.inputs):
+                yield from into(pair, *((x if len(x) > 1 else x[0]) for x in (ours.inputs, given)))
+            settings += shown(pair, ours)
+        yield from (Difference(subject=subject, problem=x, **wrong) for x in settings)
+        yield from found
+        agreed = agreed and not settings and all(x.passed for x in found)
         before, largest = f"{pair},", max(_largest(ours.output), _largest(inputs))
-    ours_of_all, theirs_of_all = ({k: to_numpy(x) for k, x in side.items()} for side in (our_outputs, their_outputs))
-    yield from into("the output", ours_of_all, theirs_of_all)
-    yield from by_leaf(ours_of_all, theirs_of_all, subject="output", **value)
+    sides = [{name: to_numpy(x) for name, x in side.items()} for side in (our_outputs, their_outputs)]
+    if agreed:
+        yield from into("the output", *sides)
+    yield from by_leaf(*sides, subject="output", **value)
 
 
 def _largest(tree: Any) -> float:
@@ -305,7 +293,7 @@ def _channels_first(ours: Any, theirs: Any, our_calls: list[Call]) -> list[int]:
     """The numbers of axes of what has its channels first in PyTorch, and last in Flax."""
     from flax import nnx
 
-    seen = {x.ndim for call in our_calls for x in call.inputs if convolves(call.layer, x)}
+    seen = {x.ndim for call in our_calls for x in call.inputs if moves_channels(call.layer.module, x)}
     norms = [x for _, x in nnx.iter_modules(ours) if isinstance(x, nnx.BatchNorm)]
     names = {c.__name__ for x in theirs.modules() for c in type(x).__mro__ if c.__module__.startswith("torch.nn")}
     by_channel = {name for name in names if name[-2:] in ("1d", "2d", "3d")} - {"BatchNorm1d"}  # which takes [N, C] too

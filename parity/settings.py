@@ -1,4 +1,4 @@
-"""The settings of a Flax layer and of its PyTorch twin that change what it gives, and where they differ."""
+"""The settings of a Flax layer and of its PyTorch twin, and where they differ."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from parity.layers import Call, Pair
 
 
-def differing(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
-    """Each setting in which twins differ, in words.
+def unseen(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
+    """Each setting in which twins differ, in words, if it may not show in what the layer gives, or only later.
 
     Args:
         pair: of layers.
@@ -26,7 +26,12 @@ def differing(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
             yield f"epsilon is {x.epsilon:g} in Flax, eps is {eps:g} in PyTorch"
     if pair.kind == "BatchNorm":
         yield from _running(x, y, call.averages)
-    elif pair.kind == "GroupNorm" and x.num_groups != y.num_groups:
+
+
+def shown(pair: Pair, call: Call) -> Iterator[str]:
+    """Each other setting in which twins differ: what the layer gives shows it, unless the models make up for it."""
+    x, y = pair.ours.module, pair.theirs.module
+    if pair.kind == "GroupNorm" and x.num_groups != y.num_groups:
         yield f"num_groups is {x.num_groups} in Flax, {y.num_groups} in PyTorch"
     elif pair.kind == "MultiHeadAttention" and x.num_heads != y.num_heads:
         yield f"num_heads is {x.num_heads} in Flax, {y.num_heads} in PyTorch"

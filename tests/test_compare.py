@@ -313,6 +313,10 @@ class Scaled(nnx.Module):
         return self.parts(x * self.scale[...][None])
 
 
+class BatchNorm(Scaled):
+    """Not the one of Flax."""
+
+
 class TorchScaled(torch.nn.Module):
     def __init__(self, dim, keep=0.5):
         super().__init__()
@@ -471,6 +475,14 @@ EQUAL = {
     "circular padding": lambda: (
         build(nnx.Conv, 3, 4, (3, 3), padding="CIRCULAR"), torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), IMAGES),
     "padding by name": lambda: (build(nnx.Conv, 3, 4, (5, 3)), torch.nn.Conv2d(3, 4, (5, 3), padding="same"), IMAGES),
+    "padding that the model does by itself": lambda: (
+        nnx.Sequential(build(nnx.Conv, 3, 4, (3, 3), 2)),
+        small(torch.nn.ZeroPad2d((1, 1, 0, 1)), torch.nn.Conv2d(3, 4, 3, 2)), IMAGES),
+    "causal padding": lambda: (
+        nnx.Sequential(build(nnx.Conv, 4, 5, (3,), padding="CAUSAL")),
+        small(torch.nn.ConstantPad1d((2, 0), 0.0), torch.nn.Conv1d(4, 5, 3)), TOKENS),
+    "a layer of one's own, called as a known one": lambda: (
+        nnx.Sequential(BatchNorm(3)), small(TorchScaled(3)), X, {"layers": {BatchNorm: TorchScaled}}),
     "transposed convolution": lambda: (
         build(nnx.ConvTranspose, 3, 4, (2, 2), 2), torch.nn.ConvTranspose2d(3, 4, 2, 2), IMAGES),
     "transposed convolution 1d": lambda: (
