@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import all_sum, size
-from kdjax._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
+from kdjax._numerics import check_state, cross_entropy_of_softmax, fraction, positive, softmax, widest
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -178,17 +178,29 @@ def pairs_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the views of an example, which are the axis before the last.
 
-    XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches hold.
+    By hand, because XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches
+    hold, and the gradient, for which exponentials are taken again, in one go.
     """
-    views, teacher_views = x.shape[-2], y.shape[-2]
+    x, y, center = (jnp.moveaxis(a, -2, 0) for a in (x, y, center))
+    views, teacher_views = len(x), len(y)
     q = softmax(y - center, teacher_temperature).p
-    q, every = jax.lax.optimization_barrier((q, q.sum(-2)))  # or XLA computes the softmaxes anew for every view
-    own = jnp.maximum(every[..., None, :] - q, 0)  # of the teacher's views, all of them but the same one
-    targets = [own[..., v, :] if v < teacher_views else every for v in range(views)]
-    parts = [cross_entropy_and_gradient(x[..., v, :], target, temperature) for v, target in enumerate(targets)]
+    q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
+    own = jnp.maximum(every[None] - q, 0)  # of the teacher's views, all but the same one
+
+    def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+        p = softmax(view, temperature)
+        return *cross_entropy_of_softmax(p, view, target, temperature)[:1], p.peak, p.log_total, target.sum(-1, keepdims=True)
+
+    targets = [*own, *[every] * (views - teacher_views)]
+    value, peak, log_total, total = map(jnp.stack, zip(*map(one, x, targets), strict=True))
+
+    def gradient(part: slice, target: jax.Array) -> jax.Array:
+        log_p = (x[part] - peak[part]) / temperature - log_total[part]
+        return (jnp.exp(log_p) * total[part] - target) / temperature
+
+    parts = [gradient(slice(teacher_views), own), gradient(slice(teacher_views, None), every[None])]
     number = views * teacher_views - teacher_views
-    values, gradients = zip(*parts, strict=True)
-    return sum(values) / number, jnp.stack(gradients, -2) / number
+    return value.sum(0) / number, jnp.moveaxis(jnp.concatenate(parts), 0, -2) / number
 
 
 _pairs = rowwise(pairs_and_gradient, axes=2)
