@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,41 @@ from kdjax._typing import Scalar
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
+def widest(*arrays: Array) -> np.dtype:
+    """What they are computed in: float64 if one of them is, else float32."""
+    sizes = [x.dtype.itemsize for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jax.dtypes.canonicalize_dtype(np.float64 if 8 in sizes else np.float32)
+
+
 def promote(*arrays: Array) -> tuple[Array, ...]:
     """All in float64 if one of them is, else in float32."""
-    widest = max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)
-    dtype = jax.dtypes.canonicalize_dtype(max(widest, np.dtype(np.float32), key=lambda dtype: dtype.itemsize))
+    dtype = widest(*arrays)
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
-def positive(name: str, value: Scalar, like: Array) -> float | Array:
-    """`value` if it is finite and above 0; an array cannot raise under `jit`, so a bad one becomes NaN."""
-    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < np.inf))
+def positive(name: str, value: Scalar, *like: Array, constant: bool = False) -> float | Array:
+    """`value` if it is finite and above 0; an array cannot raise under `jit`, so a bad one becomes NaN.
+
+    It has a gradient, unless it is `constant`, as all other numbers are.
+    """
+    return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < np.inf), constant)
 
 
-def non_negative(name: str, value: Scalar, like: Array) -> float | Array:
+def non_negative(name: str, value: Scalar, *like: Array) -> float | Array:
     return _number(name, value, like, "finite and at least 0", lambda x: (x >= 0) & (x < np.inf))
 
 
-def fraction(name: str, value: Scalar, like: Array) -> float | Array:
+def fraction(name: str, value: Scalar, *like: Array) -> float | Array:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
-def _number(name: str, value: Scalar, like: Array, expected: str, test: Callable) -> float | Array:
+def _number(
+    name: str, value: Scalar, like: tuple[Array, ...], expected: str, test: Callable, constant: bool = True
+) -> float | Array:
     if isinstance(value, Array | np.ndarray):
-        value = jnp.asarray(value, like.dtype)
-        return jnp.where(test(value), value, jnp.nan)
+        value = jnp.asarray(value, widest(*like))
+        value = jax.lax.stop_gradient(value) if constant else value
+        return value + jnp.where(test(value), 0, jnp.nan).astype(value.dtype)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
     return float(value)
@@ -51,6 +62,11 @@ def check_state(state: Any) -> None:
             raise ValueError(
                 f"`state.{name}` must be float32 or float64, got {x.dtype.name}; in half precision small steps are lost"
             )
+
+
+def times_square(temperature: Scalar, value: Array) -> Array:
+    """T² value."""
+    return temperature**2 * value
 
 
 def weigh(weight: Scalar, value: Array) -> Array:
@@ -91,96 +107,89 @@ def is_class(x: Array, labels: Array) -> Array:
     return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)
 
 
-def log_softmax(x: Array, temperature: Scalar = 1.0) -> Array:
-    """Of x / temperature over the last axis; -inf everywhere, with gradient 0, where every entry is -inf."""
-    _, _, z, log_total = softmax(x, temperature)
-    return z - log_total
+def without_class(x: Array, labels: Array) -> Array:
+    """The logits with -inf at each example's label."""
+    return jnp.where(is_class(x, labels), -jnp.inf, x)
 
 
-def softmax(x: Array, temperature: Scalar) -> tuple[Array, Array, Array, Array]:
-    """softmax(x / T), the largest entry of x, z = (x - largest) / T and log sum exp z.
+class Softmax(NamedTuple):
+    """p = softmax(x / T), the largest entry of x, and log sum exp((x - largest) / T)."""
 
-    The largest entry is taken off before the division: XLA may compute x / T twice, rounded to find the largest and
-    unrounded inside a multiply-add, and the largest would then not be 0 above itself.
+    p: Array
+    peak: Array
+    log_total: Array
+
+
+def softmax(x: Array, temperature: Scalar = 1.0, may_be_empty: bool = False) -> Softmax:
+    """Over the last axis. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+
+    The largest entry is taken off before the division, whose rounding would be that of the largest. (XLA may even compute
+    x / T twice, rounded to find the largest and unrounded inside a multiply-add.)
     """
     peak = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    peak = jnp.where(jnp.isneginf(peak), 0, peak)
-    z = (x - peak) / temperature
-    weight = jnp.exp(z)
+    if may_be_empty:
+        peak = jnp.maximum(peak, jnp.finfo(x.dtype).min)
+    # in the derivative by T infinity would meet the 0 of an excluded class
+    below = jnp.maximum(x - peak, -1e5 * temperature)
+    weight = jnp.exp(below / temperature)
     total = jnp.sum(weight, -1, keepdims=True)
-    total = jnp.where(total == 0, 1, total)
-    return weight / total, peak, z, jnp.log(total)
+    if may_be_empty:
+        total = jnp.maximum(total, 1)  # as much is the largest entry's, where there is one
+    return Softmax(weight / total, peak, jnp.log(total))
 
 
-def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]]) -> Callable[..., Array]:
-    """A function of rows from one that returns its value and its gradient with respect to its first argument.
-
-    The value of a row depends on that row alone; every other argument is constant. The gradient is itself made of
-    differentiable operations, so the result can be differentiated again.
-    """
-
-    @jax.custom_jvp
-    def value(x: Array, *constants: Array) -> Array:
-        return value_and_gradient(x, *constants)[0]
-
-    @value.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-        result, gradient = value_and_gradient(*primals)
-        return result, jnp.sum(gradient * tangents[0], -1)
-
-    return value
+def dot(q: Array, x: Array) -> Array:
+    """sum q x over the last axis, where 0 times infinity is 0."""
+    none = q == 0
+    # asked twice: within, so that no NaN is on the way; without, or XLA on a CPU takes twice the time
+    return jnp.where(none, 0, q * jnp.where(none, 0, x)).sum(-1)
 
 
-def log_ratio(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array, Array]:
+def log_ratio(x: Array, y: Array, temperature: Scalar, may_be_empty: bool = False) -> tuple[Softmax, Softmax, Array]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    p, peak_x, _, log_total_x = softmax(x, temperature)
-    q, peak_y, _, log_total_y = softmax(y, temperature)
+    p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
     both = jnp.isneginf(x) & jnp.isneginf(y)
     x, y = (jnp.where(both, 0, z) for z in (x, y))  # whose difference is no NaN, which `jax_debug_nans` would stop at
-    r = ((x - y) - (peak_x - peak_y)) / temperature - (log_total_x - log_total_y)
-    return p, q, jnp.where(both, 0, r)
+    return p, q, ((x - y) - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
+
+
+def difference_of_softmaxes(p: Array, q: Array, ratio: Array) -> Array:
+    """p - q, from r = log(p / q) as q (e^r - 1) where r is small, so that close rows keep their digits."""
+    near = (q > 0) & (ratio < 1)
+    return jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
+
+
+def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]:
+    """KL(q || p) over the last axis, and p - q.
+
+    Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
+    q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
+    """
+    used = jnp.where(q.p == 0, 0, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, used)
+    value = (difference - q.p * used).sum(-1)
+    return jnp.where(value < 0, 0, value), difference
 
 
 def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:
-    """KL(softmax(y / T) || softmax(x / T)) over the last axis, with its gradient (p - q) / T.
+    """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
+    value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
+    return value, difference / temperature
 
-    Summed as q (e^r - 1 - r), r = log(p / q): the terms are never negative, their sum is KL because p and q both
-    sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
+
+def cross_entropy_and_gradient(x: Array, target: Array, temperature: Scalar = 1.0) -> tuple[Array, Array]:
+    """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T."""
+    return cross_entropy_of_softmax(softmax(x, temperature), x, target, temperature)
+
+
+def cross_entropy_of_softmax(p: Softmax, x: Array, target: Array, temperature: Scalar) -> tuple[Array, Array]:
+    """The same where p may leave out classes of x, whose target is 0.
+
+    A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
     """
-    p, q, r = log_ratio(x, y, temperature)
-    near = (q > 0) & (r < 1)
-    growth = jnp.expm1(jnp.where(near, r, 0))
-    used = jnp.where(q > 0, r, 0)
-    terms = jnp.where(near, q * (growth - used), (p - q) - q * used)
-    return jnp.maximum(terms, 0).sum(-1), jnp.where(near, q * growth, p - q) / temperature
-
-
-kl_divergence = rowwise(kl_and_gradient)
-
-
-@rowwise
-def cross_entropy(x: Array, target: Array, temperature: Scalar) -> tuple[Array, Array]:
-    """-sum target log p, p = softmax(x / T), of which the gradient is (p sum target - target) / T.
-
-    A class with target 0 adds nothing, even at p = 0.
-    """
-    p, _, z, log_total = softmax(x, temperature)
     total = target.sum(-1, keepdims=True)
-    none = target == 0
-    # asked twice: within, so that no NaN is on the way; without, or XLA on a CPU takes twice the time
-    value = (log_total * total).squeeze(-1) - jnp.where(none, 0, target * jnp.where(none, 0, z)).sum(-1)
-    return value, (p * total - target) / temperature
-
-
-def binary_and_others(x: Array, label: Array, temperature: Scalar) -> tuple[Array, Array]:
-    """Logits, at temperature 1, of (the label, any other class); and x without the label."""
-    others = jnp.where(label, -jnp.inf, x)
-    _, peak, _, log_total = softmax(others, temperature)
-    largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    target = jnp.sum(jnp.where(label, x, 0), -1, keepdims=True)
-    rest = (peak - largest) / temperature + log_total
-    rest = jnp.where(jnp.isneginf(others).all(-1, keepdims=True), -jnp.inf, rest)
-    return jnp.concatenate([(target - largest) / temperature, rest], -1), others
+    value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
+    return value, (p.p * total - target) / temperature
 
 
 def unit(x: Array) -> Array:

@@ -72,6 +72,16 @@ def check_state(state: Any) -> None:
             )
 
 
+def times_square(temperature: Scalar, value: Tensor) -> Tensor:
+    """T² value."""
+    return value if _is_one(temperature) else temperature**2 * value
+
+
+def _is_one(temperature: Scalar) -> bool:
+    """Whether T, which then need not be multiplied by, is the number 1; an array is not asked."""
+    return isinstance(temperature, float) and temperature == 1
+
+
 def weigh(weight: Scalar, value: Tensor) -> Tensor:
     """weight × value. What weighs 0 is not there, be it infinite."""
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
@@ -150,9 +160,9 @@ def valid_index(name: str, index: Tensor, size: int) -> Tensor:
     return _in_range(index, size, name)
 
 
-def without_class(x: Tensor, labels: Tensor) -> Tensor:
+def without_class(x: Tensor, labels: Tensor, absent: float = -math.inf) -> Tensor:
     """The logits with -inf at each example's label."""
-    return x.scatter(-1, labels.unsqueeze(-1), -math.inf)
+    return x.scatter(-1, labels.unsqueeze(-1), absent)
 
 
 class Softmax(NamedTuple):
@@ -183,12 +193,13 @@ def softmax(x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False) ->
 
 
 def dot(q: Tensor, x: Tensor) -> Tensor:
-    """sum q x over the last axis, where 0 times infinity is 0. NaN is 0 too, then, and must be felt elsewhere."""
-    if eager_on_cpu(q, x):
-        result = torch.linalg.vecdot(q, x)
-        if result.isfinite().all():
-            return result
-    return (q * x).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
+    """sum q x over the last axis, where 0 times infinity is 0. NaN may be 0 too, and must be felt elsewhere."""
+    if not eager_on_cpu(q, x):
+        return torch.where(q == 0, 0, q * x).sum(-1)
+    result = torch.linalg.vecdot(q, x)
+    if not result.isfinite().all():  # on a CPU `torch.where` takes ten times as long
+        result = (q * x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
+    return result
 
 
 def eager_on_cpu(*arrays: Tensor | float) -> bool:
@@ -198,9 +209,11 @@ def eager_on_cpu(*arrays: Tensor | float) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    tensors = [x for x in arrays if isinstance(x, Tensor)]
-    traced = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not traced and all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" for x in tensors)
+    traced = torch.is_grad_enabled()
+    for x in arrays:
+        if isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or not x.is_cpu or (traced and x.requires_grad)):
+            return False
+    return True
 
 
 class _Refused(torch.autograd.Function):
@@ -411,27 +424,29 @@ class Tilt(NamedTuple):
     excess: Tensor
 
 
-def tilt(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False) -> Tilt | None:
+FAR = -1e30  # of an infinite logit, which is as good as infinite where another logit of its row is not
+
+
+def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
     """The way from q to p in few, large kernels; None but in eager PyTorch on a CPU, and where numbers are too far apart.
 
     No normaliser is rounded that p and q do not share, so that close rows keep their digits.
     """
     if not eager_on_cpu(x, y, temperature) or not x.numel():
         return None
-    temperature = float(temperature)
-    found, spread = (None, math.nan) if may_be_empty else _tilt(x, y, temperature)
-    if math.isnan(spread):  # an infinite logit may be a far one, unless there is nothing else in the row
-        x, y = (a.nan_to_num(nan=math.nan, posinf=math.inf, neginf=_FAR) for a in (x, y))
-        if min(float(a.amax(-1).amin()) for a in (x, y)) > _FAR:
-            found, spread = _tilt(x, y, temperature)
-    # the mean of e^d under p: where it is large, p rests on what has few digits in q
-    return found if spread < 5e8 else None
+    found = _tilt(x, y, float(temperature))
+    largest = float(found.growth.amax())
+    if math.isnan(largest):
+        x, y = (logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=FAR) for logits in (x, y))
+        if all(bool((logits.amax(-1) > FAR).all()) for logits in (x, y)):
+            found = _tilt(x, y, float(temperature))
+            largest = float(found.growth.amax())
+    if largest > 1e7:  # e^d of a class that p needs not feel, unless its mean under p is large too
+        largest = float((torch.linalg.vecdot(found.excess, found.growth) / (1 + found.rise.squeeze(-1))).amax())
+    return found if largest < 5e8 else None  # else p would rest on what has few digits in q
 
 
-_FAR = -1e30
-
-
-def _tilt(x: Tensor, y: Tensor, temperature: float) -> tuple[Tilt, float]:
+def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:
     d = x - y
     if temperature == 1:
         q = torch.softmax(y, -1)
@@ -442,9 +457,7 @@ def _tilt(x: Tensor, y: Tensor, temperature: float) -> tuple[Tilt, float]:
     if temperature != 1:
         d.div_(temperature)
     growth = d.expm1()
-    rise = torch.linalg.vecdot(q, growth).unsqueeze(-1)
-    excess = softmax_pulled_back(growth, q)
-    return Tilt(q, d, growth, rise, excess), float((torch.linalg.vecdot(excess, growth) / (1 + rise.squeeze(-1))).amax())
+    return Tilt(q, d, growth, torch.linalg.vecdot(q, growth).unsqueeze(-1), softmax_pulled_back(growth, q))
 
 
 def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
@@ -456,7 +469,8 @@ def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, 
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
     tilted = tilt(x, y, temperature)
     if tilted is not None:
-        return kl_of_tilt(tilted), tilted.excess.div_((1 + tilted.rise) * temperature)
+        scale = 1 + tilted.rise
+        return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 
@@ -466,16 +480,20 @@ def kl_of_tilt(tilted: Tilt) -> Tensor:
     return (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
 
 
-def cross_entropy_and_gradient(
-    x: Tensor, target: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False
-) -> tuple[Tensor, Tensor]:
-    """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T.
+def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:
+    """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T."""
+    return cross_entropy_of_softmax(softmax(x, temperature), x, target, temperature)
+
+
+def cross_entropy_of_softmax(p: Softmax, x: Tensor, target: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """The same where p may leave out classes of x, whose target is 0.
 
     A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
     """
-    p, total = softmax(x, temperature, may_be_empty), target.sum(-1, keepdim=True)
+    total = target.sum(-1, keepdim=True)
     value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
-    return value, (p.p * total - target) / temperature
+    gradient = p.p * total - target
+    return value, gradient if _is_one(temperature) else gradient / temperature
 
 
 def unit(x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,14 +32,15 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
     def with_slopes(learned: Sequence[int], x: Tensor, *others: Input) -> tuple[Tensor, ...]:
         """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
 
-        def value(number: Tensor, place: int) -> Tensor:
-            return value_and_gradient(x, *others[:place], number, *others[place + 1 :])[0]
+        def slope(i: int) -> Tensor:
+            def value(number: Tensor) -> Tensor:
+                return value_and_gradient(x, *others[:i], number, *others[i + 1 :])[0]
 
-        slopes = (
-            torch.func.jvp(lambda number, i=i: value(number, i), (others[i],), (torch.ones_like(others[i]),))[1]
-            for i in learned
-        )
-        return *value_and_gradient(x, *others), *slopes
+            if not torch.compiler.is_compiling():
+                _load_forward_mode()
+            return torch.func.jvp(value, (others[i],), (torch.ones_like(others[i]),))[1]
+
+        return *value_and_gradient(x, *others), *map(slope, learned)
 
     class Rowwise(torch.autograd.Function):
         generate_vmap_rule = True
@@ -56,52 +59,53 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             held = output[1:]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*held)
-            ctx.held, ctx.inputs, ctx.versions = len(held), (), ()
+            ctx.held = len(held)
             if torch.compiler.is_compiling():  # there is no second derivative
                 ctx.save_for_backward(*held)
-                return
-            ctx.numbers = [None if isinstance(v, Tensor) else v for v in given]
-            ctx.tensors = [i for i, v in enumerate(given) if isinstance(v, Tensor)]
-            tensors = [given[i] for i in ctx.tensors]
-            if torch._C._are_functorch_transforms_active():
-                ctx.save_for_backward(*held, *map(_saveable, tensors))
+            elif torch._C._are_functorch_transforms_active():
+                ctx.save_for_backward(*held, *(_saveable(v) for v in given if isinstance(v, Tensor)))
+                ctx.given = [None if isinstance(v, Tensor) else (v,) for v in given]
             else:
                 ctx.save_for_backward(*held)
-                ctx.inputs, ctx.versions = tensors, [None if v.is_inference() else v._version for v in tensors]
+                ctx.given = [(v,) for v in given]
+                ctx.versions = [v._version if isinstance(v, Tensor) and not v.is_inference() else None for v in given]
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            asked = ctx.needs_input_grad[2:]
-            if cotangent is None:
-                return None, None, *(None for _ in asked)
-            saved = ctx.saved_tensors
-            held, tensors = saved[: ctx.held], saved[ctx.held :] or ctx.inputs
-            slopes = held[ctx.held - len(ctx.learned) :]
-            above = cotangent.reshape(cotangent.shape + (1,) * axes)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                _check_unchanged(ctx.inputs, ctx.versions)
-                given = list(ctx.numbers)
-                for i, tensor in zip(ctx.tensors, tensors, strict=True):
-                    given[i] = _saveable(tensor)
-                where, *inputs = given
-                with no_autocast(cotangent):
-                    _, gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))
-                gradient = (above * gradient).to(inputs[0].dtype)
-            else:
-                gradient = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes) if asked[0] else None
-            numbers = {i: (cotangent * slope).sum() for i, slope in zip(ctx.learned, slopes, strict=True)}
-            return None, None, gradient, *(numbers.get(i) for i in range(len(asked) - 1))
+            asked, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+            result: list[Tensor | None] = [None] * len(asked)
+            if cotangent is not None:
+                above, held = cotangent.reshape(cotangent.shape + (1,) * axes), saved[: ctx.held]
+                slopes = held[ctx.held - len(ctx.learned) :]
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    where, *inputs = _as_they_were(ctx, saved[ctx.held :])
+                    with no_autocast(cotangent):
+                        _, gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))
+                    result[0] = (above * gradient).to(inputs[0].dtype)
+                elif asked[0]:
+                    result[0] = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes)
+                for i, slope in zip(ctx.learned, slopes, strict=True):
+                    result[1 + i] = (cotangent * slope).sum()
+            return None, None, *result
 
-    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]  # asked at every call
+    # `apply` binds its arguments to the signature first, which in eager code takes longer than a kernel
+    Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]
+    apply_in_eager = super(torch.autograd.Function, Rowwise).apply
 
     def value(x: Tensor, *others: Input, where: Tensor | None = None) -> Tensor:
-        constants = [v.detach() if isinstance(v, Tensor) and v.ndim else v for v in others]
-        traced = torch.is_grad_enabled()
-        learned = tuple(i for i, v in enumerate(constants) if traced and isinstance(v, Tensor) and v.requires_grad)
+        traced, learned, inputs = torch.is_grad_enabled(), [], [x]
+        for i, v in enumerate(others):
+            if isinstance(v, Tensor) and v.requires_grad:
+                if v.ndim:
+                    v = v.detach()
+                elif traced:
+                    learned.append(i)
+            inputs.append(v)
         with no_autocast(x):
-            if learned or (traced and x.requires_grad):
-                return Rowwise.apply(learned, where, x, *constants)[0]
-            return by_rows(lambda *inputs: value_and_gradient(*inputs)[:1], where, x, *constants, axes=axes)[0]
+            if not (learned or traced and x.requires_grad):
+                return by_rows(lambda *rows: value_and_gradient(*rows)[:1], where, *inputs, axes=axes)[0]
+            plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+            return (apply_in_eager if plain else Rowwise.apply)(tuple(learned), where, *inputs)[0]
 
     return value
 
@@ -114,15 +118,15 @@ def by_rows(
     On a CPU it is given the kept rows alone, and no more of them at once than its caches hold; so no whole copy is made
     of inputs in half precision. Elsewhere it is given all, with 0 in the masked rows.
     """
-    batch = x.shape[: x.ndim - axes]
-    if not eager_on_cpu(x, *others) or not batch or (where is None and x.numel() < 4 * BLOCK):
+    batch, small = x.shape[: x.ndim - axes], x.numel() < 4 * BLOCK
+    if (where is None and small) or not batch or not eager_on_cpu(x, *others):
         return function(*_wide(where, x, *others))
     rows = [v.reshape(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in (x, *others)]
     number = len(rows[0])
     kept = None if where is None else where.reshape(-1).nonzero().squeeze(-1)
     if kept is not None and len(kept) == number:
         kept = None
-    size = max(BLOCK * number // max(x.numel(), 1), 1) if x.numel() >= 4 * BLOCK else max(number, 1)
+    size = max(number if small else BLOCK * number // x.numel(), 1)
     results: list[Tensor] = []
     for start in range(0, max(number if kept is None else len(kept), 1), size):
         block = slice(start, start + size) if kept is None else kept[start : start + size]
@@ -142,15 +146,19 @@ def _room(part: Tensor, x: Tensor, batch: torch.Size, zero: bool) -> Tensor:
     return (part.new_zeros if zero else part.new_empty)(batch + part.shape[1:])
 
 
-def _has_rows(value: Input) -> bool:
+def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _wide(where: Tensor | None, *inputs: Input) -> tuple[Input, ...]:
+def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
     """The inputs in float32 or wider, with 0 in the masked rows."""
-    dtype = widest(*filter(_has_rows, inputs))  # type: ignore[arg-type]
-    wide = (v.to(dtype) if _has_rows(v) and v.is_floating_point() else v for v in inputs)  # type: ignore[union-attr]
-    return tuple(zero_masked(where, v)[0] if _has_rows(v) else v for v in wide)  # type: ignore[arg-type]
+    dtype = widest(*(v for v in inputs if _has_rows(v)))  # type: ignore[misc]
+    wide: list[Any] = list(inputs)
+    for i, v in enumerate(inputs):
+        if _has_rows(v):
+            v = v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v  # type: ignore[union-attr]
+            wide[i] = v if where is None else zero_masked(where, v)[0]  # type: ignore[arg-type]
+    return wide
 
 
 def _pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
@@ -174,17 +182,30 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
     return by_rows(lambda g, a: ((a * g).to(gradient.dtype),), None, gradient, above, axes=axes)[0]
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """PyTorch loads what it differentiates forward with at the first use, and warns of what it does itself then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
 def _saveable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def _check_unchanged(tensors: Sequence[Tensor], versions: Sequence[int | None]) -> None:
-    for x, version in zip(tensors, versions, strict=True):
+def _as_they_were(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
+    """The inputs, which were saved under a transform of `torch.func`, and are referred to in other eager code."""
+    if saved:
+        tensors = iter(saved)
+        return [next(tensors) if v is None else v[0] for v in ctx.given]
+    for (x,), version in zip(ctx.given, ctx.versions, strict=True):
         if version is not None and x._version != version:
             raise RuntimeError(
                 f"the second derivative of a loss needs the inputs that it was given, but one of shape {list(x.shape)} was "
                 "written into since; take the derivatives before, or give the loss a copy of it, x.clone()"
             )
+    return [_saveable(v) if isinstance(v, Tensor) else v for (v,) in ctx.given]
 
 
 kl_divergence = rowwise(kl_and_gradient)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, check_classes, check_fixed, kl_divergence, positive, promote
+from kdjax._numerics import HIGHEST, check_classes, check_fixed, positive, promote
 from kdjax._reduce import count, reduce, zero_masked
+from kdjax._rowwise import kl_divergence
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 Rows = Callable[[jax.Array], jax.Array]  # this device's rows of all

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from kdjax._numerics import (
-    binary_and_others,
     check_classes,
     is_class,
-    kl_divergence,
+    kl_and_gradient,
+    kl_of_softmaxes,
+    log_ratio,
     non_negative,
     positive,
-    promote,
+    take_class,
     valid_index,
     weigh,
+    without_class,
 )
 from kdjax._reduce import reduce, zero_masked
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -42,9 +46,10 @@ def dkd_loss(
         student_logits: `[*batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` gives NaN for that example.
-        alpha: weight of the target part (TCKD), ≥ 0.
-        beta: weight of the non-target part (NCKD), ≥ 0. With α = 1 and β = 1 − q_y it is KL, example by example.
-        temperature: T > 0.
+        alpha: weight of the target part (TCKD), ≥ 0; a constant.
+        beta: weight of the non-target part (NCKD), ≥ 0; a constant. With α = 1 and β = 1 − q_y it is KL, example by
+            example.
+        temperature: T > 0; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -67,15 +72,45 @@ def dkd_loss(
     >>> print(f"{dkd_loss(s, t, jnp.array([0])):.4f}")
     1.2644
     """
-    student, teacher, labels = zero_masked(where, *promote(student_logits, teacher_logits), labels)
-    check_classes(student)
-    alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
-    temperature = positive("temperature", temperature, student)
-    labels, factor = valid_index(labels, student.shape[-1])
-    label = is_class(student, labels)
-    student_binary, student_others = binary_and_others(student, label, temperature)
-    teacher_binary, teacher_others = binary_and_others(jax.lax.stop_gradient(teacher), label, temperature)
-    target = kl_divergence(student_binary, teacher_binary, 1.0)
-    others = kl_divergence(student_others, teacher_others, temperature)
-    alpha, beta = temperature**2 * alpha, temperature**2 * beta  # before a sum that might not exist
-    return reduce(factor * (weigh(alpha, target) + weigh(beta, others)), where, reduction, axis_name)
+    check_classes(student_logits)
+    logits = student_logits, teacher_logits
+    alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
+    temperature = positive("temperature", temperature, *logits)
+    labels, factor = valid_index(*zero_masked(where, labels), student_logits.shape[-1])
+    value = _decoupled(*logits, labels, alpha, beta, temperature, where=where)
+    return reduce(factor.astype(value.dtype) * value, where, reduction, axis_name)
+
+
+def decoupled_and_gradient(
+    x: jax.Array, y: jax.Array, labels: jax.Array, alpha: Scalar, beta: Scalar, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
+    hat_p, totals, others, difference = _others(x, y, labels, temperature)
+    binary = (
+        _binary(take_class(a, labels)[..., None], *total, temperature) for a, total in zip((x, y), totals, strict=True)
+    )
+    target, target_gradient = kl_and_gradient(*binary, 1.0)
+    at_label = alpha * temperature * target_gradient[..., :1]
+    gradient = beta * temperature * difference - at_label * hat_p
+    square = temperature**2  # before a sum that might not exist
+    value = weigh(square * alpha, target) + weigh(square * beta, others)
+    return value, jnp.where(is_class(x, labels), at_label, gradient)
+
+
+_decoupled = rowwise(decoupled_and_gradient)
+
+Total = tuple[jax.Array, jax.Array]  # the largest logit, and log sum exp((x - largest) / T)
+
+
+def _others(
+    x: jax.Array, y: jax.Array, labels: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, tuple[Total, Total], jax.Array, jax.Array]:
+    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, which may be none."""
+    p, q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature, may_be_empty=True)
+    return p.p, (p[1:], q[1:]), *kl_of_softmaxes(p, q, ratio)
+
+
+def _binary(at_label: jax.Array, peak: jax.Array, log_total: jax.Array, temperature: Scalar) -> jax.Array:
+    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    largest = jax.lax.stop_gradient(jnp.maximum(at_label, peak))
+    return jnp.concatenate([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)

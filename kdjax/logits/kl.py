@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_divergence, log_ratio, positive, promote, rowwise
-from kdjax._reduce import reduce, zero_masked
+from kdjax._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, times_square
+from kdjax._reduce import reduce
+from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
@@ -27,7 +28,7 @@ def kl_loss(
     Args:
         student_logits: `[*batch, classes]`; leading axes are free, so `[batch, tokens, vocabulary]` works.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0. The factor T² keeps the gradient's size as T grows.
+        temperature: T > 0; an array has a gradient. The factor T² keeps the gradient's size as T grows.
         where: `[*batch]`, False for examples (or tokens) that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -51,11 +52,10 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = kl_divergence(student, jax.lax.stop_gradient(teacher), temperature)
-    return reduce(temperature**2 * divergence, where, reduction, axis_name)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
 @checked
@@ -76,7 +76,7 @@ def symmetric_kl_loss(
     Args:
         student_logits: `[*batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -99,20 +99,20 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    check_classes(student)
-    temperature = positive("temperature", temperature, student)
-    divergence = _jeffreys(student, jax.lax.stop_gradient(teacher), temperature)
-    return reduce(temperature**2 / 2 * divergence, where, reduction, axis_name)
+    check_classes(student_logits)
+    temperature = positive("temperature", temperature, student_logits, teacher_logits)
+    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
+    return reduce(times_square(temperature, divergence) / 2, where, reduction, axis_name)
 
 
-@rowwise
-def _jeffreys(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
-    """sum (p - q) r with r = log(p / q); the gradient is [(p - q) + p (r - KL(p || q))] / T."""
-    p, q, r = log_ratio(x, y, temperature)
-    near = (q > 0) & (r < 1)
-    difference = jnp.where(near, q * jnp.expm1(jnp.where(near, r, 0)), p - q)
-    reverse = jnp.where(p > 0, p * r, 0)
-    gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
+def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+    """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
+    p, q, ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p.p, q.p, ratio)
+    reverse = jnp.where(p.p == 0, 0, p.p * ratio)
+    gradient = difference + reverse - p.p * reverse.sum(-1, keepdims=True)
     # of one sign, unless r has lost its digits
-    return jnp.abs(jnp.where(difference == 0, 0, difference * r)).sum(-1), gradient / temperature
+    return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature
+
+
+_jeffreys = rowwise(jeffreys_and_gradient)

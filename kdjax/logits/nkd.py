@@ -7,17 +7,18 @@ import jax.numpy as jnp
 
 from kdjax._numerics import (
     check_classes,
-    cross_entropy,
+    cross_entropy_of_softmax,
     is_class,
-    log_softmax,
     non_negative,
     positive,
-    promote,
+    softmax,
     take_class,
     valid_index,
     weigh,
+    without_class,
 )
 from kdjax._reduce import reduce, zero_masked
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -45,8 +46,8 @@ def nkd_loss(
         teacher_logits: the same shape; constant, its gradient is 0.
         labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` gives NaN for that example), or
             a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
-        gamma: weight of the non-target part, ≥ 0.
-        temperature: T > 0, of the non-target part alone.
+        gamma: weight of the non-target part, ≥ 0; a constant.
+        temperature: T > 0, of the non-target part alone; an array has a gradient.
         where: `[*batch]`, False for examples that count for nothing.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -69,16 +70,26 @@ def nkd_loss(
     >>> print(f"{nkd_loss(s, t, jnp.array([0])):.4f}")
     0.7282
     """
-    student, teacher = zero_masked(where, *promote(student_logits, teacher_logits))
-    teacher = jax.lax.stop_gradient(teacher)
-    check_classes(student)
-    gamma, temperature = non_negative("gamma", gamma, student), positive("temperature", temperature, student)
-    (labels,) = zero_masked(where, labels if labels.ndim < student.ndim else jnp.argmax(labels, -1))
-    labels, factor = valid_index(labels, student.shape[-1])
-    label = is_class(student, labels)
+    check_classes(student_logits)
+    logits = student_logits, teacher_logits
+    gamma, temperature = non_negative("gamma", gamma, *logits), positive("temperature", temperature, *logits)
+    (labels,) = zero_masked(where, labels if labels.ndim < student_logits.ndim else jnp.argmax(labels, -1))
+    labels, factor = valid_index(labels, student_logits.shape[-1])
+    value = _normalized(*logits, labels, gamma, temperature, where=where)
+    return reduce(factor.astype(value.dtype) * value, where, reduction, axis_name)
 
-    q_y = jnp.exp(take_class(log_softmax(teacher), labels))
-    target = -jnp.where(q_y == 0, 0, q_y * take_class(log_softmax(student), labels))
-    hat_q = jnp.exp(log_softmax(jnp.where(label, -jnp.inf, teacher), temperature))
-    others = cross_entropy(jnp.where(label, -jnp.inf, student), hat_q, temperature)
-    return reduce(factor * (target + weigh(gamma * temperature**2, others)), where, reduction, axis_name)
+
+def normalized_and_gradient(
+    x: jax.Array, y: jax.Array, labels: jax.Array, gamma: Scalar, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
+    p, q_y = softmax(x), take_class(softmax(y).p, labels)[..., None]
+    log_p_y = take_class(x, labels)[..., None] - p.peak - p.log_total
+    target = -jnp.where(q_y == 0, 0, q_y * jnp.where(q_y == 0, 0, log_p_y)).squeeze(-1)
+    hat_p, hat_q = (softmax(without_class(a, labels), temperature, may_be_empty=True) for a in (x, y))
+    others, gradient = cross_entropy_of_softmax(hat_p, x, hat_q.p, temperature)
+    weight = gamma * temperature**2
+    return target + weigh(weight, others), q_y * (p.p - is_class(x, labels).astype(x.dtype)) + weight * gradient
+
+
+_normalized = rowwise(normalized_and_gradient)

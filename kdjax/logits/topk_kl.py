@@ -9,8 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_and_gradient, kl_divergence, positive, promote, rowwise, softmax, valid_index
+from kdjax._numerics import check_classes, kl_and_gradient, positive, promote, softmax, valid_index
 from kdjax._reduce import reduce, zero_masked
+from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -132,7 +133,7 @@ def topk_kl_and_gradient(
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1).astype(values.dtype))
     held = _put(jnp.zeros(x.shape, bool), places, ~none)
     others = jnp.where(held, -jnp.inf, x.astype(values.dtype))
-    p, peak, _, log_total = softmax(others, temperature)
+    p, peak, log_total = softmax(others, temperature, may_be_empty=True)
     empty = jnp.isneginf(others).all(-1, keepdims=True)
     largest = jnp.maximum(jnp.where(empty, -jnp.inf, peak), own.max(-1, keepdims=True))
     largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0, largest))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_sum
 from kdjax._numerics import (
+    Softmax,
     check_classes,
-    cross_entropy,
+    cross_entropy_and_gradient,
+    cross_entropy_of_softmax,
     is_class,
-    log_softmax,
     non_negative,
     promote,
-    take_class,
+    softmax,
     valid_index,
     weigh,
+    widest,
 )
-from kdjax._reduce import count, reduce, zero_masked
+from kdjax._reduce import reduce, zero_masked
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -51,9 +56,9 @@ def uskd_loss(
         labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` gives NaN for that example), or
             a distribution `[*batch, classes]` (mixup), whose two most probable classes are y; a second one of
             probability 0 is ignored, so that a one-hot distribution equals its class.
-        alpha: weight of the target part, ≥ 0.
-        beta: weight of the non-target part, ≥ 0.
-        mu: weight of the weak head's own cross-entropy, ≥ 0.
+        alpha: weight of the target part, ≥ 0; a constant.
+        beta: weight of the non-target part, ≥ 0; a constant.
+        mu: weight of the weak head's own cross-entropy, ≥ 0; a constant.
         where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -76,72 +81,115 @@ def uskd_loss(
     >>> print(f"{uskd_loss(s, w, jnp.array([0])):.4f}")
     0.2453
     """
-    student, weak = zero_masked(where, *promote(student_logits, weak_logits))
-    check_classes(student)
-    alpha, beta = non_negative("alpha", alpha, student), non_negative("beta", beta, student)
-    mu = non_negative("mu", mu, student)
-    used = ~(jnp.isneginf(student) & jnp.isneginf(weak))
-    log_p, log_w = log_softmax(student), log_softmax(weak)
+    check_classes(student_logits)
+    logits = student_logits, weak_logits
+    alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
+    mu = non_negative("mu", mu, *logits)
+    dtype = widest(*logits)
 
-    if labels.ndim < student.ndim:
-        (labels,) = zero_masked(where, labels)
-        labels, factor = valid_index(labels, student.shape[-1])
-        factor = factor.astype(student.dtype)
-        classes, probabilities = labels[None], jnp.ones_like(factor)[None]
-        distribution = is_class(student, labels).astype(student.dtype)
+    (kept,) = zero_masked(where, labels)
+    if labels.ndim < student_logits.ndim:
+        labels, factor = valid_index(kept, student_logits.shape[-1])
+        classes, factor = labels[..., None], factor.astype(dtype)
+        probabilities = jnp.ones_like(classes, dtype)
     else:
-        (distribution,) = zero_masked(where, labels.astype(student.dtype))
-        first = jnp.argmax(distribution, -1)
-        second = jnp.argmax(jnp.where(is_class(student, first), -jnp.inf, distribution), -1)
-        classes = jnp.stack([first, second])
-        probabilities = jnp.stack([take_class(distribution, first), take_class(distribution, second)])
-        factor = jnp.ones_like(probabilities[0])
+        first = jnp.argmax(kept, -1)
+        second = jnp.argmax(jnp.where(is_class(kept, first), -jnp.inf, kept), -1)
+        classes = jnp.stack([first, second], -1)
+        probabilities = jnp.take_along_axis(kept, classes, -1).astype(dtype)
+        classes = jnp.where(probabilities > 0, classes, first[..., None])  # a second label of probability 0 is the first again
+        factor = jnp.ones_like(probabilities[..., 0])
 
+    (student,) = zero_masked(where, *promote(jax.lax.stop_gradient(student_logits)))
+    p = softmax(student)
+    log_p = jnp.take_along_axis(student, classes, -1) - p.peak - p.log_total
     present = probabilities > 0
-    is_label = jnp.zeros(student.shape, bool)
-    target = log_p_labels = w_labels = jnp.zeros_like(factor)
-    for k in range(len(classes)):
-        log_p_y = jnp.where(present[k], take_class(log_p, classes[k]), 0)
-        counted = present[k] if where is None else present[k] & where
-        square = jnp.where(counted, jnp.exp(2 * log_p_y), 0)
-        mean = all_sum(jax.lax.stop_gradient(square.sum()), axis_name) / count(counted, square.dtype, axis_name)
-        soft = jax.lax.stop_gradient(jnp.where(present[k], square + probabilities[k] - mean, 0))
-        target -= soft * log_p_y
-        log_p_labels += log_p_y
-        w_labels += jnp.where(present[k], take_class(jnp.exp(log_w), classes[k]), 0)
-        is_label |= is_class(student, classes[k]) & present[k][..., None]
+    counted = (present if where is None else present & where[..., None]) & ~jnp.isnan(log_p)
+    square = jnp.where(present, jnp.exp(2 * log_p), 0)
+    examples = tuple(range(square.ndim - 1))
+    number = jnp.maximum(all_sum(counted.sum(examples, dtype=dtype), axis_name), 1)
+    mean = all_sum(jnp.where(counted, square, 0).sum(examples), axis_name) / number
+    mean = jnp.broadcast_to(mean, square.shape)
+    soft = jnp.where(present, square + probabilities - mean, 0)
 
-    score = jnp.exp(log_w) / (1 - w_labels + 1e-6)[..., None] + log_p / (1 - log_p_labels + 1e-6)[..., None]
-    zipf = jnp.where(used & ~is_label, _zipf(jax.lax.stop_gradient(score), where), 0)
-    zipf /= jnp.maximum(zipf.sum(-1, keepdims=True), jnp.finfo(zipf.dtype).tiny)
-    others = cross_entropy(jnp.where(is_label, -jnp.inf, student), zipf, 1.0)
-
-    smooth = 0.9 * distribution + 0.1 / used.sum(-1, keepdims=True, dtype=student.dtype)
-    head = cross_entropy(weak, jnp.where(used, smooth, 0), 1.0)
-    return reduce(factor * (weigh(alpha, target) + weigh(beta, others) + weigh(mu, head)), where, reduction, axis_name)
+    value = _target_and_others(*logits, classes, probabilities, soft, alpha, beta, where=where)
+    head = _head(*logits[::-1], labels, where=where)
+    return reduce(factor * (value + weigh(mu, head)), where, reduction, axis_name)
 
 
-def _zipf(score: jax.Array, where: jax.Array | None) -> jax.Array:
+def target_and_others_and_gradient(
+    x: jax.Array,
+    weak: jax.Array,
+    classes: jax.Array,
+    probabilities: jax.Array,
+    soft: jax.Array,
+    alpha: Scalar,
+    beta: Scalar,
+) -> tuple[jax.Array, jax.Array]:
+    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z)."""
+    p = softmax(x)
+    at_labels = is_class(x[..., None, :], classes)
+    log_p, unused = x - p.peak - p.log_total, jnp.isneginf(x) & jnp.isneginf(weak)
+    excluded = at_labels.any(-2)
+    zipf = _zipf(jax.lax.stop_gradient(log_p), softmax(jax.lax.stop_gradient(weak)), unused | excluded, classes, probabilities)
+    log_p_y = jnp.take_along_axis(log_p, classes, -1)
+    target = -jnp.where(soft == 0, 0, soft * jnp.where(soft == 0, 0, log_p_y)).sum(-1)
+    hat_p = softmax(jnp.where(excluded, -jnp.inf, x), may_be_empty=True)
+    others, gradient = cross_entropy_of_softmax(hat_p, x, zipf, 1.0)
+    pushed = p.p * soft.sum(-1, keepdims=True) - jnp.where(at_labels, soft[..., None], 0).sum(-2)
+    return weigh(alpha, target) + weigh(beta, others), alpha * pushed + beta * gradient
+
+
+_target_and_others = rowwise(target_and_others_and_gradient)
+
+
+def _zipf(
+    log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array, probabilities: jax.Array
+) -> jax.Array:
+    """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
+    present = probabilities > 0
+    over_w, over_p = (
+        1 - jnp.where(present, jnp.take_along_axis(x, classes, -1), 0).sum(-1, keepdims=True) + 1e-6
+        for x in (w.p, log_p)
+    )
+    zipf = jnp.where(excluded, 0, _inverse_places(w.p / over_w + log_p / over_p, present[..., 0]))
+    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    return zipf / (jnp.maximum(zipf.sum(-1, keepdims=True), jnp.finfo(zipf.dtype).tiny) + felt)
+
+
+def _inverse_places(score: jax.Array, kept: jax.Array) -> jax.Array:
     """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes.
 
     XLA sorts integers, alone, five times as fast as numbers with their places; a place is then where a class's own
-    integer stands. Only three or more equal scores need the slow sort.
+    integer stands. Only three or more equal scores of a kept example need the slow sort.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0, -score), f"int{8 * score.dtype.itemsize}")
-    key = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)  # in the order of -score
-    ordered = jnp.sort(key, -1)
-    threes = (ordered[..., 2:] == ordered[..., :-2]).any(-1)
-    threes = (threes if where is None else threes & where).any()
+    keys = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)  # in the order of -score
+    ordered = jnp.sort(keys, -1)
+    threes = (ordered[..., 2:] == ordered[..., :-2]).any(-1) & kept
 
-    def own(ordered: jax.Array, key: jax.Array) -> jax.Array:
-        place = jnp.searchsorted(ordered, key, method="scan_unrolled").astype("int32")
-        index = jnp.arange(len(key), dtype="int32")
-        first = jnp.full_like(index, len(key)).at[place].min(index)
-        return place + (first[place] < index).astype("int32")
+    @functools.partial(jnp.vectorize, signature="(n),(n)->(n)")
+    def quick(ordered: jax.Array, keys: jax.Array) -> jax.Array:
+        place = jnp.searchsorted(ordered, keys, method="scan_unrolled").astype("int32")
+        index = jnp.arange(len(keys), dtype="int32")
+        first = jnp.full_like(index, len(keys)).at[place].min(index)
+        return place + (first[place] < index).astype("int32")  # the second of two equal scores
 
     def stable() -> jax.Array:
         place = jnp.argsort(jnp.argsort(-score, -1, stable=True), -1).astype("int32")
-        return jnp.where(key == key, place, 0)  # argsort forgets, inside shard_map, that devices differ
+        return jnp.where(keys == keys, place, 0)  # argsort forgets, inside shard_map, that devices differ
 
-    place = jax.lax.cond(threes, stable, lambda: jnp.vectorize(own, signature="(n),(n)->(n)")(ordered, key))
+    place = jax.lax.cond(threes.any(), stable, lambda: quick(ordered, keys))
     return 1 / (1 + place).astype(score.dtype)
+
+
+def head_and_gradient(weak: jax.Array, x: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-sum (0.9 l + 0.1 / C) log softmax(weak), over the classes that are not padding."""
+    used = ~(jnp.isneginf(x) & jnp.isneginf(weak))
+    distribution = is_class(weak, labels).astype(weak.dtype) if labels.ndim < weak.ndim else labels
+    # NaN where x is no distribution
+    number = used.sum(-1, keepdims=True, dtype=weak.dtype) + 0 * jax.lax.stop_gradient(x).max(-1, keepdims=True)
+    return cross_entropy_and_gradient(weak, jnp.where(used, 0.9 * distribution + 0.1 / number, 0))
+
+
+_head = rowwise(head_and_gradient)

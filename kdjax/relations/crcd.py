@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather_constant, fetch, rank, size
-from kdjax._numerics import HIGHEST, check_fixed, check_state, fraction, positive, promote, rowwise, unit, valid_index
+from kdjax._numerics import HIGHEST, check_fixed, check_state, fraction, positive, promote, unit, valid_index
 from kdjax._reduce import count, reduce, zero_masked
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import all_sum, size
-from kdjax._numerics import check_state, cross_entropy, fraction, log_softmax, positive, promote, rowwise, softmax
+from kdjax._numerics import check_state, cross_entropy_of_softmax, fraction, positive, softmax, widest
 from kdjax._reduce import reduce
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
 
@@ -117,9 +118,9 @@ def dino_loss(
         student: `[student_views, batch, dim]`; the first teacher_views of them are the teacher's views.
         teacher: `[teacher_views, batch, dim]`, constant.
         state: the centre, from `dino_init(dim)` or the step before.
-        teacher_temperature: τ_t > 0; `dino_teacher_temperature` gives its warm-up.
-        student_temperature: τ_s > 0.
-        center_momentum: m in [0, 1].
+        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
+        student_temperature: τ_s > 0; an array has a gradient.
+        center_momentum: m in [0, 1], a constant.
         where: `[batch]`, False for examples that count for nothing, in the centre too.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -149,46 +150,56 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    student, teacher = promote(student, teacher)
-    if where is not None:
-        student, teacher = (jnp.where(where[None, :, None], x, 0) for x in (student, teacher))
-    teacher = jax.lax.stop_gradient(teacher)
-    teacher_temperature = positive("teacher_temperature", teacher_temperature, student)
-    student_temperature = positive("student_temperature", student_temperature, student)
+    teacher, dtype = jax.lax.stop_gradient(teacher), widest(student, teacher)
+    teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
+    student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, state.center)
 
-    q = jnp.exp(log_softmax(teacher - state.center.astype(teacher.dtype)[None, None], teacher_temperature))
-    q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
-    pairs = _cross_entropies(student, q, every, student_temperature).sum(0)
-    loss = reduce(pairs / (views * teacher_views - teacher_views), where, reduction, axis_name)
+    center = jnp.broadcast_to(state.center.astype(dtype), (teacher.shape[1], 1, teacher.shape[2]))  # for every example
+    examples = student.swapaxes(0, 1), teacher.swapaxes(0, 1)
+    pairs = _pairs(*examples, center, teacher_temperature, student_temperature, where=where)
+    loss = reduce(pairs, where, reduction, axis_name)
 
+    if where is not None:
+        teacher = jnp.where(where[None, :, None], teacher, 0)
+    total = teacher.sum((0, 1), dtype=dtype)
     batch = size(axis_name) * teacher.shape[1]
-    kept = jnp.asarray(batch, teacher.dtype) if where is None else all_sum(where.sum(dtype=teacher.dtype), axis_name)
-    mean = (all_sum(teacher.sum((0, 1)), axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
+    kept = jnp.asarray(batch, dtype) if where is None else all_sum(where.sum(dtype=dtype), axis_name)
+    mean = (all_sum(total, axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
     padding = jnp.isneginf(mean)
-    center = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
-    usable = jnp.isfinite(center).all() & (kept > 0)
-    return loss, DINOState(jnp.where(usable, center, state.center)) if update else state
+    moved = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
+    usable = jnp.isfinite(moved).all() & (kept > 0)
+    return loss, DINOState(jnp.where(usable, moved, state.center)) if update else state
 
 
-@rowwise
-def _cross_entropies(x: jax.Array, q: jax.Array, every: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
-    """Of each view with the sum of all teacher views but itself; the gradient is (p sum target - target) / T.
+def pairs_and_gradient(
+    x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """Of the views of an example, which are the axis before the last.
 
-    XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches hold.
+    By hand, because XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches
+    hold, and the gradient, for which exponentials are taken again, in one go.
     """
-    teacher_views = len(q)
-    ours, others = jnp.maximum(every[None] - q, 0), every[None]
+    x, y, center = (jnp.moveaxis(a, -2, 0) for a in (x, y, center))
+    views, teacher_views = len(x), len(y)
+    q = softmax(y - center, teacher_temperature).p
+    q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
+    own = jnp.maximum(every[None] - q, 0)  # of the teacher's views, all but the same one
 
-    def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        _, peak, z, _ = softmax(view, temperature)
-        scale = target.sum(-1, keepdims=True) / jnp.maximum(jnp.exp(z).sum(-1, keepdims=True), 1)
-        return cross_entropy(view, target, temperature), peak, scale
+    def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+        p = softmax(view, temperature)
+        return *cross_entropy_of_softmax(p, view, target, temperature)[:1], p.peak, p.log_total, target.sum(-1, keepdims=True)
 
-    targets = [*ours, *[every] * (len(x) - teacher_views)]
-    value, peak, scale = map(jnp.stack, zip(*map(one, x, targets), strict=True))
+    targets = [*own, *[every] * (views - teacher_views)]
+    value, peak, log_total, total = map(jnp.stack, zip(*map(one, x, targets), strict=True))
 
-    def gradient(views: slice, target: jax.Array) -> jax.Array:
-        return (jnp.exp((x[views] - peak[views]) / temperature) * scale[views] - target) / temperature
+    def gradient(part: slice, target: jax.Array) -> jax.Array:
+        log_p = (x[part] - peak[part]) / temperature - log_total[part]
+        return (jnp.exp(log_p) * total[part] - target) / temperature
 
-    return value, jnp.concatenate([gradient(slice(teacher_views), ours), gradient(slice(teacher_views, None), others)])
+    parts = [gradient(slice(teacher_views), own), gradient(slice(teacher_views, None), every[None])]
+    number = views * teacher_views - teacher_views
+    return value.sum(0) / number, jnp.moveaxis(jnp.concatenate(parts), 0, -2) / number
+
+
+_pairs = rowwise(pairs_and_gradient, axes=2)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
-    Softmax,
+    FAR,
     check_classes,
+    eager_on_cpu,
     kl_and_gradient,
     kl_of_softmaxes,
     kl_of_tilt,
@@ -90,13 +91,11 @@ def decoupled_and_gradient(
     By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
     """
     label = labels.unsqueeze(-1)
-    hat_p, hat_q, others, difference = _others(without_class(x, labels), without_class(y, labels), temperature)
-    x_binary, y_binary = (
-        _binary(logits.gather(-1, label), hat, temperature) for logits, hat in ((x, hat_p), (y, hat_q))
-    )
-    target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
+    hat_p, totals, others, difference = _others(x, y, labels, temperature)
+    binary = (_binary(a.gather(-1, label), *total, temperature) for a, total in zip((x, y), totals, strict=True))
+    target, target_gradient = kl_and_gradient(*binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
-    gradient = beta * temperature * difference - at_label * hat_p.p
+    gradient = beta * temperature * difference - at_label * hat_p
     square = temperature**2  # before a sum that might not exist
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, gradient.scatter(-1, label, at_label)
@@ -104,23 +103,27 @@ def decoupled_and_gradient(
 
 _decoupled = rowwise(decoupled_and_gradient)
 
-
-def _others(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Softmax, Softmax, Tensor, Tensor]:
-    """^p and ^q, KL(^q || ^p) and ^p - ^q, from logits without the label, of which there may be none."""
-    tilted = tilt(x, y, temperature, may_be_empty=True)
-    if tilted is None:
-        p, q, ratio = log_ratio(x, y, temperature, may_be_empty=True)
-        return p, q, *kl_of_softmaxes(p, q, ratio)
-    difference = tilted.excess.div_(1 + tilted.rise)
-    p, q = (
-        Softmax(hat, logits.amax(-1, keepdim=True), -hat.amax(-1, keepdim=True).log())
-        for hat, logits in ((tilted.q + difference, x), (tilted.q, y))
-    )
-    return p, q, kl_of_tilt(tilted), difference
+Total = tuple[Tensor, Tensor]  # the largest logit, and log sum exp((x - largest) / T)
 
 
-def _binary(at_label: Tensor, others: Softmax, temperature: Scalar) -> Tensor:
+def _others(
+    x: Tensor, y: Tensor, labels: Tensor, temperature: Scalar
+) -> tuple[Tensor, tuple[Total, Total], Tensor, Tensor]:
+    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, which may be none."""
+    if eager_on_cpu(x, y, temperature):
+        far = [without_class(logits, labels, FAR) for logits in (x, y)]
+        peaks = [logits.amax(-1, keepdim=True) for logits in far]
+        tilted = tilt(*far, temperature) if all(bool((peak > FAR).all()) for peak in peaks) else None
+        if tilted is not None:
+            value, difference = kl_of_tilt(tilted), tilted.excess.div_(1 + tilted.rise)
+            of_y = peaks[1], -tilted.q.amax(-1, keepdim=True).log()
+            hat_p = tilted.q.add_(difference)
+            return hat_p, ((peaks[0], -hat_p.amax(-1, keepdim=True).log()), of_y), value, difference
+    p, q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature, may_be_empty=True)
+    return p.p, (p[1:], q[1:]), *kl_of_softmaxes(p, q, ratio)
+
+
+def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
-    largest = torch.maximum(at_label, others.peak)
-    rest = (others.peak - largest) / temperature + others.log_total
-    return torch.cat([(at_label - largest) / temperature, rest], -1)
+    largest = torch.maximum(at_label, peak)
+    return torch.cat([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import torch
-from kdtorch._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, softmax_pulled_back, tilt
+from kdtorch._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, softmax_pulled_back, tilt, times_square
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
@@ -55,7 +55,7 @@ def kl_loss(
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
     divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
-    return reduce(temperature**2 * divergence, where, reduction, group)
+    return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
 @checked
@@ -102,7 +102,7 @@ def symmetric_kl_loss(
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
     divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
-    return reduce(temperature**2 / 2 * divergence, where, reduction, group)
+    return reduce(times_square(temperature, divergence) / 2, where, reduction, group)
 
 
 def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:

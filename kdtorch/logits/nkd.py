@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
-    cross_entropy_and_gradient,
+    cross_entropy_of_softmax,
     non_negative,
     positive,
     softmax,
@@ -88,10 +88,10 @@ def normalized_and_gradient(
     p, q_y = softmax(x), softmax(y).p.gather(-1, label)
     log_p_y = x.gather(-1, label) - p.peak - p.log_total
     target = -torch.where(q_y == 0, 0, q_y * log_p_y).squeeze(-1)
-    hat_q = softmax(without_class(y, labels), temperature, may_be_empty=True).p
-    others, gradient = cross_entropy_and_gradient(without_class(x, labels), hat_q, temperature, may_be_empty=True)
+    hat_p, hat_q = (softmax(without_class(a, labels), temperature, may_be_empty=True) for a in (x, y))
+    others, gradient = cross_entropy_of_softmax(hat_p, x, hat_q.p, temperature)
     weight = gamma * temperature**2
-    return target + weigh(weight, others), (q_y * p.p + weight * gradient).scatter_add(-1, label, -q_y)
+    return target + weigh(weight, others), (q_y * p.p + weight * gradient).scatter_add_(-1, label, -q_y)
 
 
 _normalized = rowwise(normalized_and_gradient)

@@ -12,6 +12,7 @@ from kdtorch._numerics import (
     Softmax,
     check_classes,
     cross_entropy_and_gradient,
+    cross_entropy_of_softmax,
     non_negative,
     softmax,
     valid_index,
@@ -127,9 +128,10 @@ def target_and_others_and_gradient(
     zipf = _zipf(log_p.detach(), softmax(weak.detach()), torch.maximum(x, weak).isneginf(), classes, probabilities)
     log_p_y = log_p.gather(-1, classes)
     target = -torch.where(soft == 0, 0, soft * log_p_y).sum(-1)
-    others, gradient = cross_entropy_and_gradient(x.scatter(-1, classes, -math.inf), zipf, may_be_empty=True)
+    hat_p = softmax(x.scatter(-1, classes, -math.inf), may_be_empty=True)
+    others, gradient = cross_entropy_of_softmax(hat_p, x, zipf, 1.0)
     gradient = alpha * soft.sum(-1, keepdim=True) * p.p + beta * gradient
-    return weigh(alpha, target) + weigh(beta, others), gradient.scatter_add(-1, classes, -alpha * soft)
+    return weigh(alpha, target) + weigh(beta, others), gradient.scatter_add_(-1, classes, -alpha * soft)
 
 
 _target_and_others = rowwise(target_and_others_and_gradient)
