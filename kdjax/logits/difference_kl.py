@@ -158,9 +158,8 @@ def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) 
 
 
 def _ahead(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
-    """(y - x) / T; 0 where one of them is -inf."""
-    absent = jnp.isneginf(x) | jnp.isneginf(y)
-    return jnp.where(absent, 0, jnp.where(absent, 0, y) - jnp.where(absent, 0, x)) / temperature
+    """(y - x) / T; 0 where y is -inf."""
+    return jnp.where(jnp.isneginf(y), 0, y - jnp.where(jnp.isneginf(x), 0, x)) / temperature
 
 
 def _levelled(d: jax.Array) -> jax.Array:
@@ -199,10 +198,9 @@ def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
     absent = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
-    # not below -1e5 T, or infinity would meet 0 in the derivative with respect to T
+    # -1e5 for infinity, which would meet 0 in the derivative with respect to T
     rise, fall = (
-        jnp.exp(jnp.maximum(z, -1e5 * temperature) / temperature)
-        for z in (x - largest, jnp.where(absent, -jnp.inf, smallest - x))
+        jnp.exp(jnp.where(absent, -1e5 * temperature, z) / temperature) for z in (x - largest, smallest - x)
     )
     total = _product(local(rise), fall)
     return _Softmaxes(
