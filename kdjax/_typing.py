@@ -75,9 +75,7 @@ def _array(value: Any) -> Any:
         return value
     if isinstance(value, nnx.Variable):
         return value[...]
-    if isinstance(value, list):
-        return [_array(x) for x in value]
-    if isinstance(value, tuple):
-        items = map(_array, value)
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list | tuple) and any(isinstance(x, nnx.Variable) for x in value):
+        items = list(map(_array, value))
+        return type(value)(*items) if hasattr(value, "_fields") else items
     return value

@@ -383,9 +383,9 @@ def _mend(given: Given, arrays: list[Given]) -> str:
     if len(like) > 2 and shape[:-1] == like[:-2] and len(shape) == len(like) - 1:
         cut = f"[{':, ' * (len(like) - 2)}:-1]"
         if shape[-1] == like[-2] - 1:
-            return (
-                f"{name} is one shorter; if it is shifted by a token, shift too: {', '.join(x + cut for x in floats)}"
-            )
+            others = [x for x in arrays if x.expected.startswith("Float") or len(x.shape or ()) == len(like)]
+            long = [x.path + cut for x in others if (x.shape or ())[: len(shape)] == like[:-1]]
+            return f"{name} is one shorter; if it is shifted by a token, shift too: {', '.join(long)}"
         if shape[-1] == like[-2] + 1:
             return f"{name} is one longer; if the others are shifted by a token, give {name}{cut.replace(':-1', '1:')}"
     if text.startswith("Bool"):

@@ -368,6 +368,18 @@ MISTAKES = {
         r"`where` must be .*; where is one shorter; if it is shifted by a token, shift too: student_logits\[:, :-1\], "
         r"teacher_logits\[:, :-1\]$",
     ),
+    "a mask shifted by a token, and a part of the classes": (
+        call(
+            "topk_kl_loss",
+            TOKENS,
+            TOKENS[..., :2],
+            TOKENS[..., :2].astype(int),
+            TOKENS[..., 0],
+            where=np.ones((2, 5), bool),
+        ),
+        TypeError,
+        r"`where` must be .*, shift too: student_logits\[:, :-1\], values\[:, :-1\], indices\[:, :-1\], rest\[:, :-1\]$",
+    ),
     "labels shifted by a token": (
         call("nkd_loss", TOKENS, TOKENS, np.zeros((2, 5), int)),
         TypeError,
@@ -619,6 +631,49 @@ def test_mistakes_with_modules(f, build, message):
 def test_what_modules_do_not_take(f, build, given, message):
     with pytest.raises(TypeError, match=message):
         build(f)(*(x if x is None else f.array(x, "float32") for x in given))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@both
+@pytest.mark.parametrize(
+    ("build", "given", "options", "message"),
+    [
+        (
+            module("DynamicCenterNormLoss", 5, 10),
+            [LOGITS, LOGITS, LABELS.astype(float)],
+            {},
+            r"dcn_loss: `labels` must be Integer\[Array, '\*batch'\], got float32\[4\] beside .*; cast labels to integers",
+        ),
+        (
+            module("USKDLoss", 8, 10),
+            [np.zeros((4, 8)), LOGITS, LABELS[:, None]],
+            {},
+            r"uskd_loss: `labels` must be .*; give labels\[..., 0\]",
+        ),
+        (
+            module("CRCDLoss", 10, 10, 4, 9),
+            [LOGITS, LOGITS, LABELS],
+            {"where": np.ones((4, 1), bool)},
+            r"crcd_loss: `where` must be .*; give where\[..., 0\]",
+        ),
+        (
+            lambda f: f.kd.nn.DINOLoss(6),
+            [np.zeros((8, 6)), np.zeros((8, 6))],
+            {"T": 2.0},
+            "dino_loss: got an unexpected keyword argument 'T'; write `teacher_temperature` or `student_temperature`",
+        ),
+    ],
+)
+def test_mistakes_through_modules(f, build, given, options, message):
+    """A module says what its function says, compiled too."""
+    loss, given = build(f), f.arrays(given, "float32")
+    options = {name: f.array(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    with pytest.raises(TypeError, match=message):
+        loss(*given, **options)
+    if f is TORCH:
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+            torch.compile(loss, backend="eager", fullgraph=True)(*given, **options)
 
 
 OUT_OF_RANGE = {
