@@ -707,7 +707,6 @@ WORDS = {
         "`weight` is [4, 2, 3] from Flax, [4, 4, 3] in PyTorch; feature_group_count is 2 in Flax, groups is 1 in PyTorch"),
     "a dropout": (lambda: (linear(3, 4), small(THEIRS(), torch.nn.Dropout1d(0.5)), X), ValueError, "`1` of PyTorch drops at random: call .eval() on both modules first"),
     "a dropout of Flax": (lambda: (nnx.Sequential(OURS(), nnx.Dropout(0.5, rngs=nnx.Rngs(0))), small(THEIRS()), X), ValueError, "`layers.1` of Flax drops at random"),
-    "a dropout that is a function": (lambda: (Jitted(), Drops(), X), ValueError, "call 0 is of no layer in Flax"),
     "a dropout that is a function, in eval mode": (lambda: (nnx.Sequential(OURS()), Drops().eval(), X), ValueError,
         "such as torch.nn.functional.dropout, which draws in eval mode too without training=self.training"),
     "layers that are not seen": (lambda: (Jitted(), THEIRS(), X), ValueError, "layers inside of nnx.jit, nnx.remat, nnx.scan or nnx.vmap are not seen"),
