@@ -330,6 +330,7 @@ def test_under_vmap(f, tail):
         assert np.abs(got - want).max() <= 1e-14
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_torch_compile(tail):
     values, indices, rest = kept(TEACHER, 3, 2.0)

@@ -47,7 +47,7 @@ def topk_kl_loss(
             `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
             call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
             bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
             number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
             kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
