@@ -101,7 +101,8 @@ def test_under_function_transforms(loss, masked):
     try:
         (got,) = pull(torch.ones_like(value))
     except RuntimeError as error:  # they are held there for a second derivative
-        assert "modified by an inplace operation" in str(error)
+        if "modified by an inplace operation" not in str(error):
+            raise
     else:
         assert same(got)
 
@@ -121,11 +122,12 @@ def test_second_derivative_of_what_was_written_into(loss):
             slopes = torch.autograd.grad(value, tensors, create_graph=True)
             results.append(torch.autograd.grad(sum((g * g).sum() for g in slopes), tensors))
         except NotImplementedError as error:
-            assert "no second derivative" in str(error)
+            if "no second derivative" not in str(error):
+                raise
             results.append(())
         except RuntimeError as error:
-            assert before is write
-            assert "written into" in str(error)
+            if before is not write or "written into" not in str(error):
+                raise
             return
     assert all(map(torch.equal, *results))
 
