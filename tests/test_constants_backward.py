@@ -76,14 +76,6 @@ def test_written_into_before_the_backward_pass(loss, reduction, dtype, masked):
 
 
 @every
-def test_teacher_from_inference_mode_in_blocks(loss):
-    """Batches so large that rows are taken in blocks."""
-    sizes = {"leading": Sizes((300,), 2000, 2000), "coupled": Sizes((300,), 50, 50)}["coupled" if loss.batch_coupled else "leading"]
-    (inputs,) = draw(loss, sizes, 0)
-    ...
-
-
-@every
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_under_function_transforms(loss, masked):
     """`torch.func.grad`, alone and below `vmap`, of constants from inference mode; `vjp` of some that are written into."""
@@ -109,7 +101,8 @@ def test_under_function_transforms(loss, masked):
     try:
         (got,) = pull(torch.ones_like(value))
     except RuntimeError as error:  # they are held there for a second derivative
-        assert "modified by an inplace operation" in str(error)
+        if "modified by an inplace operation" not in str(error):
+            raise
     else:
         assert same(got)
 
@@ -129,23 +122,33 @@ def test_second_derivative_of_what_was_written_into(loss):
             slopes = torch.autograd.grad(value, tensors, create_graph=True)
             results.append(torch.autograd.grad(sum((g * g).sum() for g in slopes), tensors))
         except NotImplementedError as error:
-            assert "no second derivative" in str(error)
+            if "no second derivative" not in str(error):
+                raise
             results.append(())
         except RuntimeError as error:
-            assert before is write
-            assert "written into" in str(error)
+            if before is not write or "written into" not in str(error):
+                raise
             return
     assert all(map(torch.equal, *results))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
-def test_compiled(loss):
-    """Of constants from inference mode, and of some that are written into."""
+@pytest.mark.parametrize("inference", [False, True], ids=["written into", "inference mode"])
+def test_compiled(loss, inference):
+    """With the partitioner that chooses what a compiler holds, and without the kernels that it would write."""
+    want = value_and_slopes(loss, *given(loss, "float32", masked=True), "mean")[1:]
+    learned, constants = given(loss, "float32", masked=True, inference=inference)
+    learned = {k: [x.clone().requires_grad_() for x in leaves(v)] for k, v in learned.items()}
+    inputs = {k: v if loss.inputs[k] == "maps" else v[0] for k, v in learned.items()}
     torch._dynamo.reset()
-    learned, constants = given(loss, "float32", masked=True)
-    want = value_and_slopes(loss, learned, constants, "mean")
 
-    def compiled(*arguments):
-        return torch.compile(weighted, fullgraph=True, backend="aot_eager")(*arguments)
-    ...
+    def value(inputs, constants):
+        return weighted(loss, inputs, constants, "mean")
+
+    result = torch.compile(value, fullgraph=True, backend="aot_eager_decomp_partition")(inputs, constants)
+    if not inference:
+        write(constants)
+    result.backward()
+    got = [x.grad for v in learned.values() for x in v]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))

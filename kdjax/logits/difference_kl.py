@@ -37,7 +37,7 @@ def difference_kl_loss(
     Args:
         student_logits: `[batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
         reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
         axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
@@ -45,7 +45,8 @@ def difference_kl_loss(
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. A class at -inf in one of two rows is left out of that pair;
-        the loss is inf where the student leaves out a class that the teacher uses.
+        the loss is inf where the student leaves out a class that the teacher uses, and NaN for a row that is -inf
+        throughout and for pairs without a class in common, which are no distributions.
 
     Raises:
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
@@ -199,13 +200,9 @@ def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
     # -1e5 for infinity, which would meet 0 in the derivative with respect to T
-    rise, fall = (
-        jnp.exp(jnp.where(absent, -1e5 * temperature, z) / temperature) for z in (x - largest, smallest - x)
-    )
+    rise, fall = (jnp.exp(jnp.where(absent, -1e5 * temperature, z) / temperature) for z in (x - largest, smallest - x))
     total = _product(local(rise), fall)
-    return _Softmaxes(
-        rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local
-    )
+    return _Softmaxes(rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -34,15 +34,17 @@ def difference_kl_loss(
     Args:
         student_logits: `[batch, classes]`.
         teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0.
+        temperature: T > 0; an array has a gradient.
         where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each. With `"none"` a
+            copy of the teacher is held until the backward pass, which takes the pairs again.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
             gradients, is then that of the whole batch.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. A class at -inf in one of two rows is left out of that pair;
-        the loss is inf where the student leaves out a class that the teacher uses.
+        the loss is inf where the student leaves out a class that the teacher uses, and NaN for a row that is -inf
+        throughout and for pairs without a class in common, which are no distributions.
 
     Raises:
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.

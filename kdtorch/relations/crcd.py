@@ -149,7 +149,7 @@ def crcd_loss(
         index: `[batch]`, the samples' places in the data set; one out of range is an error.
         negatives: `[batch, num_negatives]`, places too, from `crcd_negatives`; the same holds.
         state: from `crcd_init` or the step before; constant to the gradient.
-        temperature: τ > 0.
+        temperature: τ > 0; an array has a gradient.
         momentum: m in [0, 1].
         where: `[batch]`, False for examples that count for nothing, neither as example nor as anchor, and are not
             remembered.

@@ -33,7 +33,8 @@ def euclidean_mse_loss(
         student: `[batch, student_dim]`.
         teacher: `[batch, teacher_dim]`, of any width; constant, its gradient is 0.
         where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
+        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each. With `"none"` a
+            copy of the teacher is held until the backward pass, which takes the pairs again.
         group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
             gradients, is then that of the whole batch.
 
