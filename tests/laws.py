@@ -613,6 +613,48 @@ def a_bad_batch(trial: Trial) -> None:
         assert np.array_equal(v, given.inputs["state"][k]), k
 
 
+def _rows_of_logits(loss: Loss) -> list[tuple[str, ...]]:
+    """The inputs whose rows are distributions, those together that make one."""
+    kinds = ("logits", "views", "teacher_views")
+    rows = [(name,) for name, kind in loss.inputs.items() if kind in kinds]
+    kept = tuple(name for name, kind in loss.inputs.items() if kind in ("kept_logits", "rest"))
+    return rows + ([kept] if kept else [])
+
+
+def no_distribution(trial: Trial) -> None:
+    """A row of logits that is -inf throughout makes its example NaN, value and gradient, and no other; masked, it is nothing."""
+    loss, (given, _) = trial.loss, trial.whole
+    for names in _rows_of_logits(loss):
+        bad = {k: given.inputs[k].copy() for k in names}
+        for k, x in bad.items():
+            x[(0, 1) if "view" in loss.inputs[k] else 1] = -np.inf
+        _, got = trial.run(given, inputs={**given.inputs, **bad})
+        together = loss.name == "difference_kl_loss"  # every example has a pair with it
+        assert np.array_equal(np.isnan(got.values), np.arange(4) == 1) or (together and np.isnan(got.values).all()), (
+            f"{names}: {got.values}"
+        )
+        assert np.isnan(got.sum) and np.isnan(got.mean), names  # noqa: PT018
+        for k in loss.learns:
+            (x,) = got.gradients[k]
+            x = np.moveaxis(x, KINDS[loss.inputs[k]].axis, 0)
+            row = x[1, 0] if "view" in loss.inputs[k] else x[1]
+            assert np.isnan(row).all(), f"{names}, the gradient of {k}: {row}"
+            assert together or not np.isnan(x[[0, 2, 3]]).any(), f"{names}, the gradient of {k}: {x}"
+        for k in loss.constant:
+            assert all((x == 0).all() for x in got.gradients[k]), k
+        for k, v in got.state.items() if names == ("teacher",) else ():
+            assert np.array_equal(v, given.inputs["state"][k]), k
+
+        where = np.arange(4) != 1
+        _, got = trial.run(given, inputs={**given.inputs, **bad}, where=where)
+        assert got.values[1] == 0, names
+        assert not np.isnan(got.values).any(), f"{names}: {got.values}"
+        for k in loss.learns:
+            x = np.moveaxis(got.gradients[k][0], KINDS[loss.inputs[k]].axis, 0)
+            assert (x[1] == 0).all(), f"{names}, the gradient of {k}: {x[1]}"
+            assert not np.isnan(x).any(), f"{names}, the gradient of {k}: {x}"
+
+
 def _always(loss: Loss) -> bool:
     return True
 
@@ -632,6 +674,7 @@ LAWS: dict[Callable[[Trial], None], Callable[[Loss], Any]] = {
     split: lambda loss: not loss.batch_coupled,
     scaled_gradient: _always,
     a_bad_batch: lambda loss: loss.constant or loss.state,
+    no_distribution: _rows_of_logits,
 }
 
 

@@ -85,7 +85,7 @@ def normalized_and_gradient(
     """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
     p, q_y = softmax(x), take_class(softmax(y).p, labels)[..., None]
     log_p_y = take_class(x, labels)[..., None] - p.peak - p.log_total
-    target = -jnp.where(q_y == 0, 0, q_y * jnp.where(q_y == 0, 0, log_p_y)).squeeze(-1)
+    target = -jnp.where(q_y == 0, 0 * p.log_total, q_y * jnp.where(q_y == 0, 0, log_p_y)).squeeze(-1)
     hat_p, hat_q = (softmax(without_class(a, labels), temperature, may_be_empty=True) for a in (x, y))
     others, gradient = cross_entropy_of_softmax(hat_p, x, hat_q.p, temperature)
     weight = gamma * temperature**2

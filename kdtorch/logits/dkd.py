@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,5 +127,6 @@ def _others(
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    peak = torch.where(peak > torch.finfo(peak.dtype).min, peak, -math.inf)  # where there is no other class
     largest = torch.maximum(at_label, peak)
     return torch.cat([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)

@@ -87,7 +87,7 @@ def normalized_and_gradient(
     label = labels.unsqueeze(-1)
     p, q_y = softmax(x), softmax(y).p.gather(-1, label)
     log_p_y = x.gather(-1, label) - p.peak - p.log_total
-    target = -torch.where(q_y == 0, 0, q_y * log_p_y).squeeze(-1)
+    target = -torch.where(q_y == 0, 0 * p.log_total, q_y * log_p_y).squeeze(-1)
     hat_p, hat_q = (softmax(without_class(a, labels), temperature, may_be_empty=True) for a in (x, y))
     others, gradient = cross_entropy_of_softmax(hat_p, x, hat_q.p, temperature)
     weight = gamma * temperature**2
