@@ -241,6 +241,13 @@ def catalogue() -> str:
     return paragraphs(parts)
 
 
+def shared() -> str:
+    """The list of docs/losses/index.md, out of the docstring of the package."""
+    docstring = load("kdjax").docstring
+    assert docstring
+    return docstring.value.partition("What all losses share:")[2].strip()
+
+
 def choosing() -> str:
     """The table of docs/choosing.md."""
     rows = []

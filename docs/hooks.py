@@ -110,7 +110,7 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     """Fill the pages of the catalogue, and make links to files of the repository links to their pages."""
     folder, _, name = page.file.src_uri.rpartition("/")
     if page.file.src_uri == "losses/index.md":
-        markdown = markdown.replace("TABLES", catalogue.catalogue())
+        markdown = markdown.replace("TABLES", catalogue.catalogue()).replace("SHARED", catalogue.shared())
     elif page.file.src_uri == "choosing.md":
         markdown = markdown.replace("TABLE", catalogue.choosing()).replace("LISTS", catalogue.uses())
     elif folder == "losses":

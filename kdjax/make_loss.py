@@ -91,8 +91,8 @@ def make_loss(
         config: a mapping or an object with attributes: `MODEL.METRIC_LOSS_TYPE`, the prefix `kd` and then names of
             losses, as in `"kd-dino-bce-dkd"`; `MODEL.KD_LOSS_WEIGHT`, for each name a number or a function of the
             epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]`, for dino, dcn and crcd; `MODEL.CLS_FEA_NUM`, the width
-            of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings by name, as in
-            `{"dkd": {"beta": 8.0}}`, a mapping or an object as the rest.
+            of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings by name, as in `{"dkd":
+            {"beta": 8.0}}`, also a mapping or an object.
         num_classes: the number of classes.
         num_data: the number of samples in the data set.
         conventions: `"published"` for the formulas of this package; `"founding"` for the founding code's numbers: kld

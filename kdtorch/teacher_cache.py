@@ -23,7 +23,7 @@ def record_teacher(
     temperatures: Sequence[float] = (1.0,),
     dtype: str = "float16",
 ) -> TeacherCache:
-    """Write a teacher's outputs to a folder, sample by sample; what is there already is left out.
+    """Write a teacher's outputs to a folder, sample by sample; samples that are already there are skipped.
 
     Every batch is on the disk before the next is asked for, so that after a kill, or on a full disk, nothing of an earlier
     batch is lost, and a second call with the same batches goes on where the first one stopped. One writer at a time.
@@ -34,7 +34,7 @@ def record_teacher(
             and any further arrays `[batch, ...]`, such as features, by names of their own.
         top_k: how many of the largest logits to keep; None keeps all.
         temperatures: for which, with `top_k`, the logit of all other classes together is kept, in float32.
-        dtype: `"float16"` or `"float32"`, of the logits and of other floating-point arrays.
+        dtype: `"float16"` or `"float32"`, of the logits and of other floating-point tensors.
 
     Returns:
         The cache, opened.
@@ -51,8 +51,8 @@ def record_teacher(
     >>> batch = {"index": torch.tensor([7, 3]), "logits": logits}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     cache = record_teacher(f"{folder}/teacher", [batch], top_k=1)
-    ...     print(len(cache), cache.read([3], temperature=1.0)["indices"])
-    2 tensor([[2]], dtype=torch.int32)
+    ...     print(len(cache), cache.read([3], temperature=1.0)["indices"].tolist())
+    2 [[2]]
     """
     cache.record(path, batches, _numpy, top_k, temperatures, dtype)
     return TeacherCache(path)
@@ -70,13 +70,13 @@ class TeacherCache(cache.Cache):
 
     Args:
         path: of the folder.
-        num_classes: of the student, to be told at once if the teacher has others.
+        num_classes: of the student; opening fails if the teacher has another number.
 
     Attributes:
         index: the recorded samples, in the order of recording.
         num_classes: of the teacher.
         top_k: how many logits are kept, or None for all.
-        temperatures: for which the rest is kept.
+        temperatures: those for which `rest` is kept.
 
     Raises:
         ValueError: no recorded teacher, or one of another number of classes.

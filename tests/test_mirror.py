@@ -1,4 +1,4 @@
-"""The two packages hold the same files, names, parameters, defaults and summaries, and imports run one way."""
+"""The two packages hold the same files, names, parameters, defaults and docstrings, and imports run one way."""
 
 import ast
 import inspect
@@ -15,6 +15,7 @@ import kdjax.nn
 import kdtorch
 import kdtorch.interop
 import kdtorch.nn
+from kdlosses.pages import blocks, entries, losses
 
 ROOT = pathlib.Path(kdjax.__file__).parent.parent
 RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group"}
@@ -81,12 +82,92 @@ def test_signatures(jax_module, torch_module, name):
         assert mine == parameters(theirs)
 
 
+# what kdjax says and what kdtorch says in its place
+SAID = [
+    (
+        "axis_name: the mesh axis that the batch is spread over, inside `shard_map`.",
+        "group: the process group that the batch is spread over.",
+    ),
+    ("- 1` gives NaN for that example", "- 1` is an error"),  # an index out of range
+    ("[batch, height, width, channels]", "[batch, channels, height, width]"),
+    ("[batch, height, width, in_channels]", "[batch, in_channels, height, width]"),
+    ("[batch, height, width, out_channels]", "[batch, out_channels, height, width]"),
+    ("`kdjax.nn.", "`kdtorch.nn."),
+]
+# what is left out before that: where random numbers come from, and kdtorch's error of an index out of range
+LEFT_OUT = [r"^ +(key|rngs|generator): .*\n", r"^ +IndexError: an? (label|index|class) .*\n"]
+# what is true of one package alone
+OWN = {
+    "difference_kl_loss": r"The limit is about .*? a row at a time\. |Under `vmap` all three ways are computed\.",
+    "euclidean_mse_loss": r"Under `vmap` both ways are computed\.",
+    "dino_teacher_temperature": r"`torch\.compile` compiles once more for the second integer\.",
+    "load": r"TypeError: an array of a dtype that PyTorch does not have\.",
+    "save": r"ValueError: a tensor that requires gradient\.",
+}
+
+
+def prose(docstring):
+    """All of a docstring but its example, on one line, without what is left out of the comparison."""
+    text = f"{docstring}\n".partition(">>>")[0]
+    for pattern in LEFT_OUT:
+        text = re.sub(pattern, "", text, flags=re.M)
+    return " ".join(text.split())
+
+
+def in_one_vocabulary(text):
+    """PyTorch's tensors are arrays."""
+    return re.sub(r"\ba tensor", "an array", text).replace("tensor", "array").replace("Tensor", "Array")
+
+
+def said(docstring, name, renamed=()):
+    text = prose(docstring)
+    for old, new in renamed:
+        text = text.replace(old, new)
+    return in_one_vocabulary(" ".join(re.sub(OWN.get(name, "$^"), "", text).split()))
+
+
+def documented(ours, theirs):
+    """The docstrings of a function, or of a class and of its public methods."""
+    pairs = [(ours, theirs)]
+    if inspect.isclass(ours) and not issubclass(ours, tuple):
+        pairs += [pair for pair in callables(ours, theirs) if pair[0].__name__ != "__init__"]
+    return [tuple(map(inspect.getdoc, pair)) for pair in pairs]
+
+
 @pytest.mark.parametrize(("jax_module", "torch_module", "name"), PUBLIC, ids=lambda x: x if isinstance(x, str) else "")
-def test_summaries(jax_module, torch_module, name):
-    ours, theirs = (inspect.getdoc(getattr(module, name)) for module in (jax_module, torch_module))
-    assert ours.splitlines()[0] == theirs.splitlines()[0]
-    formula = re.compile(r"\$\$.*?\$\$", re.S)
-    assert formula.findall(ours) == formula.findall(theirs)
+def test_docstrings(jax_module, torch_module, name):
+    """Every word of them; an example differs in its code, and prints the same."""
+    for ours, theirs in documented(getattr(jax_module, name), getattr(torch_module, name)):
+        assert said(ours, name, SAID) == said(theirs, name)
+        printed = [re.findall(r"^(?!>>>|\.\.\.).*$", x.partition(">>>")[2], re.M)[1:] for x in (ours, theirs)]
+        assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_one_package_alone_says_is_there(name):
+    (modules,) = {(ours, theirs) for ours, theirs, public in PUBLIC if public == name}
+    texts = [prose(inspect.getdoc(getattr(module, name))) for module in modules]
+    for part in OWN[name].split("|"):
+        assert re.search(part, texts[0]) or re.search(part, texts[1])
+
+
+def test_the_docstrings_of_the_packages():
+    """What all losses share is the same to the letter; before it the names of the two are exchanged."""
+    heading = "What all losses share:"
+    (ours, _, shared), (theirs, _, shared_too) = (inspect.getdoc(x).partition(heading) for x in (kdjax, kdtorch))
+    assert shared == shared_too != ""
+    swapped = {"kdjax": "kdtorch", "kdtorch": "kdjax", "JAX": "PyTorch", "PyTorch": "JAX"}
+    assert re.sub("|".join(swapped), lambda x: swapped[x[0]], prose(ours)) == prose(theirs)
+    assert [line for line in ours.splitlines() if line][-1] == [line for line in theirs.splitlines() if line][-1]
+    assert inspect.getdoc(sys.modules["kdjax.teacher_cache"]) == inspect.getdoc(sys.modules["kdtorch.teacher_cache"])
+
+
+@pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
+def test_what_all_losses_share_takes_one_line(package):
+    for function in losses(package).values():
+        arguments = entries(dict(blocks(function.__doc__))["Args"])
+        for name in arguments.keys() & {"where", "reduction", "axis_name", "group"}:
+            assert "\n" not in arguments[name]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), OTHER.items())

@@ -149,9 +149,9 @@ Formula
 
 Args
   student    [*batch, features].
-  teacher    the same shape; constant, its gradient is 0.
-  beta       β > 0, where the two pieces meet. It is Huber's loss with δ = β,
-             divided by β.
+  teacher    the same shape; constant.
+  beta       β > 0, where the two pieces meet; a constant. The loss is Huber's
+             with δ = β, divided by β.
 """
 FRAMEWORK = {
     kdjax: {"array": "Array", "axis": "axis_name: AxisName", "result": "jax.Array"},

@@ -27,17 +27,16 @@ def dcn_loss(
 
     Args:
         student: `[*batch, dim]`.
-        teacher: the same shape; constant, its gradient is 0. Only its norm is used.
+        teacher: the same shape; constant. Only its norm is used.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` gives NaN for that example.
         centers: `[classes, dim]`, learned with the student (`kdjax.nn.DynamicCenterNormLoss` holds them).
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
-        two zero features give 1, with gradient 0, and so does a zero centre.
+        A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal, the gradient is that of the
+        student's norm. Two zero features give 1 with gradient 0, and so does a zero centre.
 
     Raises:
         ValueError: an unknown reduction.

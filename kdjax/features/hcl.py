@@ -33,12 +33,11 @@ def hcl_loss(
 
     Args:
         student_maps: maps `[batch, height, width, channels]`, any number of them, of any sizes.
-        teacher_maps: as many, of the same shapes; constant, their gradient is 0.
-        channel_axis: where the channels are, -1 here (1 in kdtorch).
-        where: `[batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        teacher_maps: as many, of the same shapes; constant.
+        channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
+        where: `[batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`.

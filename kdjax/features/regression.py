@@ -19,18 +19,17 @@ def bce_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Sigmoid cross-entropy between features, the teacher's taken as targets.
+    r"""Sigmoid cross-entropy between features, with the teacher's as targets.
 
     $$-\tfrac1D\sum_d\left[t_d\log\sigma(s_d)+(1-t_d)\log(1-\sigma(s_d))\right]$$
 
     Args:
         student: `[*batch, features]`, logits.
-        teacher: the same shape, constant. Targets in [0, 1] (after a sigmoid) bound the loss from below; with any
-            other target it is linear in s without a minimum, which is allowed because the founding code does it.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        teacher: the same shape; constant. With targets in [0, 1], such as the outputs of a sigmoid, the loss is bounded
+            below; with others it is not, which is allowed because the founding code does it.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -67,11 +66,10 @@ def mse_loss(
 
     Args:
         student: `[*batch, features]`.
-        teacher: the same shape; constant, its gradient is 0.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        teacher: the same shape; constant.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.
@@ -110,12 +108,11 @@ def smooth_l1_loss(
 
     Args:
         student: `[*batch, features]`.
-        teacher: the same shape; constant, its gradient is 0.
-        beta: β > 0, where the two pieces meet. It is Huber's loss with δ = β, divided by β.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        teacher: the same shape; constant.
+        beta: β > 0, where the two pieces meet; a constant. The loss is Huber's with δ = β, divided by β.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.

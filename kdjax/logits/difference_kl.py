@@ -28,20 +28,19 @@ def difference_kl_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Difference KL: how one sample's logits differ from another's is drawn to how the teacher's do.
+    r"""Difference KL: the differences between the logits of two examples should match the teacher's.
 
     $$\frac{T^2}{B}\sum_j\mathrm{KL}\big(\mathrm{softmax}((t_i-t_j)/T)\,\|\,\mathrm{softmax}((s_i-s_j)/T)\big)$$
 
-    for sample i, over every sample j of the batch, i among them.
+    for example i, over every example j of the batch, i included.
 
     Args:
         student_logits: `[batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
+        teacher_logits: the same shape; constant.
         temperature: T > 0; an array has a gradient.
-        where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        where: `[batch]`, False for examples that are left out, both as i and as j.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the partners of each example.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. A class at -inf in one of two rows is left out of that pair;
@@ -52,11 +51,11 @@ def difference_kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The founding repository's DIFFKLD, whose released code builds every difference, an array of `[batch², classes]`.
-    Here the normalisers of all pairs are matrix products, in `[batch, batch]`, as long as no row spans more than
-    about 60 T in float32 (500 T in float64) once the column means, which cancel, are taken out; beyond, the differences
-    are formed a row at a time. Where student and teacher are near, the products are of exp(d) - 1, so that a small loss
-    keeps its digits. Under `vmap` all three are computed.
+    The founding repository's DIFFKLD, whose released code builds every difference, an array `[batch², classes]`. Here
+    the normalisers of all pairs are matrix products, `[batch, batch]`, unless the logits of an example span too wide a
+    range; the column means, which cancel, are taken out first. The limit is about 60 T in float32 and 500 T in float64;
+    beyond it, the differences are formed a row at a time. Where student and teacher are near, the products are of
+    exp(d) - 1, so that a small loss keeps its precision. Under `vmap` all three ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import difference_kl_loss

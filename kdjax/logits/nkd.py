@@ -43,15 +43,15 @@ def nkd_loss(
 
     Args:
         student_logits: `[*batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
-        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` gives NaN for that example), or
-            a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
+        teacher_logits: the same shape; constant.
+        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` gives NaN for that example), or a
+            distribution `[*batch, classes]`, of which the most probable class is used, the first of equally probable
+            ones.
         gamma: weight of the non-target part, ≥ 0; a constant.
         temperature: T > 0, of the non-target part alone; an array has a gradient.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.

@@ -29,39 +29,41 @@ def topk_kl_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""KL divergence to a teacher of whom k logits an example are kept, with all other classes as one, or left out.
+    r"""KL divergence to a teacher of which k logits per example are kept; all others count as one class, or are left out.
 
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad \bar x=T\log\sum_{c\notin K}e^{x_c/T}$$
 
-    over the k kept classes K and, with `tail="bucket"`, one more for the rest; without it with `"renormalize"`.
+    over the k kept classes K and, with `tail="bucket"`, one more for the rest, which `tail="renormalize"` leaves out.
 
     Args:
         student_logits: `[*batch, classes]`.
         values: `[*batch, kept]`, the teacher's logits of the kept classes, or their logarithms of probabilities at
-            temperature 1, with `rest` shifted by the same number; constant, their gradient is 0.
-        indices: `[*batch, kept]`, the classes, each once in an example; one outside `0 .. classes - 1` gives NaN for
-            that example, as does a class that is there twice.
-        rest: `[*batch]`, t̄, the logit of all other classes together, for the temperature of the call: k logits and one
-            mass at T = 1 do not say what the others weigh at another. `record_teacher` keeps it for each of its
-            `temperatures`, and `TeacherCache.read` gives it by its temperature, as in `{"4.0": rest}`: at another one the
-            call is an error, or NaN if `temperature` is an array. An array alone cannot be checked. Needed for the
-            bucket, unless all classes are kept; -inf where nothing is left. Constant, also to a learned temperature.
+            temperature 1, with `rest` shifted by the same number; constant.
+        indices: `[*batch, kept]`, the classes; one outside `0 .. classes - 1` gives NaN for that example. A class that
+            an example has twice makes it NaN.
+        rest: `[*batch]`, t̄, the logit of all other classes together at the temperature of the call, which cannot be
+            computed from its value at another temperature. `record_teacher` keeps it for each of its `temperatures`,
+            and `TeacherCache.read` returns it with its temperature, as in `{"4.0": rest}`; a call at another
+            temperature is then an error, or NaN if `temperature` is an array. If `rest` is an array alone, its
+            temperature cannot be checked. The bucket needs `rest`, unless all classes are kept; it is -inf where
+            nothing is left. It is constant, also where the temperature is learned.
         temperature: T > 0; an array has a gradient.
-        tail: `"bucket"` compares the rest's whole mass too: a lower bound of the full KL, and equal to it when k is the
-            number of classes or the rest is distributed in the student as in the teacher. `"renormalize"` compares the
-            kept classes among themselves, at any temperature: the student is free in what it gives to the rest.
+        tail: `"bucket"` compares the whole mass of the rest too. The loss is then a lower bound of the full KL, and
+            equal to it if k is the number of classes or if student and teacher distribute the rest in the same way.
+            `"renormalize"` compares the kept classes among themselves, at any temperature; what the student gives to
+            the rest has no effect.
         kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
             values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
             with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. 0 where the two distributions agree, never below; inf where the
-        student gives -inf to a class that the teacher uses; NaN where all that is compared of one of them is -inf.
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
+        where the student gives -inf to a class that the teacher uses, and NaN where everything that is compared of one
+        of them is -inf.
 
     Raises:
         ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
@@ -69,8 +71,8 @@ def topk_kl_loss(
         TypeError: a shape or dtype that does not fit.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
-    part of the classes. The mass of the rest is a log-sum-exp over the student's other logits, not one less the sum of
-    the kept ones, which has no digits left where they are nearly all.
+    part of the classes. The mass of the rest is computed as a log-sum-exp over the student's other logits. One minus
+    the sum of the kept probabilities would lose all precision where that sum is close to 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import topk_kl_loss

@@ -59,10 +59,9 @@ def uskd_loss(
         alpha: weight of the target part, ≥ 0; a constant.
         beta: weight of the non-target part, ≥ 0; a constant.
         mu: weight of the weak head's own cross-entropy, ≥ 0; a constant.
-        where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
+        where: `[*batch]`, False for examples that are left out, also of the batch mean.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.

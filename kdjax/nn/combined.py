@@ -29,7 +29,8 @@ class CombinedLoss(nnx.Module):
         losses: the modules by name.
 
     Raises:
-        ValueError: another number of weights or reads than of losses; a weight that is negative or no number.
+        ValueError: numbers of weights or reads that differ from that of the losses; a weight that is negative or no
+            number.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import mse_loss
@@ -76,9 +77,10 @@ class CombinedLoss(nnx.Module):
             fea: as `score`.
             target: `[*batch]`, the classes, for the losses that read them.
             epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
-            where: `[batch]`, False for examples that count for nothing; as the following for the losses that take it.
+            where: `[batch]`, False for examples that are left out. This and the arguments below are for the losses that
+                take them.
             reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
-            axis_name: the mesh axis that the batch is spread over.
+            axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
             update: False leaves the states of the losses as they were.
 
         Returns:
@@ -115,9 +117,10 @@ class CombinedLoss(nnx.Module):
             fea: as `score`.
             target: `[*batch]`, the classes, for the losses that read them.
             epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
-            where: `[batch]`, False for examples that count for nothing; as the following for the losses that take it.
+            where: `[batch]`, False for examples that are left out. This and the arguments below are for the losses that
+                take them.
             reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
-            axis_name: the mesh axis that the batch is spread over.
+            axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
             update: False leaves the states of the losses as they were.
 
         Returns:

@@ -87,9 +87,9 @@ class CRCDLoss(Stateful):
             teacher: `[batch, teacher_dim]`; constant, though its head learns.
             index: `[batch]`, the samples' places in the data set.
             negatives: `[batch, num_negatives]`, places too; drawn if None.
-            where: `[batch]`, False for examples that count for nothing.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-            axis_name: the mesh axis that the batch is spread over.
+            where: `[batch]`, False for examples that are left out.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+            axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
             sharded_memory: whether each device holds its own rows of the memories.
             update: False leaves the memories as they were.
 

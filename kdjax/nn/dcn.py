@@ -41,11 +41,11 @@ class DynamicCenterNormLoss(nnx.Module):
 
         Args:
             student: `[*batch, dim]`.
-            teacher: the same shape; constant, its gradient is 0.
+            teacher: the same shape; constant.
             labels: `[*batch]`, the class of each example.
-            where: `[*batch]`, False for examples that count for nothing.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-            axis_name: the mesh axis that the batch is spread over.
+            where: `[*batch]`, False for examples that are left out.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+            axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
         Returns:
             A scalar, or `[*batch]` with `reduction="none"`.

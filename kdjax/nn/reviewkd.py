@@ -47,8 +47,8 @@ class ABF(nnx.Module):
     >>> from kdjax.nn import ABF
     >>> connector = ABF(8, 16, 32, False, rngs=nnx.Rngs(0))
     >>> output, fused = connector(jnp.ones((2, 4, 4, 8)))
-    >>> output.shape, fused.shape
-    ((2, 4, 4, 32), (2, 4, 4, 16))
+    >>> output.shape[-1], fused.shape[-1]
+    (32, 16)
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ABF(nnx.Module):
 
         Args:
             x: `[batch, height, width, in_channels]`, the student's map.
-            deeper: what the connector of the deeper level handed on, of any height and width; for `fuse=True`.
+            deeper: what the connector of the deeper level handed on, of any height and width; needed with `fuse=True`.
 
         Returns:
             The map for the teacher, `[batch, height, width, out_channels]`, and the map to hand on, of `mid_channels`;
@@ -105,17 +105,17 @@ def _resize(x: Array, height: int, width: int) -> jax.Array:
 class ReviewKD(nnx.Module):
     """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
 
-    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes; where the teacher's differ from the
-    student's, say by `out_shapes` to what sizes they are brought. The released code interpolates alike, but counts its
-    sizes from the deepest map.
+    Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes. If the teacher's sizes differ
+    from the student's, give them as `out_shapes`; they then fit one resolution of the images. The released code resizes
+    in the same way, but lists its sizes from the deepest map on.
 
     Args:
         in_channels: of the student's maps, from the first to the deepest.
         out_channels: of the teacher's maps, in the same order.
         mid_channels: the width of the fused maps.
-        out_shapes: height and width of each of the teacher's maps, or one number for both, in the same order: the maps
-            take them by the nearest neighbour, as in the released code, and hold for one resolution of the images. None
-            keeps the student's heights and widths.
+        out_shapes: height and width of each of the teacher's maps, or one number for both, in the same order. The maps
+            are resized to them by nearest neighbour, as in the released code. None keeps the student's heights and
+            widths.
         rngs: of Flax.
 
     Raises:
@@ -128,11 +128,11 @@ class ReviewKD(nnx.Module):
     >>> from kdjax.nn import ReviewKD
     >>> review = ReviewKD([4, 8], [16, 32], 8, rngs=nnx.Rngs(0))
     >>> maps = [jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4, 4, 8))]
-    >>> [x.shape for x in review(maps)]
-    [(2, 8, 8, 16), (2, 4, 4, 32)]
+    >>> [(x.shape[-1], *x.shape[1:3]) for x in review(maps)]  # channels, height, width
+    [(16, 8, 8), (32, 4, 4)]
     >>> review = ReviewKD([4, 8], [16, 32], 8, out_shapes=[7, 3], rngs=nnx.Rngs(0))
-    >>> [x.shape for x in review(maps)]
-    [(2, 7, 7, 16), (2, 3, 3, 32)]
+    >>> [(x.shape[-1], *x.shape[1:3]) for x in review(maps)]
+    [(16, 7, 7), (32, 3, 3)]
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class ReviewKD(nnx.Module):
             else the student's.
 
         Raises:
-            ValueError: another number of maps than of connectors.
+            ValueError: the number of maps is not that of the connectors.
         """
         if len(maps) != len(self.connectors):
             raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")

@@ -63,9 +63,9 @@ class USKDLoss(nnx.Module):
             features: `[*batch, feature_dim]`, of the student.
             student_logits: `[*batch, num_classes]`.
             labels: `[*batch]`, the class of each example, or a distribution `[*batch, num_classes]`.
-            where: `[*batch]`, False for examples that count for nothing.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-            axis_name: the mesh axis that the batch is spread over.
+            where: `[*batch]`, False for examples that are left out.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+            axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
         Returns:
             A scalar, or `[*batch]` with `reduction="none"`.

@@ -18,7 +18,7 @@ from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scal
 
 
 class CRCDState(NamedTuple):
-    """One remembered embedding for every sample of the data set, of student and teacher.
+    """The remembered embeddings of student and teacher, one for every sample of the data set.
 
     Attributes:
         student_memory: `[num_data, dim]`, unit rows.
@@ -39,7 +39,7 @@ class CRCDState(NamedTuple):
 
 
 def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
-    """Memories of uniformly distributed entries, normalised to unit rows; normalisers unset.
+    """Memories of uniformly distributed entries, scaled to unit rows, and normalisers that are not yet set.
 
     Args:
         key: of `jax.random`.
@@ -63,16 +63,16 @@ def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
 
 
 def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int) -> jax.Array:
-    """Places in the data set, uniform and with replacement, `[batch, num_negatives]`.
+    """Places in the data set, drawn uniformly and with replacement.
 
     Args:
         key: of `jax.random`.
         batch: the number of rows.
-        num_negatives: the number of negatives of each.
+        num_negatives: the number of negatives for each row.
         num_data: the number of samples in the data set.
 
     Returns:
-        Integers in `0 .. num_data - 1`.
+        Integers in `0 .. num_data - 1`, `[batch, num_negatives]`.
 
     Raises:
         ValueError: `num_negatives` or `num_data` below 1.
@@ -110,8 +110,8 @@ def crcd_loss(
 ) -> tuple[jax.Array, CRCDState]:
     r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
 
-    For the student's side, with v the unit student embedding, anchors a_j = teacher_memory[index_j] (those of the
-    whole batch) and w_ik = teacher_memory[(index_i, negatives_i)_k],
+    For the student's side, with v the unit student embedding, anchors a_j = teacher_memory[index_j] (those of the whole
+    batch), and w_ik = teacher_memory[(index_i, negatives_i)_k],
 
     $$\rho_{ij}=\mathrm{unit}(v_i-a_j+10^{-6}),\quad r_{ijk}=\mathrm{unit}(w_{ik}-a_j+10^{-6}),\quad
     x_{ijk}=\frac{e^{r_{ijk}\cdot\rho_{ij}/\tau}}{Z}$$
@@ -120,30 +120,30 @@ def crcd_loss(
     +\sum_{k\ge1}\log\left(\frac{c}{x_{ijk}+c+10^{-7}}\right)\right],
     \qquad c=K/\mathrm{num\_data}$$
 
-    for sample i; the teacher's side is the same with its embedding and student_memory, and the loss is their sum. An
-    unset Z becomes mean(exp)·num_data. Afterwards memory[index] ← unit(m·memory[index] + (1−m)·embedding).
+    for example i. The teacher's side is the same with its embedding and student_memory, and the loss is the sum of the
+    two. If Z is not yet set, it becomes mean(exp)·num_data. Afterwards memory[index] ← unit(m·memory[index] +
+    (1−m)·embedding).
 
     Args:
         student: `[batch, dim]`, normalised here.
         teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
             the teacher's features.
-        index: `[batch]`, the samples' places in the data set; one out of range gives NaN for that example.
-        negatives: `[batch, num_negatives]`, places too, from `crcd_negatives`; the same holds.
+        index: `[batch]`, the samples' places in the data set; one outside `0 .. num_data - 1` gives NaN for that
+            example.
+        negatives: `[batch, num_negatives]`, places in the same range, from `crcd_negatives`.
         state: from `crcd_init` or the step before; constant to the gradient.
-        temperature: τ > 0.
-        momentum: m in [0, 1].
-        where: `[batch]`, False for examples that count for nothing, neither as example nor as anchor, and are not
-            remembered.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over anchors of each.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
-        sharded_memory: whether each device holds its own rows of the two memories, as many as every other, in the order of
-            the devices. The rows that the batch needs then travel, the memories do not.
-        update: False leaves the state as it was: for all micro-batches of a step but the last.
+        temperature: τ > 0; an array has a gradient.
+        momentum: m in [0, 1]; a constant.
+        where: `[batch]`, False for examples that are left out, as examples and as anchors, and are not remembered.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the anchors of each example.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        sharded_memory: whether each device holds its own rows of the two memories, the same number on each, in the
+            order of the devices. Only the rows that the batch needs are then sent.
+        update: False leaves the state as it was, for every micro-batch of a step but the last.
 
     Returns:
-        The loss and the next state. Of two rows with the same index the later one is remembered; an embedding that
-        would leave no direction to remember leaves the row as it was, a batch that is not finite the whole state.
+        The loss and the next state. If two examples have the same index, the later one is remembered. A row that would
+        become zero stays as it was, and a batch that is not finite leaves the whole state as it was.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
@@ -151,9 +151,9 @@ def crcd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
-    the released code Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`; here
-    r·ρ comes from products of matrices, a row at a time, and where two remembered rows are so close that this would
-    lose its digits, from their differences.
+    the released code, Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`. Here
+    r·ρ is computed by matrix products, without that array; where two remembered rows are so close that this would lose
+    precision, it is computed from their differences.
 
     >>> import jax
     >>> import jax.numpy as jnp

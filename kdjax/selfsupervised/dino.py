@@ -22,8 +22,8 @@ class DINOState(NamedTuple):
         center: `[dim]`, subtracted from the teacher's outputs.
 
     >>> from kdjax import dino_init
-    >>> dino_init(3)
-    DINOState(center=Array([0., 0., 0.], dtype=float32))
+    >>> dino_init(3).center.tolist()
+    [0.0, 0.0, 0.0]
     """
 
     center: Float[Array, "dim"]
@@ -59,7 +59,7 @@ def dino_teacher_temperature(
     """The teacher's temperature: linear from `warmup` at epoch 0 to `final` at `warmup_epochs - 1`, then `final`.
 
     Args:
-        epoch: any epoch ≥ 0, an integer or an array, traced or not.
+        epoch: any epoch ≥ 0, an integer or an array.
         warmup: the first temperature.
         final: the last one.
         warmup_epochs: the number of epochs in the warm-up, as in the released `linspace(warmup, final, warmup_epochs)`:
@@ -112,25 +112,24 @@ def dino_loss(
     $$-\frac1N\sum_{u\ne v}\sum_k q_{uk}\log p_{vk},\qquad q_u=\mathrm{softmax}\big((t_u-c)/\tau_t\big),\quad
     p_v=\mathrm{softmax}(s_v/\tau_s)$$
 
-    over the N = U·V − U pairs of different views. The centre c is used first, and then becomes
-    m·c + (1 − m)·mean(t), the mean over views and kept examples. A cross-entropy: not 0 at student = teacher.
+    over the N = U·V − U pairs of different views. The centre c is used first, and then becomes m·c + (1 − m)·mean(t),
+    the mean over views and kept examples. This is a cross-entropy, which is not 0 at student = teacher.
 
     Args:
-        student: `[student_views, batch, dim]`; the first teacher_views of them are the teacher's views.
-        teacher: `[teacher_views, batch, dim]`, constant.
+        student: `[student_views, batch, dim]`; the first `teacher_views` of them are the teacher's views.
+        teacher: `[teacher_views, batch, dim]`; constant.
         state: the centre, from `dino_init(dim)` or the step before.
         teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
         student_temperature: τ_s > 0; an array has a gradient.
         center_momentum: m in [0, 1], a constant.
-        where: `[batch]`, False for examples that count for nothing, in the centre too.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`.
-        axis_name: inside `shard_map`, the mesh axis that the batch is spread over; the mean over devices of what they
-            return is then the loss of the whole batch.
-        update: False leaves the state as it was: for all micro-batches of a step but the last.
+        where: `[batch]`, False for examples that are left out, also of the centre.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        update: False leaves the state as it was, for every micro-batch of a step but the last.
 
     Returns:
-        The loss and the next state, of the state's dtype. A batch that would make the centre non-finite, or one with
-        no kept example, leaves it as it was.
+        The loss and the next state, in the state's dtype. A batch that would make the centre non-finite, or one with no
+        kept example, leaves it as it was.
 
     Raises:
         ValueError: views that do not fit, a temperature that is not positive, a momentum outside [0, 1], a state
@@ -138,8 +137,8 @@ def dino_loss(
         TypeError: a shape or dtype that does not fit.
 
     Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021,
-    https://arxiv.org/abs/2104.14294. The sum over pairs is taken as Σ_v (Σ_{u≠v} q_u)·log p_v: as many
-    log-softmaxes as views, where the released code has one a pair.
+    https://arxiv.org/abs/2104.14294. The sum over pairs is computed as Σ_v (Σ_{u≠v} q_u)·log p_v, with one log-softmax
+    for each view; the released code computes one for each pair.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import dino_init, dino_loss

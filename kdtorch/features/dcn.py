@@ -30,17 +30,16 @@ def dcn_loss(
 
     Args:
         student: `[*batch, dim]`.
-        teacher: the same shape; constant, its gradient is 0. Only its norm is used.
+        teacher: the same shape; constant. Only its norm is used.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` is an error.
         centers: `[classes, dim]`, learned with the student (`kdtorch.nn.DynamicCenterNormLoss` holds them).
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal the gradient is the student's;
-        two zero features give 1, with gradient 0, and so does a zero centre.
+        A scalar, or `[*batch]` with `reduction="none"`. Where the two norms are equal, the gradient is that of the
+        student's norm. Two zero features give 1 with gradient 0, and so does a zero centre.
 
     Raises:
         ValueError: an unknown reduction.

@@ -35,12 +35,11 @@ def hcl_loss(
 
     Args:
         student_maps: maps `[batch, channels, height, width]`, any number of them, of any sizes.
-        teacher_maps: as many, of the same shapes; constant, their gradient is 0.
-        channel_axis: where the channels are, 1 here (-1 in kdjax).
-        where: `[batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        teacher_maps: as many, of the same shapes; constant.
+        channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
+        where: `[batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`.
@@ -48,7 +47,7 @@ def hcl_loss(
     Raises:
         ValueError: no maps, numbers or shapes of maps that differ, a channel axis other than 1, 2, 3 or its negative,
             an unknown reduction.
-        TypeError: maps that are not a list of four-axis floating-point arrays.
+        TypeError: maps that are not a list of four-axis floating-point tensors.
 
     Chen et al., *Distilling Knowledge via Knowledge Review*, CVPR 2021, https://arxiv.org/abs/2104.09044. The
     released code stops at the shorter of two lists of maps; the value is the same.

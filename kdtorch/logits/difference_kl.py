@@ -25,21 +25,19 @@ def difference_kl_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Difference KL: how one sample's logits differ from another's is drawn to how the teacher's do.
+    r"""Difference KL: the differences between the logits of two examples should match the teacher's.
 
     $$\frac{T^2}{B}\sum_j\mathrm{KL}\big(\mathrm{softmax}((t_i-t_j)/T)\,\|\,\mathrm{softmax}((s_i-s_j)/T)\big)$$
 
-    for sample i, over every sample j of the batch, i among them.
+    for example i, over every example j of the batch, i included.
 
     Args:
         student_logits: `[batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0; an array has a gradient.
-        where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each. With `"none"` a
-            copy of the teacher is held until the backward pass, which takes the pairs again.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        teacher_logits: the same shape; constant.
+        temperature: T > 0; a tensor has a gradient.
+        where: `[batch]`, False for examples that are left out, both as i and as j.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the partners of each example.
+        group: the process group that the batch is spread over.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. A class at -inf in one of two rows is left out of that pair;
@@ -50,11 +48,11 @@ def difference_kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The founding repository's DIFFKLD, whose released code builds every difference, an array of `[batch², classes]`.
-    Here the normalisers of all pairs are matrix products, in `[batch, batch]`, as long as no row spans more than
-    about 60 T in float32 (660 T in float64) once the column means, which cancel, are taken out. Wider rows of float32
-    go through float64, up to 680 T; beyond, the differences are formed a row at a time. Where student and teacher are
-    near, the products are of exp(d) - 1, so that a small loss keeps its digits.
+    The founding repository's DIFFKLD, whose released code builds every difference, a tensor `[batch², classes]`. Here
+    the normalisers of all pairs are matrix products, `[batch, batch]`, unless the logits of an example span too wide a
+    range; the column means, which cancel, are taken out first. The limit is about 60 T in float32 and 660 T in float64;
+    float32 logits of up to 680 T are computed in float64; beyond it, the differences are formed a row at a time. Where
+    student and teacher are near, the products are of exp(d) - 1, so that a small loss keeps its precision.
 
     >>> import torch
     >>> from kdtorch import difference_kl_loss

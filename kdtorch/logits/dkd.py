@@ -48,19 +48,18 @@ def dkd_loss(
 
     Args:
         student_logits: `[*batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
+        teacher_logits: the same shape; constant.
         labels: `[*batch]`, the class of each example; one outside `0 .. classes - 1` is an error.
         alpha: weight of the target part (TCKD), ≥ 0; a constant.
-        beta: weight of the non-target part (NCKD), ≥ 0; a constant. With α = 1 and β = 1 − q_y it is KL, example by
-            example.
-        temperature: T > 0; an array has a gradient.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        beta: weight of the non-target part (NCKD), ≥ 0; a constant. With α = 1, and β = 1 − q_y for each example, the
+            loss is KL.
+        temperature: T > 0; a tensor has a gradient.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below.
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative.
 
     Raises:
         ValueError: a temperature that is not positive, a negative weight, fewer than 2 classes, an unknown reduction.

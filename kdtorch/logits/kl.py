@@ -29,37 +29,37 @@ def kl_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Knowledge distillation by KL divergence: the student's softened distribution is drawn to the teacher's.
+    r"""Knowledge distillation by KL divergence: the student's softened distribution should match the teacher's.
 
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}(s/T),\quad q=\mathrm{softmax}(t/T)$$
 
     Args:
-        student_logits: `[*batch, classes]`; leading axes are free, so `[batch, tokens, vocabulary]` works.
-        teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0; an array has a gradient. The factor T² keeps the gradient's size as T grows.
-        where: `[*batch]`, False for examples (or tokens) that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for one value an example.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
+        teacher_logits: the same shape; constant.
+        temperature: T > 0; a tensor has a gradient. The factor T² keeps the gradient's size as T grows.
+        where: `[*batch]`, False for examples (or tokens) that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`; float32 for half-precision inputs. 0 where student and
-        teacher agree, never below; inf where the student gives -inf to a class that the teacher uses.
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
+        inf where the student gives -inf to a class that the teacher uses.
 
     Raises:
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. A
-    Jensen–Shannon divergence built as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the two
-    softmaxes, has the right value and gradient 0, because its whole gradient goes through the second s. KL(p‖q) with the
-    student's gradient is `2 * symmetric_kl_loss(s, t) - kl_loss(s, t)`; in the same way
-    `(kl_loss(m, t) + 2 * symmetric_kl_loss(s, m) - kl_loss(s, m)) / 2`, with m made constant, has the gradient of the
-    Jensen–Shannon divergence. kdtorch warns, once, if a constant requires a gradient and the first argument does not.
+    Jensen–Shannon divergence built as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the
+    two softmaxes, has the right value and gradient 0, because its whole gradient goes through the second argument of
+    `kl_loss(m, s)`. KL(p‖q) with the student's gradient is `2 * symmetric_kl_loss(s, t) - kl_loss(s, t)`; in the same
+    way, `(kl_loss(m, t) + 2 * symmetric_kl_loss(s, m) - kl_loss(s, m)) / 2`, with m made constant, has the gradient of
+    the Jensen–Shannon divergence. kdtorch warns, once, if a constant requires a gradient and the first argument does
+    not.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
-    Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too unless told
-    `batchmean`. Here T² is always there and the mean is over examples.
+    Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too, unless its
+    reduction is `batchmean`. Here the factor T² is always there, and the mean is over examples.
 
     >>> import torch
     >>> from kdtorch import kl_loss
@@ -90,16 +90,15 @@ def symmetric_kl_loss(
 
     Args:
         student_logits: `[*batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
-        temperature: T > 0; an array has a gradient.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        teacher_logits: the same shape; constant.
+        temperature: T > 0; a tensor has a gradient.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. 0 where student and teacher agree, never below; inf where one
-        of them gives -inf to a class that the other uses.
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
+        inf where one of them gives -inf to a class that the other uses.
 
     Raises:
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.

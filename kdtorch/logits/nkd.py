@@ -41,15 +41,14 @@ def nkd_loss(
 
     Args:
         student_logits: `[*batch, classes]`.
-        teacher_logits: the same shape; constant, its gradient is 0.
-        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` is an error), or
-            a distribution `[*batch, classes]`, of which the most probable class is used, the first of equals.
+        teacher_logits: the same shape; constant.
+        labels: `[*batch]`, the class of each example (one outside `0 .. classes - 1` is an error), or a distribution
+            `[*batch, classes]`, of which the most probable class is used, the first of equally probable ones.
         gamma: weight of the non-target part, ≥ 0; a constant.
-        temperature: T > 0, of the non-target part alone; an array has a gradient.
-        where: `[*batch]`, False for examples that count for nothing.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        temperature: T > 0, of the non-target part alone; a tensor has a gradient.
+        where: `[*batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.

@@ -57,10 +57,9 @@ def uskd_loss(
         alpha: weight of the target part, ≥ 0; a constant.
         beta: weight of the non-target part, ≥ 0; a constant.
         mu: weight of the weak head's own cross-entropy, ≥ 0; a constant.
-        where: `[*batch]`, False for examples that count for nothing, in the batch mean too.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        where: `[*batch]`, False for examples that are left out, also of the batch mean.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`.

@@ -39,10 +39,10 @@ class DynamicCenterNormLoss(nn.Module):
 
         Args:
             student: `[*batch, dim]`.
-            teacher: the same shape; constant, its gradient is 0.
+            teacher: the same shape; constant.
             labels: `[*batch]`, the class of each example.
-            where: `[*batch]`, False for examples that count for nothing.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+            where: `[*batch]`, False for examples that are left out.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
             group: the process group that the batch is spread over.
 
         Returns:

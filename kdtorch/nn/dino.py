@@ -83,9 +83,9 @@ class DINOLoss(Stateful):
             student: `[views * batch, dim]`.
             teacher: `[teacher_views * batch, dim]`.
             epoch: of the training, for the warm-up.
-            where: `[batch]`, False for examples that count for nothing; or `[views * batch]`, stacked as the student's
-                views are: an example counts if all its views do.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+            where: `[batch]`, False for examples that are left out; or `[views * batch]`, stacked as the student's views
+                are: an example is kept if all its views are.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
             group: the process group that the batch is spread over.
             update: False leaves the centre as it was.
 

@@ -60,8 +60,8 @@ class USKDLoss(nn.Module):
             features: `[*batch, feature_dim]`, of the student.
             student_logits: `[*batch, num_classes]`.
             labels: `[*batch]`, the class of each example, or a distribution `[*batch, num_classes]`.
-            where: `[*batch]`, False for examples that count for nothing.
-            reduction: `"mean"` over kept examples, `"sum"`, or `"none"`.
+            where: `[*batch]`, False for examples that are left out.
+            reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
             group: the process group that the batch is spread over.
 
         Returns:

@@ -27,28 +27,26 @@ def euclidean_mse_loss(
 
     $$\frac1B\sum_j\big(d_{ij}(s)-d_{ij}(t)\big)^2,\qquad d_{ij}(x)=\left\|\frac{x_i}{\|x_i\|}-\frac{x_j}{\|x_j\|}\right\|$$
 
-    for sample i, over every sample j of the batch, i among them (whose distance is 0).
+    for example i, over every example j of the batch, i included (at distance 0).
 
     Args:
         student: `[batch, student_dim]`.
-        teacher: `[batch, teacher_dim]`, of any width; constant, its gradient is 0.
-        where: `[batch]`, False for examples that count for nothing, neither as i nor as j.
-        reduction: `"mean"` over kept examples, `"sum"`, or `"none"` for `[batch]`, the mean over partners of each. With `"none"` a
-            copy of the teacher is held until the backward pass, which takes the pairs again.
-        group: the process group that the batch is spread over; the mean over ranks of what they return, and of their
-            gradients, is then that of the whole batch.
+        teacher: `[batch, teacher_dim]`, of any width; constant.
+        where: `[batch]`, False for examples that are left out, both as i and as j.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the partners of each example.
+        group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. Two equal rows are 0 apart and pull at nothing; a zero row
-        stays at the origin, 1 from every other.
+        A scalar, or `[batch]` with `reduction="none"`. Two equal rows have distance 0, with gradient 0. A zero row
+        stays at the origin, at distance 1 from every row that is not zero.
 
     Raises:
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The founding repository's EU_MSELoss, whose code clamps the squared distance at 1e-12 instead. Distances come from
-    one product of matrices; where some pair is so close that this would lose its digits, from the differences
-    themselves, a row at a time.
+    The founding repository's EU_MSELoss, whose code clamps the squared distance at 1e-12 instead. The distances are
+    computed by one matrix product. If some pair is so close that this would lose precision, they are computed from the
+    differences, a row at a time.
 
     >>> import torch
     >>> from kdtorch import euclidean_mse_loss
