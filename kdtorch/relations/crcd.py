@@ -341,7 +341,7 @@ def _contrast(
     blocks = _blocks(known, v, remembered=unset and total is None)
     if total is None:
         total = _sum_over(blocks, known, temperature) if unset else temperature.new_zeros(2)
-    log_z, middle = normalizer.log().to(v.dtype), 0
+    log_z, middle = normalizer.log().to(v.dtype), v.new_zeros(())
     if unset:
         log_z, middle = total[0] - _log_triples(known) + math.log(num_data), total[1]
 

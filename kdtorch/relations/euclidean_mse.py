@@ -96,12 +96,12 @@ def _over_pairs(
     x: Tensor, y: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor]:
     """sum_j (d_ij - e_ij)^2, d = |x_i - x_j| and e = |y_i - y_j|, and sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
-    whole, masked = stop - start == len(x), kept is not None and not kept.all()
+    whole, kept = stop - start == len(x), None if kept is None or kept.all() else kept
     value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
     both, centered = 2 if whole else 1, x - x.mean(0)
     of_x, of_y = _distances(x), _distances(y)
     for here, rows, columns, others in _blocks(start, stop, x):
-        masked_pairs = ~(kept[rows, None] & kept[columns]) if masked else None
+        masked_pairs = None if kept is None else ~(kept[rows, None] & kept[columns])
         distance, apart = of_x(rows, columns, masked_pairs)
         gap = distance - of_y(rows, columns, masked_pairs)[0]
         if masked_pairs is not None:
