@@ -95,11 +95,10 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
     def value(x: Tensor, *others: Input, where: Tensor | None = None) -> Tensor:
         traced, learned, inputs = torch.is_grad_enabled(), [], [x]
         for i, v in enumerate(others):
-            if isinstance(v, Tensor) and v.requires_grad:
-                if v.ndim:
-                    v = v.detach()
-                elif traced:
-                    learned.append(i)
+            if _has_rows(v):
+                v = v.detach()  # also because a compiler takes no tensor twice
+            elif traced and isinstance(v, Tensor) and v.requires_grad:
+                learned.append(i)
             inputs.append(v)
         with no_autocast(x):
             if not (learned or traced and x.requires_grad):

@@ -127,6 +127,7 @@ def _others(
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
-    peak = torch.where(peak > torch.finfo(peak.dtype).min, peak, -math.inf)  # where there is no other class
-    largest = torch.maximum(at_label, peak)
-    return torch.cat([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)
+    empty = peak == torch.finfo(peak.dtype).min
+    largest = torch.maximum(at_label, torch.where(empty, -math.inf, peak))
+    rest = torch.where(empty, -math.inf, (peak - largest) / temperature + log_total)
+    return torch.cat([(at_label - largest) / temperature, rest], -1)
