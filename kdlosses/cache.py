@@ -84,7 +84,9 @@ class Cache:
         outputs = {name: self._array(x.astype(narrow.get(name, x.dtype), order="C")) for name, x in fields.items()}
         if rest is not None and temperature is not None:
             place = self.temperatures.index(temperature)
-            outputs["rest"] = {str(self.temperatures[place]): self._array(rest[..., place].astype(rest.dtype, order="C"))}
+            outputs["rest"] = {
+                str(self.temperatures[place]): self._array(rest[..., place].astype(rest.dtype, order="C"))
+            }
         return outputs
 
     def _places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

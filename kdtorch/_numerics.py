@@ -198,7 +198,9 @@ def eager_on_cpu(*arrays: Tensor | float) -> bool:
         return False
     traced = torch.is_grad_enabled()
     for x in arrays:
-        if isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or not x.is_cpu or (traced and x.requires_grad)):
+        if isinstance(x, Tensor) and (
+            type(x) not in (Tensor, Parameter) or not x.is_cpu or (traced and x.requires_grad)
+        ):
             return False
     return True
 
@@ -361,7 +363,7 @@ def _asked(x: Tensor) -> bool:
     """Whether a gradient with respect to x may be asked for."""
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return x.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -11,7 +11,9 @@ from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
 FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")  # they go by blocks of the batch
-CASES = [pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)]
+CASES = [
+    pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
+]
 # kinds whose last axis may be left open, too, in losses whose leading axes are free
 WIDE = {"logits": "c", "distribution": "c", "features": "d", "fractions": "d"}
 
@@ -67,7 +69,9 @@ def check(loss, options, exported, sizes):
 def test_a_batch_of_any_size(loss, options):
     shapes = left_open(loss, drawn(loss, Sizes(batch=(3,))), ["b"], wide=False)
     if loss.name in FIXED:
-        message = f"{loss.name}: the size of the batch must be a number, got the symbolic b; export the loss with a fixed"
+        message = (
+            f"{loss.name}: the size of the batch must be a number, got the symbolic b; export the loss with a fixed"
+        )
         with pytest.raises(ValueError, match=message):
             jax.export.export(value_and_slopes(loss, options))(*shapes)
         return

@@ -113,7 +113,9 @@ def test_small_gradients_of_float16(f, loss):
     slopes = {}
     for dtype in ("float16", "float32"):
         (inputs,) = draw(loss, Sizes((3,), 400), 1)
-        inputs = f.arrays({k: v.astype(np.float16).astype(np.float64) if v.dtype.kind == "f" else v for k, v in inputs.items()}, dtype)
+        inputs = f.arrays(
+            {k: v.astype(np.float16).astype(np.float64) if v.dtype.kind == "f" else v for k, v in inputs.items()}, dtype
+        )
         first = loss.learns[0]
 
         def value(x, inputs=inputs, first=first):

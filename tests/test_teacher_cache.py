@@ -85,7 +85,9 @@ def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
     assert np.isfinite(f.numpy(want))
     assert f.numpy(loss(student, **x | {"rest": x["rest"]["4.0"]}, temperature=4.0)) == f.numpy(want)
     for wrong in (1.0, 4.1, 3.0):
-        with pytest.raises(ValueError, match=rf"`rest` was recorded for the temperatures \[4.0\], got .* {wrong}; read it"):
+        with pytest.raises(
+            ValueError, match=rf"`rest` was recorded for the temperatures \[4.0\], got .* {wrong}; read it"
+        ):
             loss(student, **x, temperature=wrong)
     with pytest.raises(ValueError, match="`rest` was recorded .*, got `temperature` 1.0"):
         loss(student, *x.values())
@@ -94,7 +96,11 @@ def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
         assert f.numpy(loss(student, **x, temperature=f.array(np.array(4.0), dtype))) == f.numpy(want)
         assert np.isnan(f.numpy(loss(student, **x, temperature=f.array(np.array(1.0), dtype))))
     some = record(f, tmp_path / "other", top_k=3, temperatures=[0.1], dtype="float32").read(ORDER, temperature=0.1)
-    assert np.isfinite(f.numpy(loss(student, some["values"], some["indices"], some["rest"], temperature=f.array(np.array(0.1), "float32"))))
+    assert np.isfinite(
+        f.numpy(
+            loss(student, some["values"], some["indices"], some["rest"], temperature=f.array(np.array(0.1), "float32"))
+        )
+    )
 
 
 @both
@@ -284,7 +290,11 @@ def test_a_cache_that_does_not_fit(f, tmp_path):
     ):
         cache.read([1], temperature=2.0)
     for ask in (cache.read, cache.holds):
-        for index, got in ((np.array([True, False]), "bool[2]"), (np.ones(1), "float64[1]"), ([1.0, 2.5], "float64[2]")):
+        for index, got in (
+            (np.array([True, False]), "bool[2]"),
+            (np.ones(1), "float64[1]"),
+            ([1.0, 2.5], "float64[2]"),
+        ):
             with pytest.raises(ValueError, match=rf"`index` must be whole numbers, got {re.escape(got)}"):
                 ask(index)
     assert len(cache.read([])["values"]) == len(cache.holds([])) == 0

@@ -63,7 +63,9 @@ class Drawn:
 
     def __call__(self, x, temperature, **options):
         inputs = {**self.inputs, self.loss.learns[0]: x}
-        options = {k: self.f.array(v) if isinstance(v, np.ndarray) else v for k, v in {**self.options, **options}.items()}
+        options = {
+            k: self.f.array(v) if isinstance(v, np.ndarray) else v for k, v in {**self.options, **options}.items()
+        }
         function = getattr(self.f.kd, self.loss.name)
         result = function(*(inputs[k] for k in self.loss.inputs), **{LEARNED[self.loss.title]: temperature}, **options)
         return result[0] if self.loss.state else result
@@ -73,7 +75,8 @@ def slope_of(f, function, at):
     """A central difference of fourth order of a function of a temperature."""
     step, function = 1e-3 * at, f.jit(function)
     near, far = (
-        f.numpy(function(f.array(np.array(at + d)))) - f.numpy(function(f.array(np.array(at - d)))) for d in (step, 2 * step)
+        f.numpy(function(f.array(np.array(at + d)))) - f.numpy(function(f.array(np.array(at - d))))
+        for d in (step, 2 * step)
     )
     return (8 * near - far) / (12 * step)
 
@@ -139,7 +142,8 @@ def test_both_packages(loss):
         found = [f.jit(f.grad(lambda t, value=value: value(value.x, t)))(at)]
         found.append(f.jit(f.grad(lambda x, value=value, at=at: value(x, at)))(value.x))
         if not refuses_second_derivatives(TORCH, loss):
-            found.append(f.jit(f.grad(lambda x, value=value, at=at: f.grad(lambda t: value(x, t))(at)))(value.x))
+            mixed = f.grad(lambda x, f=f, value=value, at=at: f.grad(lambda t: value(x, t))(at))
+            found.append(f.jit(mixed)(value.x))
         results.append([f.numpy(x) for x in found])
     for ours, theirs in zip(*results, strict=True):
         agree(ours, theirs, rel=1e-11)
@@ -168,7 +172,8 @@ def test_a_parameter(loss, dtype):
     slopes = []
     for precision in ("float64", dtype):
         given = TORCH.arrays(
-            {k: v.astype(np.float16) if v.dtype.kind == "f" and dtype != "bfloat16" else v for k, v in inputs.items()}, dtype
+            {k: v.astype(np.float16) if v.dtype.kind == "f" and dtype != "bfloat16" else v for k, v in inputs.items()},
+            dtype,
         )
         given = {k: v.to(getattr(torch, precision)) if v.is_floating_point() else v for k, v in given.items()}
         wide = "float64" if precision == "float64" else "float32"

@@ -97,7 +97,9 @@ def uskd_loss(
         second = jnp.argmax(jnp.where(is_class(kept, first), -jnp.inf, kept), -1)
         classes = jnp.stack([first, second], -1)
         probabilities = jnp.take_along_axis(kept, classes, -1).astype(dtype)
-        classes = jnp.where(probabilities > 0, classes, first[..., None])  # a second label of probability 0 is the first again
+        classes = jnp.where(
+            probabilities > 0, classes, first[..., None]
+        )  # a second label of probability 0 is the first again
         factor = jnp.ones_like(probabilities[..., 0])
 
     (student,) = zero_masked(where, *promote(jax.lax.stop_gradient(student_logits)))
@@ -131,7 +133,9 @@ def target_and_others_and_gradient(
     at_labels = is_class(x[..., None, :], classes)
     log_p, unused = x - p.peak - p.log_total, jnp.isneginf(x) & jnp.isneginf(weak)
     excluded = at_labels.any(-2)
-    zipf = _zipf(jax.lax.stop_gradient(log_p), softmax(jax.lax.stop_gradient(weak)), unused | excluded, classes, probabilities)
+    zipf = _zipf(
+        jax.lax.stop_gradient(log_p), softmax(jax.lax.stop_gradient(weak)), unused | excluded, classes, probabilities
+    )
     log_p_y = jnp.take_along_axis(log_p, classes, -1)
     target = -jnp.where(soft == 0, 0, soft * jnp.where(soft == 0, 0, log_p_y)).sum(-1)
     hat_p = softmax(jnp.where(excluded, -jnp.inf, x), may_be_empty=True)
@@ -143,9 +147,7 @@ def target_and_others_and_gradient(
 _target_and_others = rowwise(target_and_others_and_gradient)
 
 
-def _zipf(
-    log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array, probabilities: jax.Array
-) -> jax.Array:
+def _zipf(log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array, probabilities: jax.Array) -> jax.Array:
     """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
     present = probabilities > 0
     over_w, over_p = (

@@ -188,7 +188,12 @@ def pairs_and_gradient(
 
     def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
         p = softmax(view, temperature)
-        return *cross_entropy_of_softmax(p, view, target, temperature)[:1], p.peak, p.log_total, target.sum(-1, keepdims=True)
+        return (
+            *cross_entropy_of_softmax(p, view, target, temperature)[:1],
+            p.peak,
+            p.log_total,
+            target.sum(-1, keepdims=True),
+        )
 
     targets = [*own, *[every] * (views - teacher_views)]
     value, peak, log_total, total = map(jnp.stack, zip(*map(one, x, targets), strict=True))

@@ -292,7 +292,9 @@ def _cooling(a: Tensor, b: Tensor, temperature: Tensor, gradient: Tensor) -> Ten
     d, q = _ahead(a, b, temperature), (b / temperature).softmax(-1)
     a, b = _finite(a, 0.0), _finite(b, 0.0) / temperature
     centered = q * (d - (q * d).sum(-1, keepdim=True))
-    return (centered * (b - (q * b).sum(-1, keepdim=True))).sum(-1) + (gradient * (a - (q * a).sum(-1, keepdim=True))).sum(-1)
+    return (centered * (b - (q * b).sum(-1, keepdim=True))).sum(-1) + (
+        gradient * (a - (q * a).sum(-1, keepdim=True))
+    ).sum(-1)
 
 
 def _differences(x: Tensor) -> Callable[[int], Tensor]:
