@@ -14,7 +14,7 @@ from torch import Tensor
 from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, widest
 from kdtorch._reduce import zero_masked
 
-Input = Tensor | float
+Input = Any  # a tensor or a number
 
 
 def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int = 1) -> Callable[..., Tensor]:
@@ -75,12 +75,13 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             asked, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
             result: list[Tensor | None] = [None] * len(asked)
             if cotangent is not None:
-                above, held = cotangent.reshape(cotangent.shape + (1,) * axes), saved[: ctx.held]
+                above = cotangent.reshape(cotangent.shape + (1,) * axes)
+                held: list[Tensor] = list(saved[: ctx.held])
                 slopes = held[ctx.held - len(ctx.learned) :]
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                     where, *inputs = _as_they_were(ctx, saved[ctx.held :])
                     with no_autocast(cotangent):
-                        _, gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))
+                        gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))[1:]
                     result[0] = (above * gradient).to(inputs[0].dtype)
                 elif asked[0]:
                     result[0] = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes)
@@ -95,11 +96,10 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
     def value(x: Tensor, *others: Input, where: Tensor | None = None) -> Tensor:
         traced, learned, inputs = torch.is_grad_enabled(), [], [x]
         for i, v in enumerate(others):
-            if isinstance(v, Tensor) and v.requires_grad:
-                if v.ndim:
-                    v = v.detach()
-                elif traced:
-                    learned.append(i)
+            if _has_rows(v):
+                v = v.detach()  # also because a compiler takes no tensor twice
+            elif traced and isinstance(v, Tensor) and v.requires_grad:
+                learned.append(i)
             inputs.append(v)
         with no_autocast(x):
             if not (learned or (traced and x.requires_grad)):
@@ -152,12 +152,12 @@ def _has_rows(value: Any) -> bool:
 
 def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
     """The inputs in float32 or wider, with 0 in the masked rows."""
-    dtype = widest(*(v for v in inputs if _has_rows(v)))  # type: ignore[misc]
+    dtype = widest(*(v for v in inputs if _has_rows(v)))
     wide: list[Any] = list(inputs)
     for i, v in enumerate(inputs):
         if _has_rows(v):
-            v = v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v  # type: ignore[union-attr]
-            wide[i] = v if where is None else zero_masked(where, v)[0]  # type: ignore[arg-type]
+            v = v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v
+            wide[i] = v if where is None else zero_masked(where, v)[0]
     return wide
 
 

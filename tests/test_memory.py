@@ -76,3 +76,23 @@ def test_torch(loss, factor):
     changes = [x.nbytes() for x in sorted(records, key=lambda x: x.start_ns())]  # below 0 where memory is freed
     assert 4 * learned[0].numel() <= max(changes) <= 4 * largest(loss)  # the gradient at least
     assert max(itertools.accumulate(changes)) <= 4 * largest(loss) * loss.memory.torch
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 3.0])
+@pytest.mark.parametrize("shape", [(128, 10), (128, 1000)], ids=str)
+def test_kernels_of_kl(shape, temperature):
+    """In eager PyTorch each kernel over the logits is a barrier for its threads: at most 14, forward and backward."""
+    student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    kdtorch.kl_loss(student, teacher, temperature=temperature).backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        kdtorch.kl_loss(student, teacher, temperature=temperature).backward()
+    views = {"aten::as_strided", "aten::detach", "aten::reshape", "aten::to", "aten::unsqueeze", "aten::view"}
+    kernels = [
+        event.name
+        for event in profile.events()
+        if event.name.startswith("aten::")
+        and event.name not in views
+        and list(shape) in event.input_shapes
+        and (event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::"))
+    ]
+    assert 8 <= len(kernels) <= 14, kernels

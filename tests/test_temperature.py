@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import inspect
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import torch
 from frameworks import BOTH, TORCH
 
-from parity.cases import LOSSES, Sizes, draw
+from parity.cases import LOSSES, Loss, Sizes, draw
 
 # the setting of each loss that has a gradient if it is an array; all others are constants
 LEARNED = {
@@ -19,7 +22,6 @@ LEARNED = {
 learned = pytest.mark.parametrize("loss", [x for x in LOSSES if x.title in LEARNED], ids=lambda loss: loss.title)
 framework = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 KEPT = np.array([True, False, True, True, False])
-STEP = 1e-5
 
 
 def test_which_losses_have_one():
@@ -34,24 +36,21 @@ def test_which_losses_have_one():
 class Drawn:
     """A loss as a function of its first input and its temperature, in float64, on inputs that have been drawn."""
 
-    f: object
-    loss: object
+    f: Any
+    loss: Loss
     twist: str = ""
-    options: dict = dataclasses.field(default_factory=dict)
-    classes: int = 7
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        (inputs,) = draw(self.loss, Sizes(classes=self.classes), 3)
+        (inputs,) = draw(self.loss, Sizes(), 3)
         logits = [name for name, kind in self.loss.inputs.items() if kind == "logits"]
-        if self.twist == "padded":
-            for name in logits:
+        for name in logits:
+            if self.twist == "padded":
                 inputs[name][..., -1] = -np.inf
-            if "labels" in inputs:
-                labels = inputs["labels"]
-                inputs["labels"] = labels % (self.classes - 1) if labels.ndim == 1 else np.roll(labels, 0)
-        if self.twist == "wide":
-            for name in logits:
+            if self.twist == "wide":
                 inputs[name] *= 30
+        if self.twist == "padded" and "labels" in inputs:
+            inputs["labels"] %= Sizes().classes - 1
         if self.twist == "near":
             inputs[self.loss.learns[0]] = inputs[self.loss.constant[0]] + 1e-6 * inputs[self.loss.learns[0]]
         self.inputs = self.f.arrays(inputs)
@@ -59,32 +58,32 @@ class Drawn:
             state = {k: v if v.ndim else v + 5.0 for k, v in self.inputs[self.loss.state].items()}
             self.inputs[self.loss.state] = getattr(self.f.kd, self.loss.inputs[self.loss.state])(**state)
         self.x = self.inputs[self.loss.learns[0]]
+        low, high = self.loss.ranges[LEARNED[self.loss.title]]
+        self.temperature = low + 0.3 * (high - low)
 
-    def __call__(self, x, temperature):
+    def __call__(self, x, temperature, **options):
         inputs = {**self.inputs, self.loss.learns[0]: x}
+        options = {
+            k: self.f.array(v) if isinstance(v, np.ndarray) else v for k, v in {**self.options, **options}.items()
+        }
         function = getattr(self.f.kd, self.loss.name)
-        result = function(
-            *(inputs[k] for k in self.loss.inputs), **{LEARNED[self.loss.title]: temperature}, **self.options
-        )
+        result = function(*(inputs[k] for k in self.loss.inputs), **{LEARNED[self.loss.title]: temperature}, **options)
         return result[0] if self.loss.state else result
 
-    def at(self, temperature):
-        return self.f.array(np.array(temperature))
 
-    @functools.cached_property
-    def temperature(self):
-        low, high = self.loss.ranges[LEARNED[self.loss.title]]
-        return low + 0.3 * (high - low)
-
-
-def difference(function, at):
-    """Central, of fourth order."""
-    near, far = ((function(at + s * at * STEP * 100) - function(at - s * at * STEP * 100)) for s in (1, 2))
-    return (8 * near - far) / (12 * at * STEP * 100)
+def slope_of(f, function, at):
+    """A central difference of fourth order of a function of a temperature."""
+    step, function = 1e-3 * at, f.jit(function)
+    near, far = (
+        f.numpy(function(f.array(np.array(at + d)))) - f.numpy(function(f.array(np.array(at - d))))
+        for d in (step, 2 * step)
+    )
+    return (8 * near - far) / (12 * step)
 
 
-def is_slope(got, want, rel=1e-6):
-    assert np.asarray(got) == pytest.approx(np.asarray(want), rel=rel, abs=1e-8 * (1 + np.abs(want).max(initial=0)))
+def agree(got, want, rel=1e-6):
+    size = np.abs(want).max(initial=0)
+    assert np.abs(np.asarray(got) - want).max(initial=0) <= rel * size + 1e-10, (got, want)
 
 
 OPTIONS = ({}, {"reduction": "sum"}, {"where": KEPT}, {"where": KEPT, "reduction": "sum"})
@@ -92,20 +91,143 @@ OPTIONS = ({}, {"reduction": "sum"}, {"where": KEPT}, {"where": KEPT, "reduction
 
 @learned
 @framework
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "mean")
 @pytest.mark.parametrize("twist", ["", "padded", "wide", "near"])
-def test_its_gradient(f, loss, options, twist):
-    if (
-        (twist == "padded" and not loss.padding)
-        or (twist == "near" and not loss.divergence)
-        or (twist == "wide" and not loss.shift_invariant)
-    ):
-        pytest.skip("means nothing here")
-    value = Drawn(f, loss, twist, {k: f.array(v) if k == "where" else v for k, v in options.items()})
-    at = value.temperature
-    slope = f.jit(f.grad(lambda t: value(value.x, t)))(value.at(at))
-    is_slope(
-        f.numpy(slope),
-        difference(lambda t: float(f.jit(lambda t: value(value.x, t))(value.at(t))), at),
-        rel=1e-5 if twist == "near" else 1e-6,
-    )
+def test_its_gradient(f, loss, twist):
+    """That of central differences, T² and all, in every reduction, with a mask and without."""
+    if not {"": True, "padded": loss.padding, "wide": loss.shift_invariant, "near": loss.divergence}[twist]:
+        pytest.skip("means nothing for this loss")
+    value = Drawn(f, loss, twist)
+    at = f.array(np.array(value.temperature))
+    for options in OPTIONS:
+        got = f.jit(f.grad(lambda t, options=options: value(value.x, t, **options)))(at)
+        want = slope_of(f, lambda t, options=options: value(value.x, t, **options), value.temperature)
+        agree(f.numpy(got), want, rel=1e-4 if twist == "near" else 1e-6)
+
+
+def refuses_second_derivatives(f, loss):
+    return f is TORCH and loss.name in ("difference_kl_loss", "crcd_loss")
+
+
+@learned
+@framework
+def test_its_second_derivatives(f, loss):
+    """By T twice, and by T and the student, in both orders; or refused in words."""
+    value = Drawn(f, loss, "", {"where": KEPT})
+    at, direction = f.array(np.array(value.temperature)), f.array(np.cos(f.numpy(value.x)))
+
+    def along(t):
+        return (f.grad(lambda x: value(x, t))(value.x) * direction).sum()
+
+    def cooling(x, t):
+        return f.grad(lambda t: value(x, t))(t)
+
+    if refuses_second_derivatives(f, loss):
+        for second in (lambda: f.grad(along)(at), lambda: f.grad(cooling)(value.x, at)):
+            with pytest.raises(NotImplementedError, match="no second derivative"):
+                second()
+        return
+    agree(f.numpy(f.jit(f.grad(along))(at)), slope_of(f, along, value.temperature))
+    agree(f.numpy((f.jit(f.grad(cooling))(value.x, at) * direction).sum()), slope_of(f, along, value.temperature))
+    twice = f.jit(f.grad(lambda t: cooling(value.x, t)))(at)
+    agree(f.numpy(twice), slope_of(f, lambda t: cooling(value.x, t), value.temperature))
+
+
+@learned
+def test_both_packages(loss):
+    """The same numbers, for T, for the student beside it, and for the two mixed."""
+    results = []
+    for f in BOTH:
+        value = Drawn(f, loss)
+        at = f.array(np.array(value.temperature))
+        found = [f.jit(f.grad(lambda t, value=value: value(value.x, t)))(at)]
+        found.append(f.jit(f.grad(lambda x, value=value, at=at: value(x, at)))(value.x))
+        if not refuses_second_derivatives(TORCH, loss):
+            mixed = f.grad(lambda x, f=f, value=value, at=at: f.grad(lambda t: value(x, t))(at))
+            found.append(f.jit(mixed)(value.x))
+        results.append([f.numpy(x) for x in found])
+    for ours, theirs in zip(*results, strict=True):
+        agree(ours, theirs, rel=1e-11)
+
+
+@learned
+@framework
+def test_one_for_each_of_a_stack(f, loss):
+    """Under `vmap`, of the gradient and below it."""
+    value = Drawn(f, loss, "", {"where": KEPT})
+    scales = np.array([0.7, 1.0, 1.6]) * value.temperature
+    vmap = {"jax": jax.vmap, "torch": torch.func.vmap}[f.name]
+    each = f.grad(lambda t: value(value.x, t))
+    want = np.stack([f.numpy(each(f.array(np.array(t)))) for t in scales])
+    agree(f.numpy(vmap(each)(f.array(scales))), want, 1e-11)
+    together = f.grad(lambda ts: vmap(lambda t: value(value.x, t))(ts).sum())
+    agree(f.numpy(together(f.array(scales))), want, 1e-11)
+
+
+@learned
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_parameter(loss, dtype):
+    """`torch.nn.Parameter`, in float32, beside logits in half precision, and in blocks that the caches hold."""
+    (inputs,) = draw(loss, Sizes((9,), 300, 40), 0)
+    state = inputs.pop(loss.state, None)
+    slopes = []
+    for precision in ("float64", dtype):
+        given = TORCH.arrays(
+            {k: v.astype(np.float16) if v.dtype.kind == "f" and dtype != "bfloat16" else v for k, v in inputs.items()},
+            dtype,
+        )
+        given = {k: v.to(getattr(torch, precision)) if v.is_floating_point() else v for k, v in given.items()}
+        wide = "float64" if precision == "float64" else "float32"
+        if state:
+            given[loss.state] = getattr(TORCH.kd, loss.inputs[loss.state])(**TORCH.arrays(state, wide))
+        name = LEARNED[loss.title]
+        temperature = torch.nn.Parameter(torch.tensor(np.mean(loss.ranges[name]), dtype=getattr(torch, wide)))
+        result = getattr(TORCH.kd, loss.name)(**given, **{name: temperature})
+        (result[0] if loss.state else result).backward()
+        slopes.append(temperature.grad.item())
+    assert temperature.grad.dtype == torch.float32
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@learned
+def test_compiled(loss):
+    """By `torch.compile`, beside a student that learns and one that does not."""
+    torch._dynamo.reset()
+    value = Drawn(TORCH, loss, "", {"where": KEPT})
+    results = []
+    for learns in (True, False):
+        for function in (value, torch.compile(value, fullgraph=True, backend="aot_eager")):
+            x, t = value.x.clone().requires_grad_(learns), torch.tensor(value.temperature, requires_grad=True)
+            function(x, t).backward()
+            results.append([t.grad.numpy(), *([x.grad.numpy()] if learns else [])])
+    for one, other in (results[:2], results[2:]):
+        for got, want in zip(one, other, strict=True):
+            agree(got, want, 1e-11)
+
+
+@learned
+@framework
+def test_a_bad_one_is_nan(f, loss):
+    value = Drawn(f, loss)
+    for bad in (0.0, -1.0, np.inf, np.nan):
+        at = f.array(np.array(bad))
+        assert np.isnan(f.numpy(value(value.x, at)))
+        assert np.isnan(f.numpy(f.grad(lambda t: value(value.x, t))(at)))
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.ranges], ids=lambda loss: loss.title)
+def test_any_other_setting_is_a_constant(loss):
+    """In kdtorch one that requires a gradient is an error where a gradient would be looked for in vain."""
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs = TORCH.arrays(inputs)
+    if loss.state:
+        inputs[loss.state] = getattr(TORCH.kd, loss.inputs[loss.state])(**inputs[loss.state])
+    for name in loss.ranges.keys() - {LEARNED.get(loss.title)}:
+        setting = torch.tensor(0.5, requires_grad=True)
+        call = functools.partial(getattr(TORCH.kd, loss.name), **inputs, **{name: setting})
+        with pytest.raises(ValueError, match=rf"`{name}` is a constant of the loss .* give {name}\.detach\(\)"):
+            call()
+        with torch.no_grad():
+            call()
+        with pytest.raises(ValueError, match="is a constant of the loss"):
+            torch.func.grad(lambda t, name=name: getattr(TORCH.kd, loss.name)(**inputs, **{name: t}))(setting.detach())

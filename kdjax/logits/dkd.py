@@ -75,7 +75,8 @@ def dkd_loss(
     logits = student_logits, teacher_logits
     alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
     temperature = positive("temperature", temperature, *logits)
-    labels, factor = valid_index(*zero_masked(where, labels), student_logits.shape[-1])
+    (labels,) = zero_masked(where, labels)
+    labels, factor = valid_index(labels, student_logits.shape[-1])
     value = _decoupled(*logits, labels, alpha, beta, temperature, where=where)
     return reduce(factor.astype(value.dtype) * value, where, reduction, axis_name)
 
@@ -85,10 +86,9 @@ def decoupled_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
     hat_p, totals, others, difference = _others(x, y, labels, temperature)
-    binary = (
-        _binary(take_class(a, labels)[..., None], *total, temperature) for a, total in zip((x, y), totals, strict=True)
-    )
-    target, target_gradient = kl_and_gradient(*binary, 1.0)
+    x_binary = _binary(take_class(x, labels)[..., None], *totals[0], temperature)
+    y_binary = _binary(take_class(y, labels)[..., None], *totals[1], temperature)
+    target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
     square = temperature**2  # before a sum that might not exist
@@ -111,6 +111,7 @@ def _others(
 
 def _binary(at_label: jax.Array, peak: jax.Array, log_total: jax.Array, temperature: Scalar) -> jax.Array:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
-    peak = jnp.where(peak > jnp.finfo(peak.dtype).min, peak, -jnp.inf)  # where there is no other class
-    largest = jax.lax.stop_gradient(jnp.maximum(at_label, peak))
-    return jnp.concatenate([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)
+    empty = peak == jnp.finfo(peak.dtype).min
+    largest = jax.lax.stop_gradient(jnp.maximum(at_label, jnp.where(empty, -jnp.inf, peak)))
+    rest = jnp.where(empty, -jnp.inf, (peak - largest) / temperature + log_total)
+    return jnp.concatenate([(at_label - largest) / temperature, rest], -1)

@@ -113,10 +113,10 @@ def symmetric_kl_loss(
 
 def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
     """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
-    p, q, ratio = log_ratio(x, y, temperature)
-    difference = difference_of_softmaxes(p.p, q.p, ratio)
-    reverse = jnp.where(p.p == 0, 0, p.p * ratio)
-    gradient = difference + reverse - p.p * reverse.sum(-1, keepdims=True)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    reverse = jnp.where(p == 0, 0, p * ratio)
+    gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
     # of one sign, unless r has lost its digits
     return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature
 

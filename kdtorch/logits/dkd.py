@@ -80,7 +80,8 @@ def dkd_loss(
     logits = student_logits, teacher_logits
     alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
     temperature = positive("temperature", temperature, *logits)
-    labels = valid_index("labels", *zero_masked(where, labels), student_logits.shape[-1])
+    (labels,) = zero_masked(where, labels)
+    labels = valid_index("labels", labels, student_logits.shape[-1])
     return reduce(_decoupled(*logits, labels, alpha, beta, temperature, where=where), where, reduction, group)
 
 
@@ -93,8 +94,9 @@ def decoupled_and_gradient(
     """
     label = labels.unsqueeze(-1)
     hat_p, totals, others, difference = _others(x, y, labels, temperature)
-    binary = (_binary(a.gather(-1, label), *total, temperature) for a, total in zip((x, y), totals, strict=True))
-    target, target_gradient = kl_and_gradient(*binary, 1.0)
+    x_binary = _binary(x.gather(-1, label), *totals[0], temperature)
+    y_binary = _binary(y.gather(-1, label), *totals[1], temperature)
+    target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
     square = temperature**2  # before a sum that might not exist
@@ -114,7 +116,7 @@ def _others(
     if eager_on_cpu(x, y, temperature):
         far = [without_class(logits, labels, FAR) for logits in (x, y)]
         peaks = [logits.amax(-1, keepdim=True) for logits in far]
-        tilted = tilt(*far, temperature) if all(bool((peak > FAR).all()) for peak in peaks) else None
+        tilted = tilt(far[0], far[1], temperature) if all(bool((peak > FAR).all()) for peak in peaks) else None
         if tilted is not None:
             value, difference = kl_of_tilt(tilted), tilted.excess.div_(1 + tilted.rise)
             of_y = peaks[1], -tilted.q.amax(-1, keepdim=True).log()
@@ -126,6 +128,7 @@ def _others(
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
     """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
-    peak = torch.where(peak > torch.finfo(peak.dtype).min, peak, -math.inf)  # where there is no other class
-    largest = torch.maximum(at_label, peak)
-    return torch.cat([(at_label - largest) / temperature, (peak - largest) / temperature + log_total], -1)
+    empty = peak == torch.finfo(peak.dtype).min
+    largest = torch.maximum(at_label, torch.where(empty, -math.inf, peak))
+    rest = torch.where(empty, -math.inf, (peak - largest) / temperature + log_total)
+    return torch.cat([(at_label - largest) / temperature, rest], -1)

@@ -127,10 +127,10 @@ def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Te
         p, difference = torch.addcmul(tilted.q, tilted.q, tilted.growth).div_(scale), tilted.excess.div_(scale)
         value = torch.linalg.vecdot(difference, tilted.d).clamp_(min=0)
         return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
-    p, q, ratio = log_ratio(x, y, temperature)
-    difference = difference_of_softmaxes(p.p, q.p, ratio)
-    reverse = torch.where(p.p == 0, 0, p.p * ratio)
-    gradient = difference + reverse - p.p * reverse.sum(-1, keepdim=True)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    reverse = torch.where(p == 0, 0, p * ratio)
+    gradient = difference + reverse - p * reverse.sum(-1, keepdim=True)
     # of one sign, unless r has lost its digits
     return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
 
