@@ -78,10 +78,13 @@ def test_torch(loss, factor):
     assert max(itertools.accumulate(changes)) <= 4 * largest(loss) * loss.memory.torch
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0, 3.0])
+@pytest.mark.parametrize(("temperature", "most"), [(1.0, 14), (4.0, 14), (3.0, 16)])
 @pytest.mark.parametrize("shape", [(128, 10), (128, 1000)], ids=str)
-def test_kernels_of_kl(shape, temperature):
-    """In eager PyTorch each kernel over the logits is a barrier for its threads: at most 14, forward and backward."""
+def test_kernels_of_kl(shape, temperature, most):
+    """In eager PyTorch each kernel over the logits is a barrier for its threads: at most 14, forward and backward.
+
+    A division by T that rounds, where T is no power of 2, takes two more: the largest logit is taken off first.
+    """
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
     kdtorch.kl_loss(student, teacher, temperature=temperature).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -95,4 +98,4 @@ def test_kernels_of_kl(shape, temperature):
         and list(shape) in event.input_shapes
         and (event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::"))
     ]
-    assert 8 <= len(kernels) <= 14, kernels
+    assert 8 <= len(kernels) <= most, kernels
