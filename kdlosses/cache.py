@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import numbers
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kdlosses import __version__
 from kdlosses.files import replacing
 
 FORMAT = "1"
@@ -201,7 +201,7 @@ def _rows_of(
                 )
     header = {
         "format": FORMAT,
-        "kdlosses": importlib.metadata.version("kdlosses"),
+        "kdlosses": __version__,
         "num_classes": logits.shape[-1],
         "top_k": top_k,
         "temperatures": [float(x) for x in temperatures] if top_k is not None else [],

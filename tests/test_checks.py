@@ -96,11 +96,12 @@ def test_what_is_decorated_stays_documented(f):
 
 @both
 def test_every_annotation_is_read(f):
-    """Each argument is an array, a number or of a type; only the choices among texts are left to the losses."""
+    """Each argument is an array, a number or of a type. Choices among texts are left to the losses, and top-k's rest, which may
+    be a mapping by its temperature."""
     for loss in LOSSES:
         plan, _ = checks.read(getattr(f.kd, loss.name).__wrapped__)
         free = {a.name for a in plan.arguments if any(form.kind == "any" for form in a.forms)}
-        assert free <= {"reduction", "tail"}
+        assert free <= {"reduction", "tail", "rest"}
 
 
 @pytest.mark.parametrize(

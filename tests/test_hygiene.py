@@ -174,7 +174,7 @@ def raised(x, seen=()):
     """The errors that a function or a constructor raises, itself or in what it calls of the packages."""
     x = inspect.unwrap(vars(x).get("__init__", x) if inspect.isclass(x) else x)
     source = pathlib.Path(x.__code__.co_filename) if inspect.isfunction(x) else ROOT
-    if x in seen or not x.__module__.startswith(PACKAGES) or not source.is_file():
+    if x in seen or not getattr(x, "__module__", "").startswith(PACKAGES) or not source.is_file():
         return set()
     nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(x)))))
     errors = [node.exc.func.id for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]

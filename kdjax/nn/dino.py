@@ -20,7 +20,7 @@ class DINOLoss(Stateful):
         views: the number of student views.
         teacher_views: the number of teacher views, the first of the student's.
         warmup_temperature: the teacher's temperature at epoch 0.
-        teacher_temperature: the teacher's temperature from epoch `warmup_epochs - 1` on.
+        teacher_temperature: the teacher's temperature after the warm-up.
         warmup_epochs: how many epochs the warm-up takes.
         student_temperature: the student's temperature.
         center_momentum: of the centre.

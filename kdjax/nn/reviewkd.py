@@ -42,6 +42,9 @@ class ABF(nnx.Module):
         out_shapes: height and width of the teacher's map, or one number for both; None keeps the student's.
         rngs: of Flax.
 
+    Raises:
+        ValueError: a size of `out_shapes` below 1.
+
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> from kdjax.nn import ABF

@@ -20,6 +20,9 @@ class ABF(nn.Module):
         fuse: whether a map of the deeper level is fused in.
         out_shapes: height and width of the teacher's map, or one number for both; None keeps the student's.
 
+    Raises:
+        ValueError: a size of `out_shapes` below 1.
+
     >>> import torch
     >>> from kdtorch.nn import ABF
     >>> connector = ABF(8, 16, 32, False)
