@@ -46,7 +46,9 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(learned: Sequence[int], where: Tensor | None, x: Tensor, *others: Input) -> tuple[Tensor, ...]:
+        def forward(
+            check: Callable[[], None] | None, learned: Sequence[int], where: Tensor | None, x: Tensor, *others: Input
+        ) -> tuple[Tensor, ...]:
             def parts(*inputs: Input) -> tuple[Tensor, ...]:
                 value, gradient, *slopes = with_slopes(learned, *inputs)
                 return value, *_pack(gradient, x.dtype, axes), *slopes
@@ -55,7 +57,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.learned, *given = inputs
+            ctx.check, ctx.learned, *given = inputs
             held = output[1:]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*held)
@@ -68,11 +70,10 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             else:
                 ctx.save_for_backward(*held)
                 ctx.given = [(v,) for v in given]
-                ctx.versions = [v._version if isinstance(v, Tensor) and not v.is_inference() else None for v in given]
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            asked, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+            asked, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
             result: list[Tensor | None] = [None] * len(asked)
             if cotangent is not None:
                 above = cotangent.reshape(cotangent.shape + (1,) * axes)
@@ -87,7 +88,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
                     result[0] = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes)
                 for i, slope in zip(ctx.learned, slopes, strict=True):
                     result[1 + i] = (cotangent * slope).sum()
-            return None, None, *result
+            return None, None, None, *result
 
     # `apply` binds its arguments to the signature first, which in eager code takes longer than a kernel
     Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]
@@ -104,8 +105,10 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         with no_autocast(x):
             if not (learned or (traced and x.requires_grad)):
                 return by_rows(lambda *rows: value_and_gradient(*rows)[:1], where, *inputs, axes=axes)[0]
-            plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-            return (apply_in_eager if plain else Rowwise.apply)(tuple(learned), where, *inputs)[0]
+            if torch.compiler.is_compiling():
+                return Rowwise.apply(None, tuple(learned), where, *inputs)[0]
+            apply = Rowwise.apply if torch._C._are_functorch_transforms_active() else apply_in_eager
+            return apply(_check_of((where, *inputs)), tuple(learned), where, *inputs)[0]
 
     return value
 
@@ -194,17 +197,36 @@ def _saveable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
+def _check_of(given: Sequence[Any]) -> Callable[[], None]:
+    """A function that raises an error if one of the tensors was written into since. Tensors of inference mode cannot say."""
+    tensors = [_innermost(v) for v in given if isinstance(v, Tensor)]
+    versions = [(x, x._version) for x in tensors if not x.is_inference()]
+
+    def check() -> None:
+        for x, version in versions:
+            if x._version != version:
+                raise RuntimeError(
+                    "the second derivative of a loss, and under torch.func the first, needs the inputs that the loss was given, "
+                    f"but one of shape {list(x.shape)} was written into since; take the derivatives before, or give the loss "
+                    "a copy of it, x.clone()"
+                )
+
+    return check
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """The tensor inside the wrappers that the transforms of `torch.func` put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def _as_they_were(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
     """The inputs, which were saved under a transform of `torch.func`, and are referred to in other eager code."""
+    ctx.check()
     if saved:
         tensors = iter(saved)
         return [next(tensors) if v is None else v[0] for v in ctx.given]
-    for (x,), version in zip(ctx.given, ctx.versions, strict=True):
-        if version is not None and x._version != version:
-            raise RuntimeError(
-                f"the second derivative of a loss needs the inputs that it was given, but one of shape {list(x.shape)} was "
-                "written into since; take the derivatives before, or give the loss a copy of it, x.clone()"
-            )
     return [_saveable(v) if isinstance(v, Tensor) else v for (v,) in ctx.given]
 
 
