@@ -261,9 +261,9 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], frame
 def _given(path: str, value: Any, argument: Argument, framework: Framework) -> Given:
     ours = isinstance(value, framework.arrays)
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
-        dtype, package = str(value.dtype), type(value).__module__.partition(".")[0]
-        shape = tuple(framework.sizes(value))
+        dtype, shape = str(value.dtype), tuple(framework.sizes(value))
         if not ours:
+            package = type(value).__module__.partition(".")[0]
             return Given(path, argument.text, f"{package} {dtype}", shape, "", framework.foreign.get(package, ""))
         mask = argument.forms[0].dtype == "bool" and "int" in dtype
         smallest = framework.smallest(value) if mask else None

@@ -408,9 +408,9 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    used = torch.where(q.p == 0, 0, ratio)
-    difference = difference_of_softmaxes(p.p, q.p, used)
-    return (difference - q.p * used).sum(-1).clamp(min=0), difference
+    difference = difference_of_softmaxes(p.p, q.p, ratio)
+    weighted = q.p * torch.where(q.p == 0, 0, ratio)
+    return (difference - weighted).sum(-1).clamp(min=0), difference
 
 
 class Tilt(NamedTuple):

@@ -259,7 +259,7 @@ def test_imports_run_one_way(path):
         ("kdtorch/logits/kl.py", "try:\n    from parity.compare import ulps\nexcept ImportError: ...", [("parity.compare", "at once")]),
         ("parity/run.py", "from tests import laws", [("tests.laws", "at once")]),
         ("parity/run.py", "import laws", [("laws", "at once")]),
-        ("parity/run.py", "from benchmarks.direct import kl_loss", [("benchmarks.direct", "at once")]),
+        ("parity/run.py", "from benchmarks.direct import kl_loss", [("benchmarks.direct.kl_loss", "at once")]),
         ("parity/run.py", "import kdjax, kdtorch.nn, jax, torch", []),
     ],
 )  # fmt: skip

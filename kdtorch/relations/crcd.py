@@ -417,7 +417,7 @@ def _blocks(known: _Known, embedding: Tensor, remembered: bool = False) -> list[
     examples, places = known.places.shape
     wide = max(min(size, places), 1)
     high = max(size // wide, 1)
-    room = max(2 * known.bank.numel(), 16 * BLOCK) if remembered else 0
+    room = max(2 * known.bank.numel(), 4 * BLOCK) if remembered else 0
     blocks: list[_Block] = []
     for i, k in itertools.product(range(0, examples, high), range(0, places, wide)):
         rows, columns = slice(i, i + high), slice(k, k + wide)

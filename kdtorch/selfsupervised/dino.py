@@ -151,7 +151,7 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    old = state.center.detach().to(teacher.device)
+    old = state.center.detach().clone().to(teacher.device)  # a module writes into its own before the backward pass
     teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
     student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, old)
