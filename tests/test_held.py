@@ -1,6 +1,5 @@
 """What is held until the backward pass: the gradient, in the dtype of the input, and no other array of the inputs' size."""
 
-import functools
 import math
 
 import jax
@@ -14,7 +13,7 @@ from parity.cases import LOSSES, Case, Sizes, draw
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-SIZES = Sizes((12,), 3000, 1000, 4, 2, ((6, 16, 17), (5, 13, 14)), 40, 5)
+SIZES = Sizes((12,), 3000, 1000, 4, 2, ((6, 16, 17), (5, 13, 14)), 40, 5, kept=16)
 KEPT = np.arange(12) % 3 > 0
 SMALL = 12 * 12 * 8 * 4  # bytes: some numbers for each example and each pair of examples
 
@@ -82,11 +81,12 @@ def test_memory_that_was_not_freed(loss, dtype, masked):
         result = value(learned)
     records = [x.nbytes() for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
     state = sum(x.nbytes for k, kind in loss.inputs.items() if kind == "CRCDState" for x in value_state(loss, dtype))
-    assert 0 < sum(records) <= allowed(learned) + state
+    # a matrix that pools 21 bins of a map, one for all examples, which the second derivative would take again
+    pools = sum(21 * h * w * 8 for _, h, w in SIZES.maps) if "maps" in loss.inputs.values() else 0
+    assert 0 < sum(records) <= allowed(learned) + state + pools
     result.backward()
 
 
-@functools.cache
 def value_state(loss, dtype):
     """Of the size of the next state, which CRCD's memory is."""
     (inputs,) = draw(loss, SIZES, 0)
