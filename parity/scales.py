@@ -54,6 +54,7 @@ def of_squares(given: Given) -> tuple[float, float]:
 
 
 def of_unit_rows(given: Given) -> tuple[float, float]:
-    """Of the student's rows once they have unit length: the gradient is the greater the shorter a row was."""
-    lengths = [float(x) for x in np.abs(given.inputs["student"]).max(-1).ravel() if x >= given.tiny]
+    """Of rows once they have unit length, the student's and the centres': the gradient is the greater the shorter a row was."""
+    rows = [np.abs(given.inputs[name]).max(-1).ravel() for name in ("student", "centers") if name in given.inputs]
+    lengths = [float(x) for x in np.concatenate(rows) if x >= given.tiny]
     return 1.0, 1 / min(lengths, default=1.0)

@@ -225,9 +225,9 @@ def test_any_other_setting_is_a_constant(loss):
     for name in loss.ranges.keys() - {LEARNED.get(loss.title)}:
         setting = torch.tensor(0.5, requires_grad=True)
         call = functools.partial(getattr(TORCH.kd, loss.name), **inputs, **{name: setting})
-        with pytest.raises(ValueError, match=rf"`{name}` is a constant of the loss .* give {name}\.detach\(\)"):
+        with pytest.raises(ValueError, match=rf"`{name}` is a constant .* give {name}\.detach\(\)"):
             call()
         with torch.no_grad():
             call()
-        with pytest.raises(ValueError, match="is a constant of the loss"):
+        with pytest.raises(ValueError, match="is a constant"):
             torch.func.grad(lambda t, name=name: getattr(TORCH.kd, loss.name)(**inputs, **{name: t}))(setting.detach())

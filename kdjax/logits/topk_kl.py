@@ -107,7 +107,7 @@ def topk_kl_loss(
         divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature, where=where)
     else:
         left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
-        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
+        divergence = topk_kl_divergence(student_logits, values, indices, left[..., None], temperature, where=where)
     return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
@@ -144,7 +144,7 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Arr
 def topk_kl_and_gradient(
     x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all classes.
 
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
@@ -161,7 +161,7 @@ def topk_kl_and_gradient(
     total = weight.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    value, gradient = kl_and_gradient(student, jnp.concatenate([values, rest[..., None]], -1), temperature)
+    value, gradient = kl_and_gradient(student, jnp.concatenate([values, rest], -1), temperature)
     return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
 
 

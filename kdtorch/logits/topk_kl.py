@@ -108,7 +108,7 @@ def topk_kl_loss(
         divergence = kl_divergence(own, values, temperature, where=where)
     else:
         left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
-        divergence = topk_kl_divergence(student_logits, values, indices, left, temperature, where=where)
+        divergence = topk_kl_divergence(student_logits, values, indices, left.unsqueeze(-1), temperature, where=where)
     return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
@@ -168,7 +168,7 @@ class _Entries(torch.autograd.Function):
 def topk_kl_and_gradient(
     x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest; its gradient over all classes.
+    """KL over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all classes.
 
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
@@ -184,7 +184,7 @@ def topk_kl_and_gradient(
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = weight.sum(-1, keepdim=True).clamp(min=1)
     student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
-    value, gradient = kl_and_gradient(student, torch.cat([values, rest.unsqueeze(-1)], -1), temperature)
+    value, gradient = kl_and_gradient(student, torch.cat([values, rest], -1), temperature)
     spread = weight * (gradient[..., -1:] / total)
     return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
 
