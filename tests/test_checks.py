@@ -183,6 +183,7 @@ def test_the_check_leaves_no_guard():
     assert not any(word in guard for guard in guards for word in ("student_logits", "*batch", ".forms", ".arguments"))
 
 
+@pytest.mark.slow
 @both
 @every_setting
 def test_numbers_of_any_kind(f, loss, name):
@@ -213,6 +214,7 @@ def test_numbers_of_any_kind(f, loss, name):
             jax.jit(lambda x: evaluate(f, loss, inputs, **{name: x}))(True)
 
 
+@pytest.mark.slow
 @every
 def test_variables_of_flax_are_taken_for_their_arrays(loss):
     inputs = arguments(JAX, loss)

@@ -522,6 +522,7 @@ def compared(case, **defaults):
     return compare_modules(*arguments, **{**defaults, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 @pytest.mark.parametrize("case", EQUAL.values(), ids=EQUAL)
 def test_modules_that_are_equal(case):

@@ -132,6 +132,7 @@ def test_second_derivative_of_what_was_written_into(loss):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
 @pytest.mark.parametrize("inference", [False, True], ids=["written into", "inference mode"])

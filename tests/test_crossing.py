@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from test_interop import ROOT
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -24,6 +25,7 @@ def run(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_teachers_of_either_framework_teach_students_of_either(tmp_path):
     run("examples/crossing.py", "--quick", "--out", tmp_path)
     results = json.loads((tmp_path / "crossing.json").read_text())

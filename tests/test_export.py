@@ -65,6 +65,7 @@ def check(loss, options, exported, sizes):
         assert ulps(np.asarray(a), np.asarray(b), "float32") <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "options"), CASES)
 def test_a_batch_of_any_size(loss, options):
     shapes = left_open(loss, drawn(loss, Sizes(batch=(3,))), ["b"], wide=False)

@@ -139,7 +139,7 @@ def compared(call, dtype, sides, *parts):
         assert found.passed, str(found)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_packages(call, f, dtype):

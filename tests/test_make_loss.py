@@ -613,6 +613,7 @@ def test_a_weight_of_0_takes_a_loss_away(f):
     assert f.numpy(loss(feat=feat, epoch=0)) == f.numpy(loss.terms(feat=feat)["mse"])
 
 
+@pytest.mark.slow
 @both
 def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
     """By the parameters that a loss has: every one of this library; of others those with the name."""

@@ -131,6 +131,7 @@ def idle(module, x):
     return jnp.zeros_like(x[0, 0])
 
 
+@pytest.mark.slow
 @all_modules
 @pytest.mark.parametrize("loop", LOOPS)
 def test_transforms_of_flax(name, loop):

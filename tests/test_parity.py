@@ -17,8 +17,8 @@ ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
 
 
 def tier(case, dtype):
-    """Every case in float64, and in float32 what shares one compiled program; the rest is slow."""
-    quick = dtype == "float64" or (dtype == "float32" and case.name in ONE_PROGRAM)
+    """Every case in float64, and the ordinary one in float32; the rest is slow."""
+    quick = dtype == "float64" or (dtype == "float32" and case.name == "ordinary")
     return pytest.param(case, dtype, marks=() if quick else pytest.mark.slow)
 
 

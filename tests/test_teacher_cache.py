@@ -103,6 +103,7 @@ def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
     )
 
 
+@pytest.mark.slow
 @both
 def test_the_loss_of_what_is_read(f, tmp_path):
     """Of all classes it is the full KL; of some, with their rest, the KL of what is left when the rest is one."""

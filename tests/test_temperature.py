@@ -91,7 +91,7 @@ OPTIONS = ({}, {"reduction": "sum"}, {"where": KEPT}, {"where": KEPT, "reduction
 
 @learned
 @framework
-@pytest.mark.parametrize("twist", ["", "padded", "wide", "near"])
+@pytest.mark.parametrize("twist", ["", *(pytest.param(x, marks=pytest.mark.slow) for x in ("padded", "wide", "near"))])
 def test_its_gradient(f, loss, twist):
     """That of central differences, T² and all, in every reduction, with a mask and without."""
     if not {"": True, "padded": loss.padding, "wide": loss.shift_invariant, "near": loss.divergence}[twist]:
@@ -108,6 +108,7 @@ def refuses_second_derivatives(f, loss):
     return f is TORCH and loss.name in ("difference_kl_loss", "crcd_loss")
 
 
+@pytest.mark.slow
 @learned
 @framework
 def test_its_second_derivatives(f, loss):
@@ -132,6 +133,7 @@ def test_its_second_derivatives(f, loss):
     agree(f.numpy(twice), slope_of(f, lambda t: cooling(value.x, t), value.temperature))
 
 
+@pytest.mark.slow
 @learned
 def test_both_packages(loss):
     """The same numbers, for T, for the student beside it, and for the two mixed."""
@@ -149,6 +151,7 @@ def test_both_packages(loss):
         agree(ours, theirs, rel=1e-11)
 
 
+@pytest.mark.slow
 @learned
 @framework
 def test_one_for_each_of_a_stack(f, loss):
@@ -188,6 +191,7 @@ def test_a_parameter(loss, dtype):
     assert slopes[1] == pytest.approx(slopes[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @learned
 def test_compiled(loss):
@@ -205,6 +209,7 @@ def test_compiled(loss):
             agree(got, want, 1e-11)
 
 
+@pytest.mark.slow
 @learned
 @framework
 def test_a_bad_one_is_nan(f, loss):

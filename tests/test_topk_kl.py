@@ -234,6 +234,7 @@ def test_no_distribution_is_nan(f, tail):
         assert not slope[2].any()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(("tail", "temperature"), TAILS)
 def test_the_gradient_of_the_temperature(f, tail, temperature):
@@ -296,6 +297,7 @@ def test_jax_holds_the_gradient_in_the_dtype_of_the_student(dtype):
         assert 0 < sum(held) <= most + 5 * 6 * 8, held
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("classes", [4, CLASSES])
@@ -310,6 +312,7 @@ def test_the_second_derivative(f, tail, classes):
     assert np.abs(got - want).max() <= 1e-8
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_vmap(f, tail):
@@ -330,6 +333,7 @@ def test_under_vmap(f, tail):
         assert np.abs(got - want).max() <= 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_torch_compile(tail):
