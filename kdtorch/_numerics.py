@@ -439,10 +439,13 @@ def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
     found = _tilt(x, y, float(temperature))
     largest = float(found.growth.amax())
     if math.isnan(largest):
+        excluded = x.isneginf() & ~y.isneginf()
         x, y = (logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=FAR) for logits in (x, y))
         if all(bool((logits.amax(-1) > FAR).all()) for logits in (x, y)):
             found = _tilt(x, y, float(temperature))
             largest = float(found.growth.amax())
+            if bool((found.q[excluded] > 0).any()):  # where the value is infinite, however small q is
+                return None
     if largest > 1e7:  # e^d of a class that p needs not feel, unless its mean under p is large too
         largest = float((torch.linalg.vecdot(found.excess, found.growth) / (1 + found.rise.squeeze(-1))).amax())
     return found if largest < 5e8 else None  # else p would rest on what has few digits in q

@@ -103,6 +103,7 @@ KEPT = (
     Recipe(6, "1e4", "of all sizes", "equal", "ordinary", 255, 0),  # DCN's gradient near the largest number
     Recipe(1, "ordinary", "of all sizes", "apart", "least", 255, 0),  # a step of the oracle's, larger than the input
     Recipe(841277490, "ordinary", "largest", "padded", "least", 255, 5),  # p - q and log(p / q) of different signs
+    Recipe(268, "ordinary", "1e4", "excluded", "most", 255, 0),  # an excluded class of which the teacher gives e^-200
 )
 
 
