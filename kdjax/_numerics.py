@@ -134,7 +134,7 @@ def softmax(x: Array, temperature: Scalar = 1.0, may_be_empty: bool = False) -> 
     weight = jnp.exp(below / temperature)
     total = jnp.sum(weight, -1, keepdims=True)
     if may_be_empty:
-        total = jnp.maximum(total, 1)  # as much is the largest entry's, where there is one
+        total = jnp.where(total == 0, 1, total)  # at a total of 1, one class, `maximum` would halve the derivative
     return Softmax(weight / total, peak, jnp.log(total))
 
 

@@ -118,6 +118,21 @@ def test_second_derivative(loss):
     close([TORCH.numpy(y) for y in leaves(theirs)], [np.asarray(y) for y in leaves(got)], 4096)
 
 
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+def test_second_derivative_of_two_classes(name):
+    """Beside the label there is one class, of which the others' softmax is 1 whatever its logit is."""
+    results = []
+    for f in BOTH:
+        student, teacher = f.array(np.array([[0.3, -1.2]])), f.array(np.array([[2.0, 0.5]]))
+        labels = f.array(np.array([1]))
+
+        def slope(x, f=f, teacher=teacher, labels=labels):
+            return (f.grad(lambda x: getattr(f.kd, name)(x, teacher, labels))(x) * teacher).sum()
+
+        results.append(f.numpy(f.grad(slope)(student)))
+    close([results[0]], [results[1]], 64)
+
+
 def calls(f, loss):
     """Arguments of two calls that share no number: inputs, a mask, and every setting as an array; and a first state."""
     given = []
