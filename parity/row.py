@@ -106,7 +106,9 @@ class Loss:
         learns: the inputs that have a gradient.
         constant: the inputs of which the gradient must be exactly 0.
         options: settings worth a case each; the first is the ordinary one.
-        ranges: from where to where random draws take each setting: every option whose default is a number.
+        ranges: from where to where random draws take each setting: every option whose default is a number,
+            but for `forms`.
+        forms: values, in ascending order, of each option that is a number and no array, because it chooses the formula.
 
         leading: whether it takes any number of leading axes.
         batch_coupled: whether an example's value depends on the others.
@@ -136,6 +138,7 @@ class Loss:
     constant: tuple[str, ...] = ()
     options: tuple[dict[str, Any], ...] = ({},)
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    forms: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     leading: bool = True
     batch_coupled: bool = False

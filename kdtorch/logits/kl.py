@@ -10,6 +10,7 @@ from kdtorch._numerics import (
     difference_of_softmaxes,
     log_ratio,
     positive,
+    pulled_back,
     softmax_pulled_back,
     tilt,
     times_square,
@@ -129,8 +130,7 @@ def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Te
         return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference = difference_of_softmaxes(p, q, ratio)
-    reverse = torch.where(p == 0, 0, p * ratio)
-    gradient = difference + reverse - p * reverse.sum(-1, keepdim=True)
+    gradient = difference + pulled_back(ratio, p)
     # of one sign, unless r has lost its digits
     return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
 
