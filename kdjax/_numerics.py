@@ -193,15 +193,28 @@ def less_common_error(difference: Array, q: Array) -> tuple[Array, Array]:
     return (difference - common * q) / (1 + common), common
 
 
-NEAR = 0.125  # below it e^x - 1 - x loses digits
+NEAR = 0.5  # below it e^x - 1 - x loses digits
 
 
 def exp_remainder(x: Array) -> Array:
     """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
     total = jnp.zeros_like(x)
-    for n in range(6 if x.dtype == jnp.float32 else 11, 1, -1):
+    for n in range(9 if x.dtype == jnp.float32 else 16, 1, -1):
         total = total * x + 1 / math.factorial(n)
     return x * x * total
+
+
+def series_of_log1p(x: Array) -> tuple[Array, Array]:
+    """log(1 + x) and x - log(1 + x), for -1/2 < x <= 1, both with all their digits.
+
+    With s = x / (2 + x) the logarithm is 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), and x - 2 s is s x.
+    """
+    s = x / (2 + x)
+    square, total = s * s, jnp.zeros_like(x)
+    for n in range(13 if x.dtype == jnp.float32 else 33, 1, -2):
+        total = total * square + 2 / n
+    tail = square * total
+    return s * (2 + tail), s * (x - tail)
 
 
 def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:

@@ -438,15 +438,28 @@ def less_common_error(difference: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return (difference - common * q) / (1 + common), common
 
 
-NEAR = 0.125  # below it e^x - 1 - x loses digits
+NEAR = 0.5  # below it e^x - 1 - x loses digits
 
 
 def exp_remainder(x: Tensor) -> Tensor:
     """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
     total = torch.zeros_like(x)
-    for n in range(6 if x.dtype == torch.float32 else 11, 1, -1):
+    for n in range(9 if x.dtype == torch.float32 else 16, 1, -1):
         total = total * x + 1 / math.factorial(n)
     return x * x * total
+
+
+def series_of_log1p(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + x) and x - log(1 + x), for -1/2 < x <= 1, both with all their digits.
+
+    With s = x / (2 + x) the logarithm is 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), and x - 2 s is s x.
+    """
+    s = x / (2 + x)
+    square, total = s * s, torch.zeros_like(x)
+    for n in range(13 if x.dtype == torch.float32 else 33, 1, -2):
+        total = total * square + 2 / n
+    tail = square * total
+    return s * (2 + tail), s * (x - tail)
 
 
 class Tilt(NamedTuple):
@@ -498,10 +511,40 @@ def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:
 
 def quick_softmax(x: Tensor, temperature: float) -> Tensor:
     """softmax(x / T) in few kernels, for eager PyTorch."""
+    return torch.softmax(_divided(x, temperature), -1)
+
+
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    """x / T, for a softmax: a division that rounds must be of small numbers."""
     if temperature == 1:
-        return torch.softmax(x, -1)
-    exact = math.frexp(temperature)[0] == 0.5  # a division that rounds must be of small numbers
-    return torch.softmax(x / temperature if exact else (x - x.amax(-1, keepdim=True)).div_(temperature), -1)
+        return x
+    exact = math.frexp(temperature)[0] == 0.5
+    return x / temperature if exact else (x - x.amax(-1, keepdim=True)).div_(temperature)
+
+
+class Logs(NamedTuple):
+    """p = softmax(x / T), q = softmax(y / T), and their logarithms."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+
+
+def quick_logs(x: Tensor, y: Tensor, temperature: Scalar) -> Logs | None:
+    """Few, large kernels for rows that lie too far apart for `tilt`; None but in eager PyTorch on a CPU.
+
+    What is made of them is right where `far_apart` says so.
+    """
+    if not eager_on_cpu(x, y, temperature) or not x.numel():
+        return None
+    log_p, log_q = (torch.log_softmax(_divided(z, float(temperature)), -1) for z in (x, y))
+    return Logs(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def far_apart(value: Tensor) -> bool:
+    """Whether a divergence is so large in all rows that a difference of logarithms has its digits, and finite."""
+    return bool(((value > 0.05) & (value < math.inf)).all())
 
 
 def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
@@ -515,6 +558,11 @@ def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, 
     if tilted is not None:
         scale = 1 + tilted.rise
         return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
+    logs = quick_logs(x, y, temperature)
+    if logs is not None:
+        value = torch.linalg.vecdot(logs.q, logs.log_q.sub_(logs.log_p))
+        if far_apart(value):
+            return value, logs.p.sub_(logs.q).div_(temperature)
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 

@@ -121,6 +121,7 @@ class Loss:
         laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
 
         scale: of the terms that the value is the difference of: the least number to measure its error by.
+        gradient_scale: the same of the gradient.
         rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
         state_rounding: the same of a field of the state, given its value.
         ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`.
@@ -151,6 +152,7 @@ class Loss:
     laws: tuple[str, ...] = ()
 
     scale: float = 0.0
+    gradient_scale: float = 0.0
     rounding: scales.Rounding = scales.of_logits
     state_rounding: Callable[[scales.Given, np.ndarray], float] = lambda given, value: 0.0
     ill_conditioned: dict[str, IllConditioned] = dataclasses.field(default_factory=dict)

@@ -14,6 +14,7 @@ from kdjax._numerics import (
     log_ratio,
     positive,
     pulled_back,
+    series_of_log1p,
 )
 from kdjax._reduce import reduce
 from kdjax._rowwise import kl_divergence, rowwise
@@ -83,28 +84,35 @@ def jsd_loss(
 def jsd_and_gradient(x: jax.Array, y: jax.Array, beta: Scalar, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
     """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
 
-    The mixture is m = (1 - a) f + a g, with the lesser weight a = min(b, 1 - b): f is then the student's p where b < 1/2,
-    else the teacher's q. Of f and g the sum is -(1 - a) f u - a g v, with u = log(m / f) and v = log(m / g), and where they
-    are close (1 - a) f (e^u - 1 - u) + a g (e^v - 1 - v): terms that are never negative, and keep their digits.
+    Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
+    w' = m / p - 1: terms that are never negative, and keep their digits.
     """
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    student_first, a = beta < 0.5, jnp.minimum(beta, 1 - beta)
-    f, g = jnp.where(student_first, p, q), jnp.where(student_first, q, p)
-    alone = (p == 0) | (q == 0)
-    ratio = jnp.where(alone, 0, jnp.where(student_first, -ratio, ratio))
-    growth = jnp.expm1(jnp.minimum(ratio, 60))
-    _, common = less_common_error(jnp.where(alone | (ratio > 1), g - f, f * growth), f)
-    small = a * growth < 1
-    far = jnp.log(a + (1 - a) * jnp.exp(-jnp.where(small, 0, ratio)))
-    log = jnp.log1p(a * jnp.where(small, growth, 0))
-    u, v = jnp.where(small, log, far + ratio), jnp.where(small, log - ratio, far)
+    ratio = jnp.clip(ratio, -1e5, 1e5)  # infinite where one of the two excludes a class
     near = jnp.abs(ratio) < NEAR
-    close_u, close_v = (exp_remainder(jnp.where(near, z, 0)) for z in (u, v))
-    terms = jnp.where(near, (1 - a) * f * close_u + a * g * close_v, -(1 - a) * f * u - a * g * v)
-    apart = -beta * jnp.log(beta) * q - (1 - beta) * jnp.log1p(-beta) * p
-    to_p = jnp.where(q == 0, jnp.log1p(-beta), jnp.where(student_first, u, v))
-    value = jnp.where(alone, apart, terms).sum(-1) - a * (1 - a) * common.squeeze(-1) ** 2 / 2
-    return jnp.where(value < 0, 0, value), (beta - 1) * pulled_back(to_p, p) / temperature
+    close = jnp.where(near, ratio, 0)
+    growth = close + exp_remainder(close)
+    to_p, rest_p = series_of_log1p(-beta * growth / (1 + growth))
+    log_b, log_rest = jnp.log(beta), jnp.log1p(-beta)
+    odds = ratio + log_rest - log_b  # log of (1 - b) p / b q
+    less = odds < 0
+    small = jnp.exp(jnp.where(less, odds, -odds))
+    log, rest_q = series_of_log1p(jnp.where(near, (1 - beta) * growth, small))
+    # log(m / b q) and log(m / (1 - b) p)
+    far_q, far_p = jnp.where(less, log, log + odds), jnp.where(less, log - odds, log)
+    terms = jnp.where(
+        near,
+        beta * q * rest_q + (1 - beta) * p * rest_p,
+        -beta * q * (log_b + far_q) - (1 - beta) * p * (log_rest + far_p),
+    )
+    _, common = less_common_error(jnp.where(near, q * growth, p - q), q)
+    value = terms.sum(-1) - beta * (1 - beta) * common.squeeze(-1) ** 2 / 2
+    # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
+    room = -beta * log_b - (1 - beta) * log_rest - jax.lax.stop_gradient(value)[..., None]
+    apart = room < 0.1 * (beta - 1) * log_rest
+    h = jnp.where(near, to_p, far_p + log_rest)
+    h = jnp.where(apart, jnp.where(near, to_p - log_rest, far_p), h)
+    return jnp.where(value < 0, 0, value), (beta - 1) * pulled_back(h, p) / temperature
 
 
 jensen_shannon = rowwise(jsd_and_gradient)

@@ -11,13 +11,16 @@ from kdtorch._numerics import (
     NEAR,
     check_classes,
     exp_remainder,
+    far_apart,
     fraction,
     less_common_error,
     log_ratio,
     nearly_equal,
     positive,
     pulled_back,
+    quick_logs,
     quick_softmax,
+    series_of_log1p,
     softmax_pulled_back,
     tilt,
 )
@@ -89,31 +92,38 @@ def jsd_loss(
 def jsd_and_gradient(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor]:
     """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
 
-    The mixture is m = (1 - a) f + a g, with the lesser weight a = min(b, 1 - b): f is then the student's p where b < 1/2,
-    else the teacher's q. Of f and g the sum is -(1 - a) f u - a g v, with u = log(m / f) and v = log(m / g), and where they
-    are close (1 - a) f (e^u - 1 - u) + a g (e^v - 1 - v): terms that are never negative, and keep their digits.
+    Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
+    w' = m / p - 1: terms that are never negative, and keep their digits.
     """
-    quick = _of_tilt(x, y, beta, temperature)
+    quick = _of_tilt(x, y, beta, temperature) or _of_logs(x, y, beta, temperature)
     if quick is not None:
         return quick
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    student_first, a = beta < 0.5, min(beta, 1 - beta)
-    f, g = (p, q) if student_first else (q, p)
-    alone = (p == 0) | (q == 0)
-    ratio = torch.where(alone, 0, -ratio if student_first else ratio)
-    growth = ratio.clamp(max=60).expm1()
-    _, common = less_common_error(torch.where(alone | (ratio > 1), g - f, f * growth), f)
-    small = a * growth < 1
-    far = (a + (1 - a) * (-torch.where(small, 0, ratio)).exp()).log()
-    log = (a * torch.where(small, growth, 0)).log1p()
-    u, v = torch.where(small, log, far + ratio), torch.where(small, log - ratio, far)
+    ratio = ratio.clamp(-1e5, 1e5)  # infinite where one of the two excludes a class
     near = ratio.abs() < NEAR
-    close_u, close_v = (exp_remainder(torch.where(near, z, 0)) for z in (u, v))
-    terms = torch.where(near, (1 - a) * f * close_u + a * g * close_v, -(1 - a) * f * u - a * g * v)
-    apart = -beta * math.log(beta) * q - (1 - beta) * math.log1p(-beta) * p
-    to_p = torch.where(q == 0, math.log1p(-beta), u if student_first else v)
-    value = torch.where(alone, apart, terms).sum(-1) - a * (1 - a) * common.squeeze(-1) ** 2 / 2
-    return value.clamp(min=0), (beta - 1) * pulled_back(to_p, p) / temperature
+    close = torch.where(near, ratio, 0)
+    growth = close + exp_remainder(close)
+    to_p, rest_p = series_of_log1p(-beta * growth / (1 + growth))
+    log_b, log_rest = math.log(beta), math.log1p(-beta)
+    odds = ratio + log_rest - log_b  # log of (1 - b) p / b q
+    less = odds < 0
+    small = torch.where(less, odds, -odds).exp()
+    log, rest_q = series_of_log1p(torch.where(near, (1 - beta) * growth, small))
+    # log(m / b q) and log(m / (1 - b) p)
+    far_q, far_p = torch.where(less, log, log + odds), torch.where(less, log - odds, log)
+    terms = torch.where(
+        near,
+        beta * q * rest_q + (1 - beta) * p * rest_p,
+        -beta * q * (log_b + far_q) - (1 - beta) * p * (log_rest + far_p),
+    )
+    _, common = less_common_error(torch.where(near, q * growth, p - q), q)
+    value = terms.sum(-1) - beta * (1 - beta) * common.squeeze(-1) ** 2 / 2
+    # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
+    room = -beta * log_b - (1 - beta) * log_rest - value.detach().unsqueeze(-1)
+    apart = room < 0.1 * (beta - 1) * log_rest
+    h = torch.where(near, to_p, far_p + log_rest)
+    h = torch.where(apart, torch.where(near, to_p - log_rest, far_p), h)
+    return torch.where(value < 0, 0, value), (beta - 1) * pulled_back(h, p) / temperature
 
 
 def _of_tilt(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
@@ -125,14 +135,28 @@ def _of_tilt(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Te
     f, temperature = tilted.q, float(temperature)
     g = quick_softmax(y if student_first else x, temperature)
     u = tilted.growth.sub_(tilted.rise).mul_(a / (1 + tilted.rise)).log1p_()
-    v, under_f = tilted.d.sub_(u), torch.linalg.vecdot(f, u).unsqueeze(-1)
-    under_g = torch.linalg.vecdot(g, v).unsqueeze(-1)
-    value = (a * (under_g - tilted.rise.log1p()) - (1 - a) * under_f).squeeze(-1).clamp_(min=0)
+    v = tilted.d.sub_(u)
+    under_f, under_g = torch.linalg.vecdot(f, u), torch.linalg.vecdot(g, v)
+    value = (a * (under_g - tilted.rise.squeeze(-1).log1p()) - (1 - a) * under_f).clamp_(min=0)
     if nearly_equal(value):
         return None
     if student_first:
-        return value, softmax_pulled_back(u.sub_(under_f), f).mul_((beta - 1) / temperature)
-    return value, softmax_pulled_back(v.sub_(under_g), g).mul_((1 - beta) / temperature)
+        return value, softmax_pulled_back(u.sub_(under_f.unsqueeze(-1)), f).mul_((beta - 1) / temperature)
+    return value, softmax_pulled_back(v.sub_(under_g.unsqueeze(-1)), g).mul_((1 - beta) / temperature)
+
+
+def _of_logs(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+    """The same where student and teacher are far apart."""
+    logs = quick_logs(x, y, temperature)
+    if logs is None:
+        return None
+    odds = logs.log_p.sub_(logs.log_q).add_(math.log1p(-beta) - math.log(beta)).clamp_(-80, 80)
+    of_q, of_p = odds.exp().log1p_(), odds.neg_().exp_().log1p_()  # log of m / b q and m / (1 - b) p
+    under_q, under_p = torch.linalg.vecdot(logs.q, of_q), torch.linalg.vecdot(logs.p, of_p)
+    value = -beta * (under_q + math.log(beta)) - (1 - beta) * (under_p + math.log1p(-beta))
+    if not far_apart(value):
+        return None
+    return value, softmax_pulled_back(of_p.sub_(under_p.unsqueeze(-1)), logs.p).mul_((beta - 1) / float(temperature))
 
 
 jensen_shannon = rowwise(jsd_and_gradient)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdtorch._numerics import (
     check_classes,
+    far_apart,
     kl_of_softmaxes,
     kl_of_tilt,
     log_ratio,
     positive,
     pulled_back,
+    quick_logs,
     softmax_pulled_back,
     tilt,
     times_square,
@@ -73,6 +76,12 @@ def reverse_kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[
     if tilted is not None:
         value = kl_of_tilt(tilted)
         return value, softmax_pulled_back(tilted.d, tilted.q).div_(-temperature)
+    logs = quick_logs(x, y, temperature)
+    if logs is not None:
+        ratio = logs.log_p.sub_(logs.log_q)
+        value = torch.linalg.vecdot(logs.p, ratio)
+        if far_apart(value):
+            return value, softmax_pulled_back(ratio.sub_(value.unsqueeze(-1)), logs.p).div_(temperature)
     p, q, ratio = log_ratio(x, y, temperature)
     value, _ = kl_of_softmaxes(q, p, -ratio)
     return value, pulled_back(ratio, p.p) / temperature
