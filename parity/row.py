@@ -108,7 +108,8 @@ class Loss:
         options: settings worth a case each; the first is the ordinary one.
         ranges: from where to where random draws take each setting: every option whose default is a number,
             but for `forms`.
-        forms: values, in ascending order, of each option that is a number and no array, because it chooses the formula.
+        forms: values of each option that is no array because it chooses the formula: a number, or a text. Random draws
+            take the values of one place together.
 
         leading: whether it takes any number of leading axes.
         batch_coupled: whether an example's value depends on the others.
@@ -139,7 +140,7 @@ class Loss:
     constant: tuple[str, ...] = ()
     options: tuple[dict[str, Any], ...] = ({},)
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    forms: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    forms: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     leading: bool = True
     batch_coupled: bool = False

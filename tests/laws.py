@@ -139,7 +139,7 @@ class Example:
     """Inputs in NumPy, of values that their precision has, settings, a mask, and the gradient from above."""
 
     inputs: dict[str, Any]
-    options: dict[str, float]
+    options: dict[str, Any]
     where: np.ndarray
     weights: np.ndarray
     dtype: str
@@ -241,7 +241,7 @@ def evaluate(name: str, loss: Loss, given: Example) -> Outcome:
     )
 
 
-def forms(loss: Loss, given: Example) -> tuple[tuple[str, float], ...]:
+def forms(loss: Loss, given: Example) -> tuple[tuple[str, Any], ...]:
     """The settings that are no arrays: each of their values is a program of its own."""
     return tuple((k, given.options[k]) for k in loss.forms if k in given.options)
 
@@ -293,7 +293,7 @@ def jax_arguments(loss: Loss, given: Example) -> tuple[Any, ...]:
     )
 
 
-def objective(title: str, fixed: tuple[tuple[str, float], ...] = (), reductions: bool = False) -> Callable[..., Any]:
+def objective(title: str, fixed: tuple[tuple[str, Any], ...] = (), reductions: bool = False) -> Callable[..., Any]:
     """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings but the fixed, and cotangent.
 
     Without `reductions` the values stand in the place of their sum and mean.
@@ -319,7 +319,7 @@ def objective(title: str, fixed: tuple[tuple[str, float], ...] = (), reductions:
 
 
 @functools.cache
-def _program(title: str, fixed: tuple[tuple[str, float], ...]) -> Callable[..., Any]:
+def _program(title: str, fixed: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     return jax.jit(objective(title, fixed, reductions=True))
 
 

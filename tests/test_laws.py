@@ -154,7 +154,9 @@ def test_every_number_is_a_setting_that_moves():
         for f in BOTH:
             parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
             assert {*loss.ranges, *loss.forms} == {x.name for x in parameters if type(x.default) is float}
-            assert set(loss.forms) == {x.name for x in parameters if x.annotation == "float"}
+            assert {k for k, v in loss.forms.items() if type(v[0]) is float} == {
+                x.name for x in parameters if x.annotation == "float"
+            }
 
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.forms], ids=named)
@@ -164,7 +166,7 @@ def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
     (inputs,) = draw(loss, Sizes(), 0)
     inputs = f.arrays(inputs)
     function = getattr(f.kd, loss.name)
-    for name, values in loss.forms.items():
+    for name, values in ((k, v) for k, v in loss.forms.items() if type(v[0]) is float):
         with pytest.raises(TypeError, match=rf"`{name}` must be a number, got .*; it chooses .*: give float\({name}\)"):
             function(**inputs, **{name: f.array(np.array(values[-1]))})
         for number in (int, np.float64):

@@ -1,32 +1,13 @@
-import numpy as np
-
 from parity.kinds import Sizes
-from parity.losses._plain import constant, is_left_out, kl, log_softmax, over
+from parity.losses._plain import constant, jsd, over
 from parity.row import Benchmark, Loss, Memory
 
 
-def _to_mixture(log_p, log_q, weight):
-    """KL(p || weight q + (1 - weight) p)."""
-    total = 0.0
-    for a, b in zip(log_p, log_q, strict=True):
-        if is_left_out(a) or np.real(np.exp(a)) == 0:
-            continue
-        parts = [np.log(1 - weight) + a, *([] if is_left_out(b) else [np.log(weight) + b])]
-        largest = max(np.real(x) for x in parts)
-        total = total + np.exp(a) * (a - largest - np.log(sum(np.exp(x - largest) for x in parts)))
-    return total
-
-
 def jsd_loss(student_logits, teacher_logits, beta=0.5, temperature=1.0):
-    values = []
-    for s, t in zip(student_logits, teacher_logits, strict=True):
-        x, y = over(s, temperature), over(constant(t), temperature)
-        if beta in (0, 1):
-            values.append(kl(x, y) if beta else kl(y, x))
-            continue
-        log_p, log_q, share = log_softmax(x), log_softmax(y), np.longdouble(beta)
-        values.append(share * _to_mixture(log_q, log_p, 1 - share) + (1 - share) * _to_mixture(log_p, log_q, share))
-    return values
+    return [
+        jsd(over(constant(t), temperature), over(s, temperature), beta)
+        for s, t in zip(student_logits, teacher_logits, strict=True)
+    ]
 
 
 ROWS = (
