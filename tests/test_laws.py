@@ -153,10 +153,9 @@ def test_every_number_is_a_setting_that_moves():
     for loss in LOSSES:
         for f in BOTH:
             parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
-            assert {*loss.ranges, *loss.forms} == {x.name for x in parameters if type(x.default) is float}
-            assert {k for k, v in loss.forms.items() if type(v[0]) is float} == {
-                x.name for x in parameters if x.annotation == "float"
-            }
+            numbers = {k for k, v in loss.forms.items() if type(v[0]) is float}
+            assert {*loss.ranges, *numbers} == {x.name for x in parameters if type(x.default) is float}
+            assert numbers == {x.name for x in parameters if x.annotation == "float"}
 
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.forms], ids=named)

@@ -79,17 +79,17 @@ def jsd_loss(
     """
     check_classes(student_logits)
     logits = student_logits, teacher_logits
-    beta, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
-    if beta == 0:
+    share, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
+    if share == 0:
         divergence = kl_divergence(*logits, temperature, where=where)
-    elif beta == 1:
+    elif share == 1:
         divergence = reverse_kl_divergence(*logits, temperature, where=where)
     else:
-        divergence = jensen_shannon(*logits, beta, temperature, where=where)
+        divergence = jensen_shannon(*logits, share, temperature, where=where)
     return reduce(divergence, where, reduction, group)
 
 
-def jsd_and_gradient(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor]:
+def jsd_and_gradient(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor]:
     """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
 
     Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and

@@ -108,10 +108,12 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    beta = fraction("beta", beta, student_logits, values)
+    share = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
-    compared = {0: "kl", 1: "reverse_kl"}.get(beta, "jsd") if divergence == "jsd" else divergence
-    settings = (beta, temperature) if compared == "jsd" else (temperature,)
+    compared: str = divergence
+    if divergence == "jsd" and share in (0, 1):
+        compared = "reverse_kl" if share else "kl"
+    settings = (share, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
