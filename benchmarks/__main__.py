@@ -98,7 +98,10 @@ def tables(rows: list[dict[str, Any]], forms: Sequence[str], width: int) -> list
         "Milliseconds forward and backward; × is how many times faster than direct",
         "MiB that a step adds at its peak; in brackets what JAX's compiler says",
     )
-    times, memories = (Table(title=x, title_justify="left", show_lines=gap == "\n") for x in titles)
+    narrow = gap == "\n"
+    times, memories = (
+        Table(title=x, title_justify="left", show_lines=narrow, padding=(0, int(not narrow))) for x in titles
+    )
     for table, headings in ((times, ("workload", "floor", *forms)), (memories, ("workload", *forms))):
         for heading in headings:
             table.add_column(

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
-from tiers import first, slow
+from tiers import first, only, slow
 
 import kdjax
 from parity.cases import KINDS, LOSSES, each_array
@@ -85,10 +85,10 @@ def agree(got, want, limit=(64, 256, 64)):
             assert ulps(a, b, "float64") <= limit[2]
 
 
-@every
 @pytest.mark.parametrize(
-    ("vma", "where"), [pytest.param(False, None, marks=pytest.mark.slow), (True, UNEVEN)], ids=["all", "uneven"]
+    "loss", only(lambda x: x.batch_coupled or x.state or x.name == "kl_loss", LOSSES), ids=lambda loss: loss.title
 )
+@pytest.mark.parametrize(("vma", "where"), first(1, [(True, UNEVEN), (False, None)]), ids=["uneven", "all"])
 def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
     devices = mesh(8)

@@ -27,4 +27,5 @@ def test_laws(draws, name, loss):
         laws.obey(trials[-1])
 
     each()
-    laws.obey_together(name, loss, trials, eagerly=draws > 50)
+    if name == "torch" or draws > 10:  # JAX compiles a program for each of these laws
+        laws.obey_together(name, loss, trials)
