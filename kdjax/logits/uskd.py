@@ -9,6 +9,7 @@ from kdjax._collectives import all_sum
 from kdjax._numerics import (
     Softmax,
     check_classes,
+    check_fixed,
     cross_entropy_and_gradient,
     cross_entropy_of_softmax,
     is_class,
@@ -78,6 +79,7 @@ def uskd_loss(
     >>> print(f"{uskd_loss(s, w, jnp.array([0])):.4f}")
     0.2453
     """
+    check_fixed("uskd_loss", **{"last axis": student_logits.shape[-1]})
     check_classes(student_logits)
     logits = student_logits, weak_logits
     alpha, beta = non_negative("alpha", alpha, *logits), non_negative("beta", beta, *logits)
