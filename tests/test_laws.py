@@ -365,6 +365,36 @@ def test_close_memories_keep_their_digits():
     assert all(x.passed for x in check(case, "float32"))
 
 
+def rows_that_leave_out_classes(span):
+    """What the first two have in common is the smallest of the first and the largest of the second."""
+    rows = np.array([[0, -np.inf, -span, 0.4 - span], [-np.inf, -span, 0, 0.7], [0.1, 0.5, -0.3, 0.2]])
+    return rows, rows + np.random.default_rng(0).normal(size=rows.shape)
+
+
+def a_class_that_the_teacher_alone_leaves_out():
+    student, teacher = np.random.default_rng(1).normal(size=(2, 3, 5))
+    teacher[1, 2] = -np.inf
+    return student, teacher
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("span", [None, 5.0, 45.0, 70.0, 300.0, 560.0, 700.0])
+def test_differences_of_rows_that_leave_out_classes(span, dtype):
+    """Difference KL at spans that its ways of computing it reach and do not reach; with None the teacher alone does so."""
+    loss = next(x for x in LOSSES if x.name == "difference_kl_loss")
+    logits = rows_that_leave_out_classes(span) if span else a_class_that_the_teacher_alone_leaves_out()
+    inputs = dict(zip(loss.inputs, (x.astype(np.float32).astype(float) for x in logits), strict=True))
+    case = Case(loss, "left out", (inputs,), reduction="none")
+    want = run("oracle", case)
+    assert want.values[0].max() > 0.04
+    for name in ("jax", "torch"):
+        got = run(name, case, dtype)
+        pairs = (got.values[0], want.values[0]), (got.gradients[0][loss.learns[0]], want.gradients[0][loss.learns[0]])
+        for a, b in pairs:
+            # the logits' columns are centred, which rounds them to so many digits
+            assert np.abs(a - b).max() <= 4 * max(span or 0, 8) * np.finfo(dtype).eps * np.abs(b).max()
+
+
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 def test_of_two_rows_with_one_index_the_later_is_remembered(f):
     loss = next(x for x in LOSSES if x.name == "crcd_loss")

@@ -101,12 +101,12 @@ def topk_kl_loss(
         indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
     places = jnp.sort(indices, -1)
     twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
-    values = jnp.where(twice | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
+    left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
+    values = jnp.where(twice | jnp.isnan(left)[..., None] | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
         divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature, where=where)
     else:
-        left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
         divergence = topk_kl_divergence(student_logits, values, indices, left[..., None], temperature, where=where)
     return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
@@ -136,7 +136,7 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Arr
     if temperature not in recorded:
         raise ValueError(
             f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
-            'that one, or leave the rest out by tail="renormalize"'
+            'that one, or give no rest, with tail="renormalize"'
         )
     return recorded[temperature]
 

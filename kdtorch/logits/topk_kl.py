@@ -102,12 +102,12 @@ def topk_kl_loss(
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
-    values = torch.where(twice, math.nan, values)
+    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+    values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
         divergence = kl_divergence(own, values, temperature, where=where)
     else:
-        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
         divergence = topk_kl_divergence(student_logits, values, indices, left.unsqueeze(-1), temperature, where=where)
     return reduce(times_square(temperature, divergence), where, reduction, group)
 
@@ -137,7 +137,7 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: T
     if temperature not in recorded:
         raise ValueError(
             f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
-            'that one, or leave the rest out by tail="renormalize"'
+            'that one, or give no rest, with tail="renormalize"'
         )
     return recorded[temperature]
 
