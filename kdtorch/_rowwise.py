@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, widest
+from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, pack, widest
 from kdtorch._reduce import zero_masked
 
 Input = Any  # a tensor or a number
@@ -51,7 +51,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         ) -> tuple[Tensor, ...]:
             def parts(*inputs: Input) -> tuple[Tensor, ...]:
                 value, gradient, *slopes = with_slopes(learned, *inputs)
-                return value, *_pack(gradient, x.dtype, axes), *slopes
+                return value, *pack(gradient, x.dtype, axes), *slopes
 
             return by_rows(parts, where, x, *others, axes=axes)
 
@@ -162,18 +162,6 @@ def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
             v = v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v
             wide[i] = v if where is None else zero_masked(where, v)[0]
     return wide
-
-
-def _pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
-    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
-
-    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later.
-    """
-    if dtype != torch.float16:
-        return (gradient.to(dtype),)
-    largest = gradient.abs().amax(tuple(range(-axes, 0)), keepdim=True)
-    unit = largest.clamp(min=torch.finfo(largest.dtype).tiny * 2**16) / 2**15
-    return (gradient / unit).to(dtype), unit
 
 
 def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:

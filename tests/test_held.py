@@ -9,6 +9,7 @@ import pytest
 import torch
 from frameworks import JAX, TORCH
 
+from kdtorch._numerics import pack
 from parity.cases import LOSSES, Case, Sizes, draw
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
@@ -128,3 +129,24 @@ def test_small_gradients_of_float16(f, loss):
     assert small.any()
     error = np.abs(slopes["float16"] - slopes["float32"])
     assert (error <= 2.0**-9 * np.abs(slopes["float32"]) + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_float16_beside_what_is_not_finite(axes):
+    """A number that is not finite stays what it is; the small ones of its row, or of all rows, keep their digits."""
+    gradient = torch.tensor([[1e-9, math.nan, -3e-9], [2e-9, -math.inf, 1e-20], [0.0, 0.0, 0.0]])
+    packed, unit = pack(gradient, torch.float16, axes)
+    assert unit.numel() == (3 if axes == 1 else 1)
+    assert torch.allclose(packed * unit, gradient, rtol=2**-10, atol=1e-13, equal_nan=True)
+    assert packed[0, 0] * unit.flatten()[0] > 0
+    assert pack(torch.zeros(0, 3), torch.float16, axes)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if not x.second_derivative], ids=lambda x: x.title)
+def test_a_backward_pass_makes_no_zeros(loss):
+    """For what has no gradient: the held gradients and the next state, which are results too."""
+    learned, value = given(TORCH, loss, "float32", False)
+    result = value(requiring(learned))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result.backward()
+    assert not {event.name for event in profile.events()} & {"aten::zeros", "aten::new_zeros", "aten::zero_"}
