@@ -14,9 +14,11 @@ from kdtorch._typing import ProcessGroup, Reduction
 
 def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
-    if where is None:
-        return arrays
-    where = own(where)  # which is held until the backward pass
+    return arrays if where is None else zeroed(own(where), *arrays)  # which is held until the backward pass
+
+
+def zeroed(where: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+    """The same where autograd holds nothing."""
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 

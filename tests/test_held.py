@@ -150,3 +150,44 @@ def test_a_backward_pass_makes_no_zeros(loss):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result.backward()
     assert not {event.name for event in profile.events()} & {"aten::zeros", "aten::new_zeros", "aten::zero_"}
+
+
+@every
+@dtypes
+def test_a_backward_pass_writes_where_nobody_looks(loss, dtype):
+    """The last one writes into what was held: not into the inputs, and not while another may follow."""
+    learned, value = given(TORCH, loss, dtype, True)
+    inputs = [x for v in requiring(learned).values() for x in leaves(v)]
+    before = [x.detach().clone() for x in inputs]
+    result = value(learned)
+    first = torch.autograd.grad(result, inputs, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * result, inputs, retain_graph=True)
+    result.backward()
+    for x, old, one, copy, three in zip(inputs, before, first, kept, second, strict=True):
+        assert torch.equal(x, old)
+        assert torch.equal(one, copy)
+        assert torch.equal(x.grad, one)
+        assert (three - 3 * one).abs().max() <= 2 * torch.finfo(one.dtype).eps * three.abs().max()
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.leading], ids=lambda x: x.title)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_in_a_batch(loss, dtype):
+    """`is_grads_batched`, of values an example."""
+    (inputs,) = draw(loss, Sizes((3,)), 0)
+    inputs = TORCH.arrays(inputs, dtype)
+    x = inputs[loss.learns[0]].requires_grad_()
+    values = getattr(TORCH.kd, loss.name)(**inputs, reduction="none")
+    (each,) = torch.autograd.grad(values, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    (whole,) = torch.autograd.grad(values.sum(), x)
+    assert torch.equal(each.sum(0), whole)
+
+
+def test_the_gradient_lies_where_it_was_held():
+    """So that the last backward pass takes no more memory than what is held."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, y, held = torch.randn(300, 1000, dtype=dtype, requires_grad=True), torch.randn(300, 1000, dtype=dtype), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, held=held: held.append(v.data_ptr()) or v, lambda v: v):
+            TORCH.kd.kl_loss(x, y).backward()
+        assert x.grad.data_ptr() in held
