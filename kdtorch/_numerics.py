@@ -319,7 +319,7 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
     number that is not finite is left as it is, and the others of its row too.
     """
     if dtype != torch.float16:
-        return (gradient.to(dtype),)
+        return (gradient if gradient.dtype == dtype else gradient.to(dtype),)
     sizes = gradient.detach().abs().nan_to_num_(0.0, 0.0, 0.0)
     rows = tuple(range(gradient.ndim - axes, gradient.ndim))
     largest = sizes.amax(rows, keepdim=True) if gradient.numel() else sizes.sum(rows, keepdim=True)

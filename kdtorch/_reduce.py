@@ -11,6 +11,8 @@ from kdtorch._collectives import all_sum, check_batch, size
 from kdtorch._numerics import own
 from kdtorch._typing import ProcessGroup, Reduction
 
+_REDUCTIONS = get_args(Reduction)
+
 
 def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
@@ -51,5 +53,5 @@ def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f'`reduction` must be one of "mean", "sum", "none", got {reduction!r}')

@@ -92,6 +92,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
     def with_slopes(learned: Sequence[int], x: Tensor, *others: Input) -> tuple[Tensor, ...]:
         """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
+        if not learned:
+            return value_and_gradient(x, *others)
 
         def slope(i: int) -> Tensor:
             def value(number: Tensor) -> Tensor:
@@ -138,11 +140,13 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
                 ctx.given = [(v,) for v in given]
 
         @staticmethod
-        def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, cotangent: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
             asked, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
             result: list[Tensor | None] = [None] * len(asked)
             if cotangent is not None:
-                above = cotangent.reshape(cotangent.shape + (1,) * axes)
+                above = cotangent
+                for _ in range(axes):
+                    above = above.unsqueeze(-1)
                 held: list[Tensor] = list(saved[: ctx.held])
                 slopes = held[ctx.held - len(ctx.learned) :]
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -193,12 +197,12 @@ def by_rows(
     of inputs in half precision. Elsewhere, and where `fuse` is on, it is given all, with 0 in the masked rows. It takes
     the `fixed` arguments first.
     """
-    batch, small = x.shape[: x.ndim - axes], x.numel() < 4 * BLOCK
-    if batch and _fuses(x, *others):
+    if x.ndim > axes and _fuses(x, *others):
         return _compiled(function, fixed, where, x, *others, axes=axes)
-    function = functools.partial(function, *fixed)
-    if (where is None and small) or not batch or not eager_on_cpu(x, *others):
-        return function(*_wide(where, x, *others))
+    small = x.numel() < 4 * BLOCK
+    if (where is None and small) or x.ndim == axes or not eager_on_cpu(x, *others):
+        return function(*fixed, *_wide(where, x, *others))
+    batch = x.shape[: x.ndim - axes]
     rows = [v.reshape(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in (x, *others)]
     number = len(rows[0])
     kept = None if where is None else where.reshape(-1).nonzero().squeeze(-1)
@@ -208,7 +212,7 @@ def by_rows(
     results: list[Tensor] = []
     for start in range(0, max(number if kept is None else len(kept), 1), size):
         block = slice(start, start + size) if kept is None else kept[start : start + size]
-        parts = function(*_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
+        parts = function(*fixed, *_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
         if not results:
             results = [_room(part, x, batch, kept is not None) for part in parts]
         for result, part in zip(results, parts, strict=True):
@@ -218,11 +222,13 @@ def by_rows(
 
 def _fuses(x: Tensor, *others: Input) -> bool:
     """Whether a row function is compiled and called from eager code: of ordinary tensors that have entries."""
-    if torch.compiler.is_compiling() or not _setting or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not _setting:
         return False
     if _setting == "auto" and not (x.device.type in _AUTO and has_triton()):
         return False
-    return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others) and not torch._C._len_torch_dispatch_stack()
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others)
 
 
 def _is_ordinary(*inputs: Input) -> bool:
@@ -312,11 +318,12 @@ def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
 
 
 def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:
-    """The cotangent times a packed gradient, in its dtype, and in its place where no other backward pass may ask for it."""
+    """The cotangent times a packed gradient, in its dtype; a large one in its place, if no other backward pass may ask for it."""
     if unit is not None:
         above = above * unit
     if (
         torch.compiler.is_compiling()
+        or gradient.numel() <= BLOCK
         or torch._C._are_functorch_transforms_active()
         or not _is_ordinary(above, gradient)
     ):
@@ -324,7 +331,7 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     result = torch.empty_like(gradient) if keep else gradient
     blocks: Sequence[tuple[Tensor, ...]] = [(gradient, above, result)]
-    if gradient.is_cpu and gradient.dtype != above.dtype and gradient.numel() > BLOCK:  # where all would be copied
+    if gradient.is_cpu and gradient.dtype != above.dtype:  # where all would be copied
         longest = max(range(gradient.ndim - axes), key=gradient.shape.__getitem__, default=0)
         size = max(BLOCK * gradient.shape[longest] // gradient.numel(), 1)
         blocks = list(zip(*(x.expand_as(gradient).split(size, longest) for x in blocks[0]), strict=True))
