@@ -47,6 +47,9 @@ class Benchmark:
         options: of the loss.
         factor: what the logits are multiplied by.
         direct: whether the direct form fits a common machine.
+        compiles: whether `torch.compile` takes the direct form in minutes: not where it loops over a batch.
+        dtype: of the inputs; the direct form makes float32 of them first, as trainers in half precision do.
+        masked: whether every fifth example is masked, which the direct form takes out by an index.
     """
 
     title: str
@@ -57,6 +60,9 @@ class Benchmark:
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     factor: float = 1.0
     direct: bool = True
+    compiles: bool = True
+    dtype: str = "float32"
+    masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

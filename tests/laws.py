@@ -774,10 +774,10 @@ def obey(trial: Trial) -> None:
         _named(law, lambda law=law: law(trial))
 
 
-def obey_together(name: str, loss: Loss, trials: list[Trial], eagerly: bool = True) -> None:
-    """Hold trials against the laws of many together; where JAX compiles every operation by itself only if it is asked to."""
+def obey_together(name: str, loss: Loss, trials: list[Trial]) -> None:
+    """Hold trials against the laws of many together."""
     for law, applies in TOGETHER.items():
-        if applies(name, loss) and (eagerly or law is not jit_is_eager):
+        if applies(name, loss):
             _named(law, lambda law=law: law(name, loss, [trial.whole for trial in trials]))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import torch
 import torch._dynamo.testing
 from flax import nnx
@@ -153,7 +154,7 @@ def test_a_call_like_one_that_passed_is_not_checked_again(loss, monkeypatch):
 
 
 @compiled
-@every
+@pytest.mark.parametrize("loss", tiers.first(4, LOSSES), ids=lambda loss: loss.title)
 def test_two_graphs_for_many_shapes(loss):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -251,13 +252,13 @@ def test_arrays_on_two_devices(f):
     here, there = ("meta", "cpu") if f is TORCH else map(str, jax.devices()[:2])
     move = (lambda x, i: x.to((here, there)[i])) if f is TORCH else (lambda x, i: jax.device_put(x, jax.devices()[i]))
     labels = f.array(np.zeros(3, int))
-    for name, given, wrong, first in (
+    for name, given, wrong, other in (
         ("kl_loss", (move(x, 0), move(x, 1)), "teacher_logits", "student_logits"),
         ("dkd_loss", (move(x, 0), move(x, 0), move(labels, 1)), "labels", "student_logits"),
         ("hcl_loss", ([move(x[None, None], 0)], [move(x[None, None], 1)]), r"teacher_maps\[0\]", r"student_maps\[0\]"),
     ):
         message = (
-            rf"^{name}: `{wrong}` must be on the device of `{first}`, {here}, got {there}; bring both to one device$"
+            rf"^{name}: `{wrong}` must be on the device of `{other}`, {here}, got {there}; bring both to one device$"
         )
         with pytest.raises(ValueError, match=message):
             getattr(f.kd, name)(*given)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
+from tiers import first, only, slow
 
 import kdjax
 from parity.cases import KINDS, LOSSES, each_array
@@ -84,10 +85,10 @@ def agree(got, want, limit=(64, 256, 64)):
             assert ulps(a, b, "float64") <= limit[2]
 
 
-@every
 @pytest.mark.parametrize(
-    ("vma", "where"), [pytest.param(False, None, marks=pytest.mark.slow), (True, UNEVEN)], ids=["all", "uneven"]
+    "loss", only(lambda x: x.batch_coupled or x.state or x.name == "kl_loss", LOSSES), ids=lambda loss: loss.title
 )
+@pytest.mark.parametrize(("vma", "where"), first(1, [(True, UNEVEN), (False, None)]), ids=["uneven", "all"])
 def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
     devices = mesh(8)
@@ -268,6 +269,7 @@ def test_every_device_masked(loss):
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(after, state, strict=True))
 
 
+@slow
 def test_a_combined_loss_hands_the_axis_on():
     config = {"MODEL": {"FEAT_DIM": 6, "METRIC_LOSS_TYPE": "kd-dino-diff", "KD_LOSS_WEIGHT": [1.0, 2.0]}}
     rng = np.random.default_rng(0)
@@ -286,7 +288,9 @@ def test_a_combined_loss_hands_the_axis_on():
 
 
 @pytest.mark.parametrize(
-    "loss", [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")], ids=lambda x: x.title
+    "loss",
+    first(1, [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")]),
+    ids=lambda x: x.title,
 )
 def test_a_mesh_of_explicit_axes(loss):
     """Whose shardings are part of the types: `auto_axes` hands a loss to the compiler."""

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from frameworks import BOTH, JAX
+from frameworks import BOTH, JAX, TORCH
+from tiers import first, slow
 
 import kdjax
 import kdtorch
@@ -139,9 +140,16 @@ def compared(call, dtype, sides, *parts):
         assert found.passed, str(found)
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+FIRST = {call.function: call for call in reversed(CALLS)}
+
+
+def tier(call, f):
+    """JAX compiles each file's own sizes: in the first tier those of a function's first file."""
+    return pytest.param(call, f, marks=() if f is TORCH or FIRST[call.function] is call else slow)
+
+
+@pytest.mark.parametrize("dtype", first(1, ["float64", "float32"]))
+@pytest.mark.parametrize(("call", "f"), [tier(call, f) for call in CALLS for f in BOTH], ids=lambda x: x.name)
 def test_packages(call, f, dtype):
     value, gradients, constant, after = evaluate(f, call, dtype)
     compared(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
+from tiers import slow
 
 from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, cases, draw
 from parity.check import check
@@ -316,6 +317,7 @@ def test_gradients_of_many_cotangents_at_once(loss):
         )
 
 
+@slow
 @pytest.mark.parametrize(
     "loss", [x for x in LOSSES if (x.padding and not x.batch_coupled) or x.name == "uskd_loss"], ids=named
 )
@@ -378,6 +380,7 @@ def test_of_two_rows_with_one_index_the_later_is_remembered(f):
         assert f.numpy(after.student_memory[index]) == pytest.approx(want, rel=1e-12)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
 def test_autocast_does_not_round_what_is_compiled(loss):

@@ -33,6 +33,6 @@ ROWS = (
         ranges={"temperature": (0.5, 20.0)},
         shift_invariant=True,
         memory=Memory(jax=2, torch=4),
-        benchmarks=(Benchmark("2×512×32,000, k 64", Sizes((2, 512), 32_000, kept=64)),),
+        benchmarks=(Benchmark("2×512×32,000, k 64", Sizes((2, 512), 32_000, kept=64), torch=1.5),),
     ),
 )
