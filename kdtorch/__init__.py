@@ -53,6 +53,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdtorch needs {error.name}: pip install 'kdlosses[torch]'", name=error.name) from error
 
 from kdlosses import __version__ as __version__
+from kdtorch._rowwise import fuse
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -81,6 +82,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "fuse",
     "hcl_loss",
     "kl_loss",
     "make_loss",

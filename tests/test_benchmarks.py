@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiers import first
 
-from benchmarks import direct, hostile, scaling
+from benchmarks import calls, direct, hostile, scaling
 from benchmarks.__main__ import main, tables
 from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -108,3 +108,17 @@ def test_what_the_compiler_says_of_many_devices():
     figures = scaling.measure(program)
     assert figures["sent"] == {"all-reduce": 2 * 7 / 8 * 4 * 640 + 2 * 7 / 8 * 4}
     assert figures["inputs"] == 4 * (6 * 2 * 640 + 640)
+
+
+def test_where_the_time_of_a_call_goes(capsys):
+    """The parts make up the whole, and are printed."""
+    found = calls.shares(calls.measure(1, 1))
+    whole, *parts, rest = found.values()
+    assert sum(parts) == pytest.approx(whole)
+    assert rest == pytest.approx(whole - parts[0])
+    assert calls.main(["--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in found)
+    with pytest.raises(SystemExit):
+        calls.main(["--rounds", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from frameworks import JAX, TORCH
 from tiers import first, only
 
+from kdtorch._numerics import pack
 from parity.cases import LOSSES, Case, Sizes, draw
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
@@ -134,3 +135,65 @@ def test_small_gradients_of_float16(f, loss):
     assert small.any()
     error = np.abs(slopes["float16"] - slopes["float32"])
     assert (error <= 2.0**-9 * np.abs(slopes["float32"]) + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_float16_beside_what_is_not_finite(axes):
+    """A number that is not finite stays what it is; the small ones of its row, or of all rows, keep their digits."""
+    gradient = torch.tensor([[1e-9, math.nan, -3e-9], [2e-9, -math.inf, 1e-20], [0.0, 0.0, 0.0]])
+    packed, unit = pack(gradient, torch.float16, axes)
+    assert unit.numel() == (3 if axes == 1 else 1)
+    assert torch.allclose(packed * unit, gradient, rtol=2**-10, atol=1e-13, equal_nan=True)
+    assert packed[0, 0] * unit.flatten()[0] > 0
+    assert pack(torch.zeros(0, 3), torch.float16, axes)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if not x.second_derivative], ids=lambda x: x.title)
+def test_a_backward_pass_makes_no_zeros(loss):
+    """For what has no gradient: the held gradients and the next state, which are results too."""
+    learned, value = given(TORCH, loss, "float32", False)
+    result = value(requiring(learned))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result.backward()
+    assert not {event.name for event in profile.events()} & {"aten::zeros", "aten::new_zeros", "aten::zero_"}
+
+
+@every
+@dtypes
+def test_a_backward_pass_writes_where_nobody_looks(loss, dtype):
+    """The last one writes into what was held: not into the inputs, and not while another may follow."""
+    learned, value = given(TORCH, loss, dtype, True)
+    inputs = [x for v in requiring(learned).values() for x in leaves(v)]
+    before = [x.detach().clone() for x in inputs]
+    result = value(learned)
+    first = torch.autograd.grad(result, inputs, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * result, inputs, retain_graph=True)
+    result.backward()
+    for x, old, one, copy, three in zip(inputs, before, first, kept, second, strict=True):
+        assert torch.equal(x, old)
+        assert torch.equal(one, copy)
+        assert torch.equal(x.grad, one)
+        assert (three - 3 * one).abs().max() <= 2 * torch.finfo(one.dtype).eps * three.abs().max()
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.leading], ids=lambda x: x.title)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_in_a_batch(loss, dtype):
+    """`is_grads_batched`, of values an example."""
+    (inputs,) = draw(loss, Sizes((3,)), 0)
+    inputs = TORCH.arrays(inputs, dtype)
+    x = inputs[loss.learns[0]].requires_grad_()
+    values = getattr(TORCH.kd, loss.name)(**inputs, reduction="none")
+    (each,) = torch.autograd.grad(values, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    (whole,) = torch.autograd.grad(values.sum(), x)
+    assert torch.equal(each.sum(0), whole)
+
+
+def test_the_gradient_lies_where_it_was_held():
+    """So that the last backward pass takes no more memory than what is held."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, y, held = torch.randn(300, 1000, dtype=dtype, requires_grad=True), torch.randn(300, 1000, dtype=dtype), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, held=held: held.append(v.data_ptr()) or v, lambda v: v):
+            TORCH.kd.kl_loss(x, y).backward()
+        assert x.grad.data_ptr() in held

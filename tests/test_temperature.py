@@ -12,6 +12,7 @@ import torch
 from frameworks import BOTH, JAX, TORCH
 from tiers import first
 
+from kdtorch import _numerics as numerics
 from parity.cases import LOSSES, Loss, Sizes, draw
 
 # the setting of each loss that has a gradient if it is an array; all others are constants
@@ -237,3 +238,14 @@ def test_any_other_setting_is_a_constant(loss):
             call()
         with pytest.raises(ValueError, match="is a constant"):
             torch.func.grad(lambda t, name=name: getattr(TORCH.kd, loss.name)(**inputs, **{name: t}))(setting.detach())
+
+
+@pytest.mark.parametrize(
+    "check", [numerics.positive, numerics.non_negative, numerics.fraction], ids=lambda x: x.__name__
+)
+def test_a_setting_is_constant_where_nothing_is_checked(check):
+    """`checked` alone refuses one that requires a gradient; with KDLOSSES_CHECK=0 it has none, as in kdjax."""
+    constant = {"constant": True} if check is numerics.positive else {}
+    number = torch.tensor(0.5, requires_grad=True)
+    assert not check("x", number, torch.zeros(1), **constant).requires_grad
+    assert numerics.positive("x", number, torch.zeros(1)).requires_grad
