@@ -59,9 +59,12 @@ from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
+from kdjax.logits.jsd import jsd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
+from kdjax.logits.reverse_kl import reverse_kl_loss
 from kdjax.logits.topk_kl import topk_kl_loss
+from kdjax.logits.tvd import tvd_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -84,12 +87,15 @@ __all__ = [
     "dkd_loss",
     "euclidean_mse_loss",
     "hcl_loss",
+    "jsd_loss",
     "kl_loss",
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",
+    "tvd_loss",
     "uskd_loss",
 ]

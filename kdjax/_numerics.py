@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,6 +160,17 @@ def difference_of_softmaxes(p: Array, q: Array, ratio: Array) -> Array:
     return jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
 
 
+def pulled_back(h: Array, p: Array) -> Array:
+    """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
+
+    An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
+    the value is infinite there, and the gradient is finite and leads away from the class.
+    """
+    h = jnp.where(p == 0, 0, jnp.where(jnp.isposinf(h), -math.log(jnp.finfo(h.dtype).tiny), h))
+    centered = h - (p * h).sum(-1, keepdims=True)
+    return p * (centered - (p * centered).sum(-1, keepdims=True))
+
+
 def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]:
     """KL(q || p) over the last axis, and p - q.
 
@@ -167,8 +179,42 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]
     """
     used = jnp.where(q.p == 0, 0, ratio)
     difference = difference_of_softmaxes(p.p, q.p, used)
-    value = (difference - q.p * used).sum(-1)
+    near = (jnp.abs(used) < NEAR) & (q.p > 0)
+    value = jnp.where(near, q.p * exp_remainder(jnp.where(near, used, 0)), difference - q.p * used).sum(-1)
+    difference, common = less_common_error(difference, q.p)
+    value = value - common.squeeze(-1) ** 2 / 2
     return jnp.where(value < 0, 0, value), difference
+
+
+def less_common_error(difference: Array, q: Array) -> tuple[Array, Array]:
+    """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
+    total = jax.lax.stop_gradient(difference).sum(-1, keepdims=True)
+    common = jnp.where(jnp.abs(total) < 0.1, total, 0)  # p or q may be empty
+    return (difference - common * q) / (1 + common), common
+
+
+NEAR = 0.5  # below it e^x - 1 - x loses digits
+
+
+def exp_remainder(x: Array) -> Array:
+    """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
+    total = jnp.zeros_like(x)
+    for n in range(9 if x.dtype == jnp.float32 else 16, 1, -1):
+        total = total * x + 1 / math.factorial(n)
+    return x * x * total
+
+
+def series_of_log1p(x: Array) -> tuple[Array, Array]:
+    """log(1 + x) and x - log(1 + x), for -1/2 < x <= 1, both with all their digits.
+
+    With s = x / (2 + x) the logarithm is 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), and x - 2 s is s x.
+    """
+    s = x / (2 + x)
+    square, total = s * s, jnp.zeros_like(x)
+    for n in range(13 if x.dtype == jnp.float32 else 33, 1, -2):
+        total = total * square + 2 / n
+    tail = square * total
+    return s * (2 + tail), s * (x - tail)
 
 
 def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:

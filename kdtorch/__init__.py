@@ -59,9 +59,12 @@ from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
+from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
+from kdtorch.logits.reverse_kl import reverse_kl_loss
 from kdtorch.logits.topk_kl import topk_kl_loss
+from kdtorch.logits.tvd import tvd_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -84,12 +87,15 @@ __all__ = [
     "euclidean_mse_loss",
     "fuse",
     "hcl_loss",
+    "jsd_loss",
     "kl_loss",
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",
+    "tvd_loss",
     "uskd_loss",
 ]

@@ -408,6 +408,17 @@ def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
     return torch.where(near, q * torch.where(near, ratio, 0).expm1(), p - q)
 
 
+def pulled_back(h: Tensor, p: Tensor) -> Tensor:
+    """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
+
+    An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
+    the value is infinite there, and the gradient is finite and leads away from the class.
+    """
+    h = torch.where(p == 0, 0, torch.where(h.isposinf(), -math.log(torch.finfo(h.dtype).tiny), h))
+    centered = h - (p * h).sum(-1, keepdim=True)
+    return p * (centered - (p * centered).sum(-1, keepdim=True))
+
+
 def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) over the last axis, and p - q.
 
@@ -415,8 +426,45 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     q both sum to one, and an error common to all r (the rounding of the two normalisers) cancels to first order.
     """
     difference = difference_of_softmaxes(p.p, q.p, ratio)
-    weighted = q.p * torch.where(q.p == 0, 0, ratio)
-    return (difference - weighted).sum(-1).clamp(min=0), difference
+    used = torch.where(q.p == 0, 0, ratio)
+    terms = difference - q.p * used
+    if not (torch.compiler.is_compiling() or ratio.is_cpu):  # where each of the operations is a kernel
+        return terms.sum(-1).clamp(min=0), difference
+    near = (used.abs() < NEAR) & (q.p > 0)
+    value = torch.where(near, q.p * exp_remainder(torch.where(near, used, 0)), terms).sum(-1)
+    difference, common = less_common_error(difference, q.p)
+    return (value - common.squeeze(-1) ** 2 / 2).clamp(min=0), difference
+
+
+def less_common_error(difference: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
+    total = difference.detach().sum(-1, keepdim=True)
+    common = torch.where(total.abs() < 0.1, total, 0)  # p or q may be empty
+    return (difference - common * q) / (1 + common), common
+
+
+NEAR = 0.5  # below it e^x - 1 - x loses digits
+
+
+def exp_remainder(x: Tensor) -> Tensor:
+    """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
+    total = torch.zeros_like(x)
+    for n in range(9 if x.dtype == torch.float32 else 16, 1, -1):
+        total = total * x + 1 / math.factorial(n)
+    return x * x * total
+
+
+def series_of_log1p(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 + x) and x - log(1 + x), for -1/2 < x <= 1, both with all their digits.
+
+    With s = x / (2 + x) the logarithm is 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), and x - 2 s is s x.
+    """
+    s = x / (2 + x)
+    square, total = s * s, torch.zeros_like(x)
+    for n in range(13 if x.dtype == torch.float32 else 33, 1, -2):
+        total = total * square + 2 / n
+    tail = square * total
+    return s * (2 + tail), s * (x - tail)
 
 
 class Tilt(NamedTuple):
@@ -458,17 +506,50 @@ def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
 
 
 def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:
-    d = x - y
-    if temperature == 1:
-        q = torch.softmax(y, -1)
-    else:  # a division that rounds must be of small numbers
-        exact = math.frexp(temperature)[0] == 0.5
-        q = torch.softmax(y / temperature if exact else (y - y.amax(-1, keepdim=True)).div_(temperature), -1)
+    d, q = x - y, quick_softmax(y, temperature)
     d.sub_(torch.linalg.vecdot(q, d).unsqueeze(-1))
     if temperature != 1:
         d.div_(temperature)
     growth = d.expm1()
     return Tilt(q, d, growth, torch.linalg.vecdot(q, growth).unsqueeze(-1), softmax_pulled_back(growth, q))
+
+
+def quick_softmax(x: Tensor, temperature: float) -> Tensor:
+    """softmax(x / T) in few kernels, for eager PyTorch."""
+    return torch.softmax(_divided(x, temperature), -1)
+
+
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    """x / T, for a softmax: a division that rounds must be of small numbers."""
+    if temperature == 1:
+        return x
+    exact = math.frexp(temperature)[0] == 0.5
+    return x / temperature if exact else (x - x.amax(-1, keepdim=True)).div_(temperature)
+
+
+class Logs(NamedTuple):
+    """p = softmax(x / T), q = softmax(y / T), and their logarithms."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+
+
+def quick_logs(x: Tensor, y: Tensor, temperature: Scalar) -> Logs | None:
+    """Few, large kernels for rows that lie too far apart for `tilt`; None but in eager PyTorch on a CPU.
+
+    What is made of them is right where `far_apart` says so.
+    """
+    if not eager_on_cpu(x, y, temperature) or not x.numel():
+        return None
+    log_p, log_q = (torch.log_softmax(_divided(z, float(temperature)), -1) for z in (x, y))
+    return Logs(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def far_apart(value: Tensor) -> bool:
+    """Whether a divergence is so large in all rows that a difference of logarithms has its digits, and finite."""
+    return bool(((value > 0.05) & (value < math.inf)).all())
 
 
 def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
@@ -482,13 +563,32 @@ def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, 
     if tilted is not None:
         scale = 1 + tilted.rise
         return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
+    logs = quick_logs(x, y, temperature)
+    if logs is not None:
+        value = torch.linalg.vecdot(logs.q, logs.log_q.sub_(logs.log_p))
+        if far_apart(value):
+            return value, logs.p.sub_(logs.q).div_(temperature)
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
 
 
 def kl_of_tilt(tilted: Tilt) -> Tensor:
-    """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding."""
-    return (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
+    """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding.
+
+    Where all rows nearly coincide, e^d - 1 - d is summed, and log(1 + rise) - rise, which is smaller, added to that.
+    """
+    value = (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
+    if not nearly_equal(value):
+        return value
+    near = tilted.d.abs() < NEAR
+    beyond = torch.where(near, exp_remainder(torch.where(near, tilted.d, 0)), tilted.growth - tilted.d)
+    rise = tilted.rise.squeeze(-1)
+    return (torch.linalg.vecdot(tilted.q, beyond) + (rise.log1p() - rise)).clamp_(min=0)
+
+
+def nearly_equal(value: Tensor) -> bool:
+    """Whether a divergence is so small in all rows that a difference of large numbers has few digits of it."""
+    return bool(value.amax() < 4e-3)
 
 
 def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:

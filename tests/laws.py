@@ -139,7 +139,7 @@ class Example:
     """Inputs in NumPy, of values that their precision has, settings, a mask, and the gradient from above."""
 
     inputs: dict[str, Any]
-    options: dict[str, float]
+    options: dict[str, Any]
     where: np.ndarray
     weights: np.ndarray
     dtype: str
@@ -227,14 +227,23 @@ def _options(loss: Loss, recipe: Recipe, rng: np.random.Generator) -> dict[str, 
         "least": lambda low, high: low,
         "most": lambda low, high: high,
     }[recipe.setting]
-    return {k: float(np.float32(drawn(*v))) for k, v in ends.items()}
+    options = {k: float(np.float32(drawn(*v))) for k, v in ends.items()}
+    place = {"least": lambda n: 0, "drawn": lambda n: 1, "ordinary": lambda n: n // 2, "most": lambda n: n - 1}
+    return options | {k: v[place[recipe.setting](len(v))] for k, v in loss.forms.items()}
 
 
 def evaluate(name: str, loss: Loss, given: Example) -> Outcome:
     """In a package, under `jit` in JAX."""
     return outcome(
-        name, loss, _program(loss.title)(*jax_arguments(loss, given)) if name == "jax" else _torch(loss, given)
+        name,
+        loss,
+        _program(loss.title, forms(loss, given))(*jax_arguments(loss, given)) if name == "jax" else _torch(loss, given),
     )
+
+
+def forms(loss: Loss, given: Example) -> tuple[tuple[str, Any], ...]:
+    """The settings that are no arrays: each of their values is a program of its own."""
+    return tuple((k, given.options[k]) for k in loss.forms if k in given.options)
 
 
 def outcome(name: str, loss: Loss, result: tuple[Any, ...]) -> Outcome:
@@ -279,23 +288,23 @@ def jax_arguments(loss: Loss, given: Example) -> tuple[Any, ...]:
         {k: arrays.pop(k) for k in learns},
         arrays,
         jnp.asarray(given.where),
-        {k: jnp.asarray(v, wide) for k, v in given.options.items()},
+        {k: jnp.asarray(v, wide) for k, v in given.options.items() if k not in loss.forms},
         jnp.asarray(given.weights, wide),
     )
 
 
-def objective(title: str, reductions: bool = False) -> Callable[..., Any]:
-    """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings and cotangent.
+def objective(title: str, fixed: tuple[tuple[str, Any], ...] = (), reductions: bool = False) -> Callable[..., Any]:
+    """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings but the fixed, and cotangent.
 
     Without `reductions` the values stand in the place of their sum and mean.
     """
     loss = next(x for x in LOSSES if x.title == title)
 
-    def outcome(free: Any, fixed: Any, where: Any, options: Any, cotangent: Any) -> Any:
+    def outcome(free: Any, others: Any, where: Any, options: Any, cotangent: Any) -> Any:
         def call(free: Any, reduction: str) -> tuple[Any, Any]:
-            inputs = {**free, **fixed}
+            inputs = {**free, **others}
             arguments = (inputs[k] for k in loss.inputs)
-            result = getattr(JAX.kd, loss.name)(*arguments, where=where, reduction=reduction, **options)
+            result = getattr(JAX.kd, loss.name)(*arguments, where=where, reduction=reduction, **options, **dict(fixed))
             return result if loss.state else (result, None)
 
         def weighted(free: Any) -> Any:
@@ -310,8 +319,8 @@ def objective(title: str, reductions: bool = False) -> Callable[..., Any]:
 
 
 @functools.cache
-def _program(title: str) -> Callable[..., Any]:
-    return jax.jit(objective(title, reductions=True))
+def _program(title: str, fixed: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(objective(title, fixed, reductions=True))
 
 
 def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
@@ -720,26 +729,28 @@ def state_goes_on(name: str, loss: Loss, tried: list[tuple[Example, Outcome]]) -
 
 def _stacked_jax(loss: Loss, tried: list[tuple[Example, Outcome]], transform: Callable) -> tuple[Any, ...]:
     arrays = jax.tree.map(lambda *x: jnp.stack(x), *(jax_arguments(loss, given) for given, _ in tried))
-    return transform(jax.vmap(objective(loss.title)))(*arrays)
+    return transform(jax.vmap(objective(loss.title, forms(loss, tried[0][0]))))(*arrays)
 
 
 def _stacked_torch(loss: Loss, tried: list[tuple[Example, Outcome]]) -> tuple[Any, ...]:
     arguments = [
         {
             "inputs": _arguments(loss, given, TORCH.kd, torch_tensor),
-            "options": {k: torch.tensor(v, dtype=torch.float64) for k, v in given.options.items()},
+            "options": {
+                k: torch.tensor(v, dtype=torch.float64) for k, v in given.options.items() if k not in loss.forms
+            },
             "where": torch.from_numpy(given.where),
             "weights": torch.from_numpy(given.weights),
         }
         for given, _ in tried
     ]
-    learns = loss.learns + loss.constant
+    learns, fixed = loss.learns + loss.constant, dict(forms(loss, tried[0][0]))
 
     def one(given: dict[str, Any]) -> tuple[Any, ...]:
         def weighted(free: dict[str, Any]) -> Any:
             inputs = {**given["inputs"], **free}.values()
             function = getattr(TORCH.kd, loss.name)
-            result = function(*inputs, where=given["where"], reduction="none", **given["options"])
+            result = function(*inputs, where=given["where"], reduction="none", **given["options"], **fixed)
             values, state = result if loss.state else (result, {})
             return (values * given["weights"]).sum(), (values, state)
 
@@ -776,9 +787,13 @@ def obey(trial: Trial) -> None:
 
 def obey_together(name: str, loss: Loss, trials: list[Trial]) -> None:
     """Hold trials against the laws of many together."""
+    alike: dict[tuple, list[tuple[Example, Outcome]]] = {}
+    for trial in trials:
+        alike.setdefault(forms(loss, trial.whole[0]), []).append(trial.whole)
     for law, applies in TOGETHER.items():
         if applies(name, loss):
-            _named(law, lambda law=law: law(name, loss, [trial.whole for trial in trials]))
+            for tried in alike.values():
+                _named(law, lambda law=law, tried=tried: law(name, loss, tried))
 
 
 def _named(law: Callable, check: Callable[[], None]) -> None:

@@ -75,7 +75,7 @@ FAULTS = [
     Fault("no bucket", TOPK, "topk_kl_loss", "if tail == \"renormalize\":\n        own", "if True:\n        own"),
     Fault("the rest without T", TOPK, "topk_kl_loss", "(math.log2(math.e) / temperature)", "math.log2(math.e)"),
     Fault("kept classes in the rest", TOPK, "topk_kl_loss", "torch.where(none, 0.0, -math.inf).to(x.dtype)", "0 * own"),
-    Fault("one less the sum", TOPK, "topk_kl_loss", "    value, gradient = kl_and_gradient(", "    p = (x / temperature).softmax(-1).gather(-1, places)\n    student = temperature * torch.cat([p.log(), (1 - p.sum(-1, keepdim=True)).log()], -1)\n    value, gradient = kl_and_gradient("),
+    Fault("one less the sum", TOPK, "topk_kl_loss", "    value, gradient = divergence_and_gradient(", "    p = (x / temperature).softmax(-1).gather(-1, places)\n    student = temperature * torch.cat([p.log(), (1 - p.sum(-1, keepdim=True)).log()], -1)\n    value, gradient = divergence_and_gradient("),
     Fault("gradient without targets", REGRESSION, "bce_loss", "(x.sigmoid() - y) / x.shape[-1]", "x.sigmoid() / x.shape[-1]"),
     Fault("sum over features", REGRESSION, "bce_loss", 'reduction="none").mean(-1)', 'reduction="none").sum(-1)'),
     Fault("n - 1 for n", "kdjax/features/regression.py", "mse_loss", "squared_error(student, jax.lax.stop_gradient(teacher))\n", "squared_error(student, jax.lax.stop_gradient(teacher)) * (student.shape[-1] / (student.shape[-1] - 1))\n"),

@@ -154,7 +154,25 @@ def test_every_number_is_a_setting_that_moves():
     for loss in LOSSES:
         for f in BOTH:
             parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
-            assert set(loss.ranges) == {x.name for x in parameters if type(x.default) is float}
+            assert {*loss.ranges, *loss.forms} == {x.name for x in parameters if type(x.default) is float}
+            assert {k for k, v in loss.forms.items() if type(v[0]) is float} == {
+                x.name for x in parameters if x.annotation == "float"
+            }
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.forms], ids=named)
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
+    """An array is refused, and an integer or a number of NumPy is a number."""
+    (inputs,) = draw(loss, Sizes(), 0)
+    inputs = f.arrays(inputs)
+    function = getattr(f.kd, loss.name)
+    for name, values in ((k, v) for k, v in loss.forms.items() if type(v[0]) is float):
+        with pytest.raises(TypeError, match=rf"`{name}` must be a number, got .*; it chooses .*: give float\({name}\)"):
+            function(**inputs, **{name: f.array(np.array(values[-1]))})
+        for number in (int, np.float64):
+            if number(values[-1]) == values[-1]:
+                assert function(**inputs, **{name: number(values[-1])}) == function(**inputs, **{name: values[-1]})
 
 
 @every

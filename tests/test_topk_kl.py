@@ -49,6 +49,97 @@ def test_all_classes_are_the_full_kl(f, temperature, tail):
         assert ulps(a, b, "float64") <= 16
 
 
+DIVERGENCES = [
+    ({"divergence": "reverse_kl"}, "reverse_kl_loss", {}),
+    ({"divergence": "jsd"}, "jsd_loss", {}),
+    ({"divergence": "jsd", "beta": 0.1}, "jsd_loss", {"beta": 0.1}),
+    ({"divergence": "jsd", "beta": 0}, "jsd_loss", {"beta": 0}),
+    ({"divergence": "jsd", "beta": 1}, "jsd_loss", {"beta": 1}),
+]
+divergences = pytest.mark.parametrize(
+    ("settings", "name", "same"), DIVERGENCES, ids=["reverse_kl", "jsd", "jsd-0.1", "jsd-0", "jsd-1"]
+)
+
+
+@both
+@divergences
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_all_classes_are_the_full_loss_of_that_name(f, settings, name, same, tail):
+    values, indices, _ = kept(TEACHER, CLASSES, 2.0)
+    got = value_and_slope(f, STUDENT, values, indices, temperature=2.0, tail=tail, **settings)
+    want = value_and_slope(f, STUDENT, TEACHER, name=name, temperature=2.0, **same)
+    for a, b in zip(got, want, strict=True):
+        assert ulps(a, b, "float64") <= 16
+
+
+@both
+@divergences
+def test_every_divergence_of_a_bucket_is_that_of_the_classes_and_the_rest(f, settings, name, same):
+    """The full loss of k + 1 classes, of which the last is the logarithm of a sum: a lower bound, with the tail it has."""
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    others = STUDENT.copy()
+    np.put_along_axis(others, indices, -np.inf, -1)
+    together = 2 * np.log(np.exp(others / 2).sum(-1, keepdims=True))
+    student = np.concatenate([np.take_along_axis(STUDENT, indices, -1), together], -1)
+    teacher = np.concatenate([values, rest[:, None]], -1)
+    got = value_and_slope(f, STUDENT, values, indices, rest, temperature=2.0, **settings)
+    want = value_and_slope(f, student, teacher, name=name, temperature=2.0, **same)
+    assert ulps(got[0], want[0], "float64") <= 64
+    assert ulps(np.take_along_axis(got[1], indices, -1), want[1][:, :-1], "float64") <= 64
+    assert (got[0] <= value_and_slope(f, STUDENT, TEACHER, name=name, temperature=2.0, **same)[0]).all()
+    renormalized = value_and_slope(f, STUDENT, values, indices, temperature=2.0, tail="renormalize", **settings)
+    want = value_and_slope(f, student[:, :-1], values, name=name, temperature=2.0, **same)
+    assert ulps(renormalized[0], want[0], "float64") <= 64
+    assert ulps(np.take_along_axis(renormalized[1], indices, -1), want[1], "float64") <= 64
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_rest_of_minus_infinity_is_the_whole_student_against_the_kept_classes(f, dtype):
+    """As axolotl and DistillKit have it: sum q (log q - log p), q normalised over the kept classes, p over all."""
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    rest = rest - np.inf
+    log_p = STUDENT / 2 - np.log(np.exp(STUDENT / 2).sum(-1, keepdims=True))
+    log_p = np.take_along_axis(log_p, indices, -1)
+    q = np.exp(values / 2)
+    q /= q.sum(-1, keepdims=True)
+    value, slope = value_and_slope(f, STUDENT, values, indices, rest, temperature=2.0, dtype=dtype)
+    assert ulps(value, 4 * (q * (np.log(q) - log_p)).sum(-1), dtype) <= 16
+    want = np.exp(STUDENT / 2)
+    want /= want.sum(-1, keepdims=True)
+    np.put_along_axis(want, indices, np.take_along_axis(want, indices, -1) - q, -1)
+    assert ulps(slope, 2 * want, dtype) <= 16
+    value, slope = value_and_slope(f, STUDENT, values, indices, rest, temperature=2.0, dtype=dtype, divergence="jsd")
+    m = (q + np.exp(log_p)) / 2
+    alone = 1 - np.exp(log_p).sum(-1)
+    want = (q * np.log(q / m) + np.exp(log_p) * (log_p - np.log(m))).sum(-1) + alone * np.log(2)
+    assert ulps(value, want / 2, dtype) <= 16
+    assert np.isfinite(slope).all()
+    value, slope = value_and_slope(f, STUDENT, values, indices, rest, dtype=dtype, divergence="reverse_kl")
+    assert np.isposinf(value).all()
+    assert np.isfinite(slope).all()
+    assert (np.take_along_axis(slope, indices, -1) < 0).all()  # which draws the student to the kept classes
+
+
+@both
+@divergences
+def test_the_derivatives_of_every_divergence(f, settings, name, same):
+    """By the temperature, and twice by the student: central differences."""
+    values, indices, rest = kept(TEACHER, 3, 2.0)
+    student, way, *teacher = f.arrays([STUDENT, RNG.normal(size=STUDENT.shape), values, indices, rest])
+
+    def loss(x, t):
+        return f.kd.topk_kl_loss(x, *teacher, temperature=t, **settings)
+
+    h, at = 1e-5, f.array(np.array(2.0))
+    got = f.numpy(f.grad(lambda t: loss(student, t))(at))
+    want = (float(loss(student, 2 + h)) - float(loss(student, 2 - h))) / (2 * h)
+    assert abs(got - want) <= 1e-8 * max(1, abs(want))
+    slope = f.grad(lambda x: loss(x, 2.0))
+    want = (f.numpy(slope(student + h * way)) - f.numpy(slope(student - h * way))) / (2 * h)
+    assert np.abs(f.numpy(f.grad(lambda x: (slope(x) * way).sum())(student)) - want).max() <= 1e-8
+
+
 @both
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_the_bucket_is_a_lower_bound_and_exact_where_the_rest_agrees(f, temperature):
@@ -398,6 +489,9 @@ def test_a_class_out_of_range():
         ({"rest": np.ones((6, 1))}, TypeError, r"`rest` must be Float\[Array, '\*batch'\].*, got float64\[6, 1\]"),
         ({"values": np.ones((6, 2))}, TypeError, r"`indices` must be .*got int(32|64)\[6, 3\] beside"),
         ({"student_logits": np.ones((6, 2))}, ValueError, "`indices` must hold from 1 to 2 classes .*, got 3"),
+        ({"divergence": "js"}, ValueError, '`divergence` must be one of "kl", "reverse_kl", "jsd", got \'js\''),
+        ({"divergence": "jsd", "beta": 1.5}, ValueError, "`beta` must be between 0 and 1, got 1.5"),
+        ({"divergence": "jsd", "beta": "half"}, TypeError, "`beta` must be a number, got 'half'"),
         ({"temperature": -1.0}, ValueError, "`temperature` must be finite and greater than 0"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, times_square
+from kdjax._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, pulled_back, times_square
 from kdjax._reduce import reduce
 from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -41,13 +41,11 @@ def kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. A
-    Jensen–Shannon divergence built as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the
-    two softmaxes, has the right value and gradient 0, because its whole gradient goes through the second argument of
-    `kl_loss(m, s)`. KL(p‖q) with the student's gradient is `2 * symmetric_kl_loss(s, t) - kl_loss(s, t)`; in the same
-    way, `(kl_loss(m, t) + 2 * symmetric_kl_loss(s, m) - kl_loss(s, m)) / 2`, with m made constant, has the gradient of
-    the Jensen–Shannon divergence. kdtorch warns, once, if a constant requires a gradient and the first argument does
-    not.
+    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. The
+    other direction, KL(p‖q), is `reverse_kl_loss`, and the Jensen–Shannon divergence `jsd_loss`. Built as
+    `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the two softmaxes, it has the right value
+    and gradient 0, because its whole gradient goes through the second argument of `kl_loss(m, s)`. kdtorch warns,
+    once, if a constant requires a gradient and the first argument does not.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
     Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too, unless its
@@ -115,8 +113,7 @@ def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tu
     """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference = difference_of_softmaxes(p, q, ratio)
-    reverse = jnp.where(p == 0, 0, p * ratio)
-    gradient = difference + reverse - p * reverse.sum(-1, keepdims=True)
+    gradient = difference + pulled_back(ratio, p)
     # of one sign, unless r has lost its digits
     return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature
 

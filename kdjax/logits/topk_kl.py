@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
+from kdjax._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked, describe
+from kdjax.logits.jsd import jensen_shannon, jsd_and_gradient
+from kdjax.logits.reverse_kl import reverse_kl_and_gradient, reverse_kl_divergence
 
 
 @checked
@@ -24,6 +26,8 @@ def topk_kl_loss(
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl",
+    beta: float = 0.5,
     kept: Bool[Array, "*batch kept"] | None = None,
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
@@ -35,6 +39,7 @@ def topk_kl_loss(
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad \bar x=T\log\sum_{c\notin K}e^{x_c/T}$$
 
     over the k kept classes K and, with `tail="bucket"`, one more for the rest, which `tail="renormalize"` leaves out.
+    `divergence` compares p and q otherwise.
 
     Args:
         student_logits: `[*batch, classes]`.
@@ -52,7 +57,11 @@ def topk_kl_loss(
         tail: `"bucket"` compares the whole mass of the rest too. The loss is then a lower bound of the full KL, and
             equal to it if k is the number of classes or if student and teacher distribute the rest in the same way.
             `"renormalize"` compares the kept classes among themselves, at any temperature; what the student gives to
-            the rest has no effect.
+            the rest has no effect. For the student's whole softmax against the teacher's kept classes alone, normalised
+            to sum to 1, take the bucket with a `rest` of -inf.
+        divergence: `"kl"`, T² KL(q‖p) as above; `"reverse_kl"`, T² KL(p‖q) as in `reverse_kl_loss`; `"jsd"`, as in
+            `jsd_loss`, without T². If all classes are kept, it is equal to the loss of that name.
+        beta: β from 0 to 1 of `divergence="jsd"`, a number; the others do not use it.
         kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
             values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
             with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
@@ -62,12 +71,13 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
-        where the student gives -inf to a class that the teacher uses, and NaN where everything that is compared of one
-        of them is -inf.
+        where the divergence is (KL(q‖p) where the student gives -inf to a class that the teacher uses), and NaN where
+        everything that is compared of one of them is -inf.
 
     Raises:
-        ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket, or one of another temperature.
+        ValueError: a temperature that is not positive, an unknown tail, divergence or reduction, a β outside 0 to 1,
+            fewer than 2 classes, more classes kept than there are, no `rest` for the bucket, or one of another
+            temperature.
         TypeError: a shape or dtype that does not fit.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a
@@ -85,6 +95,8 @@ def topk_kl_loss(
     entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
+    if divergence not in ("kl", "reverse_kl", "jsd"):
+        raise ValueError(f'`divergence` must be one of "kl", "reverse_kl", "jsd", got {divergence!r}')
     if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
             f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
@@ -94,7 +106,10 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
+    beta = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
+    compared = {0: "kl", 1: "reverse_kl"}.get(beta, "jsd") if divergence == "jsd" else divergence
+    settings = (beta, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
     if kept is not None:
@@ -105,10 +120,10 @@ def topk_kl_loss(
     values = jnp.where(twice | jnp.isnan(left)[..., None] | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
-        divergence = kl_divergence(jnp.where(indices < 0, -jnp.inf, own), values, temperature, where=where)
+        value = _ROWS[compared](jnp.where(indices < 0, -jnp.inf, own), values, *settings, where=where)
     else:
-        divergence = topk_kl_divergence(student_logits, values, indices, left[..., None], temperature, where=where)
-    return reduce(times_square(temperature, divergence), where, reduction, axis_name)
+        value = _TOPK[compared](student_logits, values, indices, left[..., None], *settings, where=where)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
 
 
 def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
@@ -141,13 +156,19 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Arr
     return recorded[temperature]
 
 
-def topk_kl_and_gradient(
-    x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, temperature: Scalar
+def topk_and_gradient(
+    divergence_and_gradient: Callable[..., tuple[jax.Array, jax.Array]],
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    rest: jax.Array,
+    *settings: Scalar,
 ) -> tuple[jax.Array, jax.Array]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all classes.
+    """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
+    temperature = settings[-1]
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
     others = jnp.where(_put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
@@ -161,7 +182,7 @@ def topk_kl_and_gradient(
     total = weight.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    value, gradient = kl_and_gradient(student, jnp.concatenate([values, rest], -1), temperature)
+    value, gradient = divergence_and_gradient(student, jnp.concatenate([values, rest], -1), *settings)
     return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
 
 
@@ -171,4 +192,9 @@ def _put(row: jax.Array, places: jax.Array, entries: jax.Array) -> jax.Array:
     return row.at[places].set(entries, mode="drop")
 
 
-topk_kl_divergence = rowwise(topk_kl_and_gradient)
+_ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}
+_TOPK = {
+    "kl": rowwise(functools.partial(topk_and_gradient, kl_and_gradient)),
+    "reverse_kl": rowwise(functools.partial(topk_and_gradient, reverse_kl_and_gradient)),
+    "jsd": rowwise(functools.partial(topk_and_gradient, jsd_and_gradient)),
+}

@@ -10,6 +10,7 @@ from kdtorch._numerics import (
     difference_of_softmaxes,
     log_ratio,
     positive,
+    pulled_back,
     softmax_pulled_back,
     tilt,
     times_square,
@@ -49,13 +50,11 @@ def kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. A
-    Jensen–Shannon divergence built as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the
-    two softmaxes, has the right value and gradient 0, because its whole gradient goes through the second argument of
-    `kl_loss(m, s)`. KL(p‖q) with the student's gradient is `2 * symmetric_kl_loss(s, t) - kl_loss(s, t)`; in the same
-    way, `(kl_loss(m, t) + 2 * symmetric_kl_loss(s, m) - kl_loss(s, m)) / 2`, with m made constant, has the gradient of
-    the Jensen–Shannon divergence. kdtorch warns, once, if a constant requires a gradient and the first argument does
-    not.
+    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. The
+    other direction, KL(p‖q), is `reverse_kl_loss`, and the Jensen–Shannon divergence `jsd_loss`. Built as
+    `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the two softmaxes, it has the right value
+    and gradient 0, because its whole gradient goes through the second argument of `kl_loss(m, s)`. kdtorch warns,
+    once, if a constant requires a gradient and the first argument does not.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
     Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too, unless its
@@ -129,8 +128,7 @@ def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Te
         return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference = difference_of_softmaxes(p, q, ratio)
-    reverse = torch.where(p == 0, 0, p * ratio)
-    gradient = difference + reverse - p * reverse.sum(-1, keepdim=True)
+    gradient = difference + pulled_back(ratio, p)
     # of one sign, unless r has lost its digits
     return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import check_classes, kl_and_gradient, positive, times_square, valid_index
+from kdtorch._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import kl_divergence, rowwise
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, describe
+from kdtorch.logits.jsd import jensen_shannon, jsd_and_gradient
+from kdtorch.logits.reverse_kl import reverse_kl_and_gradient, reverse_kl_divergence
 
 
 @checked(dtensor="any")
@@ -24,6 +27,8 @@ def topk_kl_loss(
     *,
     temperature: Scalar = 1.0,
     tail: Literal["bucket", "renormalize"] = "bucket",
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl",
+    beta: float = 0.5,
     kept: Bool[Tensor, "*batch kept"] | None = None,
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
@@ -35,6 +40,7 @@ def topk_kl_loss(
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad \bar x=T\log\sum_{c\notin K}e^{x_c/T}$$
 
     over the k kept classes K and, with `tail="bucket"`, one more for the rest, which `tail="renormalize"` leaves out.
+    `divergence` compares p and q otherwise.
 
     Args:
         student_logits: `[*batch, classes]`.
@@ -52,7 +58,11 @@ def topk_kl_loss(
         tail: `"bucket"` compares the whole mass of the rest too. The loss is then a lower bound of the full KL, and
             equal to it if k is the number of classes or if student and teacher distribute the rest in the same way.
             `"renormalize"` compares the kept classes among themselves, at any temperature; what the student gives to
-            the rest has no effect.
+            the rest has no effect. For the student's whole softmax against the teacher's kept classes alone, normalised
+            to sum to 1, take the bucket with a `rest` of -inf.
+        divergence: `"kl"`, T² KL(q‖p) as above; `"reverse_kl"`, T² KL(p‖q) as in `reverse_kl_loss`; `"jsd"`, as in
+            `jsd_loss`, without T². If all classes are kept, it is equal to the loss of that name.
+        beta: β from 0 to 1 of `divergence="jsd"`, a number; the others do not use it.
         kept: `[*batch, kept]`, False for entries that are padding, where examples keep different numbers of classes; their
             values and indices may be anything. Where all entries of an example are padding, the bucket compares one class
             with itself, which gives 0, and renormalizing has nothing to compare, which gives NaN.
@@ -62,12 +72,13 @@ def topk_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
-        where the student gives -inf to a class that the teacher uses, and NaN where everything that is compared of one
-        of them is -inf.
+        where the divergence is (KL(q‖p) where the student gives -inf to a class that the teacher uses), and NaN where
+        everything that is compared of one of them is -inf.
 
     Raises:
-        ValueError: a temperature that is not positive, an unknown tail or reduction, fewer than 2 classes, more classes
-            kept than there are, no `rest` for the bucket, or one of another temperature.
+        ValueError: a temperature that is not positive, an unknown tail, divergence or reduction, a β outside 0 to 1,
+            fewer than 2 classes, more classes kept than there are, no `rest` for the bucket, or one of another
+            temperature.
         IndexError: a class outside `0 .. classes - 1`.
         TypeError: a shape or dtype that does not fit.
 
@@ -86,6 +97,8 @@ def topk_kl_loss(
     entries, classes = indices.shape[-1], student_logits.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
+    if divergence not in ("kl", "reverse_kl", "jsd"):
+        raise ValueError(f'`divergence` must be one of "kl", "reverse_kl", "jsd", got {divergence!r}')
     if entries < 1 or (kept is None and entries > classes):
         raise ValueError(
             f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
@@ -95,7 +108,10 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
+    beta = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
+    compared = {0: "kl", 1: "reverse_kl"}.get(beta, "jsd") if divergence == "jsd" else divergence
+    settings = (beta, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
@@ -106,10 +122,10 @@ def topk_kl_loss(
     values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        divergence = kl_divergence(own, values, temperature, where=where)
+        value = _ROWS[compared](own, values, *settings, where=where)
     else:
-        divergence = topk_kl_divergence(student_logits, values, indices, left.unsqueeze(-1), temperature, where=where)
-    return reduce(times_square(temperature, divergence), where, reduction, group)
+        value = _TOPK[compared](student_logits, values, indices, left.unsqueeze(-1), *settings, where=where)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
 
 
 def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
@@ -165,13 +181,19 @@ class _Entries(torch.autograd.Function):
         return zeros.scatter_add(-1, indices.clamp(min=0), entries), None
 
 
-def topk_kl_and_gradient(
-    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: Scalar
+def topk_and_gradient(
+    divergence_and_gradient: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    *settings: Scalar,
 ) -> tuple[Tensor, Tensor]:
-    """KL over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all classes.
+    """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
+    temperature = settings[-1]
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
@@ -184,9 +206,14 @@ def topk_kl_and_gradient(
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = weight.sum(-1, keepdim=True).clamp(min=1)
     student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
-    value, gradient = kl_and_gradient(student, torch.cat([values, rest], -1), temperature)
+    value, gradient = divergence_and_gradient(student, torch.cat([values, rest], -1), *settings)
     spread = weight * (gradient[..., -1:] / total)
     return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
 
 
-topk_kl_divergence = rowwise(topk_kl_and_gradient)
+_ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}
+_TOPK = {
+    "kl": rowwise(functools.partial(topk_and_gradient, kl_and_gradient)),
+    "reverse_kl": rowwise(functools.partial(topk_and_gradient, reverse_kl_and_gradient)),
+    "jsd": rowwise(functools.partial(topk_and_gradient, jsd_and_gradient)),
+}

@@ -44,6 +44,26 @@ def kl(teacher_logits: Sequence[Any], student_logits: Sequence[Any]) -> Any:
     return total
 
 
+def jsd(teacher_logits: Sequence[Any], student_logits: Sequence[Any], beta: Any) -> Any:
+    """beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p; at the ends KL(q || p) and KL(p || q)."""
+    if beta in (0, 1):
+        return kl(student_logits, teacher_logits) if beta else kl(teacher_logits, student_logits)
+    log_q, log_p, share = log_softmax(teacher_logits), log_softmax(student_logits), np.longdouble(beta)
+    return share * _to_mixture(log_q, log_p, 1 - share) + (1 - share) * _to_mixture(log_p, log_q, share)
+
+
+def _to_mixture(log_p: Sequence[Any], log_q: Sequence[Any], share: Any) -> Any:
+    """KL(p || share q + (1 - share) p)."""
+    total = 0.0
+    for a, b in zip(log_p, log_q, strict=True):
+        if is_left_out(a) or np.real(np.exp(a)) == 0:
+            continue
+        parts = [np.log(1 - share) + a, *([] if is_left_out(b) else [np.log(share) + b])]
+        largest = max(np.real(x) for x in parts)
+        total = total + np.exp(a) * (a - largest - np.log(sum(np.exp(x - largest) for x in parts)))
+    return total
+
+
 def without(values: Iterable[Any], places: Iterable[int]) -> list[Any]:
     left_out = set(places)
     return [x for k, x in enumerate(values) if k not in left_out]
