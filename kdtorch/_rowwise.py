@@ -112,7 +112,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         value, gradient, *slopes = with_slopes(learned, *inputs)
         return value, *pack(gradient, dtype, axes), *slopes
 
-    parts.__name__ = value_and_gradient.__name__
+    parts.__name__ = getattr(value_and_gradient, "__name__", "parts")
 
     class Rowwise(torch.autograd.Function):
         generate_vmap_rule = True
