@@ -195,6 +195,7 @@ def test_a_transformer_block():
     assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())  # nothing of the caller's is changed
 
 
+@slow
 def test_the_first_layer_that_differs():
     ours, theirs = Block(8, 2, epsilon=1e-3, rngs=nnx.Rngs(0)), TorchBlock(8, 2)
     comparison = compare_modules(ours, theirs, RNG.normal(size=(2, 5, 8)), dtypes=["float32"])
@@ -260,7 +261,8 @@ class TorchNet(torch.nn.Module):
         return self.sixth(self.fifth(x.mean((2, 3))))
 
 
-@pytest.mark.parametrize("training", first(1, [True, False]))
+@slow
+@pytest.mark.parametrize("training", [True, False])
 def test_every_layer_that_is_known(training):
     ours, theirs = randomised(Net(nnx.Rngs(0))), TorchNet()
     if not training:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
-from tiers import first, only, slow
+from tiers import first, one_of_a_kind, slow
 
 import kdjax
 from parity.cases import KINDS, LOSSES, each_array
@@ -85,9 +85,7 @@ def agree(got, want, limit=(64, 256, 64)):
             assert ulps(a, b, "float64") <= limit[2]
 
 
-@pytest.mark.parametrize(
-    "loss", only(lambda x: x.batch_coupled or x.state or x.name == "kl_loss", LOSSES), ids=lambda loss: loss.title
-)
+@pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 @pytest.mark.parametrize(("vma", "where"), first(1, [(True, UNEVEN), (False, None)]), ids=["uneven", "all"])
 def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
@@ -202,7 +200,7 @@ CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
 with_state = pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=lambda loss: loss.title)
 
 
-@pytest.mark.parametrize("places", ["uniform", "all of one device"])
+@pytest.mark.parametrize("places", first(1, ["uniform", "all of one device"]))
 def test_memories_in_shards(places):
     """Each device holds its rows of CRCD's memories; the rows of the batch travel, the memories do not."""
     step, arguments = inside(CRCD, UNEVEN, sharded_memory=True)
@@ -249,7 +247,7 @@ def test_one_device_with_nan(loss):
         assert (x == x[:1]).all()
 
 
-@every
+@pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 def test_unknown_axis(loss):
     (inputs, *_), state = given(loss)
     with pytest.raises(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
-from tiers import slow
+from tiers import first, one_of_a_kind, slow
 
 from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, cases, draw
 from parity.check import check
@@ -24,6 +24,7 @@ def named(loss):
 
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=named)
+every_kind = pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=named)
 framework = pytest.mark.parametrize("name", ["jax", "torch"])
 
 
@@ -88,7 +89,7 @@ def close(a, b, limit=256):
         assert ulps(x, y, "float64") <= limit
 
 
-@every
+@every_kind
 def test_second_derivative(loss):
     """That of kdjax is right; kdtorch's is the same, or refused. Where a part that moves is held constant, they agree."""
     function, x = called(JAX, loss)
@@ -175,7 +176,7 @@ def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
                 assert function(**inputs, **{name: number(values[-1])}) == function(**inputs, **{name: values[-1]})
 
 
-@every
+@every_kind
 def test_second_call_compiles_nothing(loss):
     """With other inputs, mask and settings, and the state that the first call returned; the gradient too."""
     *both, state = calls(JAX, loss)
@@ -204,7 +205,7 @@ def test_second_call_compiles_nothing(loss):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
-@every
+@every_kind
 def test_second_call_compiles_nothing_in_torch(loss):
     """With other inputs, mask and settings, and the state that the first call returned; it gives what eager PyTorch does."""
     *both, state = calls(TORCH, loss)
@@ -222,7 +223,7 @@ def test_second_call_compiles_nothing_in_torch(loss):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
-@every
+@every_kind
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile(backend, loss):
     function, x = called(TORCH, loss)
@@ -247,7 +248,7 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
     assert np.isfinite(result.gradients[0]["student_logits"]).all()
 
 
-@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+@pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 @pytest.mark.parametrize("loss", [x for x in LOSSES if "labels" in x.inputs.values()], ids=named)
 def test_labels_of_any_integer_dtype(f, loss):
     """Of more classes than the dtype counts."""

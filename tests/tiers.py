@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from parity.row import Loss
+
 slow = pytest.mark.slow
 
 
@@ -16,6 +18,17 @@ def first(count: int, values: Iterable[Any]) -> list[Any]:
 def only(quick: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
     """Values of a parameter; those that `quick` is false for are slow."""
     return [_parameter(x, quick(x)) for x in values]
+
+
+def one_of_a_kind(losses: Iterable[Loss]) -> list[Any]:
+    """Losses; in the first tier the first of each kind: what compiles programs holds for others of the kind by the same code."""
+    seen = set()
+
+    def new(loss: Loss) -> bool:
+        kind = loss.batch_coupled, loss.state, "maps" in loss.inputs.values()
+        return not (kind in seen or seen.add(kind))
+
+    return only(new, losses)
 
 
 def _parameter(value: Any, quick: bool) -> Any:
