@@ -4,12 +4,16 @@ import dataclasses
 import functools
 import io
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 from tiers import first
 
-from benchmarks import calls, direct, hostile, scaling
+from benchmarks import calls, direct, gpu, hostile, scaling
 from benchmarks.__main__ import main, tables
 from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -122,3 +126,63 @@ def test_where_the_time_of_a_call_goes(capsys):
     with pytest.raises(SystemExit):
         calls.main(["--rounds", "0"])
     assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def run_for_a_gpu(tmp_path, *arguments):
+    """The script on a CPU, of tiny inputs; what it wrote."""
+    script = pathlib.Path(gpu.__file__).with_suffix(".sh")
+    command = [str(script), "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json"), *arguments]
+    environment = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("missing: nothing\n")
+    return json.loads((tmp_path / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_run_for_a_gpu(tmp_path):
+    found = run_for_a_gpu(tmp_path, "--seconds", "380", "--only", "symmetric_kl_loss", "kl_loss 320", "kl 128×10")
+    assert not found["not reached"]
+    ours = [row for row in found["parity"] if row["loss"] == "symmetric_kl_loss"]
+    assert {(row["form"], row["dtype"]) for row in ours} == {
+        (form, dtype) for form in ("kdtorch", "fused", "kdjax") for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["passed"] for row in found["parity"])
+    for part, limit in (("large", 2.0**-7), ("workloads", 1e-4)):
+        rows = [row for row in found[part] if row.get("loss", "kl_loss") == "kl_loss"]
+        assert {row["form"] for row in rows} == set(gpu.FORMS)
+        assert not [row for row in rows if "error" in row]
+        assert all(0 < row["ms, least"] <= row["ms"] <= row["ms, most"] for row in rows)
+        assert all(row["value apart"] < 1e-4 and row["gradient apart"] < limit for row in rows if "value apart" in row)
+
+
+@pytest.mark.slow
+def test_all_losses_in_the_run_for_a_gpu(tmp_path):
+    """What there is no time for is named."""
+    found = run_for_a_gpu(tmp_path, "--seconds", "60")
+    measured = {f"parity {row['form']} {row['loss']} {row['dtype']}" for row in found["parity"]}
+    assert measured | set(found["not reached"]) >= {
+        f"parity {form} {loss.title} {dtype}"
+        for form in ("kdtorch", "fused", "kdjax")
+        for loss in LOSSES
+        for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["passed"] for row in found["parity"])
+    assert {row["loss"] for row in found["large"]} >= {"kl_loss", "dkd_loss", "dino_loss"}
+    assert found["not reached"]
+    assert not [row for part in ("large", "workloads") for row in found[part] if "error" in row]
+
+
+def test_what_a_run_for_a_gpu_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_module"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert gpu.main([]) == 2
+    out, error = capsys.readouterr()
+    assert out.startswith("missing: no_such_module")
+    assert "benchmarks/gpu.sh --fetch" in error
+
+
+def test_a_form_that_fails_is_a_row():
+    loss = next(loss for loss in TIMED if loss.name == "kl_loss")
+    job = gpu.draw(loss, SMALL, "float32", "cpu", {"temperature": -1.0})
+    assert gpu._row("kdtorch", job, {}, 0.0)["error"].startswith("ValueError: `temperature` must be finite and greater")
