@@ -427,11 +427,11 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     """
     difference = difference_of_softmaxes(p.p, q.p, ratio)
     used = torch.where(q.p == 0, 0, ratio)
-    terms = difference - q.p * used
     if not (torch.compiler.is_compiling() or ratio.is_cpu):  # where each of the operations is a kernel
-        return terms.sum(-1).clamp(min=0), difference
+        return (difference - q.p * used).sum(-1).clamp(min=0), difference
     near = (used.abs() < NEAR) & (q.p > 0)
-    value = torch.where(near, q.p * exp_remainder(torch.where(near, used, 0)), terms).sum(-1)
+    close = q.p * exp_remainder(torch.where(near, used, 0))
+    value = torch.where(near, close, difference - q.p * used).sum(-1)
     difference, common = less_common_error(difference, q.p)
     return (value - common.squeeze(-1) ** 2 / 2).clamp(min=0), difference
 
@@ -563,13 +563,20 @@ def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, 
     if tilted is not None:
         scale = 1 + tilted.rise
         return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
-    logs = quick_logs(x, y, temperature)
-    if logs is not None:
-        value = torch.linalg.vecdot(logs.q, logs.log_q.sub_(logs.log_p))
-        if far_apart(value):
-            return value, logs.p.sub_(logs.q).div_(temperature)
+    far = _kl_of_logs(x, y, temperature)
+    if far is not None:
+        return far
     value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
     return value, difference / temperature
+
+
+def _kl_of_logs(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+    """The same in few kernels where `quick_logs` gives them."""
+    logs = quick_logs(x, y, temperature)
+    if logs is None:
+        return None
+    value = torch.linalg.vecdot(logs.q, logs.log_q.sub_(logs.log_p))
+    return (value, logs.p.sub_(logs.q).div_(temperature)) if far_apart(value) else None
 
 
 def kl_of_tilt(tilted: Tilt) -> Tensor:

@@ -583,14 +583,23 @@ def dkd_is_kl(trial: Trial) -> None:
 
 
 def split(trial: Trial) -> None:
-    """Halves of a batch, put together, are the whole: values, gradients, and the states' mean."""
+    """Halves of a batch, put together, are the whole: values, their sum, gradients, and the states' mean."""
     loss, (given, want) = trial.loss, trial.whole
     halves = []
     for half in (slice(0, 2), slice(2, 4)):
         inputs = along(loss, given.inputs, lambda x, axis, half=half: np.take(x, np.arange(4)[half], axis))
         halves.append(trial.run(given, inputs=inputs, where=np.ones(2, bool), weights=given.weights[half]))
     values = np.concatenate([x.values for _, x in halves])
-    close(values, want.values, "float64", VALUE, _scales(loss, given)[0])
+    value, gradient = _scales(loss, given)
+    close(values, want.values, "float64", VALUE, value)
+    total = float(np.abs(np.where(np.isfinite(values), values, 0)).max())
+    if np.abs(values).sum() < float(_limits("float64").max):
+        close(sum(x.sum for _, x in halves), want.sum, "float64", VALUE, max(value, total))
+    for k in loss.learns:
+        axis = KINDS[loss.inputs[k]].axis
+        for parts in zip(want.gradients[k], *(x.gradients[k] for _, x in halves), strict=True):
+            whole, *pieces = parts
+            close(sum(pieces) if axis is None else np.concatenate(pieces, axis), whole, "float64", GRADIENT, gradient)
     for k, v in want.state.items():
         middle = sum(x.state[k] / 2 for _, x in halves)
         close(middle, v, "float64", VALUE, loss.state_rounding(_given(loss, given), v))

@@ -14,7 +14,7 @@ from spread import SIZES, UNEVEN, drawn
 from tiers import first, one_of_a_kind, slow
 
 import kdjax
-from parity.cases import KINDS, LOSSES, each_array
+from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
 LAYOUTS = {kind: P(*[None] * k.axis, "batch") if k.axis is not None else P() for kind, k in KINDS.items()}
@@ -155,6 +155,30 @@ def test_the_compilers_way(loss, shape, where):
         (value, state), gradients = step(*split(loss, placed(loss, devices, inputs)), state, where)
         results.append((value, gradients, state))
     agree(results, alone(loss.title, where is not None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    [x for x in LOSSES if "logits" in x.inputs.values() and x.leading and not x.batch_coupled],
+    ids=lambda x: x.title,
+)
+def test_a_vocabulary_in_shards(loss):
+    """Tokens, `[batch, tokens, vocabulary]`, the batch over one axis of the mesh and the vocabulary over the other, masked."""
+    devices = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    (inputs,) = draw(loss, Sizes(batch=(4, 3), classes=8), 0)
+    inputs = {k: jnp.asarray(x, "int32" if x.dtype.kind == "i" else None) for k, x in inputs.items()}
+    where = jnp.arange(12).reshape(4, 3) % 5 != 1
+    step = jax.jit(jax.value_and_grad(functools.partial(objective, loss, {}), has_aux=True))
+    results = []
+    for spread in (False, True):
+        given = dict(inputs)
+        for k, x in inputs.items() if spread else ():
+            layout = P("data", None, "model") if loss.inputs[k] == "logits" else P("data")
+            given[k] = jax.device_put(x, NamedSharding(devices, layout))
+        (value, state), gradients = step(*split(loss, given), None, where)
+        results.append((value, gradients, state))
+    agree(results[1:], results[:1])
 
 
 def inside(loss, where, vma=False, **options):

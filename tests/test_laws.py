@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 from tiers import first, one_of_a_kind, slow
 
-from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, cases, draw
+from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, along, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -220,6 +220,46 @@ def test_second_call_compiles_nothing_in_torch(loss):
         close(*(x.numpy() for x in values))
         state = states[0]
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+@pytest.mark.parametrize("loss", [x for x in LOSSES if not x.batch_coupled], ids=named)
+def test_chunks_of_a_sum_are_the_whole(f, loss):
+    """`reduction="sum"` of parts of a batch, added: value and gradients are those of the whole, with a mask."""
+    sizes = Sizes((3, 2) if loss.leading else (6,))
+    (inputs,) = draw(loss, sizes, 0)
+    state = inputs.pop(loss.state, None)
+    state = [getattr(f.kd, loss.inputs[loss.state])(**f.arrays(state))] if state else []
+    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    kept = np.arange(6).reshape(sizes.batch) != 4
+    learns = loss.learns
+
+    @f.jit
+    def value_and_slopes(free, fixed, where):
+        def total(free):
+            given = {**free, **fixed}
+            arguments = (given[k] for k in loss.inputs if k in given)
+            result = getattr(f.kd, loss.name)(*arguments, *state, where=where, reduction="sum", **options)
+            value = result[0] if state else result
+            return value, value
+
+        return f.grad(total, has_aux=True)(free)
+
+    def run_it(examples):
+        part = f.arrays(along(loss, inputs, lambda x, axis: np.take(x, examples, axis)))
+        free = {k: part.pop(k) for k in learns}
+        slopes, value = value_and_slopes(free, part, f.array(kept[examples]))
+        return f.numpy(value), {k: [f.numpy(x) for x in leaves(slopes[k])] for k in learns}
+
+    number = sizes.batch[0]
+    value, slopes = run_it(np.arange(number))
+    chunks = [run_it(np.array(part)) for part in np.array_split(np.arange(number), 3)]
+    assert ulps(sum(x for x, _ in chunks), value, "float64") <= 64
+    for k in learns:
+        axis = KINDS[loss.inputs[k]].axis
+        for i, whole in enumerate(slopes[k]):
+            pieces = [found[k][i] for _, found in chunks]
+            close([sum(pieces) if axis is None else np.concatenate(pieces, axis)], [whole], 256)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports

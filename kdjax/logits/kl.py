@@ -5,7 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import check_classes, difference_of_softmaxes, log_ratio, positive, pulled_back, times_square
+from kdjax._numerics import (
+    check_classes,
+    difference_of_softmaxes,
+    less_common_error,
+    log_ratio,
+    positive,
+    pulled_back,
+    times_square,
+)
 from kdjax._reduce import reduce
 from kdjax._rowwise import kl_divergence, rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -112,7 +120,7 @@ def symmetric_kl_loss(
 def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
     """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    difference = difference_of_softmaxes(p, q, ratio)
+    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     gradient = difference + pulled_back(ratio, p)
     # of one sign, unless r has lost its digits
     return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature

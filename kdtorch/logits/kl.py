@@ -8,6 +8,7 @@ from torch import Tensor
 from kdtorch._numerics import (
     check_classes,
     difference_of_softmaxes,
+    less_common_error,
     log_ratio,
     positive,
     pulled_back,
@@ -127,7 +128,7 @@ def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Te
         value = torch.linalg.vecdot(difference, tilted.d).clamp_(min=0)
         return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    difference = difference_of_softmaxes(p, q, ratio)
+    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     gradient = difference + pulled_back(ratio, p)
     # of one sign, unless r has lost its digits
     return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature

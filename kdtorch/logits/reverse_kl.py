@@ -76,15 +76,24 @@ def reverse_kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[
     if tilted is not None:
         value = kl_of_tilt(tilted)
         return value, softmax_pulled_back(tilted.d, tilted.q).div_(-temperature)
-    logs = quick_logs(x, y, temperature)
-    if logs is not None:
-        ratio = logs.log_p.sub_(logs.log_q)
-        value = torch.linalg.vecdot(logs.p, ratio)
-        if far_apart(value):
-            return value, softmax_pulled_back(ratio.sub_(value.unsqueeze(-1)), logs.p).div_(temperature)
+    far = _of_logs(x, y, temperature)
+    if far is not None:
+        return far
     p, q, ratio = log_ratio(x, y, temperature)
     value, _ = kl_of_softmaxes(q, p, -ratio)
     return value, pulled_back(ratio, p.p) / temperature
+
+
+def _of_logs(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+    """The same in few kernels where `quick_logs` gives them."""
+    logs = quick_logs(x, y, temperature)
+    if logs is None:
+        return None
+    ratio = logs.log_p.sub_(logs.log_q)
+    value = torch.linalg.vecdot(logs.p, ratio)
+    if not far_apart(value):
+        return None
+    return value, softmax_pulled_back(ratio.sub_(value.unsqueeze(-1)), logs.p).div_(temperature)
 
 
 reverse_kl_divergence = rowwise(reverse_kl_and_gradient)
