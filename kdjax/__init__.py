@@ -62,6 +62,7 @@ from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.topk_kl import topk_kl_loss
+from kdjax.logits.uld import uld_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -91,5 +92,6 @@ __all__ = [
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",
+    "uld_loss",
     "uskd_loss",
 ]

@@ -61,6 +61,7 @@ from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.topk_kl import topk_kl_loss
+from kdtorch.logits.uld import uld_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -89,5 +90,6 @@ __all__ = [
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",
+    "uld_loss",
     "uskd_loss",
 ]

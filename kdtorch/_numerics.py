@@ -453,17 +453,20 @@ def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
 
 
 def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:
-    d = x - y
-    if temperature == 1:
-        q = torch.softmax(y, -1)
-    else:  # a division that rounds must be of small numbers
-        exact = math.frexp(temperature)[0] == 0.5
-        q = torch.softmax(y / temperature if exact else (y - y.amax(-1, keepdim=True)).div_(temperature), -1)
+    d, q = x - y, _softmax_in_one(y, temperature)
     d.sub_(torch.linalg.vecdot(q, d).unsqueeze(-1))
     if temperature != 1:
         d.div_(temperature)
     growth = d.expm1()
     return Tilt(q, d, growth, torch.linalg.vecdot(q, growth).unsqueeze(-1), softmax_pulled_back(growth, q))
+
+
+def _softmax_in_one(x: Tensor, temperature: float) -> Tensor:
+    """softmax(x / T) by the one kernel that PyTorch has for it; a division that rounds must be of small numbers."""
+    if temperature == 1:
+        return torch.softmax(x, -1)
+    exact = math.frexp(temperature)[0] == 0.5
+    return torch.softmax(x / temperature if exact else (x - x.amax(-1, keepdim=True)).div_(temperature), -1)
 
 
 def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
@@ -484,6 +487,19 @@ def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, 
 def kl_of_tilt(tilted: Tilt) -> Tensor:
     """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding."""
     return (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
+
+
+def softmaxes(x: Tensor, y: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+
+    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    """
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        return _softmax_in_one(x, float(temperature)), tilted.q, tilted.excess.div_(1 + tilted.rise)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    return p, q, difference - p * difference.sum(-1, keepdim=True)
 
 
 def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:

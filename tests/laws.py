@@ -520,6 +520,9 @@ def shift_of_logits(trial: Trial) -> None:
     given, want = trial.whole
     kinds = ("views",) if trial.loss.state else ("logits",)  # a centre is no shift of one example
     moved = {k: v + 8.0 if trial.loss.inputs[k] in kinds else v for k, v in given.inputs.items()}
+    logits = [(moved[k], v) for k, v in given.inputs.items() if trial.loss.inputs[k] in kinds]
+    if trial.loss.jumps and not all(np.array_equal(x - 8.0, v) for x, v in logits):
+        return  # rounding has made some of them equal
     after, got = trial.run(given, inputs=moved)
     _same(trial, after, got, want)
 
