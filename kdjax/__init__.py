@@ -61,6 +61,7 @@ from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
+from kdjax.logits.standardize import standardize_logits
 from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.uld import uld_loss
 from kdjax.logits.uskd import uskd_loss
@@ -90,6 +91,7 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "smooth_l1_loss",
+    "standardize_logits",
     "symmetric_kl_loss",
     "topk_kl_loss",
     "uld_loss",

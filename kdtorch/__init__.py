@@ -60,6 +60,7 @@ from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
+from kdtorch.logits.standardize import standardize_logits
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.uld import uld_loss
 from kdtorch.logits.uskd import uskd_loss
@@ -88,6 +89,7 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "smooth_l1_loss",
+    "standardize_logits",
     "symmetric_kl_loss",
     "topk_kl_loss",
     "uld_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,10 +81,12 @@ class IllConditioned:
     Attributes:
         bounds: for each dtype the limits of (value, gradient, state), in ULP; those of `parity.check` where it has none.
         why: the formula is ill-conditioned there.
+        scale: the least number to measure the error of the gradient by, where its terms cancel.
     """
 
     bounds: dict[str, tuple[float, float, float]]
     why: str
+    scale: float = 0.0
 
 
 # of two rows of unit length that nearly coincide, in losses of distances or directions between rows
@@ -108,6 +110,8 @@ class Loss:
         options: settings worth a case each; the first is the ordinary one.
         ranges: from where to where random draws take each setting: every option whose default is a number.
 
+        value: what the function returns: a value an example, reduced as users ask; the value of the whole batch, of which
+            no part is an example's; or an array beside each example, as a function on the way to a loss does.
         leading: whether it takes any number of leading axes.
         batch_coupled: whether an example's value depends on the others.
         shift_invariant: whether adding a number to all logits of an example changes nothing.
@@ -122,7 +126,7 @@ class Loss:
         scale: of the terms that the value is the difference of: the least number to measure its error by.
         rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
         state_rounding: the same of a field of the state, given its value.
-        ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`.
+        ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`, or of another case.
 
         memory: what it may hold at once.
         collectives: what each device tells the others, in the words of XLA, when no example is masked.
@@ -138,6 +142,7 @@ class Loss:
     options: tuple[dict[str, Any], ...] = ({},)
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
+    value: Literal["example", "batch", "array"] = "example"
     leading: bool = True
     batch_coupled: bool = False
     shift_invariant: bool = False

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
 
 import kdjax
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, each_array
 from parity.compare import ulps
 
@@ -44,7 +45,7 @@ def given(loss, where=None):
 def objective(loss, options, learned, fixed, state, where):
     """The loss, and the next state."""
     inputs = {**learned, **fixed, **({loss.state: state} if loss.state else {})}
-    value = getattr(kdjax, loss.name)(*(inputs[k] for k in loss.inputs), where=where, **options)
+    value = per_example(kdjax, loss)(*(inputs[k] for k in loss.inputs), where=where, **options)
     return value if loss.state else (value, None)
 
 
