@@ -63,8 +63,10 @@ from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.reverse_kl import reverse_kl_loss
+from kdtorch.logits.standardize import standardize_logits
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.tvd import tvd_loss
+from kdtorch.logits.uld import uld_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -94,8 +96,10 @@ __all__ = [
     "nkd_loss",
     "reverse_kl_loss",
     "smooth_l1_loss",
+    "standardize_logits",
     "symmetric_kl_loss",
     "topk_kl_loss",
     "tvd_loss",
+    "uld_loss",
     "uskd_loss",
 ]

@@ -598,6 +598,19 @@ def nearly_equal(value: Tensor) -> bool:
     return bool(value.amax() < 4e-3)
 
 
+def softmaxes(x: Tensor, y: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+
+    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    """
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        return quick_softmax(x, float(temperature)), tilted.q, tilted.excess.div_(1 + tilted.rise)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    return p, q, difference - p * difference.sum(-1, keepdim=True)
+
+
 def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:
     """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T."""
     return cross_entropy_of_softmax(softmax(x, temperature), x, target, temperature)

@@ -14,6 +14,7 @@ from spread import SIZES, UNEVEN, drawn
 from tiers import first, one_of_a_kind, slow
 
 import kdjax
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
@@ -45,7 +46,7 @@ def given(loss, where=None):
 def objective(loss, options, learned, fixed, state, where):
     """The loss, and the next state."""
     inputs = {**learned, **fixed, **({loss.state: state} if loss.state else {})}
-    value = getattr(kdjax, loss.name)(*(inputs[k] for k in loss.inputs), where=where, **options)
+    value = per_example(kdjax, loss)(*(inputs[k] for k in loss.inputs), where=where, **options)
     return value if loss.state else (value, None)
 
 

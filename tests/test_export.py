@@ -8,6 +8,7 @@ from frameworks import JAX
 from tiers import first
 
 import kdjax
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
@@ -52,7 +53,7 @@ def value_and_slopes(loss, options):
 
     def value(*arguments):
         *inputs, where = arguments
-        result = getattr(kdjax, loss.name)(*inputs, where=where, **options)
+        result = per_example(kdjax, loss)(*inputs, where=where, **options)
         return result[0] if loss.state else result
 
     return jax.jit(jax.value_and_grad(value, learned))

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from frameworks import BOTH, JAX, TORCH
 from tiers import first, one_of_a_kind, slow
 
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, along, cases, draw
 from parity.check import check
 from parity.compare import ulps
@@ -75,7 +76,7 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
     if loss.state:
         later = f.arrays({k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()})
         inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**inputs[loss.state] | later)
-    function, first = getattr(f.kd, loss.name), loss.learns[0]
+    function, first = per_example(f.kd, loss), loss.learns[0]
 
     def value(x, **more):
         result = function(*(x if k == first else inputs[k] for k in loss.inputs), **options, **more)
@@ -191,7 +192,7 @@ def test_second_call_compiles_nothing(loss):
 
         def value(x):
             arguments = [*inputs[:place], x, *inputs[place + 1 :], *([state] if loss.state else [])]
-            result = getattr(JAX.kd, loss.name)(*arguments, where=where, **settings, **options)
+            result = per_example(JAX.kd, loss)(*arguments, where=where, **settings, **options)
             return result if loss.state else (result, None)
 
         return jax.value_and_grad(value, has_aux=True)(inputs[place])
@@ -211,7 +212,7 @@ def test_second_call_compiles_nothing_in_torch(loss):
     *both, state = calls(TORCH, loss)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    function = getattr(TORCH.kd, loss.name)
+    function = per_example(TORCH.kd, loss)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for inputs, settings, where in both:
         arguments = [*inputs, *([state] if loss.state else [])]
@@ -340,7 +341,7 @@ def test_shapes_alone(loss):
     for x in given[loss.learns[0]]:
         x.requires_grad_()
     arguments = {k: given[k] if isinstance(v, list) else given[k][0] for k, v in inputs.items() if k in given}
-    result = getattr(TORCH.kd, loss.name)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
+    result = per_example(TORCH.kd, loss)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
     (result[0] if loss.state else result).backward()
     assert all(x.grad.shape == x.shape and x.grad.device.type == "meta" for x in given[loss.learns[0]])
 
@@ -395,9 +396,9 @@ def test_no_nan_on_the_way(loss):
             inputs["labels"] = np.eye(classes)[[0, classes // 3]]
         student, *others = JAX.arrays(inputs).values()
         with jax.debug_nans(True):
-            assert jnp.isfinite(jax.grad(getattr(JAX.kd, loss.name))(student, *others)).all()
+            assert jnp.isfinite(jax.grad(per_example(JAX.kd, loss))(student, *others)).all()
             if "temperature" in loss.ranges:
-                function = functools.partial(getattr(JAX.kd, loss.name), student, *others)
+                function = functools.partial(per_example(JAX.kd, loss), student, *others)
                 assert jnp.isfinite(jax.grad(lambda t, f=function: f(temperature=t))(jnp.asarray(2.0)))
 
 

@@ -71,13 +71,13 @@ def jsd_loss(
     """
     check_classes(student_logits)
     logits = student_logits, teacher_logits
-    beta, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
-    if beta == 0:
+    weight, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
+    if weight == 0:
         divergence = kl_divergence(*logits, temperature, where=where)
-    elif beta == 1:
+    elif weight == 1:
         divergence = reverse_kl_divergence(*logits, temperature, where=where)
     else:
-        divergence = jensen_shannon(*logits, beta, temperature, where=where)
+        divergence = jensen_shannon(*logits, weight, temperature, where=where)
     return reduce(divergence, where, reduction, axis_name)
 
 

@@ -108,10 +108,11 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    beta = fraction("beta", beta, student_logits, values)
+    weight = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
-    compared = {0: "kl", 1: "reverse_kl"}.get(beta, "jsd") if divergence == "jsd" else divergence
-    settings = (beta, temperature) if compared == "jsd" else (temperature,)
+    ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
+    compared = ends if divergence == "jsd" else divergence
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
