@@ -42,8 +42,9 @@ check: .venv/installed
 	$(INSTALL) -e '.[all]' --group examples
 	touch $@
 
-# torchdistill comes without torchvision and Cython, which its losses do not use; tests/test_moving.py runs them
+# these come without torchvision, datasets, triton, torchao and the like, which their losses do not use; tests/test_moving.py
+# runs them
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
-	$(INSTALL) --no-deps torchdistill
+	$(INSTALL) --no-deps torchdistill liger-kernel torchtune trl
 	touch $@ .venv/demo

@@ -1,10 +1,11 @@
-"""`python -m benchmarks`: each workload forward and backward, direct, in kdtorch, compiled, and in kdjax under jit."""
+"""`python -m benchmarks`: each workload forward and backward, direct, in kdtorch, each compiled, and in kdjax under jit."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ from parity.report import check_writable, environment
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="workloads whose name has one of these texts")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="all four")
-    parser.add_argument("--quick", action="store_true", help="a second a workload, and no memory")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="all five")
+    parser.add_argument("--quick", action="store_true", help="two seconds a workload, and no memory")
+    parser.add_argument("--threads", type=int, help="of both frameworks, on as many cores; all of them")
     parser.add_argument("--json", metavar="FILE", help="every figure, with versions and machine")
     parser.add_argument("--png", metavar="FILE", help="ratios as bars; growth of time and memory")
     options = parser.parse_args(arguments)
-    if options.threads < 1:
+    if options.threads is not None and options.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {options.threads}")
     if options.png and "direct" not in options.forms:
         parser.error("argument --png: shows ratios to the direct form; leave it among --forms")
@@ -46,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.error(f"argument --{flag}: cannot write {getattr(options, flag)!r}: {error.strerror}")
 
+    if options.threads:  # before JAX starts, which takes every core that it may
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import torch
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     errors = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     for workload in track(chosen.values(), "workloads", console=errors):
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(*tables(rows, options.forms, console.width))
-    result = {"environment": {**environment(), "threads": options.threads}, "workloads": rows, "growth": growth}
+    result = {"environment": {**environment(), "threads": torch.get_num_threads()}, "workloads": rows, "growth": growth}
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     if options.png:
@@ -80,7 +83,7 @@ def _row(workload: Any, forms: tuple[str, ...], quick: bool, seconds: float = 8)
         "workload": workload.name,
         "targets": {name: getattr(workload.benchmark, name) for name in ("torch", "jax", "memory")},
         "seconds": {
-            k: dataclasses.asdict(v) for k, v in measure.timings(workload, forms, 1 if quick else seconds).items()
+            k: dataclasses.asdict(v) for k, v in measure.timings(workload, forms, 2 if quick else seconds).items()
         },
     }
     if not quick:
@@ -95,10 +98,15 @@ def tables(rows: list[dict[str, Any]], forms: Sequence[str], width: int) -> list
         "Milliseconds forward and backward; × is how many times faster than direct",
         "MiB that a step adds at its peak; in brackets what JAX's compiler says",
     )
-    times, memories = (Table(title=x, title_justify="left", show_lines=gap == "\n") for x in titles)
+    narrow = gap == "\n"
+    times, memories = (
+        Table(title=x, title_justify="left", show_lines=narrow, padding=(0, int(not narrow))) for x in titles
+    )
     for table, headings in ((times, ("workload", "floor", *forms)), (memories, ("workload", *forms))):
         for heading in headings:
-            table.add_column(heading, justify="left" if heading == "workload" else "right", overflow="fold")
+            table.add_column(
+                heading.replace("-", " "), justify="left" if heading == "workload" else "right", overflow="fold"
+            )
     for row in rows:
         seconds, memory = row["seconds"], row.get("memory", {})
         direct = seconds.get("direct")

@@ -1,4 +1,4 @@
-"""The four forms of a workload: a function without arguments that runs it forward and backward."""
+"""The forms of a workload: a function without arguments that runs it forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.workloads import Workload
 from parity.arrays import each_array
 from parity.row import Loss
 
-FORMS = ("direct", "torch", "compiled", "jax")
+FORMS = ("direct", "direct-compiled", "torch", "compiled", "jax")
 
 
 class Outcome(NamedTuple):
@@ -40,26 +40,41 @@ def _torch(workload: Workload, name: str) -> Form:
     from benchmarks import direct
 
     loss = workload.loss
-    function = getattr(direct if name == "direct" else kdtorch, loss.name)
-    if name == "compiled":
+    dtype = getattr(torch, workload.benchmark.dtype)
+    where = None if workload.where is None else torch.from_numpy(workload.where)
+    plain = name.startswith("direct")
+    function = _kept(getattr(direct, loss.name), where) if plain else getattr(kdtorch, loss.name)
+    if name.endswith("compiled"):
         torch._dynamo.reset()
-        function = torch.compile(function, fullgraph=True, dynamic=False)
-    inputs = _with_state(kdtorch, loss, each_array(workload.inputs(), torch.from_numpy))
+        function = torch.compile(function, fullgraph=not plain, dynamic=False)
+    options = workload.benchmark.options | ({} if plain or where is None else {"where": where})
+    arrays = each_array(workload.inputs(), lambda x: torch.from_numpy(x).to(dtype if x.dtype.kind == "f" else None))
+    inputs = _with_state(kdtorch, loss, arrays)
     learned = [x for key in loss.learns for x in _list(inputs[key])]
     for x in learned:
         x.requires_grad_()
 
     def step() -> Any:
-        value = function(*inputs.values(), **workload.benchmark.options)
+        value = function(*inputs.values(), **options)
         value = value[0] if isinstance(value, tuple) else value
         return value.detach(), torch.autograd.grad(value, learned)
 
     def outcome(result: Any) -> Outcome:
-        slopes = iter(x.numpy() for x in result[1])
+        slopes = iter(x.float().numpy() for x in result[1])
         gradients = {k: [next(slopes) for _ in _list(inputs[k])] for k in loss.learns}
         return Outcome(result[0].numpy(), gradients)
 
     return Form(step, outcome)
+
+
+def _kept(function: Callable[..., Any], where: Any) -> Callable[..., Any]:
+    """The direct form of half precision and masks, as trainers write it: float32 first, and an index of what is kept."""
+
+    def of_kept(*inputs: Any, **options: Any) -> Any:
+        arrays = [x.float() if hasattr(x, "is_floating_point") and x.is_floating_point() else x for x in inputs]
+        return function(*(arrays if where is None else [x[where] for x in arrays]), **options)
+
+    return of_kept
 
 
 def _jax(workload: Workload) -> Form:
@@ -72,11 +87,14 @@ def _jax(workload: Workload) -> Form:
     maps = [k for k, kind in loss.inputs.items() if kind == "maps"]
     drawn = workload.inputs()
     drawn |= {k: [np.ascontiguousarray(np.moveaxis(x, 1, -1)) for x in drawn[k]] for k in maps}
-    inputs = _with_state(kdjax, loss, each_array(drawn, jnp.asarray))
+    dtype = workload.benchmark.dtype
+    arrays = each_array(drawn, lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None))
+    inputs = _with_state(kdjax, loss, arrays)
+    options = workload.benchmark.options | ({} if workload.where is None else {"where": jnp.asarray(workload.where)})
 
     def objective(learned: dict[str, Any], fixed: dict[str, Any]) -> Any:
         arguments = {**learned, **fixed}
-        value = getattr(kdjax, loss.name)(*(arguments[k] for k in loss.inputs), **workload.benchmark.options)
+        value = getattr(kdjax, loss.name)(*(arguments[k] for k in loss.inputs), **options)
         return value if isinstance(value, tuple) else (value, None)
 
     learned = {k: x for k, x in inputs.items() if k in loss.learns}
@@ -88,7 +106,7 @@ def _jax(workload: Workload) -> Form:
 
     def outcome(result: Any) -> Outcome:
         (value, _), gradients = result
-        arrays = {k: [np.asarray(x) for x in _list(v)] for k, v in gradients.items()}
+        arrays = {k: [np.asarray(x, np.float32) for x in _list(v)] for k, v in gradients.items()}
         return Outcome(
             np.asarray(value), arrays | {k: [np.moveaxis(x, -1, 1) for x in arrays[k]] for k in maps if k in arrays}
         )
@@ -110,8 +128,14 @@ def floor(workload: Workload) -> Callable[[], Any]:
     import torch
 
     inputs, loss = workload.inputs(), workload.loss
-    learned = [torch.from_numpy(x) for k in loss.learns for x in _list(inputs[k])]
-    rest = [torch.from_numpy(x) for k, v in inputs.items() if k not in (*loss.learns, loss.state) for x in _list(v)]
+    dtype = getattr(torch, workload.benchmark.dtype)
+    learned = [torch.from_numpy(x).to(dtype) for k in loss.learns for x in _list(inputs[k])]
+    rest = [
+        torch.from_numpy(x).to(dtype if x.dtype.kind == "f" else None)
+        for k, v in inputs.items()
+        if k not in (*loss.learns, loss.state)
+        for x in _list(v)
+    ]
     copies = [torch.empty_like(x) for x in learned]
 
     def step() -> None:
@@ -123,8 +147,8 @@ def floor(workload: Workload) -> Callable[[], Any]:
     return step
 
 
-def check(name: str, got: Outcome, want: Outcome) -> None:
-    """Raise unless value and gradients are those of the direct form, to what float32 keeps of it."""
+def check(name: str, got: Outcome, want: Outcome, limit: float = 1e-3) -> None:
+    """Raise unless value and gradients are those of the direct form, to what their dtype keeps of it."""
     pairs = [("value", got.value, want.value)]
     pairs += [
         (f"gradient of {key}", a, b)
@@ -133,7 +157,7 @@ def check(name: str, got: Outcome, want: Outcome) -> None:
     ]
     for what, a, b in pairs:
         error = np.abs(a - b).max() / np.abs(b).max()
-        if not error <= 1e-3:
+        if not error <= limit:
             raise AssertionError(
                 f"{name}: the {what} differs from the direct form's by {error:.1e} of its largest entry"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ class Workload:
         return f"{self.loss.name.removesuffix('_loss')} {self.benchmark.title}"
 
     def inputs(self) -> dict[str, Any]:
-        """By name, in the order of the function's arguments; floats in float32, a state as after some steps."""
+        """By name, in the order of the function's arguments; floats in float32, a state as after some steps.
+
+        A benchmark of half precision makes its own dtype of them, which NumPy does not have.
+        """
         rng = np.random.default_rng(0)
         inputs = {name: KINDS[kind].draw(rng, self.benchmark.sizes) for name, kind in self.loss.inputs.items()}
         for name, kind in self.loss.inputs.items():
@@ -34,6 +38,12 @@ class Workload:
             if name == self.loss.state:
                 inputs[name] |= KINDS[kind].later
         return each_array(inputs, lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x)
+
+    @property
+    def where(self) -> np.ndarray | None:
+        """Four examples of five, if the benchmark has a mask."""
+        batch = self.benchmark.sizes.batch
+        return np.arange(math.prod(batch)).reshape(batch) % 5 > 0 if self.benchmark.masked else None
 
 
 WORKLOADS: tuple[Workload, ...] = tuple(Workload(loss, x) for loss in LOSSES for x in loss.benchmarks)

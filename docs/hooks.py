@@ -20,7 +20,7 @@ PARTS = ("", "nn", "teacher_cache", "interop")
 TWINS = {"kdjax": "kdtorch", "kdtorch": "kdjax"}
 RENAMED = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}
 RENAMED |= {other: name for name, other in RENAMED.items()}
-ALONE = {"LossState"}  # PyTorch calls it a buffer
+ALONE = {"LossState", "fuse"}  # PyTorch calls the one a buffer; `jax.jit` does the other
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -50,9 +50,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for page, objects in public(package).items():
             content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
             files.append(File.generated(config, f"api/{page}", content="\n\n".join(content)))
-            for name, summary in objects.items() if package == "kdjax" else ():
-                links = (reference(x) for x in (name, twin(name)))
-                rows.append(f"| {' | '.join(links)} | {summary} |")
+            for name, summary in objects.items():
+                pair = {"kdjax": (name, twin(name)), "kdtorch": ("", name)}.get(package)
+                if pair and (package == "kdjax" or not twin(name)):
+                    rows.append(f"| {' | '.join(map(reference, pair))} | {summary} |")
     (index,) = (file for file in files if file.src_uri == "api/index.md")
     index.content_string = index.content_string.replace("TABLE", "\n".join(rows))
     return files
@@ -69,7 +70,7 @@ def public(package: str) -> dict[str, dict[str, str]]:
             origin = face.imports.get(name, f"{face.path}.{name}")
             if origin not in seen:
                 seen.add(origin)
-                page = f"{package}/{origin.split('.')[1]}.md" if package in TWINS else f"{package}.md"
+                page = f"{package}/{origin.split('.')[1].lstrip('_')}.md" if package in TWINS else f"{package}.md"
                 summary = module[origin.partition(".")[2]].docstring.value.partition("\n")[0]
                 pages.setdefault(page, {})[f"{face.path}.{name}"] = summary
     return pages

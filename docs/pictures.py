@@ -294,7 +294,33 @@ def topk_kl(loss: Loss) -> None:
     draw_curves(compared, logits, 2, "the teacher's", "a class not kept")
 
 
-DRAW: tuple[Callable[..., None], ...] = (curves, plane, points, dcn, crcd, dino, hcl, symmetric_kl, topk_kl)
+def standardize(loss: Loss) -> None:
+    """Rows of logits that differ in scale and level, before and after."""
+    rows = {"z": LOGITS[:1], "3 z": 3 * LOGITS[:1], "z / 2 + 2": LOGITS[:1] / 2 + 2}
+    figure, panels = plt.subplots(1, 2)
+    for panel, title, function in zip(
+        panels, ("logits", "standardised"), (lambda x: x, kdtorch.standardize_logits), strict=True
+    ):
+        for i, (name, row) in enumerate(rows.items()):
+            place = np.arange(1, 4) + 0.25 * (i - 1)
+            panel.bar(place, function(row)[0], 0.25, label=name if panel is panels[0] else None)
+        panel.axhline(0, color=GREY, linewidth=0.5)
+        panel.set(title=title, xlabel="class", xticks=[1, 2, 3])
+    figure.legend(loc="outside upper center", ncols=3)
+
+
+DRAW: tuple[Callable[..., None], ...] = (
+    curves,
+    plane,
+    points,
+    dcn,
+    crcd,
+    dino,
+    hcl,
+    symmetric_kl,
+    standardize,
+    topk_kl,
+)
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -63,8 +63,10 @@ from kdjax.logits.jsd import jsd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.reverse_kl import reverse_kl_loss
+from kdjax.logits.standardize import standardize_logits
 from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.tvd import tvd_loss
+from kdjax.logits.uld import uld_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -94,8 +96,10 @@ __all__ = [
     "nkd_loss",
     "reverse_kl_loss",
     "smooth_l1_loss",
+    "standardize_logits",
     "symmetric_kl_loss",
     "topk_kl_loss",
     "tvd_loss",
+    "uld_loss",
     "uskd_loss",
 ]

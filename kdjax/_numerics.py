@@ -223,6 +223,16 @@ def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Arr
     return value, difference / temperature
 
 
+def softmaxes(x: Array, y: Array, temperature: Scalar = 1.0) -> tuple[Array, Array, Array]:
+    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+
+    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    """
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    return p, q, difference - p * difference.sum(-1, keepdims=True)
+
+
 def cross_entropy_and_gradient(x: Array, target: Array, temperature: Scalar = 1.0) -> tuple[Array, Array]:
     """-sum target log p, p = softmax(x / T), and its gradient (p sum target - target) / T."""
     return cross_entropy_of_softmax(softmax(x, temperature), x, target, temperature)

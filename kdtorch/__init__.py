@@ -53,6 +53,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdtorch needs {error.name}: pip install 'kdlosses[torch]'", name=error.name) from error
 
 from kdlosses import __version__ as __version__
+from kdtorch._rowwise import fuse
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -62,8 +63,10 @@ from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.reverse_kl import reverse_kl_loss
+from kdtorch.logits.standardize import standardize_logits
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.tvd import tvd_loss
+from kdtorch.logits.uld import uld_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
@@ -84,6 +87,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "fuse",
     "hcl_loss",
     "jsd_loss",
     "kl_loss",
@@ -92,8 +96,10 @@ __all__ = [
     "nkd_loss",
     "reverse_kl_loss",
     "smooth_l1_loss",
+    "standardize_logits",
     "symmetric_kl_loss",
     "topk_kl_loss",
     "tvd_loss",
+    "uld_loss",
     "uskd_loss",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,9 +51,8 @@ def _number(
     constant: bool = True,
 ) -> Scalar:
     if isinstance(value, Tensor):
-        if constant and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"`{name}` is a constant of the loss and would get no gradient; give {name}.detach()")
         value = value.to(like[0].device, widest(*like))
+        value = value.detach() if constant else value
         return value + torch.where(test(value.detach()), 0.0, math.nan)
     if not test(value):
         raise ValueError(f"`{name}` must be {expected}, got {value}")
@@ -257,24 +257,26 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
             inputs = given[sum(asked) :]
             value, *others = evaluate(*inputs, *asked)
             learned = zip(others, inputs, asked, strict=False)
-            return value, *others[learns:], *(part for g, x, wanted in learned if wanted for part in held(g, x.dtype))
+            held = (pack(g, x.dtype, g.ndim - value.ndim) for g, x, wanted in learned if wanted)
+            return value, *others[learns:], *itertools.chain(*held)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
             asked, *given = inputs
             edges, learned = given[: sum(asked)], given[sum(asked) :][:learns]
+            ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[1:])
             ctx.save_for_backward(*edges, *output[len(output) - _parts(learned, asked) :])
             ctx.asked, ctx.constants = asked, len(given) - len(edges) - learns
             ctx.learned = [(x.dtype, x.ndim == 0 < output[0].ndim) for x in learned]
 
         @staticmethod
-        def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             number = sum(ctx.asked)
             edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
             results: list[Tensor | None] = []
             for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
-                if not wanted:
+                if not wanted or cotangent is None:
                     results.append(None)
                     continue
                 gradient = next(parts).to(cotangent.dtype)
@@ -310,16 +312,19 @@ def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
     return sum(2 if x.dtype == torch.float16 else 1 for x, wanted in zip(learned, asked, strict=True) if wanted)
 
 
-def held(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A gradient in the dtype of its input; in float16, whose exponents are few, beside the factor that was taken out.
+def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
+    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row of so many axes.
 
-    Gradients of float16 are scaled by the user, so that they do not vanish, in the backward pass alone, which is later.
+    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A
+    number that is not finite is left as it is, and the others of its row too.
     """
     if dtype != torch.float16:
-        return (gradient.to(dtype),)
-    largest = torch.cat([gradient.flatten(), gradient.new_zeros(1)]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
-    factor = torch.where(largest > 0, (largest.log2().floor() - 14).clamp(min=-120).exp2(), 1)
-    return (gradient / factor).to(dtype), factor
+        return (gradient if gradient.dtype == dtype else gradient.to(dtype),)
+    sizes = gradient.detach().abs().nan_to_num_(0.0, 0.0, 0.0)
+    rows = tuple(range(gradient.ndim - axes, gradient.ndim))
+    largest = sizes.amax(rows, keepdim=True) if gradient.numel() else sizes.sum(rows, keepdim=True)
+    unit = largest.clamp(min=torch.finfo(largest.dtype).tiny * 2**16) / 2**15
+    return (gradient / unit).to(dtype), unit
 
 
 def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., Tensor]:
@@ -591,6 +596,19 @@ def kl_of_tilt(tilted: Tilt) -> Tensor:
 def nearly_equal(value: Tensor) -> bool:
     """Whether a divergence is so small in all rows that a difference of large numbers has few digits of it."""
     return bool(value.amax() < 4e-3)
+
+
+def softmaxes(x: Tensor, y: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+
+    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    """
+    tilted = tilt(x, y, temperature)
+    if tilted is not None:
+        return quick_softmax(x, float(temperature)), tilted.q, tilted.excess.div_(1 + tilted.rise)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    difference = difference_of_softmaxes(p, q, ratio)
+    return p, q, difference - p * difference.sum(-1, keepdim=True)
 
 
 def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,16 @@ from kdtorch._collectives import all_sum, check_batch, size
 from kdtorch._numerics import own
 from kdtorch._typing import ProcessGroup, Reduction
 
+_REDUCTIONS = get_args(Reduction)
+
 
 def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
-    if where is None:
-        return arrays
-    where = own(where)  # which is held until the backward pass
+    return arrays if where is None else zeroed(own(where), *arrays)  # which is held until the backward pass
+
+
+def zeroed(where: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+    """The same where autograd holds nothing."""
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
 
 
@@ -49,5 +53,5 @@ def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f'`reduction` must be one of "mean", "sum", "none", got {reduction!r}')

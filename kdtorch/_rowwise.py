@@ -1,20 +1,81 @@
-"""What runs a function of rows: under masks, in blocks, in any precision, and with a gradient."""
+"""What runs a function of rows: under masks, in blocks or compiled, in any precision, and with a gradient."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
+from torch.nn import Parameter
+from torch.utils._triton import has_triton
 
-from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, widest
-from kdtorch._reduce import zero_masked
+from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, pack, widest
+from kdtorch._reduce import zero_masked, zeroed
 
 Input = Any  # a tensor or a number
+Setting = bool | Literal["auto"]
+
+# the devices on which "auto" is on: "cuda" when `benchmarks/gpu.sh` has shown it to be right and faster there
+_AUTO: frozenset[str] = frozenset()
+_SETTINGS: dict[str, Setting] = {"1": True, "0": False, "auto": "auto"}
+_setting: Setting = "auto"
+
+
+def fuse(setting: Setting) -> Setting:
+    """Whether losses of single examples run as one compiled kernel, which is called from eager PyTorch.
+
+    A loss that is a function of rows is then compiled by `torch.compile` at its first call, and called from eager code.
+    It reads inputs in half precision as they are and writes the gradient in their dtype, where eager PyTorch on a GPU makes
+    float32 copies of the logits. The results are the same but for rounding. The setting holds for the whole process from
+    the next call on. At import it is what the environment variable `KDLOSSES_FUSE` says: `1`, `0` or `auto`.
+
+    Args:
+        setting: True, False, or `"auto"`, the default, which is meant for CUDA devices that have Triton. It has not been
+            measured there yet whether the results are right and come faster; until then `"auto"` is off everywhere.
+
+    Returns:
+        The setting before.
+
+    Raises:
+        ValueError: another setting.
+
+    Known limits:
+
+    - Losses that compare examples with each other, and `dcn_loss`, are no functions of rows and run as before.
+    - The first call of a loss takes seconds, and needs what `torch.compile` needs: Triton on a GPU, and a C++ compiler.
+    - One program serves all sizes, settings and leading axes. A batch of one row, a mask, another dtype, a call without a
+      gradient, and logits that are slices of a larger array are compiled anew. PyTorch compiles at most eight programs for
+      one loss, dtype and mask, and then runs the function uncompiled.
+    - A call takes some 50 µs more before its kernel starts, so that eager PyTorch is faster for small batches.
+    - Second derivatives, the transforms of `torch.func`, tensors of a subclass such as `DTensor`, calls under a
+      `TorchDispatchMode`, and a row without a batch go the ordinary way. What is under `torch.compile` already is compiled with
+      all around it.
+
+    >>> import torch
+    >>> import kdtorch
+    >>> before = kdtorch.fuse(False)
+    >>> kdtorch.fuse(before)
+    False
+    """
+    global _setting
+    if not (isinstance(setting, bool) or setting == "auto"):
+        raise ValueError(f'`setting` must be one of True, False, "auto", got {setting!r}')
+    before, _setting = _setting, setting
+    return before
+
+
+try:
+    fuse(_SETTINGS[os.environ.get("KDLOSSES_FUSE", "auto")])
+except KeyError as error:
+    raise ValueError(f"KDLOSSES_FUSE must be one of {', '.join(_SETTINGS)}, got {error}") from None
 
 
 def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int = 1) -> Callable[..., Tensor]:
@@ -31,6 +92,8 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
     def with_slopes(learned: Sequence[int], x: Tensor, *others: Input) -> tuple[Tensor, ...]:
         """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
+        if not learned:
+            return value_and_gradient(x, *others)
 
         def slope(i: int) -> Tensor:
             def value(number: Tensor) -> Tensor:
@@ -42,6 +105,15 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
         return *value_and_gradient(x, *others), *map(slope, learned)
 
+    def parts(dtype: torch.dtype | None, learned: Sequence[int], *inputs: Input) -> tuple[Tensor, ...]:
+        """The value, and what is held of its derivatives for a first argument of that dtype, if it has a gradient."""
+        if dtype is None:
+            return value_and_gradient(*inputs)[:1]
+        value, gradient, *slopes = with_slopes(learned, *inputs)
+        return value, *pack(gradient, dtype, axes), *slopes
+
+    parts.__name__ = getattr(value_and_gradient, "__name__", "parts")
+
     class Rowwise(torch.autograd.Function):
         generate_vmap_rule = True
 
@@ -49,11 +121,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         def forward(
             check: Callable[[], None] | None, learned: Sequence[int], where: Tensor | None, x: Tensor, *others: Input
         ) -> tuple[Tensor, ...]:
-            def parts(*inputs: Input) -> tuple[Tensor, ...]:
-                value, gradient, *slopes = with_slopes(learned, *inputs)
-                return value, *_pack(gradient, x.dtype, axes), *slopes
-
-            return by_rows(parts, where, x, *others, axes=axes)
+            return by_rows(parts, where, x, *others, axes=axes, fixed=(x.dtype, learned))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -72,11 +140,13 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
                 ctx.given = [(v,) for v in given]
 
         @staticmethod
-        def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, cotangent: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
             asked, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
             result: list[Tensor | None] = [None] * len(asked)
             if cotangent is not None:
-                above = cotangent.reshape(cotangent.shape + (1,) * axes)
+                above = cotangent
+                for _ in range(axes):
+                    above = above.unsqueeze(-1)
                 held: list[Tensor] = list(saved[: ctx.held])
                 slopes = held[ctx.held - len(ctx.learned) :]
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -104,7 +174,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             inputs.append(v)
         with no_autocast(x):
             if not (learned or (traced and x.requires_grad)):
-                return by_rows(lambda *rows: value_and_gradient(*rows)[:1], where, *inputs, axes=axes)[0]
+                return by_rows(parts, where, *inputs, axes=axes, fixed=(None, ()))[0]
             if torch.compiler.is_compiling():
                 return Rowwise.apply(None, tuple(learned), where, *inputs)[0]
             apply = Rowwise.apply if torch._C._are_functorch_transforms_active() else apply_in_eager
@@ -114,16 +184,25 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
 
 def by_rows(
-    function: Callable[..., tuple[Tensor, ...]], where: Tensor | None, x: Tensor, *others: Input, axes: int = 1
+    function: Callable[..., tuple[Tensor, ...]],
+    where: Tensor | None,
+    x: Tensor,
+    *others: Input,
+    axes: int = 1,
+    fixed: tuple[Hashable, ...] = (),
 ) -> tuple[Tensor, ...]:
     """What a function makes of the rows of x and of the others, in float32 or wider; what it makes of masked rows is 0.
 
     On a CPU it is given the kept rows alone, and no more of them at once than its caches hold; so no whole copy is made
-    of inputs in half precision. Elsewhere it is given all, with 0 in the masked rows.
+    of inputs in half precision. Elsewhere, and where `fuse` is on, it is given all, with 0 in the masked rows. It takes
+    the `fixed` arguments first.
     """
-    batch, small = x.shape[: x.ndim - axes], x.numel() < 4 * BLOCK
-    if (where is None and small) or not batch or not eager_on_cpu(x, *others):
-        return function(*_wide(where, x, *others))
+    if x.ndim > axes and _fuses(x, *others):
+        return _compiled(function, fixed, where, x, *others, axes=axes)
+    small = x.numel() < 4 * BLOCK
+    if (where is None and small) or x.ndim == axes or not eager_on_cpu(x, *others):
+        return function(*fixed, *_wide(where, x, *others))
+    batch = x.shape[: x.ndim - axes]
     rows = [v.reshape(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in (x, *others)]
     number = len(rows[0])
     kept = None if where is None else where.reshape(-1).nonzero().squeeze(-1)
@@ -133,12 +212,86 @@ def by_rows(
     results: list[Tensor] = []
     for start in range(0, max(number if kept is None else len(kept), 1), size):
         block = slice(start, start + size) if kept is None else kept[start : start + size]
-        parts = function(*_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
+        parts = function(*fixed, *_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
         if not results:
             results = [_room(part, x, batch, kept is not None) for part in parts]
         for result, part in zip(results, parts, strict=True):
             result.view(number, *part.shape[1:])[block] = part
     return tuple(results)
+
+
+def _fuses(x: Tensor, *others: Input) -> bool:
+    """Whether a row function is compiled and called from eager code: of ordinary tensors that have entries."""
+    if torch.compiler.is_compiling() or not _setting:
+        return False
+    if _setting == "auto" and not (x.device.type in _AUTO and has_triton()):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others)
+
+
+def _is_ordinary(*inputs: Input) -> bool:
+    """Whether those that are tensors are no subclass, nor of the batched gradients of `torch.autograd.grad`."""
+    tensors = [v for v in inputs if isinstance(v, Tensor)]
+    return not any(
+        type(v) not in (Tensor, Parameter) or torch._C._functorch.is_legacy_batchedtensor(v) for v in tensors
+    )
+
+
+def _compiled(
+    function: Callable[..., tuple[Tensor, ...]],
+    fixed: tuple[Hashable, ...],
+    where: Tensor | None,
+    x: Tensor,
+    *others: Input,
+    axes: int,
+) -> tuple[Tensor, ...]:
+    """What the compiled function makes of all rows; one program for any number of leading axes."""
+    batch = x.shape[: x.ndim - axes]
+    inputs = [v.detach() if isinstance(v, Tensor) else v for v in (where, x, *others)]
+    flat = len(batch) != 1
+    if flat:
+        try:
+            inputs = [v.view(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in inputs]
+        except RuntimeError:  # of rows that do not lie in memory at even steps
+            flat = False
+    masked = inputs[0] is not None
+    with _unequal_sizes(), torch.no_grad():
+        results = _program(function, fixed, masked)(*inputs)
+    # no views, so that they may be written into
+    return tuple(torch.ops.aten._unsafe_view(part, batch + part.shape[1:]) for part in results) if flat else results
+
+
+@functools.cache
+def _program(
+    function: Callable[..., tuple[Tensor, ...]], fixed: tuple[Hashable, ...], masked: bool
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of rows and its fixed arguments under `torch.compile`, for all sizes, and with a mask or without."""
+
+    def program(where: Tensor | None, *inputs: Input) -> tuple[Tensor, ...]:
+        wide = _wide(None, *inputs)
+        if where is not None:
+            wide = [zeroed(where, v)[0] if _has_rows(v) else v for v in wide]
+        return function(*fixed, *wide)
+
+    # torch.compile counts recompilations by code object: one each, not one for all
+    program.__code__ = program.__code__.replace(co_name=function.__name__)
+    return torch.compile(program, dynamic=True)
+
+
+_tracing = threading.RLock()
+
+
+@contextlib.contextmanager
+def _unequal_sizes() -> Iterator[None]:
+    """Sizes that happen to be equal at the first call, as of a square of logits, need not be so at the next."""
+    with _tracing:
+        before, _config.use_duck_shape = _config.use_duck_shape, False
+        try:
+            yield
+        finally:
+            _config.use_duck_shape = before
 
 
 def _room(part: Tensor, x: Tensor, batch: torch.Size, zero: bool) -> Tensor:
@@ -164,25 +317,27 @@ def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
     return wide
 
 
-def _pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
-    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
-
-    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later.
-    """
-    if dtype != torch.float16:
-        return (gradient.to(dtype),)
-    largest = gradient.abs().amax(tuple(range(-axes, 0)), keepdim=True)
-    unit = largest.clamp(min=torch.finfo(largest.dtype).tiny * 2**16) / 2**15
-    return (gradient / unit).to(dtype), unit
-
-
 def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:
-    """The cotangent times a packed gradient, in its dtype."""
+    """The cotangent times a packed gradient, in its dtype; a large one in its place, if no other backward pass may ask for it."""
     if unit is not None:
         above = above * unit
-    if above.dtype == gradient.dtype:
-        return above * gradient
-    return by_rows(lambda g, a: ((a * g).to(gradient.dtype),), None, gradient, above, axes=axes)[0]
+    if (
+        torch.compiler.is_compiling()
+        or gradient.numel() <= BLOCK
+        or torch._C._are_functorch_transforms_active()
+        or not _is_ordinary(above, gradient)
+    ):
+        return (above * gradient).to(gradient.dtype)
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    result = torch.empty_like(gradient) if keep else gradient
+    blocks: Sequence[tuple[Tensor, ...]] = [(gradient, above, result)]
+    if gradient.is_cpu and gradient.dtype != above.dtype:  # where all would be copied
+        longest = max(range(gradient.ndim - axes), key=gradient.shape.__getitem__, default=0)
+        size = max(BLOCK * gradient.shape[longest] // gradient.numel(), 1)
+        blocks = list(zip(*(x.expand_as(gradient).split(size, longest) for x in blocks[0]), strict=True))
+    for part, factor, place in blocks:
+        torch.mul(part, factor, out=place)
+    return result
 
 
 @functools.cache

@@ -108,9 +108,15 @@ def perturbed(case: Case, name: str) -> Case | None:
         return None
     scale = 0.1 * math.prod(max(1.0, x) for x in case.options.values()) if name == "student-is-teacher" else case.scale
     full_name = name if case.name == "ordinary" else f"{case.name}-{name}"
+    return _bounded(dataclasses.replace(case, name=full_name, steps=steps, scale=scale), name)
+
+
+def _bounded(case: Case, name: str) -> Case:
+    """The case with the limits that its row has for one of this name."""
     ill = case.loss.ill_conditioned.get(name)
-    bounds, why = (ill.bounds, ill.why) if ill else ({}, "")
-    return dataclasses.replace(case, name=full_name, steps=steps, scale=scale, bounds=bounds, why=why)
+    if ill is None:
+        return case
+    return dataclasses.replace(case, bounds=ill.bounds, why=ill.why, scale=max(case.scale, ill.scale))
 
 
 def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
@@ -134,7 +140,8 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
 
     yield Case(loss, "one-example", draw(loss, Sizes(batch=(1,)), seed), loss.options[0], seed=seed)
     if {"logits", "labels"} & set(loss.inputs.values()):
-        yield Case(loss, "two-classes", draw(loss, Sizes(classes=2), seed), loss.options[0], seed=seed)
+        two = Case(loss, "two-classes", draw(loss, Sizes(classes=2), seed), loss.options[0], seed=seed)
+        yield _bounded(two, "two-classes")
     prime = Sizes((7,), 13, 11, 3, 1, ((2, 11, 7),), 29, 5)
     yield Case(loss, "prime-sizes", draw(loss, prime, seed), loss.options[0], seed=seed)
     if loss.leading:
@@ -175,6 +182,7 @@ def random_case(loss: Loss, seed: int) -> Case:
     name = str(rng.choice([name for name in PERTURBATIONS if not name.startswith("near")]))
     case = perturbed(case, name) or case
     # the oracle's own rounding, where all is 0; and that of logits so large that what is left of one another is little
+    case = _bounded(case, "two-classes") if sizes.classes == 2 else case
     felt = {"logits-of-100": 1.0, "padded-wide": 1.0, "logits-of-1e4": 16.0, "confident": 16.0}.get(name, 0.0)
     case = dataclasses.replace(case, scale=max(case.scale, felt, 2.0**-14), value_scale=felt)
     if rng.random() < 0.4:

@@ -136,6 +136,8 @@ def _leaf(result: Difference, ours: Any, theirs: Any, expected: str | None, scal
     if not ours.size:
         return result
     a, b = ours.astype(np.longdouble), theirs.astype(np.longdouble)
+    if is_float(ours):  # what is beyond the largest number of a dtype is infinite in it
+        b = np.where(np.abs(b) > np.longdouble(ml_dtypes.finfo(numpy_dtype(wanted)).max), np.copysign(np.inf, b), b)
     with np.errstate(invalid="ignore"):  # of infinity less itself; NaN is never right
         error = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.where(a == b, 0, np.inf))
     at = np.unravel_index(np.argmax(error), error.shape)

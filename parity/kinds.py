@@ -45,13 +45,17 @@ class Kind:
     Attributes:
         draw: makes it from random numbers. A state is a dictionary of its fields, maps are a list of arrays.
         axis: which of its axes counts the examples; None: none does.
+        axes: how many axes an example has.
         numbers: whether it may hold any real numbers, so that tests put hostile ones there.
+        fit: what makes any numbers such as it may hold.
         later: of a state, the fields that are 0 before the first step, and a number that each may have afterwards.
     """
 
     draw: Callable[[np.random.Generator, Sizes], Any]
     axis: int | None = 0
+    axes: int = 1
     numbers: bool = False
+    fit: Callable[[np.ndarray], np.ndarray] | None = None
     later: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -98,11 +102,12 @@ KINDS: dict[str, Kind] = {
     "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes)), numbers=True),
     "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
     "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
-    "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), numbers=True),
+    "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), axes=0, numbers=True),
+    "log_probs": Kind(lambda rng, n: -rng.exponential(2.0, n.batch), axes=0, fit=lambda x: -np.abs(x)),
     "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True),
     "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True),
-    "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim))),
-    "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch)),
+    "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim)), fit=lambda x: np.clip(x, 0, 1)),
+    "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch), axes=0),
     "distribution": Kind(_distribution),
     "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
     "maps": Kind(_maps, numbers=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,6 +47,9 @@ class Benchmark:
         options: of the loss.
         factor: what the logits are multiplied by.
         direct: whether the direct form fits a common machine.
+        compiles: whether `torch.compile` takes the direct form in minutes: not where it loops over a batch.
+        dtype: of the inputs; the direct form makes float32 of them first, as trainers in half precision do.
+        masked: whether every fifth example is masked, which the direct form takes out by an index.
     """
 
     title: str
@@ -57,6 +60,9 @@ class Benchmark:
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     factor: float = 1.0
     direct: bool = True
+    compiles: bool = True
+    dtype: str = "float32"
+    masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +87,12 @@ class IllConditioned:
     Attributes:
         bounds: for each dtype the limits of (value, gradient, state), in ULP; those of `parity.check` where it has none.
         why: the formula is ill-conditioned there.
+        scale: the least number to measure the error of the gradient by, where its terms cancel.
     """
 
     bounds: dict[str, tuple[float, float, float]]
     why: str
+    scale: float = 0.0
 
 
 # of two rows of unit length that nearly coincide, in losses of distances or directions between rows
@@ -111,12 +119,15 @@ class Loss:
         forms: values of each option that is no array because it chooses the formula: a number, or a text. Random draws
             take the values of one place together.
 
+        value: what the function returns: a value an example, reduced as users ask; the value of the whole batch, of which
+            no part is an example's; or an array beside each example, as a function on the way to a loss does.
         leading: whether it takes any number of leading axes.
         batch_coupled: whether an example's value depends on the others.
         shift_invariant: whether adding a number to all logits of an example changes nothing.
         divergence: whether it is 0 at student == teacher and never below.
         padding: whether a class at -inf in all logits adds nothing.
         infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
+        jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so that rounding may tell which.
         partly_constant: whether a part that moves with the student is constant to the gradient.
         second_derivative: whether kdtorch has one, or refuses; kdjax always has.
         laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
@@ -125,7 +136,7 @@ class Loss:
         gradient_scale: the same of the gradient.
         rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
         state_rounding: the same of a field of the state, given its value.
-        ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`.
+        ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`, or of another case.
 
         memory: what it may hold at once.
         collectives: what each device tells the others, in the words of XLA, when no example is masked.
@@ -142,12 +153,14 @@ class Loss:
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     forms: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
+    value: Literal["example", "batch", "array"] = "example"
     leading: bool = True
     batch_coupled: bool = False
     shift_invariant: bool = False
     divergence: bool = False
     padding: bool = False
     infinite: bool = False
+    jumps: bool = False
     partly_constant: bool = False
     second_derivative: bool = True
     laws: tuple[str, ...] = ()

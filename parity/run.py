@@ -13,6 +13,7 @@ import numpy as np
 
 from kdlosses.trees import numpy_dtype
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
+from parity.calls import per_example, weighted
 from parity.cases import KINDS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")
@@ -79,7 +80,7 @@ def _jax(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     package = package or importlib.import_module("kdjax")
     learns = case.loss.learns + case.loss.constant
     order, options = tuple(case.loss.inputs), tuple(case.options.items())
-    evaluate = _jax_program(getattr(package, case.loss.name), order, options, case.reduction, gradients)
+    evaluate = _jax_program(per_example(package, case.loss), order, options, case.reduction, gradients)
     maps = {k for k, kind in case.loss.inputs.items() if kind == "maps"}
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
@@ -125,7 +126,7 @@ def _torch(case: Case, dtype: str, gradients: bool, package: Any, compiled: bool
     import torch
 
     package = package or importlib.import_module("kdtorch")
-    function, learns = getattr(package, case.loss.name), case.loss.learns + case.loss.constant
+    function, learns = per_example(package, case.loss), case.loss.learns + case.loss.constant
     function = _torch_program(function) if compiled else function
     where = None if case.where is None else torch.from_numpy(case.where)
 
@@ -182,7 +183,7 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
     """The shape of the examples."""
     name, kind = next((n, k) for n, k in case.loss.inputs.items() if KINDS[k].axis is not None)
     first = inputs[name][0] if isinstance(inputs[name], list) else inputs[name]
-    return first.shape[:-1] if case.loss.leading else (first.shape[KINDS[kind].axis],)
+    return first.shape[: first.ndim - KINDS[kind].axes] if case.loss.leading else (first.shape[KINDS[kind].axis],)
 
 
 def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
@@ -197,7 +198,9 @@ def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     def values(inputs: dict[str, Any]) -> tuple[Any, Any]:
         if not len(kept):
             return np.zeros(0, np.longdouble), inputs.get(str(case.loss.state))
-        value = function(*(inputs[k] for k in case.loss.inputs), **options)
+        value = function(*(inputs[k] for k in case.loss.inputs if k in inputs), **options)
+        if case.loss.value == "array":
+            value = list(map(weighted, value))
         return value if case.loss.state else (value, None)
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:

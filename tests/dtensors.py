@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import kdtorch
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Loss, Sizes, draw, each_array
 
 SIZES = Sizes(
@@ -41,7 +42,7 @@ def evaluate(loss: Loss, inputs: dict[str, Any], **options: Any) -> list[Tensor]
         given[loss.state] = getattr(kdtorch, loss.inputs[loss.state])(**inputs[loss.state])
     for x in learned:
         x.requires_grad_()
-    value = getattr(kdtorch, loss.name)(*(given[name] for name in loss.inputs), **options)
+    value = per_example(kdtorch, loss)(*(given[name] for name in loss.inputs), **options)
     value = value[0] if loss.state else value
     value.sum().backward()
     return [whole(value).detach(), *(whole(x.grad) for x in learned)]

@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 import kdtorch
 import kdtorch.nn
+from parity.calls import per_example
 from parity.cases import LOSSES, Loss, each_array
 
 
@@ -50,7 +51,7 @@ class Student(nn.Module):
             number = x.nan_to_num()  # NaN under the mask reaches the loss, not the scale
             scaled.append(scale * number + (x - number))
         given = {**inputs, first: scaled if isinstance(inputs[first], list) else scaled[0], **self.others}
-        return getattr(kdtorch, self.loss.name)(*(given[k] for k in self.loss.inputs), **options)
+        return per_example(kdtorch, self.loss)(*(given[k] for k in self.loss.inputs), **options)
 
 
 def as_list(x):

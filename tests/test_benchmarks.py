@@ -4,11 +4,16 @@ import dataclasses
 import functools
 import io
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
+from tiers import first
 
-from benchmarks import direct, hostile, scaling
+from benchmarks import calls, direct, gpu, hostile, scaling
 from benchmarks.__main__ import main, tables
 from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -24,11 +29,10 @@ def small(loss):
 
 
 @pytest.mark.parametrize("loss", TIMED, ids=lambda loss: loss.title)
-def test_the_direct_form_is_the_same_loss(loss):
-    want = (made := form("direct", small(loss))).outcome(made.step())
-    for name in ("torch", "jax"):
-        made = form(name, small(loss))
-        check(name, made.outcome(made.step()), want)
+@pytest.mark.parametrize("name", first(1, ["torch", "jax"]))
+def test_the_direct_form_is_the_same_loss(name, loss):
+    want, got = ((made := form(x, small(loss))).outcome(made.step()) for x in ("direct", name))
+    check(name, got, want)
 
 
 def test_a_direct_form_stands_where_a_speed_is_claimed():
@@ -79,7 +83,7 @@ def test_tables_keep_every_figure(width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     assert {text.count(x) // len(rows) for x in ("(of 117)", "(of 217)", "(3066.0)")} == {1}
-    assert text.count("1.23e+03") == 5 * len(rows)
+    assert text.count("1.23e+03") == (1 + len(FORMS)) * len(rows)
     assert all(text.count(word) >= 2 for x in WORKLOADS for word in x.name.split())
     assert width == 80 or all(f"│ {x.name} " in text for x in WORKLOADS)
 
@@ -108,3 +112,77 @@ def test_what_the_compiler_says_of_many_devices():
     figures = scaling.measure(program)
     assert figures["sent"] == {"all-reduce": 2 * 7 / 8 * 4 * 640 + 2 * 7 / 8 * 4}
     assert figures["inputs"] == 4 * (6 * 2 * 640 + 640)
+
+
+def test_where_the_time_of_a_call_goes(capsys):
+    """The parts make up the whole, and are printed."""
+    found = calls.shares(calls.measure(1, 1))
+    whole, *parts, rest = found.values()
+    assert sum(parts) == pytest.approx(whole)
+    assert rest == pytest.approx(whole - parts[0])
+    assert calls.main(["--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in found)
+    with pytest.raises(SystemExit):
+        calls.main(["--rounds", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def run_for_a_gpu(tmp_path, *arguments):
+    """The script on a CPU, of tiny inputs; what it wrote."""
+    script = pathlib.Path(gpu.__file__).with_suffix(".sh")
+    command = [str(script), "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json"), *arguments]
+    environment = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("missing: nothing\n")
+    return json.loads((tmp_path / "gpu.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_run_for_a_gpu(tmp_path):
+    found = run_for_a_gpu(tmp_path, "--seconds", "380", "--only", "symmetric_kl_loss", "kl_loss 320", "kl 128×10")
+    assert not found["not reached"]
+    ours = [row for row in found["parity"] if row["loss"] == "symmetric_kl_loss"]
+    assert {(row["form"], row["dtype"]) for row in ours} == {
+        (form, dtype) for form in ("kdtorch", "fused", "kdjax") for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["passed"] for row in found["parity"])
+    for part, limit in (("large", 2.0**-7), ("workloads", 1e-4)):
+        rows = [row for row in found[part] if row.get("loss", "kl_loss") == "kl_loss"]
+        assert {row["form"] for row in rows} == set(gpu.FORMS)
+        assert not [row for row in rows if "error" in row]
+        assert all(0 < row["ms, least"] <= row["ms"] <= row["ms, most"] for row in rows)
+        assert all(row["value apart"] < 1e-4 and row["gradient apart"] < limit for row in rows if "value apart" in row)
+
+
+@pytest.mark.slow
+def test_all_losses_in_the_run_for_a_gpu(tmp_path):
+    """What there is no time for is named."""
+    found = run_for_a_gpu(tmp_path, "--seconds", "60")
+    measured = {f"parity {row['form']} {row['loss']} {row['dtype']}" for row in found["parity"]}
+    assert measured | set(found["not reached"]) >= {
+        f"parity {form} {loss.title} {dtype}"
+        for form in ("kdtorch", "fused", "kdjax")
+        for loss in LOSSES
+        for dtype in ("float32", "bfloat16")
+    }
+    assert all(row["passed"] for row in found["parity"])
+    assert {row["loss"] for row in found["large"]} >= {"kl_loss", "dkd_loss", "dino_loss"}
+    assert found["not reached"]
+    assert not [row for part in ("large", "workloads") for row in found[part] if "error" in row]
+
+
+def test_what_a_run_for_a_gpu_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_module"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert gpu.main([]) == 2
+    out, error = capsys.readouterr()
+    assert out.startswith("missing: no_such_module")
+    assert "benchmarks/gpu.sh --fetch" in error
+
+
+def test_a_form_that_fails_is_a_row():
+    loss = next(loss for loss in TIMED if loss.name == "kl_loss")
+    job = gpu.draw(loss, SMALL, "float32", "cpu", {"temperature": -1.0})
+    assert gpu._row("kdtorch", job, {}, 0.0)["error"].startswith("ValueError: `temperature` must be finite and greater")

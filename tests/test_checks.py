@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiers
 import torch
 import torch._dynamo.testing
 from flax import nnx
@@ -19,6 +20,7 @@ from frameworks import BOTH, JAX, TORCH
 
 import kdtorch._typing
 from kdlosses import checks
+from parity.calls import per_example
 from parity.cases import LOSSES, Sizes, draw
 
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
@@ -36,7 +38,7 @@ def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
 
 
 def evaluate(f, loss, inputs, **options):
-    value = getattr(f.kd, loss.name)(*(inputs[name] for name in loss.inputs), **options)
+    value = per_example(f.kd, loss)(*(inputs[name] for name in loss.inputs), **options)
     return value[0] if loss.state else value
 
 
@@ -135,7 +137,8 @@ def test_axes_that_do_not_fit_bind_nothing():
 
 @every
 def test_a_call_like_one_that_passed_is_not_checked_again(loss, monkeypatch):
-    inputs, options = arguments(TORCH, loss, Sizes(batch=(4,), classes=6, dim=3)), {"where": torch.arange(4) > 0}
+    inputs = arguments(TORCH, loss, Sizes(batch=(4,), classes=6, dim=3))
+    options = {} if loss.value == "array" else {"where": torch.arange(4) > 0}
     evaluate(TORCH, loss, inputs, **options)
     checked = []
     monkeypatch.setattr(checks, "check", lambda *arguments: checked.append(arguments[0].function) or [])
@@ -153,11 +156,11 @@ def test_a_call_like_one_that_passed_is_not_checked_again(loss, monkeypatch):
 
 
 @compiled
-@every
+@pytest.mark.parametrize("loss", tiers.one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 def test_two_graphs_for_many_shapes(loss):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    function = torch.compile(getattr(kdtorch, loss.name), backend=counter, fullgraph=True)
+    function = torch.compile(per_example(kdtorch, loss), backend=counter, fullgraph=True)
     for batch in (4, 5, 6, 7):
         inputs = arguments(TORCH, loss, Sizes(batch=(batch,), classes=9, dim=10, num_data=13))
         function(*(inputs[name] for name in loss.inputs), where=torch.arange(batch) != 1)
@@ -251,13 +254,13 @@ def test_arrays_on_two_devices(f):
     here, there = ("meta", "cpu") if f is TORCH else map(str, jax.devices()[:2])
     move = (lambda x, i: x.to((here, there)[i])) if f is TORCH else (lambda x, i: jax.device_put(x, jax.devices()[i]))
     labels = f.array(np.zeros(3, int))
-    for name, given, wrong, first in (
+    for name, given, wrong, other in (
         ("kl_loss", (move(x, 0), move(x, 1)), "teacher_logits", "student_logits"),
         ("dkd_loss", (move(x, 0), move(x, 0), move(labels, 1)), "labels", "student_logits"),
         ("hcl_loss", ([move(x[None, None], 0)], [move(x[None, None], 1)]), r"teacher_maps\[0\]", r"student_maps\[0\]"),
     ):
         message = (
-            rf"^{name}: `{wrong}` must be on the device of `{first}`, {here}, got {there}; bring both to one device$"
+            rf"^{name}: `{wrong}` must be on the device of `{other}`, {here}, got {there}; bring both to one device$"
         )
         with pytest.raises(ValueError, match=message):
             getattr(f.kd, name)(*given)

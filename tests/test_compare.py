@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from tiers import first, slow
 
 import kdjax.nn
 import kdtorch.nn
@@ -176,6 +177,7 @@ def randomised(module):
     return module
 
 
+@slow
 def test_a_transformer_block():
     ours, theirs = randomised(Block(8, 2, rngs=nnx.Rngs(0))), TorchBlock(8, 2)
     before = {k: v.clone() for k, v in theirs.state_dict().items()}
@@ -193,6 +195,7 @@ def test_a_transformer_block():
     assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())  # nothing of the caller's is changed
 
 
+@slow
 def test_the_first_layer_that_differs():
     ours, theirs = Block(8, 2, epsilon=1e-3, rngs=nnx.Rngs(0)), TorchBlock(8, 2)
     comparison = compare_modules(ours, theirs, RNG.normal(size=(2, 5, 8)), dtypes=["float32"])
@@ -201,6 +204,7 @@ def test_the_first_layer_that_differs():
     assert comparison.note in str(comparison)
 
 
+@slow
 def test_the_digits_student(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import _digits_jax
@@ -257,6 +261,7 @@ class TorchNet(torch.nn.Module):
         return self.sixth(self.fifth(x.mean((2, 3))))
 
 
+@slow
 @pytest.mark.parametrize("training", [True, False])
 def test_every_layer_that_is_known(training):
     ours, theirs = randomised(Net(nnx.Rngs(0))), TorchNet()
@@ -608,7 +613,7 @@ DIFFERENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "first", "parts", "says"), DIFFERENT.values(), ids=DIFFERENT)
+@pytest.mark.parametrize(("case", "first", "parts", "says"), first(8, DIFFERENT.values()), ids=DIFFERENT)
 def test_modules_that_differ(case, first, parts, says):
     comparison = compared(case(), dtypes=["float64"])
     assert comparison.note == f"the first that differs is {first}", str(comparison)

@@ -5,10 +5,12 @@ import pytest
 import torch
 from frameworks import TORCH
 
+from parity.calls import per_example
 from parity.cases import LOSSES, Case, Sizes, draw
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+FUNCTIONS = {loss.title: per_example(TORCH.kd, loss) for loss in LOSSES}
 KEPT = np.array([True, False, True, True, True])
 
 
@@ -32,7 +34,7 @@ def given(loss, dtype, masked, inference=False):
 
 def weighted(loss, learned, constants, reduction):
     """The loss, as one number."""
-    result = getattr(TORCH.kd, loss.name)(**learned, **constants, reduction=reduction)
+    result = FUNCTIONS[loss.title](**learned, **constants, reduction=reduction)
     value = result[0] if loss.state else result
     return (value * torch.arange(1, 1 + value.numel()).reshape(value.shape)).sum()
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from test_interop import ROOT
+from tiers import slow
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -37,6 +38,7 @@ def test_teachers_of_either_framework_teach_students_of_either(tmp_path):
         assert abs(crossed.mean() - alone.mean()) <= 2 * np.hypot(crossed.std(ddof=1), alone.std(ddof=1)) + 0.02
 
 
+@slow
 def test_the_benchmark_measures_every_way():
     text = run("-m", "benchmarks.interop", "--samples", 5000, "--calls", 3)
     assert text.count(" ms\n") == 12

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from digest import digests
+from tiers import slow
 
 from parity.cases import LOSSES
 
@@ -25,6 +26,7 @@ def test_a_second_call(here):
     assert digests() == here
 
 
+@slow
 def test_another_process_with_other_threads(here):
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     command = [sys.executable, "-W", "error", str(TESTS / "digest.py"), "2"]

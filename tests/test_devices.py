@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
+from tiers import first, one_of_a_kind, slow
 
 import kdjax
+from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
@@ -44,7 +46,7 @@ def given(loss, where=None):
 def objective(loss, options, learned, fixed, state, where):
     """The loss, and the next state."""
     inputs = {**learned, **fixed, **({loss.state: state} if loss.state else {})}
-    value = getattr(kdjax, loss.name)(*(inputs[k] for k in loss.inputs), where=where, **options)
+    value = per_example(kdjax, loss)(*(inputs[k] for k in loss.inputs), where=where, **options)
     return value if loss.state else (value, None)
 
 
@@ -84,10 +86,8 @@ def agree(got, want, limit=(64, 256, 64)):
             assert ulps(a, b, "float64") <= limit[2]
 
 
-@every
-@pytest.mark.parametrize(
-    ("vma", "where"), [pytest.param(False, None, marks=pytest.mark.slow), (True, UNEVEN)], ids=["all", "uneven"]
-)
+@pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
+@pytest.mark.parametrize(("vma", "where"), first(1, [(True, UNEVEN), (False, None)]), ids=["uneven", "all"])
 def test_inside_shard_map(loss, vma, where):
     """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
     devices = mesh(8)
@@ -225,7 +225,7 @@ CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
 with_state = pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=lambda loss: loss.title)
 
 
-@pytest.mark.parametrize("places", ["uniform", "all of one device"])
+@pytest.mark.parametrize("places", first(1, ["uniform", "all of one device"]))
 def test_memories_in_shards(places):
     """Each device holds its rows of CRCD's memories; the rows of the batch travel, the memories do not."""
     step, arguments = inside(CRCD, UNEVEN, sharded_memory=True)
@@ -272,7 +272,7 @@ def test_one_device_with_nan(loss):
         assert (x == x[:1]).all()
 
 
-@every
+@pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 def test_unknown_axis(loss):
     (inputs, *_), state = given(loss)
     with pytest.raises(
@@ -292,6 +292,7 @@ def test_every_device_masked(loss):
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(after, state, strict=True))
 
 
+@slow
 def test_a_combined_loss_hands_the_axis_on():
     config = {"MODEL": {"FEAT_DIM": 6, "METRIC_LOSS_TYPE": "kd-dino-diff", "KD_LOSS_WEIGHT": [1.0, 2.0]}}
     rng = np.random.default_rng(0)
@@ -310,7 +311,9 @@ def test_a_combined_loss_hands_the_axis_on():
 
 
 @pytest.mark.parametrize(
-    "loss", [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")], ids=lambda x: x.title
+    "loss",
+    first(1, [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")]),
+    ids=lambda x: x.title,
 )
 def test_a_mesh_of_explicit_axes(loss):
     """Whose shardings are part of the types: `auto_axes` hands a loss to the compiler."""

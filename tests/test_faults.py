@@ -127,7 +127,7 @@ def differences(file, loss, package):
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(x, marks=() if i % 6 == 0 else pytest.mark.slow, id=str(x)) for i, x in enumerate(FAULTS)]
+    "fault", [pytest.param(x, marks=() if i % 12 == 0 else pytest.mark.slow, id=str(x)) for i, x in enumerate(FAULTS)]
 )
 def test_every_fault_is_found(fault):
     package = copied(fault.file, fault.old, fault.new)

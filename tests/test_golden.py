@@ -10,7 +10,9 @@ What a file's `meta` may name, beside `function`, `kwargs`, `source` and `note`:
   `in_cotangent`;
 - `state`: the fields of a state; it starts at `in_FIELD`, or at 0, and is `state_FIELD_0` after the first step;
 - `steps`: how many there are, each with arrays of its own: `in_NAME_0`, `out_loss_0`, …; `step_kwargs`: settings of each;
-- `renamed`: prefixes of arrays that are called otherwise.
+- `renamed`: prefixes of arrays that are called otherwise;
+- `through`: a function that some of the inputs pass first, with its `kwargs` and the names of these `inputs`; `factor`:
+  what the value is multiplied by.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from frameworks import BOTH, JAX
+from frameworks import BOTH, JAX, TORCH
+from tiers import first, slow
 
 import kdjax
 import kdtorch
@@ -46,6 +49,7 @@ class Call:
     """One call of a function, and what the published code gave: the value, the gradients by input, the next state.
 
     A step of several starts from the state that was published for the step before. Maps have their channels second.
+    `first` is the function that each input passes before, if there is one, by name.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Call:
     value: np.ndarray
     gradients: dict[str, Any]
     after: dict[str, np.ndarray]
+    first: dict[str, tuple[str, dict[str, Any]]]
+    factor: float
 
     @property
     def loss(self):
@@ -70,7 +76,7 @@ class Call:
 def published(path):
     """The calls of a file."""
     meta, data = load(path)
-    steps = meta.get("steps")
+    steps, through = meta.get("steps"), meta.get("through")
 
     def array(prefix, name, suffix):
         key = meta.get("renamed", {}).get(f"{prefix}_{name}", f"{prefix}_{name}")
@@ -94,6 +100,8 @@ def published(path):
             value=out,
             gradients={k: array("grad", k, suffix) for k in meta["grads"]},
             after=after,
+            first=dict.fromkeys(through["inputs"], (through["function"], through["kwargs"])) if through else {},
+            factor=meta.get("factor", 1.0),
         )
 
 
@@ -108,15 +116,19 @@ def evaluate(f, call, dtype):
 
     loss, function = call.loss, getattr(f.kd, call.function)
     names = dict(zip(loss.inputs, call.inputs, strict=False))  # the row's names, and the file's
-    constant = [names[k] for k in loss.constant]
+    constant = [names[k] for k in loss.constant if k in names]
     inputs = {k: f.arrays(turned(k, x, 1, -1), dtype) for k, x in call.inputs.items()}
     state = [getattr(f.kd, loss.inputs[loss.state])(**f.arrays(call.state, dtype))] if call.state else []
     options = call.options if call.where is None else {**call.options, "where": f.array(call.where)}
     cotangent = f.array(call.cotangent, dtype)
 
     def objective(free):
-        value = function(*{**inputs, **free}.values(), *state, **options)
+        given = {**inputs, **free}
+        for k, (name, settings) in call.first.items():
+            given[k] = getattr(f.kd, name)(given[k], **settings)
+        value = function(*given.values(), *state, **options)
         value, after = (value[0], value[1]._asdict()) if state else (value, {})
+        value = value * call.factor
         return (value * cotangent).sum(), (value, after)
 
     free = {k: inputs[k] for k in (*call.gradients, *constant)}
@@ -139,9 +151,22 @@ def compared(call, dtype, sides, *parts):
         assert found.passed, str(found)
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def array_of(name, x, settings):
+    """What the oracle's function of rows gives of an array with any leading axes."""
+    formula = next(loss.formula for loss in LOSSES if loss.name == name)
+    return np.array(formula(x.astype(np.longdouble).reshape(-1, x.shape[-1]), **settings)).reshape(x.shape)
+
+
+FIRST = {call.function: call for call in reversed(CALLS)}
+
+
+def tier(call, f):
+    """JAX compiles each file's own sizes: in the first tier those of a function's first file."""
+    return pytest.param(call, f, marks=() if f is TORCH or FIRST[call.function] is call else slow)
+
+
+@pytest.mark.parametrize("dtype", first(1, ["float64", "float32"]))
+@pytest.mark.parametrize(("call", "f"), [tier(call, f) for call in CALLS for f in BOTH], ids=lambda x: x.name)
 def test_packages(call, f, dtype):
     value, gradients, constant, after = evaluate(f, call, dtype)
     compared(
@@ -159,14 +184,22 @@ def test_packages(call, f, dtype):
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_oracle(call, dtype):
     """Its gradients, a step of every entry, are compared with the packages' on small cases."""
-    inputs = dict(zip(call.loss.inputs, (*call.inputs.values(), call.state), strict=False))
+    sides = ("oracle", "published")
+    given = dict(call.inputs)
+    for k, (name, settings) in call.first.items():
+        given[k] = array_of(name, given[k], settings)
+    inputs = dict(zip(call.loss.inputs, (*given.values(), *([call.state] if call.state else [])), strict=False))
     options = {k: v for k, v in call.options.items() if k != "reduction"}
+    if call.loss.value == "array":
+        (x,) = given.values()
+        compared(call, dtype, sides, ("value", array_of(call.function, x, options).astype(dtype), call.value))
+        return
     reduction = call.options.get("reduction", "mean")
     got = run("oracle", Case(call.loss, "", (inputs,), options, call.where, reduction), dtype, gradients=False)
     # it computes in more digits than either dtype has
     after = {k: x.astype(dtype) for states in got.states for k, x in states.items()}
-    value = got.values[0].astype(dtype)
-    compared(call, dtype, ("oracle", "published"), ("value", value, call.value), ("state", after, call.after))
+    value = call.factor * got.values[0].astype(dtype)
+    compared(call, dtype, sides, ("value", value, call.value), ("state", after, call.after))
 
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from frameworks import JAX, TORCH
+from tiers import first, only
 
+from kdtorch._numerics import pack
+from parity.calls import per_example
 from parity.cases import LOSSES, Case, Sizes, draw
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
@@ -33,11 +36,13 @@ def given(f, loss, dtype, masked):
     if state:
         state = f.arrays(state, "float64" if dtype == "float64" else "float32")
         inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**state)
-    where = f.array(KEPT) if masked else None
+    if loss.value == "array" and masked:
+        pytest.skip("it knows no mask")
+    options = {"where": f.array(KEPT)} if masked else {}
 
     def value(learned):
-        result = getattr(f.kd, loss.name)(**{**inputs, **learned}, where=where)
-        return result[0] if loss.state else result
+        result = getattr(f.kd, loss.name)(**{**inputs, **learned}, **options)
+        return result[0] if loss.state else result.sum()
 
     return {k: inputs[k] for k in loss.learns}, value
 
@@ -72,8 +77,13 @@ def test_saved_tensors(loss, dtype, masked):
 
 
 @every
-@dtypes
-@masks
+@pytest.mark.parametrize(
+    ("dtype", "masked"),
+    only(
+        lambda form: form in (("float32", True), ("bfloat16", False)),
+        [(dtype, masked) for dtype in ("float32", "bfloat16", "float16", "float64") for masked in (False, True)],
+    ),
+)
 def test_memory_that_was_not_freed(loss, dtype, masked):
     """What is alive after the loss and was not before, by the allocator: nothing hides in a closure or a context."""
     learned, value = given(TORCH, loss, dtype, masked)
@@ -96,7 +106,7 @@ def value_state(loss, dtype):
 
 
 @pytest.mark.parametrize(
-    "loss", [x for x in LOSSES if x.shift_invariant and x.name != "difference_kl_loss"], ids=lambda loss: loss.title
+    "loss", [x for x in LOSSES if x.shift_invariant and not x.batch_coupled], ids=lambda loss: loss.title
 )
 @dtypes
 @masks
@@ -107,8 +117,10 @@ def test_residuals(loss, dtype, masked):
     assert 0 < sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(pull)) <= allowed(learned)
 
 
-@pytest.mark.parametrize("f", [JAX, TORCH], ids=lambda f: f.name)
-@pytest.mark.parametrize("loss", [x for x in LOSSES if "logits" in x.inputs.values()], ids=lambda x: x.title)
+@pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if "logits" in x.inputs.values() and x.value != "array"], ids=lambda x: x.title
+)
 def test_small_gradients_of_float16(f, loss):
     """A loss that is multiplied, as mixed precision in float16 does, so that small gradients do not vanish: they do not."""
     scale = 2.0**10
@@ -121,10 +133,72 @@ def test_small_gradients_of_float16(f, loss):
         first = loss.learns[0]
 
         def value(x, inputs=inputs, first=first):
-            return getattr(f.kd, loss.name)(**{**inputs, first: x}).sum() * scale
+            return per_example(f.kd, loss)(**{**inputs, first: x}).sum() * scale
 
         slopes[dtype] = f.numpy(f.grad(value)(inputs[first])).astype(np.float64)
     small = np.abs(slopes["float32"]) < scale * 2.0**-16  # of which float16 has few digits before it is multiplied
     assert small.any()
     error = np.abs(slopes["float16"] - slopes["float32"])
     assert (error <= 2.0**-9 * np.abs(slopes["float32"]) + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_float16_beside_what_is_not_finite(axes):
+    """A number that is not finite stays what it is; the small ones of its row, or of all rows, keep their digits."""
+    gradient = torch.tensor([[1e-9, math.nan, -3e-9], [2e-9, -math.inf, 1e-20], [0.0, 0.0, 0.0]])
+    packed, unit = pack(gradient, torch.float16, axes)
+    assert unit.numel() == (3 if axes == 1 else 1)
+    assert torch.allclose(packed * unit, gradient, rtol=2**-10, atol=1e-13, equal_nan=True)
+    assert packed[0, 0] * unit.flatten()[0] > 0
+    assert pack(torch.zeros(0, 3), torch.float16, axes)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if not x.second_derivative], ids=lambda x: x.title)
+def test_a_backward_pass_makes_no_zeros(loss):
+    """For what has no gradient: the held gradients and the next state, which are results too."""
+    learned, value = given(TORCH, loss, "float32", False)
+    result = value(requiring(learned))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result.backward()
+    assert not {event.name for event in profile.events()} & {"aten::zeros", "aten::new_zeros", "aten::zero_"}
+
+
+@every
+@dtypes
+def test_a_backward_pass_writes_where_nobody_looks(loss, dtype):
+    """The last one writes into what was held: not into the inputs, and not while another may follow."""
+    learned, value = given(TORCH, loss, dtype, True)
+    inputs = [x for v in requiring(learned).values() for x in leaves(v)]
+    before = [x.detach().clone() for x in inputs]
+    result = value(learned)
+    first = torch.autograd.grad(result, inputs, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * result, inputs, retain_graph=True)
+    result.backward()
+    for x, old, one, copy, three in zip(inputs, before, first, kept, second, strict=True):
+        assert torch.equal(x, old)
+        assert torch.equal(one, copy)
+        assert torch.equal(x.grad, one)
+        assert (three - 3 * one).abs().max() <= 2 * torch.finfo(one.dtype).eps * three.abs().max()
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.leading], ids=lambda x: x.title)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_in_a_batch(loss, dtype):
+    """`is_grads_batched`, of values an example."""
+    (inputs,) = draw(loss, Sizes((3,)), 0)
+    inputs = TORCH.arrays(inputs, dtype)
+    x = inputs[loss.learns[0]].requires_grad_()
+    values = getattr(TORCH.kd, loss.name)(**inputs, reduction="none")
+    (each,) = torch.autograd.grad(values, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    (whole,) = torch.autograd.grad(values.sum(), x)
+    assert torch.equal(each.sum(0), whole)
+
+
+def test_the_gradient_lies_where_it_was_held():
+    """So that the last backward pass takes no more memory than what is held."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, y, held = torch.randn(300, 1000, dtype=dtype, requires_grad=True), torch.randn(300, 1000, dtype=dtype), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, held=held: held.append(v.data_ptr()) or v, lambda v: v):
+            TORCH.kd.kl_loss(x, y).backward()
+        assert x.grad.data_ptr() in held

@@ -22,6 +22,7 @@ import torch
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH
 from test_make_loss import ALL, CLASSES, configuration
+from tiers import first
 
 import kdjax
 import kdjax.interop
@@ -30,6 +31,7 @@ import kdtorch
 import kdtorch.interop
 import kdtorch.nn
 from kdlosses.trees import each_leaf, leaves
+from parity.calls import per_example
 from parity.cases import LOSSES, Sizes, draw
 from parity.compare import ulps
 
@@ -398,10 +400,10 @@ def test_every_loss_crosses(name, loss):
     """A loss of one package, called from the other, gives the value, the gradients and the state of kdtorch's own."""
     (inputs,) = draw(loss, Sizes(), 0)
     options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
-    theirs = functools.partial(getattr(kdtorch, loss.name), **options)
+    theirs = functools.partial(per_example(kdtorch, loss), **options)
     value, slopes, state = in_torch(loss, theirs, inputs)
     if name == "jax_loss":
-        ours = functools.partial(getattr(kdjax, loss.name), **options)
+        ours = functools.partial(per_example(kdjax, loss), **options)
         got, got_slopes, got_state = in_torch(loss, kdtorch.interop.jax_loss(ours), inputs)
         assert type(got_state) is type(state)
     else:
@@ -855,7 +857,7 @@ def across(to, path, run):
     return {"student": put(loaded["student"]), "loss": loaded["loss"], "speeds": speeds}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", first(2, RUNS))
 def test_a_run_goes_on_in_the_other_framework(name, tmp_path, monkeypatch):
     make, call = RUNS[name]
     monkeypatch.setattr(kdjax.nn.crcd, "crcd_negatives", lambda *_: jnp.asarray(NEGATIVES, "int32"))

@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
 from test_golden import FILES, LIMITS, load
+from tiers import first
 
 import kdjax
 import kdjax.nn
@@ -45,7 +46,7 @@ def configuration(names, weights=None, **model):
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", first(1, ["float64", "float32"]))
 @pytest.mark.parametrize("path", [p for p in FILES if "make_loss" in p.stem], ids=lambda p: p.stem)
 def test_published_figures(path, f, dtype):
     meta, data = load(path)
@@ -92,7 +93,7 @@ def test_published_figures(path, f, dtype):
 ALL = "kd-dino-bce-mse-sml-dcn-crcd-rkd-diff-skld-kld-eu_mse-dkd-nkd-uskd-uskd_tea"
 
 
-@both
+@pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 def test_every_name_reads_what_the_table_says(f):
     kd = f.kd
     loss = kd.make_loss(configuration(ALL), CLASSES, 20)
@@ -135,7 +136,7 @@ def test_every_name_reads_what_the_table_says(f):
     assert np.isfinite(f.numpy(terms["crcd"]))
 
 
-@both
+@pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 def test_founding_conventions(f):
     kd, names = f.kd, "kd-kld-skld-eu_mse-crcd"
     feat, target = batch(f)
@@ -213,7 +214,7 @@ def test_pure_step_in_jax():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
-@pytest.mark.parametrize(("number", "compilations"), [(torch.tensor, 1), (int, 2)])
+@pytest.mark.parametrize(("number", "compilations"), first(1, [(torch.tensor, 1), (int, 2)]))
 def test_epochs_in_torch(number, compilations):
     """Other epochs and states compile nothing, but for the first other integer."""
     loss = TORCH.kd.make_loss(configuration("kd-dino-crcd-dcn"), CLASSES, 20)

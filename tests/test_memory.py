@@ -14,6 +14,7 @@ import torch
 import kdjax
 import kdtorch
 from kdlosses.trees import leaves
+from parity.calls import per_example
 from parity.cases import LOSSES, draw, each_array
 from parity.row import MEMORY_SIZES
 
@@ -40,7 +41,7 @@ def largest(loss):
 
 
 def value(loss, package, inputs):
-    result = getattr(package, loss.name)(**inputs)
+    result = per_example(package, loss)(**inputs)
     return result[0] if loss.state else result
 
 

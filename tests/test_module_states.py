@@ -14,6 +14,7 @@ import torch
 from flax import nnx
 from flax.errors import TraceContextError
 from frameworks import BOTH, JAX, TORCH
+from tiers import first, only, slow
 
 import kdjax.nn
 import kdtorch.nn
@@ -148,7 +149,7 @@ def test_transforms_of_flax(name, loop):
     assert moved(numbers(after), start) if steps else not moved(numbers(after), start)
 
 
-@all_modules
+@pytest.mark.parametrize("name", only("dino".__eq__, NAMES))
 @pytest.mark.parametrize("options", [{"copy": True}, {}], ids=["copy", "no copy"])
 def test_merged_inside_grad(name, options):
     """From a state outside: what the module then holds is inside alone, and is handed out."""
@@ -173,7 +174,7 @@ def test_merged_inside_grad(name, options):
 
 @pytest.mark.parametrize(
     ("transform", "name"),
-    [*((jax.grad, name) for name in NAMES), (jax.jit, "dino"), (jax.vmap, "dino"), (nnx.grad, "dino")],
+    first(2, [(jax.jit, "dino"), (nnx.grad, "dino"), (jax.vmap, "dino"), *((jax.grad, name) for name in NAMES)]),
 )
 def test_a_module_from_outside_of_a_transformation(transform, name):
     """An error that says how to mend it; in eval mode, and with another view of it, nothing is to be mended."""
@@ -202,6 +203,7 @@ def test_plain_jit_drops_the_state(name):
     same(numbers(variables(module)), start)
 
 
+@slow
 def test_an_ensemble_in_jax():
     """Three memories at once, each with its own batches."""
     call, x = caller(JAX, "crcd"), jax.random.normal(jax.random.key(0), (3, 6, 4), "float32")
@@ -419,7 +421,7 @@ def test_no_step_copies_the_memories():
 
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-@pytest.mark.parametrize("name", ["dino", "crcd", "mixture"])
+@pytest.mark.parametrize("name", first(1, ["dino", "crcd", "mixture"]))
 def test_update_false_leaves_the_state(f, name):
     module, call = build(f, name), caller(f, name)
     states = (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
+from tiers import first
 from torch.nn import functional
 
 import kdjax.nn
@@ -34,7 +35,9 @@ def copy_weights(ours, theirs):
     nnx.update(ours, jax.tree.map(lambda x: x.astype("float64"), nnx.state(ours, nnx.BatchStat)))
 
 
-@pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2)), ((7, 10), (5, 3), (2, 2)), ((6, 6), (6, 6), (3, 1))])
+@pytest.mark.parametrize(
+    "sizes", first(1, [[(7, 10), (5, 3), (2, 2)], [(8, 8), (4, 4), (2, 2)], [(6, 6), (6, 6), (3, 1)]])
+)
 def test_review_connectors(sizes):
     channels, wanted = (3, 4, 6), (5, 7, 8)
     ours = kdjax.nn.ReviewKD(channels, wanted, 6, rngs=nnx.Rngs(0))
@@ -97,7 +100,7 @@ def released(review, maps, sizes, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("setting", RESIZED)
+@pytest.mark.parametrize("setting", first(1, RESIZED))
 def test_connectors_resize_as_released(setting, training):
     channels, wanted = (3, 4, 6), (5, 7, 8)
     sizes, shapes = RESIZED[setting]

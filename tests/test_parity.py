@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 import pytest
+from tiers import first, slow
 
 from parity.arrays import HALVES
 from parity.cases import LOSSES, PERTURBATIONS, cases, random_case
@@ -17,9 +18,9 @@ ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
 
 
 def tier(case, dtype):
-    """Every case in float64, and the ordinary one in float32; the rest is slow."""
-    quick = dtype == "float64" or (dtype == "float32" and case.name == "ordinary")
-    return pytest.param(case, dtype, marks=() if quick else pytest.mark.slow)
+    """The ordinary case, and in float64 those that share its compiled program; the rest is slow."""
+    quick = case.name in ONE_PROGRAM and (dtype == "float64" or (dtype == "float32" and case.name == "ordinary"))
+    return pytest.param(case, dtype, marks=() if quick else slow)
 
 
 @pytest.mark.parametrize(
@@ -33,23 +34,24 @@ def test_both_packages_agree_with_the_oracle(case, dtype):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
-def test_random_draws(loss):
+@pytest.mark.parametrize("seeds", first(1, [range(2), range(2, 10)]), ids=["few", "many"])
+def test_random_draws(seeds, loss):
     """PyTorch alone, which need not compile; `python -m parity --tries` draws for both."""
-    for seed in range(10):
+    for seed in seeds:
         comparison = Comparison(tuple(check(random_case(loss, seed), "float64", ["torch"])))
         assert comparison.passed, f"\n{comparison}"
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
-def test_in_blocks(loss, monkeypatch):
+@pytest.mark.parametrize(("size", "every"), first(1, [(8, False), (8, True), (10, True)]))
+def test_in_blocks(size, every, loss, monkeypatch):
     """PyTorch on a CPU takes large batches in blocks: here of a row, of two rows and the one that is left."""
     modules = [x for name, x in sys.modules.items() if name.startswith("kdtorch") and hasattr(x, "BLOCK")]
-    for size in (8, 10) if not loss.leading and not loss.state else (8,):
-        for module in modules:
-            monkeypatch.setattr(module, "BLOCK", size)
-        for case in cases(loss):
-            comparison = Comparison(tuple(check(case, "float64", ["torch"])))
-            assert comparison.passed, f"\n{comparison}"
+    for module in modules:
+        monkeypatch.setattr(module, "BLOCK", size)
+    for case in (x for x in cases(loss) if every or x.name in ONE_PROGRAM):
+        comparison = Comparison(tuple(check(case, "float64", ["torch"])))
+        assert comparison.passed, f"\n{comparison}"
 
 
 def test_a_step_of_every_entry_gives_what_a_step_of_all_examples_gives():

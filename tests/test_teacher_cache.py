@@ -14,6 +14,7 @@ import pytest
 import torch
 from frameworks import BOTH, JAX, TORCH
 from test_interop import ROOT, no_file_beyond
+from tiers import slow
 
 import kdjax.interop
 import kdjax.teacher_cache
@@ -191,6 +192,7 @@ print(stopped)
 """
 
 
+@slow
 def test_a_killed_recorder_goes_on(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path / "cache"], capture_output=True, text=True, check=False, cwd=ROOT
@@ -377,6 +379,7 @@ if __name__ == "__main__":
 }
 
 
+@slow
 @both
 def test_spawned_processes_read_the_same_files(f, tmp_path):
     batch = {"index": np.arange(30), "logits": RNG.normal(size=(30, 5)).astype(np.float32)}

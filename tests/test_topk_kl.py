@@ -474,6 +474,13 @@ def test_a_class_out_of_range():
             ValueError,
             r"`rest` was recorded for the temperatures \[0.5, 4.0\], got `temperature` 1.0; read it",
         ),
+        (
+            {"rest": {"4.0": np.ones(6)}, "tail": "renormalize"},
+            ValueError,
+            r"`rest` was recorded for the temperatures \[4.0\], got `temperature` 1.0; .* give no rest, with tail",
+        ),
+        ({"rest": {"x": np.ones(6)}, "tail": "renormalize"}, ValueError, r"`rest` must be .*, got the names \['x'\]"),
+        ({"rest": np.ones((6, 1)), "tail": "renormalize"}, TypeError, r"`rest` must be .*, got float64\[6, 1\]"),
         ({"rest": {"x": np.ones(6)}}, ValueError, r"`rest` must be "),
         ({"rest": {}}, ValueError, r"`rest` was recorded for the temperatures \[\]"),
         ({"tail": "drop"}, ValueError, '`tail` must be one of "bucket", "renormalize", got \'drop\''),
@@ -498,6 +505,16 @@ def test_mistakes(change, error, message):
             f.kd.topk_kl_loss(**given)
         said.append(str(raised.value).replace("int64", "int32"))
     assert said[0] == said[1]
+
+
+@both
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_rest_of_another_temperature_is_nan_where_the_temperature_is_an_array(f, tail):
+    values, indices, rest = map(f.array, kept(TEACHER, 3, 4.0))
+    for temperature, refused in ((4.0, False), (2.5, True)):
+        given = f.array(np.array(temperature))
+        got = f.kd.topk_kl_loss(f.array(STUDENT), values, indices, {"4.0": rest}, temperature=given, tail=tail)
+        assert np.isnan(f.numpy(got)) == refused
 
 
 def test_without_a_rest_renormalising_knows_any_temperature():

@@ -71,13 +71,13 @@ def jsd_loss(
     """
     check_classes(student_logits)
     logits = student_logits, teacher_logits
-    share, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
-    if share == 0:
+    weight, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
+    if weight == 0:
         divergence = kl_divergence(*logits, temperature, where=where)
-    elif share == 1:
+    elif weight == 1:
         divergence = reverse_kl_divergence(*logits, temperature, where=where)
     else:
-        divergence = jensen_shannon(*logits, share, temperature, where=where)
+        divergence = jensen_shannon(*logits, weight, temperature, where=where)
     return reduce(divergence, where, reduction, axis_name)
 
 

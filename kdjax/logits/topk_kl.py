@@ -106,24 +106,23 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    share = fraction("beta", beta, student_logits, values)
+    weight = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
-    compared: str = divergence
-    if divergence == "jsd" and share in (0, 1):
-        compared = "reverse_kl" if share else "kl"
-    settings = (share, temperature) if compared == "jsd" else (temperature,)
+    ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
+    compared = ends if divergence == "jsd" else divergence
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
     places = jnp.sort(indices, -1)
     twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
-    values = jnp.where(twice | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
+    left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
+    values = jnp.where(twice | jnp.isnan(left)[..., None] | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
         value = _ROWS[compared](jnp.where(indices < 0, -jnp.inf, own), values, *settings, where=where)
     else:
-        left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
         value = _TOPK[compared](student_logits, values, indices, left[..., None], *settings, where=where)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
 
@@ -153,7 +152,7 @@ def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Arr
     if temperature not in recorded:
         raise ValueError(
             f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
-            'that one, or leave the rest out by tail="renormalize"'
+            'that one, or give no rest, with tail="renormalize"'
         )
     return recorded[temperature]
 

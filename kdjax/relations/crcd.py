@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kdjax._collectives import all_gather_constant, fetch, rank, size
 from kdjax._numerics import HIGHEST, check_fixed, check_state, fraction, positive, promote, unit, valid_index
 from kdjax._reduce import count, reduce, zero_masked
-from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 
 
@@ -169,7 +169,7 @@ def crcd_loss(
     check_fixed("crcd_loss", batch=student.shape[0], negatives=negatives.shape[1], memory=state.student_memory.shape[0])
     student, teacher = promote(student, teacher)
     check_state(state)
-    temperature = positive("temperature", temperature, student)
+    temperature = jnp.asarray(positive("temperature", temperature, student), student.dtype)
     momentum = fraction("momentum", momentum, state.student_memory)
     if negatives.shape[1] < 1:
         raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
@@ -187,14 +187,15 @@ def crcd_loss(
     every_index, every_valid = all_gather_constant(index, axis_name), all_gather_constant(valid, axis_name)
 
     def side(embedding: jax.Array, memory: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        bank, at = memory.astype(embedding.dtype), places
+        memory = memory.astype(embedding.dtype)
         if sharded_memory:
-            bank, at = fetch(bank, places.ravel(), axis_name), jnp.arange(places.size).reshape(places.shape)
+            bank = fetch(memory, places.ravel(), axis_name)
+            at = jnp.arange(places.size).reshape(places.shape)
             anchors = all_gather_constant(bank[at[:, 0]], axis_name)
         else:
-            anchors = bank[every_index]
-        known = _Known(bank, at, places, anchors, every_index, every_valid)
-        return _side(embedding, valid, known, normalizer, temperature, num_data, axis_name)
+            bank, at, anchors = memory, places, memory[every_index]
+        known = _Known(bank, at, places, anchors, every_index, every_valid, valid)
+        return _side(embedding, known, normalizer, temperature, num_data, axis_name)
 
     on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
     on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
@@ -223,6 +224,7 @@ class _Known(NamedTuple):
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
+        kept: `[batch]`, False for examples that count for nothing.
     """
 
     bank: jax.Array
@@ -231,78 +233,165 @@ class _Known(NamedTuple):
     anchors: jax.Array
     anchor_places: jax.Array
     valid: jax.Array
+    kept: jax.Array
 
 
 def _side(
     embedding: jax.Array,
-    valid: jax.Array,
     known: _Known,
     normalizer: jax.Array,
-    temperature: Scalar,
+    temperature: jax.Array,
     num_data: int,
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of one side for each example, and its normaliser."""
-    number = known.places.shape[1]
-    temperature = jnp.asarray(temperature, embedding.dtype)
-    unset = normalizer == 0
-    log_sum = jax.lax.cond(
-        unset,
-        lambda: _log_sum(jax.lax.stop_gradient(embedding), valid, known, temperature),
-        lambda: embedding[:0].sum(),  # 0, of the same type inside shard_map
-    )
-    log_triples = 2 * jnp.log(count(known.valid, embedding.dtype)) + math.log(number)
-    log_mean = jax.nn.logsumexp(all_gather_constant(log_sum[None], axis_name)) - log_triples
-    fresh = jnp.exp(log_mean).astype(normalizer.dtype) * num_data
+    unset, total = normalizer == 0, None
+    if axis_name is not None:
+        here = _if_unset(unset, embedding, lambda: _sum_over(*jax.lax.stop_gradient((embedding, temperature)), known))
+        total = _joined(_Total(*(all_gather_constant(x[None], axis_name) for x in here)))
+    value, total = _contrast(num_data, embedding, temperature, normalizer, total, known)
+    fresh = jnp.exp(total.log - _log_triples(known)).astype(normalizer.dtype) * num_data
     usable = unset & known.valid.any() & jnp.isfinite(fresh)
-    normalizer = jnp.where(usable, fresh, normalizer)
-    log_z = jnp.where(unset, log_mean + math.log(num_data), jnp.log(normalizer).astype(embedding.dtype))
-    contrast = rowwise(functools.partial(_contrast, (number - 1) / num_data))
-    return contrast(embedding, known, log_z, temperature), normalizer
+    return value, jnp.where(usable, fresh, normalizer)
 
 
-def _log_sum(embedding: jax.Array, valid: jax.Array, known: _Known, temperature: jax.Array) -> jax.Array:
-    """log of the sum of exp(r.rho/tau) over the kept triples of this device's examples."""
+class _Total(NamedTuple):
+    """log sum exp(r.rho / T) over the kept triples, and the mean of r.rho by these weights, the slope of the first."""
 
-    def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
-        relation = _relations(known, *inputs)[0]
-        return jax.nn.logsumexp(jnp.where(known.valid[:, None], relation / temperature, -jnp.inf))
-
-    rows = jax.lax.map(row, (embedding, known.at, known.places))
-    return jax.nn.logsumexp(jnp.where(valid, rows, -jnp.inf))
+    log: jax.Array
+    mean: jax.Array
 
 
+def _if_unset(unset: jax.Array, embedding: jax.Array, total: Callable[[], _Total]) -> _Total:
+    """The total, which nobody asks for once the normaliser is set."""
+    nothing = embedding[:0].sum()  # 0, of the same type inside shard_map
+    return jax.lax.cond(unset, total, lambda: _Total(nothing, nothing))
+
+
+# A derivative written by hand, so that of all triples no array is held but an example's, and the forward pass alone needs
+# the memories.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _contrast(
-    noise: float, embedding: jax.Array, known: _Known, log_z: jax.Array, temperature: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The value of each example, the mean over anchors, and its gradient with respect to its embedding."""
-    number = count(known.valid, embedding.dtype)
-    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
+    num_data: int,
+    embedding: jax.Array,
+    temperature: jax.Array,
+    normalizer: jax.Array,
+    total: _Total | None,
+    known: _Known,
+) -> tuple[jax.Array, _Total]:
+    """The value of each example, the mean over anchors; and what `_sum_over` says of all examples.
 
-    def row(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        relation, pull = _relations(known, *inputs)
-        sign = jnp.ones(relation.shape[1], relation.dtype).at[0].set(-1)[None]  # the first is pulled, the others pushed
-        drawn = sign * (relation / temperature - (log_z + log_shifted))
-        terms = jax.nn.softplus(drawn).sum(1) + shift * (relation.shape[1] - 1)
-        pulled = pull(sign * jax.nn.sigmoid(drawn))
-        return jnp.where(known.valid, terms, 0).sum() / number, pulled / (number * temperature)
-
-    return jax.lax.map(row, (embedding, known.at, known.places))
-
-
-def _relations(
-    known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """r.rho of one example for every anchor and place, `[batch, K + 1]`, and the function that takes a slope on it back.
-
-    With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
+    `total` is that of all devices; None on a single one, where it comes from the same relations as the values. It is not
+    asked for where the normaliser is set.
     """
-    anchors, remembered = known.anchors, known.bank[at]
-    rho, rho_length = _unit_and_length((embedding[None] - anchors) + 1e-6)
-    middle = anchors.mean(0, keepdims=True)  # what is common to all rows only costs digits
-    a, w = anchors - 1e-6 - middle, remembered - middle
+    value, *_, total = _with_gradients(num_data, embedding, temperature, normalizer, total, known)
+    return value, total
 
-    same = known.anchor_places[:, None] == places[None]
+
+@functools.partial(_contrast.defjvp, symbolic_zeros=True)
+def _(num_data: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    value, gradient, of_temperature, total = _with_gradients(num_data, *primals)
+    moved, warmed, *_ = tangents
+    tangent = jnp.zeros_like(value)
+    if not isinstance(moved, SymbolicZero):
+        tangent += (gradient * moved).sum(-1)
+    if not isinstance(warmed, SymbolicZero):
+        tangent += of_temperature * warmed
+    return (value, total), (tangent, jax.tree.map(jnp.zeros_like, total))
+
+
+def _with_gradients(
+    num_data: int,
+    embedding: jax.Array,
+    temperature: jax.Array,
+    normalizer: jax.Array,
+    total: _Total | None,
+    known: _Known,
+) -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
+    """What `_contrast` returns, and between the two the value's gradients, made of differentiable operations."""
+    unset, others = normalizer == 0, known.places.shape[1] - 1
+    number, noise = count(known.valid, embedding.dtype), others / num_data
+    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
+    rows, constant = (embedding, known.at, known.places), jax.lax.stop_gradient(embedding)
+
+    def contrasts(
+        total: _Total, remembered: _Relations | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
+        log_z = jnp.where(
+            unset,
+            total.log - _log_triples(known) + math.log(num_data),
+            jnp.log(normalizer).astype(embedding.dtype),
+        )
+
+        def contrast(inputs: tuple) -> tuple[jax.Array, ...]:
+            row, relations = inputs
+            relations = _relations(known, *row) if relations is None else relations
+            sign = jnp.ones(others + 1, embedding.dtype).at[0].set(-1)[None]  # the first is pulled, the others pushed
+            drawn = sign * (relations.relation / temperature - (log_z + log_shifted))
+            terms, slope = jax.nn.softplus(drawn).sum(1) + shift * others, sign * jax.nn.sigmoid(drawn)
+            along = (slope * (relations.relation - jnp.where(unset, total.mean, 0))).sum(
+                1
+            )  # unset, it moves with T too
+            value, cooling = (jnp.where(known.valid, x, 0).sum() / number for x in (terms, along))
+            pulled = _pulled(relations, slope, known, *row) / (number * temperature)
+            return value, pulled, -cooling / temperature**2
+
+        value, gradient, of_temperature = jax.lax.map(contrast, (rows, remembered))
+        return value, gradient, of_temperature, total
+
+    def remembering() -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
+        remembered = jax.lax.map(lambda row: _relations(known, *row), rows)
+        return contrasts(_sum_over(constant, temperature, known, jax.lax.stop_gradient(remembered)), remembered)
+
+    if total is not None:
+        return contrasts(total)
+    if 2 * known.places.size * len(known.anchors) > max(2 * known.bank.size, 2**19):
+        return contrasts(_if_unset(unset, embedding, lambda: _sum_over(constant, temperature, known)))
+    # relations that take no more room than the next state are made once
+    return jax.lax.cond(unset, remembering, lambda: contrasts(_Total(jnp.zeros_like(number), jnp.zeros_like(number))))
+
+
+def _log_triples(known: _Known) -> jax.Array:
+    return 2 * jnp.log(count(known.valid, known.bank.dtype)) + math.log(known.places.shape[1])
+
+
+def _sum_over(
+    embedding: jax.Array, temperature: jax.Array, known: _Known, remembered: _Relations | None = None
+) -> _Total:
+    """Of this device's examples."""
+
+    def part(inputs: tuple) -> _Total:
+        row, relations = inputs
+        relation = (_relations(known, *row) if relations is None else relations).relation
+        logits = jnp.where(known.valid[:, None], relation / temperature, -jnp.inf)
+        log = jax.nn.logsumexp(logits)
+        return _Total(log, (jnp.exp(logits - _finite(log)) * relation).sum())
+
+    parts = jax.lax.map(part, ((embedding, known.at, known.places), remembered))
+    return _joined(_Total(jnp.where(known.kept, parts.log, -jnp.inf), jnp.where(known.kept, parts.mean, 0)))
+
+
+def _joined(parts: _Total) -> _Total:
+    """The total of several parts together."""
+    log = jax.nn.logsumexp(parts.log)
+    return _Total(log, (jnp.exp(parts.log - _finite(log)) * parts.mean).sum())
+
+
+def _finite(log: jax.Array) -> jax.Array:
+    return jnp.maximum(log, jnp.finfo(log.dtype).min)
+
+
+class _Relations(NamedTuple):
+    """r.rho of one example for every anchor and place, `[batch, K + 1]`, and |w - a'|; whether none lost its digits."""
+
+    relation: jax.Array
+    length: jax.Array
+    clear: jax.Array
+
+
+def _relations(known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array) -> _Relations:
+    """With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart."""
+    a, w, rho, _, same = _seen(known, embedding, at, places)
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
     square, dot = jnp.split(_product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
     square += a_square[:, None] + w_square[None]
@@ -312,32 +401,46 @@ def _relations(
     )
     clear = ~(close & ~same).any()
 
-    def over_anchors(function: Callable, *rows: jax.Array) -> Any:
-        """Of the differences of all places from one anchor after the other, and the anchor's rows."""
-        return jax.lax.map(lambda x: function((remembered - x[0][None]) + 1e-6, *x[1:]), (anchors, *rows))
-
     def by_differences() -> tuple[jax.Array, jax.Array]:
-        return over_anchors(lambda x, row: (jnp.square(x).sum(1), (x * row[None]).sum(1)), rho)
+        return _over_anchors(known, at, lambda x, row: (jnp.square(x).sum(1), (x * row[None]).sum(1)), rho)
 
     square, dot = jax.lax.cond(clear, lambda: (square, dot), by_differences)
     length = jnp.sqrt(jnp.where(same | (square <= 0), 1, square))
-    ones = 1 / jnp.sqrt(jnp.asarray(w.shape[1], w.dtype))
-    relation = jnp.where(same, rho.sum(1, keepdims=True) * ones, dot / length)
+    relation = jnp.where(same, rho.sum(1, keepdims=True) / math.sqrt(w.shape[1]), dot / length)
+    return _Relations(relation, length, clear)
 
-    def pull(slope: jax.Array) -> jax.Array:
-        """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j."""
-        near = known.valid.astype(slope.dtype) / jnp.where(rho_length == 0, 1, rho_length)[:, 0]
-        across = near * (slope * relation).sum(1)
-        equal = near * jnp.where(same, slope, 0).sum(1)
-        weight = jnp.where(same, 0, slope / length)
-        pulled = jax.lax.cond(
-            clear,
-            lambda: _product(_product(near, weight), w) - _product(near * weight.sum(1), a),
-            lambda: over_anchors(lambda x, row: (row[:, None] * x).sum(0), near[:, None] * weight).sum(0),
-        )
-        return pulled + equal.sum() * ones - _product(across, rho)
 
-    return relation, pull
+def _pulled(
+    relations: _Relations, slope: jax.Array, known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array
+) -> jax.Array:
+    """sum_jk slope_jk (r_jk - (r_jk.rho_j) rho_j) / |v - a'_j|, over valid j."""
+    a, w, rho, rho_length, same = _seen(known, embedding, at, places)
+    near = known.valid.astype(slope.dtype) / jnp.where(rho_length == 0, 1, rho_length)[:, 0]
+    across = near * (slope * relations.relation).sum(1)
+    equal = near * jnp.where(same, slope, 0).sum(1)
+    weight = jnp.where(same, 0, slope / relations.length)
+    pulled = jax.lax.cond(
+        relations.clear,
+        lambda: _product(_product(near, weight), w) - _product(near * weight.sum(1), a),
+        lambda: _over_anchors(known, at, lambda x, row: (row[:, None] * x).sum(0), near[:, None] * weight).sum(0),
+    )
+    return pulled + equal.sum() / math.sqrt(w.shape[1]) - _product(across, rho)
+
+
+def _seen(
+    known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """a' and w, without what is common to all rows, which only costs digits; rho and its length; where w is a."""
+    rho, rho_length = _unit_and_length((embedding[None] - known.anchors) + 1e-6)
+    middle = known.anchors.mean(0, keepdims=True)
+    same = known.anchor_places[:, None] == places[None]
+    return known.anchors - 1e-6 - middle, known.bank[at] - middle, rho, rho_length, same
+
+
+def _over_anchors(known: _Known, at: jax.Array, function: Callable, *rows: jax.Array) -> Any:
+    """Of the differences of all places from one anchor after the other, and the anchor's rows."""
+    remembered = known.bank[at]
+    return jax.lax.map(lambda x: function((remembered - x[0][None]) + 1e-6, *x[1:]), (known.anchors, *rows))
 
 
 def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -79,13 +79,13 @@ def jsd_loss(
     """
     check_classes(student_logits)
     logits = student_logits, teacher_logits
-    share, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
-    if share == 0:
+    weight, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
+    if weight == 0:
         divergence = kl_divergence(*logits, temperature, where=where)
-    elif share == 1:
+    elif weight == 1:
         divergence = reverse_kl_divergence(*logits, temperature, where=where)
     else:
-        divergence = jensen_shannon(*logits, share, temperature, where=where)
+        divergence = jensen_shannon(*logits, weight, temperature, where=where)
     return reduce(divergence, where, reduction, group)
 
 
@@ -126,7 +126,7 @@ def jsd_and_gradient(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> 
     return torch.where(value < 0, 0, value), (beta - 1) * pulled_back(h, p) / temperature
 
 
-def _of_tilt(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _of_tilt(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
     """The same in few, large kernels, where `tilt` gives them: d is log(g / f) but for a number, and d - u is -v."""
     student_first, a = beta < 0.5, min(beta, 1 - beta)
     tilted = tilt(y, x, temperature) if student_first else tilt(x, y, temperature)
@@ -145,7 +145,7 @@ def _of_tilt(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Te
     return value, softmax_pulled_back(v.sub_(under_g.unsqueeze(-1)), g).mul_((1 - beta) / temperature)
 
 
-def _of_logs(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _of_logs(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
     """The same where student and teacher are far apart."""
     logs = quick_logs(x, y, temperature)
     if logs is None:

@@ -108,24 +108,23 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    share = fraction("beta", beta, student_logits, values)
+    weight = fraction("beta", beta, student_logits, values)
     temperature = positive("temperature", temperature, student_logits, values)
-    compared: str = divergence
-    if divergence == "jsd" and share in (0, 1):
-        compared = "reverse_kl" if share else "kl"
-    settings = (share, temperature) if compared == "jsd" else (temperature,)
+    ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
+    compared = ends if divergence == "jsd" else divergence
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
-    values = torch.where(twice, math.nan, values)
+    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+    values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
         value = _ROWS[compared](own, values, *settings, where=where)
     else:
-        left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
         value = _TOPK[compared](student_logits, values, indices, left.unsqueeze(-1), *settings, where=where)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
 
@@ -155,7 +154,7 @@ def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: T
     if temperature not in recorded:
         raise ValueError(
             f"`rest` was recorded for the temperatures {sorted(recorded)}, got `temperature` {temperature}; read it for "
-            'that one, or leave the rest out by tail="renormalize"'
+            'that one, or give no rest, with tail="renormalize"'
         )
     return recorded[temperature]
 

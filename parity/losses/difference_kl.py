@@ -45,7 +45,7 @@ ROWS = (
         depends_on_threads=True,
         benchmarks=(
             Benchmark("256×1000", Sizes((256,), 1000), torch=110, jax=220, memory=1 / 90),
-            Benchmark("256×1000 ±200", Sizes((256,), 1000), torch=4, jax=4, memory=1 / 35, factor=70 / 3),
+            Benchmark("256×1000 ±200", Sizes((256,), 1000), torch=4, jax=30, memory=1 / 35, factor=70 / 3),
         ),
         growth=Growth("batch", (16, 32, 64, 128, 256), Sizes(classes=1000)),
     ),

@@ -39,6 +39,6 @@ ROWS = (
         infinite=True,
         laws=("dkd_is_kl",),
         memory=Memory(jax=5, torch=8),
-        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=1.8, jax=3.5, memory=0.7),),
+        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=2.2, jax=3.5, memory=0.7),),
     ),
 )

@@ -33,9 +33,15 @@ ROWS = (
         laws=("hot_limit",),
         memory=Memory(jax=5, torch=7),
         benchmarks=(
-            Benchmark("128×10", Sizes((128,), 10), torch=1 / 2.5),
-            Benchmark("128×1000", Sizes((128,), 1000), torch=1.2, jax=1.3, memory=1.0, options={"temperature": 4.0}),
-            Benchmark("2×512×32,000", Sizes((2, 512), 32_000), torch=1.2, jax=2.0, memory=0.7),
+            Benchmark("128×10", Sizes((128,), 10), torch=0.75),
+            Benchmark("128×1000", Sizes((128,), 1000), torch=1.1, jax=1.3, memory=1.0, options={"temperature": 4.0}),
+            Benchmark(
+                "128×1000, bfloat16", Sizes((128,), 1000), torch=1.1, options={"temperature": 4.0}, dtype="bfloat16"
+            ),
+            Benchmark("128×1000, mask", Sizes((128,), 1000), torch=1.1, options={"temperature": 4.0}, masked=True),
+            Benchmark("2×512×32,000", Sizes((2, 512), 32_000), torch=2.2, jax=2.0, memory=0.7),
+            Benchmark("2×512×32,000, bfloat16", Sizes((2, 512), 32_000), torch=1.1, dtype="bfloat16"),
+            Benchmark("2×512×32,000, mask", Sizes((2, 512), 32_000), torch=1.1, masked=True),
         ),
         growth=Growth("classes", (100, 1000, 10_000, 100_000), Sizes((128,))),
     ),
@@ -52,7 +58,7 @@ ROWS = (
         infinite=True,
         memory=Memory(jax=5, torch=9),
         benchmarks=(
-            Benchmark("128×1000", Sizes((128,), 1000), torch=1.4, jax=1.7, memory=1.0, options={"temperature": 4.0}),
+            Benchmark("128×1000", Sizes((128,), 1000), torch=2.4, jax=1.7, memory=1.0, options={"temperature": 4.0}),
         ),
     ),
 )

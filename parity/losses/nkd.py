@@ -32,7 +32,7 @@ ROWS = (
         padding=True,
         infinite=True,
         memory=Memory(jax=7, torch=8),
-        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=2.3, jax=4.0, memory=0.75),),
+        benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=2.8, jax=4.0, memory=0.75),),
     ),
     Loss(
         formula=nkd_loss,

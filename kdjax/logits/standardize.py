@@ -1,0 +1,75 @@
+"""Standardised logits: what many logit losses may be given, so that the scale of the teacher's logits is not distilled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import check_classes, positive, promote
+from kdjax._typing import Array, Float, Scalar, checked
+
+
+@checked
+def standardize_logits(
+    logits: Float[Array, "*batch classes"],
+    *,
+    temperature: Scalar = 1.0,
+) -> jax.Array:
+    r"""Logits with mean 0 and standard deviation 1 over the classes of each example, divided by T.
+
+    $$\frac{z-\bar z}{(\sigma+10^{-7})\,T},\qquad \sigma^2=\frac1{C-1}\sum_c(z_c-\bar z)^2$$
+
+    This is no loss: give it the student's logits, and the teacher's, before a loss of logits compares them.
+
+    Args:
+        logits: `[*batch, classes]`, of student or teacher; they have a gradient, which a loss's teacher does not use.
+        temperature: T > 0; an array has a gradient.
+
+    Returns:
+        An array of the shape of `logits`, in float32 or float64. A class at -inf stays there and is left out of mean, σ
+        and C; where fewer than 2 classes are left, they are 0. So is a constant row, whose gradient is 10⁷ / T times
+        that of a centring.
+
+    Raises:
+        ValueError: a temperature that is not positive, fewer than 2 classes.
+        TypeError: a shape or dtype that does not fit.
+
+    Sun et al., *Logit Standardization in Knowledge Distillation*, CVPR 2024, https://arxiv.org/abs/2403.01427. The
+    authors' loss is `9 * kl_loss(standardize_logits(s), standardize_logits(t), temperature=2.0)`. Their code divides by
+    C - 1 in σ, as here; the paper divides by C.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import standardize_logits
+    >>> print([round(x, 4) for x in standardize_logits(jnp.array([3.0, 0.0, 6.0, 3.0]), temperature=2.0).tolist()])
+    [0.0, -0.6124, 0.6124, 0.0]
+    """
+    check_classes(logits)
+    logits = jnp.asarray(logits)
+    temperature = positive("temperature", temperature, logits)
+    return standardized(logits, temperature)
+
+
+# again in the backward pass, so that no more than the logits is held until then
+@jax.checkpoint
+def standardized(x: jax.Array, temperature: Scalar) -> jax.Array:
+    (x,) = promote(x)
+    centered, deviation = _centered(x)
+    return jnp.where(jnp.isneginf(x), -jnp.inf, centered / deviation / temperature)
+
+
+def _centered(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An eighth of the logits less their mean, 0 for a class at -inf; and of the standard deviation plus 1e-7.
+
+    The largest entry is taken off first, so that a constant row is 0 to the last digit, and squares are of numbers below 1.
+    An eighth, because neither the difference of two finite numbers nor the reciprocal of one is then out of range.
+    """
+    x, absent = x / 8, jnp.isneginf(x)
+    number = (~absent).sum(-1, keepdims=True, dtype=x.dtype)
+    peak = jax.lax.stop_gradient(jnp.maximum(x.max(-1, keepdims=True), jnp.finfo(x.dtype).min))
+    below = jnp.where(absent, 0, x - peak)
+    centered = jnp.where(absent, 0, below - below.sum(-1, keepdims=True) / jnp.maximum(number, 1))
+    scale = jax.lax.stop_gradient(jnp.abs(centered).max(-1, keepdims=True))
+    zero = scale < jnp.finfo(x.dtype).tiny
+    square = jnp.square(centered / jnp.where(zero, 1, scale)).sum(-1, keepdims=True)
+    deviation = scale * jnp.sqrt(jnp.where(zero, 1, square) / jnp.maximum(number - 1, 1))
+    return centered, jnp.where(zero, 0, deviation) + 1e-7 / 8
