@@ -221,6 +221,27 @@ def test_collectives(loss, where):
     assert max(sizes, default=0) <= 16 * 8
 
 
+COOLED = [(loss, name) for loss in LOSSES for name in ("temperature", "student_temperature") if name in loss.ranges]
+
+
+@pytest.mark.parametrize(("loss", "name"), COOLED, ids=lambda x: getattr(x, "title", ""))
+def test_the_gradient_of_a_temperature(loss, name):
+    """That of the whole batch."""
+    (inputs, *_), state = given(loss, UNEVEN)
+
+    def mean(temperature, inputs, state, where, **options):
+        value, _ = objective(loss, {name: temperature, **options}, inputs, {}, state, where)
+        return jax.lax.pmean(value, "batch") if options else value
+
+    local = jax.grad(functools.partial(mean, axis_name="batch"))
+    specs = (P(), layouts(loss, inputs), P(), P("batch"))
+    step = jax.jit(jax.shard_map(local, mesh=mesh(8), in_specs=specs, out_specs=P()))
+    at = jnp.asarray(np.mean(loss.ranges[name]))
+    got, want = step(at, inputs, state, UNEVEN), jax.jit(jax.grad(mean))(at, inputs, state, UNEVEN)
+    assert want != 0
+    assert ulps(got, want, "float64") <= 256
+
+
 CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
 with_state = pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=lambda loss: loss.title)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import all_sum, size
-from kdjax._numerics import check_state, cross_entropy_of_softmax, fraction, positive, softmax, widest
+from kdjax._numerics import Softmax, check_state, cross_entropy_of_softmax, fraction, positive, softmax, widest
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -177,29 +177,26 @@ def pairs_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the views of an example, which are the axis before the last.
 
-    By hand, because XLA on a CPU writes out what it is to reduce: sums are taken a view at a time, whose arrays the caches
-    hold, and the gradient, for which exponentials are taken again, in one go.
+    By hand, because XLA on a CPU writes out what it is to reduce: sums of products are taken a view at a time, whose arrays
+    the caches hold, and the gradient, for which exponentials are taken again, in one go.
     """
     x, y, center = (jnp.moveaxis(a, -2, 0) for a in (x, y, center))
     views, teacher_views = len(x), len(y)
     q = softmax(y - center, teacher_temperature).p
-    q, every = jax.lax.optimization_barrier((q, q.sum(0)))  # or XLA computes the softmaxes anew for every view
+    every = sum(q[1:], start=q[0])  # XLA on a CPU takes sixty times as long for a sum over a leading axis
+    q, every = jax.lax.optimization_barrier((q, every))  # or it computes the softmaxes anew for every view
     own = jnp.maximum(every[None] - q, 0)  # of the teacher's views, all but the same one
+    p = softmax(x, temperature)
 
-    def one(view: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
-        p = softmax(view, temperature)
-        return (
-            *cross_entropy_of_softmax(p, view, target, temperature)[:1],
-            p.peak,
-            p.log_total,
-            target.sum(-1, keepdims=True),
-        )
+    def one(target: jax.Array, view: jax.Array, *p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, _ = cross_entropy_of_softmax(Softmax(*p), view, target, temperature)
+        return value, target.sum(-1, keepdims=True)
 
     targets = [*own, *[every] * (views - teacher_views)]
-    value, peak, log_total, total = map(jnp.stack, zip(*map(one, x, targets), strict=True))
+    value, total = map(jnp.stack, zip(*map(one, targets, x, *p), strict=True))
 
     def gradient(part: slice, target: jax.Array) -> jax.Array:
-        log_p = (x[part] - peak[part]) / temperature - log_total[part]
+        log_p = (x[part] - p.peak[part]) / temperature - p.log_total[part]
         return (jnp.exp(log_p) * total[part] - target) / temperature
 
     parts = [gradient(slice(teacher_views), own), gradient(slice(teacher_views, None), every[None])]

@@ -71,7 +71,7 @@ ROWS = (
         padding=True,
         partly_constant=True,  # the soft labels
         ill_conditioned={"near-ties": NEAR_TIES},
-        memory=Memory(jax=12, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),  # places are int64
+        memory=Memory(jax=6, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),  # places are int64
         collectives=("all-reduce",),
         benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=1.5, jax=1.0, memory=1.0),),
     ),
@@ -84,7 +84,7 @@ ROWS = (
         shift_invariant=True,
         partly_constant=True,
         ill_conditioned={"near-ties": NEAR_TIES},
-        memory=Memory(jax=12, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),
+        memory=Memory(jax=6, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),
         collectives=("all-reduce",),
     ),
 )
