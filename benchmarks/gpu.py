@@ -418,13 +418,13 @@ def large(report: Report, device: str, small: bool, forms: Sequence[str]) -> Non
                 views = rows // 4 if loss.name == "dino_loss" else rows  # four of the student, two of the teacher
                 dim = vocabulary if loss.name == "dino_loss" else 16 if small else 2048
                 sizes = Sizes((views,), vocabulary, dim, 4, 2, teacher_dim=dim)
-                wanted = [x for x in names if report.reaches(part, loss.title, str(vocabulary), x)]
+                wanted = [x for x in names if _has(x, loss) and report.reaches(part, loss.title, str(vocabulary), x)]
                 if not wanted:
                     continue
                 job = draw(loss, sizes, "bfloat16", device, {})
                 reference = references.setdefault((loss.title, vocabulary), {})
                 for form in wanted:
-                    if report.reaches(part, loss.title, str(vocabulary), form) and _has(form, loss):
+                    if report.reaches(part, loss.title, str(vocabulary), form):
                         found = _row(form, job, reference, 0.05 if small else 0.6)
                         report.add("large", {"loss": loss.title, "rows": rows, "classes": vocabulary} | found)
                 del job
