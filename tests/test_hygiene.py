@@ -187,7 +187,7 @@ def raised(x, seen=()):
 
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_a_loss_has_a_formula_and_says_whose_it_is(package):
-    assert set(losses(package)) == {loss.name for loss in LOSSES}
+    assert set(losses(package)) == {loss.name for loss in LOSSES if loss.value != "array"}
     for function in losses(package).values():
         assert "Formula" in dict(blocks(function.__doc__))
         assert paper(function.__doc__)[0]

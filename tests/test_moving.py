@@ -32,7 +32,7 @@ PAGES = pathlib.Path(__file__).parent.parent / "docs" / "moving"
 FIGURES = pathlib.Path(__file__).parent / "golden"
 T, C, N, DELTA = 4.0, 7, 4, 0.5
 FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / C": 1 / C, "1 / T²": 1 / T**2, "1 / (C T²)": 1 / (C * T**2)}
-FACTORS |= {"N": N, "α": 0.5, "β": 0.8, "≈ 1": 1}  # α and β are those of the figures
+FACTORS |= {"N": N}
 
 rng = np.random.default_rng(0)
 S, TEACHER = rng.normal(size=(2, 5, C))
@@ -329,10 +329,6 @@ MOVES = {
             kd(None, mid_level.LogitStdKDLoss, alpha=A),
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
         ),
-        "`DISTLoss(beta=b, gamma=g, tau=T)`": lambda: (
-            distilled(mid_level.DISTLoss(*PLACES, beta=A, gamma=B, tau=T), s, t),
-            kdtorch.dist_loss(s, t, beta=A, gamma=B, temperature=T),
-        ),
         "`HierarchicalContextLoss`, one a map, weights 1, summed": lambda: (
             sum(
                 distilled(mid_level.HierarchicalContextLoss(*PLACES), (x, None), y)
@@ -510,13 +506,6 @@ MOVES = {
             kdtorch.jsd_loss(s3, t3, beta=1 - SKEW, where=kept3),
         ),
         "`tv_distance(s, t, batch)`": lambda: released("tvd_tokens"),
-        "`skewed_reverse_kl(s, t, batch, lam)`": lambda: released("skew_reverse_kl"),
-        "ABKD: `ab_div(s, t, batch, alpha, beta)`": lambda: released("alpha_beta_tokens"),
-        "the same with `alpha=0`": lambda: released("alpha_beta_alpha0"),
-        "the same with `beta=0`, or `alpha + beta == 0`": lambda: (
-            *(theirs / ours for theirs, ours in map(released, ("alpha_beta_beta0", "alpha_beta_opposite"))),
-            1.0,
-        ),
     },
 }
 
@@ -525,17 +514,8 @@ def entropy(log_probabilities):
     return mean_over_kept(-log_probabilities.exp() * log_probabilities)
 
 
-MIXED = log_softmax((1 - SKEW) * s3 + SKEW * t3)
-
 # what has the same gradient: theirs and ours of the student's logits, and what theirs is larger by
 SAME_GRADIENT = {
-    "trl": {
-        "their `compute_sampled_token_self_distillation_loss`": (
-            lambda x: sdpo("sampled_token", x, t3, alpha=1.0, tokens=labels3.clamp(min=0))[kept3].mean(),
-            lambda x: kdtorch.sampled_kl_loss(of_labels(x), of_labels(t3), where=kept3),
-            None,
-        ),
-    },
     "torchtune": {
         "`ForwardKLLoss()(s, t, labels)`": (
             lambda x: tuned("ForwardKLLoss", student=x),
@@ -571,22 +551,8 @@ SAME_GRADIENT = {
             lambda x: 0.7 * forward_kl(x) + 0.3 * reverse_kl(x),
             0.7 * entropy(log_q1),
         ),
-        "`skewed_forward_kl(s, t, batch, lam)`": (
-            lambda x: mean_over_kept(-log_q1.exp() * (SKEW * log_q1.exp() + (1 - SKEW) * log_softmax(x).exp()).log()),
-            lambda x: kdtorch.skew_kl_loss(x, t3, skew=SKEW, where=kept3),
-            entropy(log_q1),
-        ),
-        "TAID: its loss at an interpolation λ": (
-            lambda x: mean_over_kept(-MIXED.exp() * log_softmax(x)),
-            lambda x: kdtorch.taid_loss(x, t3, interpolation=SKEW, where=kept3),
-            entropy(MIXED),
-        ),
     },
 }
-
-
-def of_labels(logits):
-    return log_softmax(logits).gather(-1, labels3.clamp(min=0)[..., None])[..., 0]
 
 
 def table(page):
@@ -843,7 +809,7 @@ def test_js_distance_of_distillm_underflows():
     student = teacher = torch.tensor([[0.0, -104.0]])
     mixture = 0.5 * functional.softmax(student, -1) + 0.5 * functional.softmax(teacher, -1)
     assert (functional.softmax(student, -1) * mixture.log()).isnan().any()
-    assert kdtorch.jsd_loss(student, teacher) == kdtorch.skew_kl_loss(student, teacher) == 0
+    assert kdtorch.jsd_loss(student, teacher) == 0
 
 
 def test_trl_leaves_no_stand_ins():

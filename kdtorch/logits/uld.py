@@ -79,6 +79,13 @@ def uld_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return gap.abs().sum(-1), torch.empty_like(x).scatter(-1, order, gradient)
 
 
+def _descending(y: Tensor) -> Tensor:
+    """Sorted; on a CPU by NumPy, which takes a third of the time because it keeps no places."""
+    if eager_on_cpu(y):
+        return torch.from_numpy(np.sort(y.detach().numpy(), -1)).flip(-1)
+    return y.sort(dim=-1, descending=True).values
+
+
 def _order(x: Tensor) -> Tensor:
     """The places of x in its descending order, stably.
 
@@ -91,13 +98,6 @@ def _order(x: Tensor) -> Tensor:
     keys = ~torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits)
     beside = keys.long().bitwise_left_shift_(32).add_(torch.arange(x.shape[-1], device=x.device))
     return beside.sort(-1).values.bitwise_and_(2**32 - 1)
-
-
-def _descending(y: Tensor) -> Tensor:
-    """Sorted; on a CPU by NumPy, which takes a third of the time because it keeps no places."""
-    if eager_on_cpu(y):
-        return torch.from_numpy(np.sort(y.detach().numpy(), -1)).flip(-1)
-    return y.sort(dim=-1, descending=True).values
 
 
 _sorted_distance = rowwise(uld_and_gradient)
