@@ -61,6 +61,7 @@ from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
+from kdjax.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
 from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
@@ -88,6 +89,8 @@ __all__ = [
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",

@@ -60,6 +60,7 @@ from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
+from kdtorch.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
@@ -86,6 +87,8 @@ __all__ = [
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
     "topk_kl_loss",
