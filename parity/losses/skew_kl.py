@@ -15,32 +15,37 @@ def _log_growth(log_a, log_b, skew):
     return log1p((1 - skew) * (np.exp(log_b - log_a) - 1))
 
 
-def _kl_to_mixture(logits, others, skew):
-    """KL(a || m) of the softmaxes a and b.
-
-    Where b has next to nothing of a's largest class, log(m / a) is log k there. A number that is common to all classes has
-    no derivative, and log k is added last, or its rounding would be all that is left of a small derivative.
-    """
-    logs = [(x, y) for x, y in zip(log_softmax(logits), log_softmax(others), strict=True) if np.real(np.exp(x)) > 0]
-    log_a, log_b = max(logs, key=lambda pair: np.real(pair[0]))
-    apart = 0 < skew < 1 and np.real(log_a - log_b) > 1
-    total = 0.0
-    for log_a, log_b in logs:
-        if not apart:
-            total = total - np.exp(log_a) * _log_growth(log_a, log_b, skew)
-        elif not is_left_out(log_b):
-            odds = np.log((1 - skew) / skew) + log_b - log_a
-            more = odds + log1p(np.exp(-odds)) if np.real(odds) > 0 else log1p(np.exp(odds))
-            total = total - np.exp(log_a) * more
-    return total - np.log(skew) if apart else total
-
-
 def skew_kl_loss(student_logits, teacher_logits, skew=0.1):
-    return [_kl_to_mixture(t, s, skew) for s, t in zip(student_logits, constant(teacher_logits), strict=True)]
+    values = []
+    for s, t in zip(student_logits, constant(teacher_logits), strict=True):
+        logs = zip(log_softmax(t), log_softmax(s), strict=True)
+        values.append(-sum(np.exp(a) * _log_growth(a, b, skew) for a, b in logs if np.exp(a) > 0))
+    return values
 
 
 def skew_reverse_kl_loss(student_logits, teacher_logits, skew=0.1):
-    return [_kl_to_mixture(s, t, skew) for s, t in zip(student_logits, constant(teacher_logits), strict=True)]
+    values = []
+    for s, t in zip(student_logits, constant(teacher_logits), strict=True):
+        logs = [(a, b) for a, b in zip(log_softmax(s), log_softmax(t), strict=True) if np.real(np.exp(a)) > 0]
+        largest, there = max(logs, key=lambda pair: np.real(pair[0]))
+        if 0 < skew < 1 and np.real(largest - there) > 1:
+            values.append(-np.log(skew) - sum(_more(a, b, skew) for a, b in logs if not is_left_out(b)))
+        else:
+            values.append(-sum(np.exp(a) * _log_growth(a, b, skew) for a, b in logs))
+    return values
+
+
+def _more(log_a, log_b, skew):
+    """a log(m / (k a)) = a log(1 + o) with o = (1 - k) b / (k a), where b is constant.
+
+    a o is constant too. What is left beside it is as small as the derivative, which its rounding would hide.
+    """
+    log_odds = log_b - log_a + np.log((1 - skew) / skew)
+    if np.real(log_odds) > 0:
+        return np.exp(log_a) * (log_odds + log1p(np.exp(-log_odds)))
+    o = np.exp(log_odds)
+    less = o**2 * (o * (o * (o / 5 - 1 / 4) + np.longdouble(1) / 3) - 1 / 2) if np.real(o) < 1e-5 else log1p(o) - o
+    return np.exp(log_a) * less + constant(np.exp(log_b)) * (1 - skew) / skew
 
 
 ROWS = tuple(
