@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from kdjax._numerics import (
     check_classes,
     close_log_ratio,
-    difference_of_softmaxes,
     fraction,
     less_log1p,
     of_largest,
@@ -120,12 +119,10 @@ def skew_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tuple[jax.
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > 1
     ratio = jnp.where(q == 0, 0, ratio)
-    difference = difference_of_softmaxes(p, q, ratio)
-    value = _kl_to_mixture(q, difference, ratio, skew)
-    log_odds = _log_odds(ratio, skew)
-    own, other = jax.nn.sigmoid(-log_odds), jax.nn.sigmoid(log_odds)
-    more = jnp.where(ratio > 0, -skew * other, (1 - skew) * own) * jnp.expm1(-jnp.abs(ratio))  # other less 1 - k
-    return value, through_softmax(jnp.where(apart, -q * other, (1 - skew) * difference - q * more), p)
+    near, z = _growth(q, ratio, skew)
+    taken = q * jax.nn.sigmoid(_log_odds(ratio, skew))  # (1 - k) p q / m
+    given = jnp.where(near, (1 - skew) * p * (z / (1 + z)), (1 - skew) * p - taken)
+    return _kl_to_mixture(q, p, ratio, skew), through_softmax(jnp.where(apart, -taken, given), p)
 
 
 def skew_reverse_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
@@ -137,30 +134,31 @@ def skew_reverse_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tu
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > jnp.maximum(1, _log_odds(0.0, skew))
     ratio = jnp.where(p == 0, 0, -ratio)
-    value = _kl_to_mixture(p, difference_of_softmaxes(q, p, ratio), ratio, skew)
-    near, z = _growth(ratio, skew)
+    near, z = _growth(p, ratio, skew)
     log_odds = _log_odds(ratio, skew)
     other = jax.nn.sigmoid(log_odds)  # (1 - k) q / m
+    z = jnp.where(z < 1, z, 0)
     agreeing = (skew - 1) * z / (1 + z) - less_log1p(-z / (1 + z))
-    h = jnp.where(near, agreeing, skew - 1 + other - _log_growth(ratio, skew))
+    h = jnp.where(near & (z != 0), agreeing, skew - 1 + other - _log_growth(ratio, skew))
     small = other < 0.25
     alone = jnp.where(small, -less_log1p(-jnp.where(small, other, 0)), other + jax.nn.log_sigmoid(-log_odds))
     h = jnp.where(apart, alone, h)
-    return value, through_softmax(p * jnp.where(jnp.isposinf(h), 0, h), p)
+    return _kl_to_mixture(p, q, ratio, skew), through_softmax(p * jnp.where(jnp.isposinf(h), 0, h), p)
 
 
-def _kl_to_mixture(q: jax.Array, difference: jax.Array, ratio: jax.Array, skew: Scalar) -> jax.Array:
-    """KL(q || m) with m = k q + (1 - k) p, given p - q and log(p / q), in terms m - q - q log(m / q), which are never negative."""
-    near, z = _growth(ratio, skew)
-    far = (1 - skew) * difference - q * jnp.where(q == 0, 0, _log_growth(ratio, skew))
-    value = jnp.where(near & (q > 0), q * less_log1p(z), far).sum(-1)
+def _kl_to_mixture(q: jax.Array, p: jax.Array, ratio: jax.Array, skew: Scalar) -> jax.Array:
+    """KL(q || m) with m = k q + (1 - k) p, given log(p / q), in terms m - q - q log(m / q), which are never negative."""
+    near, z = _growth(q, ratio, skew)
+    far = (1 - skew) * (p - q) - q * jnp.where(q == 0, 0, _log_growth(ratio, skew))
+    value = jnp.where(near, q * less_log1p(z), far).sum(-1)
     return jnp.where(value < 0, 0, value)
 
 
-def _growth(ratio: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
-    """Where log(p / q) is small, and m / q - 1 there, with m = k q + (1 - k) p."""
-    near = jnp.abs(ratio) < 1
-    return near, (1 - skew) * jnp.expm1(jnp.where(near, ratio, 0))
+def _growth(q: jax.Array, ratio: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
+    """Where m / q - 1 with m = k q + (1 - k) p is not close to -1, and neither infinite, and what it is there."""
+    z = (1 - skew) * jnp.expm1(jnp.minimum(ratio, 20))
+    near = (q > 0) & (ratio < 20) & (z > -0.5)
+    return near, jnp.where(near, z, 0)
 
 
 def _log_growth(ratio: jax.Array, skew: Scalar) -> jax.Array:

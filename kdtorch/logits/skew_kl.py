@@ -8,7 +8,6 @@ from torch import Tensor
 from kdtorch._numerics import (
     check_classes,
     close_log_ratio,
-    difference_of_softmaxes,
     fraction,
     less_log1p,
     of_largest,
@@ -122,12 +121,10 @@ def skew_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Tensor, Te
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > 1
     ratio = torch.where(q == 0, 0, ratio)
-    difference = difference_of_softmaxes(p, q, ratio)
-    value = _kl_to_mixture(q, difference, ratio, skew)
-    log_odds = _log_odds(ratio, skew)
-    own, other = (-log_odds).sigmoid(), log_odds.sigmoid()
-    more = torch.where(ratio > 0, -skew * other, (1 - skew) * own) * (-ratio.abs()).expm1()  # other less 1 - k
-    return value, through_softmax(torch.where(apart, -q * other, (1 - skew) * difference - q * more), p)
+    near, z = _growth(q, ratio, skew)
+    taken = q * _log_odds(ratio, skew).sigmoid()  # (1 - k) p q / m
+    given = torch.where(near, (1 - skew) * p * (z / (1 + z)), (1 - skew) * p - taken)
+    return _kl_to_mixture(q, p, ratio, skew), through_softmax(torch.where(apart, -taken, given), p)
 
 
 def skew_reverse_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Tensor, Tensor]:
@@ -140,29 +137,30 @@ def skew_reverse_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Te
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > _log_odds(torch.zeros_like(skew), skew).clamp(min=1)
     ratio = torch.where(p == 0, 0, -ratio)
-    value = _kl_to_mixture(p, difference_of_softmaxes(q, p, ratio), ratio, skew)
-    near, z = _growth(ratio, skew)
+    near, z = _growth(p, ratio, skew)
     log_odds = _log_odds(ratio, skew)
     other = log_odds.sigmoid()  # (1 - k) q / m
+    z = torch.where(z < 1, z, 0)
     agreeing = (skew - 1) * z / (1 + z) - less_log1p(-z / (1 + z))
-    h = torch.where(near, agreeing, skew - 1 + other - _log_growth(ratio, skew))
+    h = torch.where(near & (z != 0), agreeing, skew - 1 + other - _log_growth(ratio, skew))
     small = other < 0.25
     alone = torch.where(small, -less_log1p(-torch.where(small, other, 0)), other + torch.nn.functional.logsigmoid(-log_odds))
     h = torch.where(apart, alone, h)
-    return value, through_softmax(p * torch.where(h.isposinf(), 0, h), p)
+    return _kl_to_mixture(p, q, ratio, skew), through_softmax(p * torch.where(h.isposinf(), 0, h), p)
 
 
-def _kl_to_mixture(q: Tensor, difference: Tensor, ratio: Tensor, skew: Tensor) -> Tensor:
-    """KL(q || m) with m = k q + (1 - k) p, given p - q and log(p / q), in terms m - q - q log(m / q), which are never negative."""
-    near, z = _growth(ratio, skew)
-    far = (1 - skew) * difference - q * torch.where(q == 0, 0, _log_growth(ratio, skew))
-    return torch.where(near & (q > 0), q * less_log1p(z), far).sum(-1).clamp(min=0)
+def _kl_to_mixture(q: Tensor, p: Tensor, ratio: Tensor, skew: Tensor) -> Tensor:
+    """KL(q || m) with m = k q + (1 - k) p, given log(p / q), in terms m - q - q log(m / q), which are never negative."""
+    near, z = _growth(q, ratio, skew)
+    far = (1 - skew) * (p - q) - q * torch.where(q == 0, 0, _log_growth(ratio, skew))
+    return torch.where(near, q * less_log1p(z), far).sum(-1).clamp(min=0)
 
 
-def _growth(ratio: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
-    """Where log(p / q) is small, and m / q - 1 there, with m = k q + (1 - k) p."""
-    near = ratio.abs() < 1
-    return near, (1 - skew) * torch.where(near, ratio, 0).expm1()
+def _growth(q: Tensor, ratio: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
+    """Where m / q - 1 with m = k q + (1 - k) p is not close to -1, and neither infinite, and what it is there."""
+    z = (1 - skew) * ratio.clamp(max=20).expm1()
+    near = (q > 0) & (ratio < 20) & (z > -0.5)
+    return near, torch.where(near, z, 0)
 
 
 def _log_growth(ratio: Tensor, skew: Tensor) -> Tensor:

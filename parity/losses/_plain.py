@@ -26,6 +26,11 @@ def log1p(x: Any) -> Any:
     return np.log1p(np.real(x)) + 1j * np.imag(x) / (1 + np.real(x)) if np.iscomplexobj(x) else np.log1p(x)
 
 
+def expm1(x: Any) -> Any:
+    """e^x - 1, in the same way."""
+    return np.expm1(np.real(x)) + 1j * np.imag(x) * np.exp(np.real(x)) if np.iscomplexobj(x) else np.expm1(x)
+
+
 def log_softmax(logits: Sequence[Any]) -> list[Any]:
     """A class at -inf stays there and adds nothing. What the others add to the largest keeps its derivative, however small."""
     first = int(np.argmax([np.real(x) for x in logits]))
