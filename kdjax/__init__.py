@@ -62,6 +62,7 @@ from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
+from kdjax.logits.taid import taid_loss
 from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
@@ -93,6 +94,7 @@ __all__ = [
     "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
+    "taid_loss",
     "topk_kl_loss",
     "uskd_loss",
 ]

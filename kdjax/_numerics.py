@@ -156,13 +156,13 @@ def log_ratio(x: Array, y: Array, temperature: Scalar, may_be_empty: bool = Fals
 def close_log_ratio(x: Array, y: Array) -> tuple[Softmax, Softmax, Array]:
     """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
     p, q, ratio = log_ratio(x, y, 1.0)
-    return p, q, less_common_error(q.p, ratio)
+    return p, q, without_common_error(q.p, ratio)[0]
 
 
-def less_common_error(q: Array, ratio: Array) -> Array:
-    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r. Only rows that nearly coincide feel it."""
+def without_common_error(q: Array, ratio: Array) -> tuple[Array, Array]:
+    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
     close = jnp.abs(ratio).max(-1, keepdims=True) < 1
-    return ratio - jnp.log1p((q * jnp.expm1(jnp.where(close, ratio, 0))).sum(-1, keepdims=True))
+    return ratio - jnp.log1p((q * jnp.expm1(jnp.where(close, ratio, 0))).sum(-1, keepdims=True)), close
 
 
 def less_log1p(z: Array) -> Array:

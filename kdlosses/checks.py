@@ -22,8 +22,9 @@ class Form(NamedTuple):
     """One of the things that an argument may be.
 
     Attributes:
-        kind: `"Array"`; `"Scalar"`, a number or an array of shape []; `"Sequence"`; `"bool"`; `"int"`; `"None"`; the name of
-            another type; or `"any"`, which the function itself checks: a choice among texts.
+        kind: `"Array"`; `"Scalar"`, a number or an array of shape []; `"Sequence"`; `"bool"`; `"int"`; `"float"`, any number
+            but no array; `"None"`; the name of another type; or `"any"`, which the function itself checks: a choice among
+            texts.
         dtype: a part of the names of an array's dtypes: `"float"`, `"int"` or `"bool"`.
         axes: the names of an array's axes: `*name` stands for any number of axes, `_` for one of any size.
     """
@@ -129,7 +130,7 @@ def _forms(node: ast.expr, scope: dict[str, Any], types: dict[str, Any], inner: 
             return [Form("Sequence")]
         case ast.Constant(None):
             return [Form("None")]
-        case ast.Name("Scalar" | "bool" | "int"):
+        case ast.Name("Scalar" | "bool" | "int" | "float"):
             return [Form(node.id)]
         case ast.Name(name):
             hint = scope.get(name, getattr(builtins, name, None))
@@ -216,6 +217,8 @@ def _fits(
             fits = isinstance(value, bool)
         elif kind == "int":
             fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        elif kind == "float":
+            fits = isinstance(value, numbers.Real) and not isinstance(value, (bool, *arrays))
         else:
             fits = kind == "any" or isinstance(value, types[kind])
         if fits:
@@ -353,6 +356,13 @@ def explain(function: str, path: str, everything: tuple[Given, ...]) -> str:
         return (
             f"{function}: `{path}` must be a number or a floating-point or integer array of shape [], got {got}{mend}"
         )
+    if given.expected == "float":
+        mend = (
+            f"; it chooses how the loss is computed: give float({path}), outside of what is traced"
+            if given.dtype
+            else ""
+        )
+        return f"{function}: `{path}` must be a number, got {got}{mend}"
     beside = [f"{x.path} {_array(x.got, x.shape)}" for x in everything[:at] if x.shape is not None]
     mend, sizes = given.mend, [n for x in everything for n in x.shape or ()]
     if not mend and given.dtype and all(isinstance(n, int) for n in sizes):  # jax.export has symbols

@@ -61,6 +61,7 @@ from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
+from kdtorch.logits.taid import taid_loss
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
@@ -91,6 +92,7 @@ __all__ = [
     "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "symmetric_kl_loss",
+    "taid_loss",
     "topk_kl_loss",
     "uskd_loss",
 ]

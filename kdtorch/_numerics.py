@@ -400,13 +400,13 @@ def log_ratio(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = Fa
 def close_log_ratio(x: Tensor, y: Tensor) -> tuple[Softmax, Softmax, Tensor]:
     """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
     p, q, ratio = log_ratio(x, y, 1.0)
-    return p, q, less_common_error(q.p, ratio)
+    return p, q, without_common_error(q.p, ratio)[0]
 
 
-def less_common_error(q: Tensor, ratio: Tensor) -> Tensor:
-    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r. Only rows that nearly coincide feel it."""
+def without_common_error(q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
     close = ratio.abs().amax(-1, keepdim=True) < 1
-    return ratio - (q * torch.where(close, ratio, 0).expm1()).sum(-1, keepdim=True).log1p()
+    return ratio - (q * torch.where(close, ratio, 0).expm1()).sum(-1, keepdim=True).log1p(), close
 
 
 def less_log1p(z: Tensor) -> Tensor:

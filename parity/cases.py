@@ -166,6 +166,7 @@ def random_case(loss: Loss, seed: int) -> Case:
         int(rng.integers(1, 8)),
     )
     options = {name: float(np.float32(rng.uniform(*ends))) for name, ends in loss.ranges.items()}
+    options |= {name: float(rng.choice(values)) for name, values in loss.forms.items()}
     steps = draw(loss, sizes, seed, steps=int(rng.integers(1, 5)) if loss.state else 1)
     reduction = str(rng.choice(["mean", "sum", "none"]))
     case = Case(loss, f"draw-{seed}", steps, options, reduction=reduction, seed=seed)

@@ -90,7 +90,7 @@ def _parts(
         other.gradients,
         limit=gradient,
         expected=dtype,
-        scale=case.scale,
+        scale=max(case.scale, case.loss.gradient_scale),
         names=sides,
         part="gradient",
         **names,

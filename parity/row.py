@@ -106,7 +106,9 @@ class Loss:
         learns: the inputs that have a gradient.
         constant: the inputs of which the gradient must be exactly 0.
         options: settings worth a case each; the first is the ordinary one.
-        ranges: from where to where random draws take each setting: every option whose default is a number.
+        ranges: from where to where random draws take each setting: every option whose default is a number,
+            but for `forms`.
+        forms: values, in ascending order, of each option that is a number and no array, because it chooses the formula.
 
         leading: whether it takes any number of leading axes.
         batch_coupled: whether an example's value depends on the others.
@@ -119,6 +121,7 @@ class Loss:
         laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
 
         scale: of the terms that the value is the difference of: the least number to measure its error by.
+        gradient_scale: the same of the gradient.
         rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
         state_rounding: the same of a field of the state, given its value.
         ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`.
@@ -136,6 +139,7 @@ class Loss:
     constant: tuple[str, ...] = ()
     options: tuple[dict[str, Any], ...] = ({},)
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    forms: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     leading: bool = True
     batch_coupled: bool = False
@@ -148,6 +152,7 @@ class Loss:
     laws: tuple[str, ...] = ()
 
     scale: float = 0.0
+    gradient_scale: float = 0.0
     rounding: scales.Rounding = scales.of_logits
     state_rounding: Callable[[scales.Given, np.ndarray], float] = lambda given, value: 0.0
     ill_conditioned: dict[str, IllConditioned] = dataclasses.field(default_factory=dict)

@@ -16,7 +16,7 @@ def _log_growth(log_a, log_b, skew):
 
 
 def skew_kl_loss(student_logits, teacher_logits, skew=0.1):
-    values = []
+    values, skew = [], np.longdouble(skew)
     for s, t in zip(student_logits, constant(teacher_logits), strict=True):
         logs = zip(log_softmax(t), log_softmax(s), strict=True)
         values.append(-sum(np.exp(a) * _log_growth(a, b, skew) for a, b in logs if np.exp(a) > 0))
@@ -24,7 +24,7 @@ def skew_kl_loss(student_logits, teacher_logits, skew=0.1):
 
 
 def skew_reverse_kl_loss(student_logits, teacher_logits, skew=0.1):
-    values = []
+    values, skew = [], np.longdouble(skew)
     for s, t in zip(student_logits, constant(teacher_logits), strict=True):
         logs = [(a, b) for a, b in zip(log_softmax(s), log_softmax(t), strict=True) if np.real(np.exp(a)) > 0]
         largest, there = max(logs, key=lambda pair: np.real(pair[0]))
@@ -61,5 +61,5 @@ ROWS = tuple(
         padding=True,
         memory=memory,
     )
-    for formula, memory in ((skew_kl_loss, Memory(jax=9, torch=15)), (skew_reverse_kl_loss, Memory(jax=12, torch=20)))
+    for formula, memory in ((skew_kl_loss, Memory(jax=9, torch=16)), (skew_reverse_kl_loss, Memory(jax=12, torch=20)))
 )
