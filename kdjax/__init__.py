@@ -57,6 +57,7 @@ except ModuleNotFoundError as error:
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
@@ -74,6 +75,7 @@ from kdlosses import __version__ as __version__
 __all__ = [
     "CRCDState",
     "DINOState",
+    "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
     "crcd_loss",

@@ -44,6 +44,13 @@ def fraction(name: str, value: Scalar, *like: Array) -> float | Array:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
+def finite(name: str, value: float) -> float:
+    """A number that chooses how a loss is computed, and is no array."""
+    if not abs(value) < np.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
 def _number(
     name: str, value: Scalar, like: tuple[Array, ...], expected: str, test: Callable, constant: bool = True
 ) -> float | Array:

@@ -56,6 +56,7 @@ from kdlosses import __version__ as __version__
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
@@ -72,6 +73,7 @@ from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_te
 __all__ = [
     "CRCDState",
     "DINOState",
+    "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
     "crcd_loss",

@@ -41,6 +41,13 @@ def fraction(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
+def finite(name: str, value: float) -> float:
+    """A number that chooses how a loss is computed, and is no array."""
+    if not abs(value) < math.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
 def _number(
     name: str,
     value: Scalar,

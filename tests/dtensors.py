@@ -41,7 +41,7 @@ def evaluate(loss: Loss, inputs: dict[str, Any], **options: Any) -> list[Tensor]
         given[loss.state] = getattr(kdtorch, loss.inputs[loss.state])(**inputs[loss.state])
     for x in learned:
         x.requires_grad_()
-    value = getattr(kdtorch, loss.name)(*(given[name] for name in loss.inputs), **options)
+    value = loss.of(kdtorch)(*(given[name] for name in loss.inputs), **options)
     value = value[0] if loss.state else value
     value.sum().backward()
     return [whole(value).detach(), *(whole(x.grad) for x in learned)]

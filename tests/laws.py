@@ -295,7 +295,7 @@ def objective(title: str, reductions: bool = False) -> Callable[..., Any]:
         def call(free: Any, reduction: str) -> tuple[Any, Any]:
             inputs = {**free, **fixed}
             arguments = (inputs[k] for k in loss.inputs)
-            result = getattr(JAX.kd, loss.name)(*arguments, where=where, reduction=reduction, **options)
+            result = loss.of(JAX.kd)(*arguments, where=where, reduction=reduction, **options)
             return result if loss.state else (result, None)
 
         def weighted(free: Any) -> Any:
@@ -323,7 +323,7 @@ def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
 
     def call(reduction: str) -> tuple[Any, Any]:
         where = torch.from_numpy(given.where)
-        result = getattr(TORCH.kd, loss.name)(*arrays.values(), where=where, reduction=reduction, **given.options)
+        result = loss.of(TORCH.kd)(*arrays.values(), where=where, reduction=reduction, **given.options)
         return result if loss.state else (result, None)
 
     values, state = call("none")
@@ -713,7 +713,7 @@ def state_goes_on(name: str, loss: Loss, tried: list[tuple[Example, Outcome]]) -
     kinds = [(x.dtype, x.shape) for x in state]
     for given, _ in tried:
         inputs = {**_arguments(loss, given, TORCH.kd, torch_tensor), loss.state: state}
-        _, state = getattr(TORCH.kd, loss.name)(*inputs.values(), **given.options)
+        _, state = loss.of(TORCH.kd)(*inputs.values(), **given.options)
         assert [(x.dtype, x.shape) for x in state] == kinds
         assert all(x.isfinite().all() for x in state)
 
@@ -738,7 +738,7 @@ def _stacked_torch(loss: Loss, tried: list[tuple[Example, Outcome]]) -> tuple[An
     def one(given: dict[str, Any]) -> tuple[Any, ...]:
         def weighted(free: dict[str, Any]) -> Any:
             inputs = {**given["inputs"], **free}.values()
-            function = getattr(TORCH.kd, loss.name)
+            function = loss.of(TORCH.kd)
             result = function(*inputs, where=given["where"], reduction="none", **given["options"])
             values, state = result if loss.state else (result, {})
             return (values * given["weights"]).sum(), (values, state)

@@ -36,7 +36,7 @@ def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
 
 
 def evaluate(f, loss, inputs, **options):
-    value = getattr(f.kd, loss.name)(*(inputs[name] for name in loss.inputs), **options)
+    value = loss.of(f.kd)(*(inputs[name] for name in loss.inputs), **options)
     return value[0] if loss.state else value
 
 
@@ -157,7 +157,7 @@ def test_a_call_like_one_that_passed_is_not_checked_again(loss, monkeypatch):
 def test_two_graphs_for_many_shapes(loss):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    function = torch.compile(getattr(kdtorch, loss.name), backend=counter, fullgraph=True)
+    function = torch.compile(loss.of(kdtorch), backend=counter, fullgraph=True)
     for batch in (4, 5, 6, 7):
         inputs = arguments(TORCH, loss, Sizes(batch=(batch,), classes=9, dim=10, num_data=13))
         function(*(inputs[name] for name in loss.inputs), where=torch.arange(batch) != 1)

@@ -32,7 +32,7 @@ def given(loss, dtype, masked, inference=False):
 
 def weighted(loss, learned, constants, reduction):
     """The loss, as one number."""
-    result = getattr(TORCH.kd, loss.name)(**learned, **constants, reduction=reduction)
+    result = loss.of(TORCH.kd)(**learned, **constants, reduction=reduction)
     value = result[0] if loss.state else result
     return (value * torch.arange(1, 1 + value.numel()).reshape(value.shape)).sum()
 

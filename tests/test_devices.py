@@ -44,7 +44,7 @@ def given(loss, where=None):
 def objective(loss, options, learned, fixed, state, where):
     """The loss, and the next state."""
     inputs = {**learned, **fixed, **({loss.state: state} if loss.state else {})}
-    value = getattr(kdjax, loss.name)(*(inputs[k] for k in loss.inputs), where=where, **options)
+    value = loss.of(kdjax)(*(inputs[k] for k in loss.inputs), where=where, **options)
     return value if loss.state else (value, None)
 
 

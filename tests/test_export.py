@@ -51,7 +51,7 @@ def value_and_slopes(loss, options):
 
     def value(*arguments):
         *inputs, where = arguments
-        result = getattr(kdjax, loss.name)(*inputs, where=where, **options)
+        result = loss.of(kdjax)(*inputs, where=where, **options)
         return result[0] if loss.state else result
 
     return jax.jit(jax.value_and_grad(value, learned))

@@ -36,7 +36,7 @@ def given(f, loss, dtype, masked):
     where = f.array(KEPT) if masked else None
 
     def value(learned):
-        result = getattr(f.kd, loss.name)(**{**inputs, **learned}, where=where)
+        result = loss.of(f.kd)(**{**inputs, **learned}, where=where)
         return result[0] if loss.state else result
 
     return {k: inputs[k] for k in loss.learns}, value
@@ -121,7 +121,7 @@ def test_small_gradients_of_float16(f, loss):
         first = loss.learns[0]
 
         def value(x, inputs=inputs, first=first):
-            return getattr(f.kd, loss.name)(**{**inputs, first: x}).sum() * scale
+            return loss.of(f.kd)(**{**inputs, first: x}).sum() * scale
 
         slopes[dtype] = f.numpy(f.grad(value)(inputs[first])).astype(np.float64)
     small = np.abs(slopes["float32"]) < scale * 2.0**-16  # of which float16 has few digits before it is multiplied

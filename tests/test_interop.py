@@ -398,10 +398,10 @@ def test_every_loss_crosses(name, loss):
     """A loss of one package, called from the other, gives the value, the gradients and the state of kdtorch's own."""
     (inputs,) = draw(loss, Sizes(), 0)
     options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
-    theirs = functools.partial(getattr(kdtorch, loss.name), **options)
+    theirs = functools.partial(loss.of(kdtorch), **options)
     value, slopes, state = in_torch(loss, theirs, inputs)
     if name == "jax_loss":
-        ours = functools.partial(getattr(kdjax, loss.name), **options)
+        ours = functools.partial(loss.of(kdjax), **options)
         got, got_slopes, got_state = in_torch(loss, kdtorch.interop.jax_loss(ours), inputs)
         assert type(got_state) is type(state)
     else:

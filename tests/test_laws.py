@@ -73,7 +73,7 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
     if loss.state:
         later = f.arrays({k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()})
         inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**inputs[loss.state] | later)
-    function, first = getattr(f.kd, loss.name), loss.learns[0]
+    function, first = loss.of(f.kd), loss.learns[0]
 
     def value(x, **more):
         result = function(*(x if k == first else inputs[k] for k in loss.inputs), **options, **more)
@@ -149,11 +149,12 @@ def calls(f, loss):
 
 
 def test_every_number_is_a_setting_that_moves():
-    """The ranges of the table are of every option whose default is a number."""
+    """The ranges of the table are of every option that may be a number or an array, its forms of those that are a number."""
     for loss in LOSSES:
         for f in BOTH:
-            parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
-            assert set(loss.ranges) == {x.name for x in parameters if type(x.default) is float}
+            options = [x for x in inspect.signature(getattr(f.kd, loss.name)).parameters.values() if x.kind is x.KEYWORD_ONLY]
+            assert set(loss.ranges) == {x.name for x in options if x.annotation == "Scalar"}
+            assert set(loss.forms) == {x.name for x in options if x.annotation == "float"}
 
 
 @every
@@ -171,7 +172,7 @@ def test_second_call_compiles_nothing(loss):
 
         def value(x):
             arguments = [*inputs[:place], x, *inputs[place + 1 :], *([state] if loss.state else [])]
-            result = getattr(JAX.kd, loss.name)(*arguments, where=where, **settings, **options)
+            result = loss.of(JAX.kd)(*arguments, where=where, **settings, **options)
             return result if loss.state else (result, None)
 
         return jax.value_and_grad(value, has_aux=True)(inputs[place])
@@ -191,7 +192,7 @@ def test_second_call_compiles_nothing_in_torch(loss):
     *both, state = calls(TORCH, loss)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    function = getattr(TORCH.kd, loss.name)
+    function = loss.of(TORCH.kd)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for inputs, settings, where in both:
         arguments = [*inputs, *([state] if loss.state else [])]
@@ -280,7 +281,7 @@ def test_shapes_alone(loss):
     for x in given[loss.learns[0]]:
         x.requires_grad_()
     arguments = {k: given[k] if isinstance(v, list) else given[k][0] for k, v in inputs.items() if k in given}
-    result = getattr(TORCH.kd, loss.name)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
+    result = loss.of(TORCH.kd)(**arguments, **{k: v for k, v in inputs.items() if k == "state"})
     (result[0] if loss.state else result).backward()
     assert all(x.grad.shape == x.shape and x.grad.device.type == "meta" for x in given[loss.learns[0]])
 
@@ -334,9 +335,9 @@ def test_no_nan_on_the_way(loss):
             inputs["labels"] = np.eye(classes)[[0, classes // 3]]
         student, *others = JAX.arrays(inputs).values()
         with jax.debug_nans(True):
-            assert jnp.isfinite(jax.grad(getattr(JAX.kd, loss.name))(student, *others)).all()
+            assert jnp.isfinite(jax.grad(loss.of(JAX.kd))(student, *others)).all()
             if "temperature" in loss.ranges:
-                function = functools.partial(getattr(JAX.kd, loss.name), student, *others)
+                function = functools.partial(loss.of(JAX.kd), student, *others)
                 assert jnp.isfinite(jax.grad(lambda t, f=function: f(temperature=t))(jnp.asarray(2.0)))
 
 

@@ -40,7 +40,7 @@ def largest(loss):
 
 
 def value(loss, package, inputs):
-    result = getattr(package, loss.name)(**inputs)
+    result = loss.of(package)(**inputs)
     return result[0] if loss.state else result
 
 

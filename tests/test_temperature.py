@@ -66,7 +66,7 @@ class Drawn:
         options = {
             k: self.f.array(v) if isinstance(v, np.ndarray) else v for k, v in {**self.options, **options}.items()
         }
-        function = getattr(self.f.kd, self.loss.name)
+        function = self.loss.of(self.f.kd)
         result = function(*(inputs[k] for k in self.loss.inputs), **{LEARNED[self.loss.title]: temperature}, **options)
         return result[0] if self.loss.state else result
 
@@ -184,7 +184,7 @@ def test_a_parameter(loss, dtype):
             given[loss.state] = getattr(TORCH.kd, loss.inputs[loss.state])(**TORCH.arrays(state, wide))
         name = LEARNED[loss.title]
         temperature = torch.nn.Parameter(torch.tensor(np.mean(loss.ranges[name]), dtype=getattr(torch, wide)))
-        result = getattr(TORCH.kd, loss.name)(**given, **{name: temperature})
+        result = loss.of(TORCH.kd)(**given, **{name: temperature})
         (result[0] if loss.state else result).backward()
         slopes.append(temperature.grad.item())
     assert temperature.grad.dtype == torch.float32
@@ -229,10 +229,10 @@ def test_any_other_setting_is_a_constant(loss):
         inputs[loss.state] = getattr(TORCH.kd, loss.inputs[loss.state])(**inputs[loss.state])
     for name in loss.ranges.keys() - {LEARNED.get(loss.title)}:
         setting = torch.tensor(0.5, requires_grad=True)
-        call = functools.partial(getattr(TORCH.kd, loss.name), **inputs, **{name: setting})
+        call = functools.partial(loss.of(TORCH.kd), **inputs, **{name: setting})
         with pytest.raises(ValueError, match=rf"`{name}` is a constant .* give {name}\.detach\(\)"):
             call()
         with torch.no_grad():
             call()
         with pytest.raises(ValueError, match="is a constant"):
-            torch.func.grad(lambda t, name=name: getattr(TORCH.kd, loss.name)(**inputs, **{name: t}))(setting.detach())
+            torch.func.grad(lambda t, name=name: loss.of(TORCH.kd)(**inputs, **{name: t}))(setting.detach())

@@ -76,7 +76,7 @@ def taid_and_gradient(x: jax.Array, y: jax.Array, interpolation: Scalar) -> tupl
     """
     p, own = softmax(x), jax.lax.stop_gradient(x)
     lowest, teacher_lowest = jnp.isneginf(own), jnp.isneginf(y)
-    gap = jnp.where(lowest | teacher_lowest, 0, own - y)
+    gap = jnp.where(lowest | teacher_lowest, 0, own) - jnp.where(lowest | teacher_lowest, 0, y)
     # each end is exact, and a weight of 0 times -inf is 0
     mixed = jnp.where(interpolation < 0.5, own - interpolation * gap, y + (1 - interpolation) * gap)
     absent = (lowest & (interpolation < 1)) | (teacher_lowest & (interpolation > 0))

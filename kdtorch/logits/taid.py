@@ -80,7 +80,7 @@ def taid_and_gradient(x: Tensor, y: Tensor, interpolation: Scalar) -> tuple[Tens
     share = scalar(interpolation, x)
     p, own = softmax(x), x.detach()
     lowest, teacher_lowest = own.isneginf(), y.isneginf()
-    gap = torch.where(lowest | teacher_lowest, 0, own - y)
+    gap = torch.where(lowest | teacher_lowest, 0, own) - torch.where(lowest | teacher_lowest, 0, y)
     # each end is exact, and a weight of 0 times -inf is 0
     mixed = torch.where(share < 0.5, own - share * gap, y + (1 - share) * gap)
     absent = (lowest & (share < 1)) | (teacher_lowest & (share > 0))

@@ -33,6 +33,6 @@ ROWS = (
         partly_constant=True,
         scale=2.0**-16,  # where the target is the student the oracle is left with its own rounding
         gradient_scale=2.0**-16,
-        memory=Memory(jax=9, torch=15),
+        memory=Memory(jax=9, torch=18),
     ),
 )
