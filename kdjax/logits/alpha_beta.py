@@ -70,19 +70,47 @@ def alpha_beta_loss(
 
 
 def alpha_beta_and_gradient(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> tuple[jax.Array, jax.Array]:
-    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q).
+    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
+    p, q, ratio = close_log_ratio(x, y)
+    log_p, log_q = x - p.peak - p.log_total, y - q.peak - q.log_total
+    if min(alpha, beta) > 0.05 * (alpha + beta):
+        terms, g, rest = _of_powers(log_p, log_q, ratio, alpha, beta)
+    else:
+        terms, g, rest = _of_limits(log_p, log_q, ratio, alpha, beta)
+    if alpha + beta == 1 and alpha > 0:
+        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
+        g = jnp.where(of_largest(p.p, ratio) > 1, rest, g)
+    return terms.sum(-1), through_softmax(g, p.p)
+
+
+def _of_powers(
+    log_p: jax.Array, log_q: jax.Array, ratio: jax.Array, alpha: float, beta: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The terms, g, and -q^α p^β / α, from three powers, where neither exponent is small beside the other."""
+    total = alpha + beta
+    of_p, of_q, mixed = jnp.exp(total * log_p), jnp.exp(total * log_q), jnp.exp(alpha * log_q + beta * log_p)
+    near = total * jnp.abs(ratio) < 1
+    far = (alpha / total * of_q + beta / total * of_p - mixed) / (alpha * beta)
+    terms = jnp.where(near, of_q * _series(jnp.where(near, ratio, 0), alpha, beta), far)
+    fall = jnp.expm1(-alpha * jnp.abs(ratio)) / alpha
+    return terms, jnp.where(ratio > 0, -of_p, mixed) * fall, -mixed / alpha
+
+
+def _of_limits(
+    log_p: jax.Array, log_q: jax.Array, ratio: jax.Array, alpha: float, beta: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same for all other exponents.
 
     With w, the larger of p and q to the power α + β, and n = -|r|, a class adds w ψ(n; α, β) where q is larger and
     w ψ(n; β, α) where p is, so that no term is negative and none is a product of 0 and infinity.
     """
     total = alpha + beta
-    p, q, ratio = close_log_ratio(x, y)
-    both = jnp.isneginf(x) & jnp.isneginf(y)
+    both = jnp.isneginf(log_p) & jnp.isneginf(log_q)
     swapped, ratio = ratio > 0, jnp.where(both, 0, ratio)
     n = jnp.where(swapped, -ratio, ratio)
     excluded = jnp.isneginf(n)  # by one of the two
     n = jnp.where(excluded, 0, n)
-    log_w = jnp.where(swapped, x - p.peak - p.log_total, y - q.peak - q.log_total)
+    log_w = jnp.where(swapped, log_p, log_q)
     log_w = jnp.where(both, -jnp.inf, total * jnp.where(both, 0, log_w))
 
     def power(c: float) -> jax.Array:
@@ -104,15 +132,8 @@ def alpha_beta_and_gradient(x: jax.Array, y: jax.Array, alpha: float, beta: floa
     w = jnp.exp(log_w)
     terms = jnp.where(excluded, jnp.where(swapped, _limit(w, alpha, total), _limit(w, beta, total)), terms)
     at_zero = jnp.where(swapped, w / alpha if alpha > 0 else 0.0, -w / alpha if beta == 0 < alpha else 0.0)
-    g = jnp.where(excluded, at_zero, g)
-    if total == 1 and alpha > 0:
-        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
-        rest = -jnp.where(swapped, power(alpha), power(beta)) / alpha
-        g = jnp.where(of_largest(p.p, ratio) > 1, jnp.where(excluded, jnp.minimum(at_zero, 0), rest), g)
-    return terms.sum(-1), through_softmax(g, p.p)
-
-
-_TERMS = 17
+    rest = jnp.where(excluded, jnp.minimum(at_zero, 0), -jnp.where(swapped, power(alpha), power(beta)) / (alpha or 1))
+    return terms, jnp.where(excluded, at_zero, g), rest
 
 
 def _excess(
@@ -124,16 +145,23 @@ def _excess(
     is small, which a series is for.
     """
     total, size = a + b, abs(a) + abs(b)
-    near = size * -n < 0.5
+    near = size * -n < 1
     small = jnp.where(near, n, 0)
-    series = jnp.zeros_like(n)
-    for k in range(_TERMS - 1, 1, -1):
-        series = series * small + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
-    series = power(0.0) * small * small * series
+    series = power(0.0) * _series(small, a, b)
     if size == 0:
         return series
     far = (growth(total) - growth(b)) / a if abs(a) >= abs(total) else (growth(a, b) - growth(b)) / total
     return jnp.where(near, series, far)
+
+
+def _series(x: jax.Array, a: float, b: float) -> jax.Array:
+    """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
+    size = (abs(a) + abs(b)) or 1.0
+    total, b = (a + b) / size, b / size
+    power, series = size * x, jnp.zeros_like(x)
+    for k in range(12 if x.dtype == jnp.float32 else 20, 1, -1):
+        series = series * power + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
+    return x * x * series
 
 
 def _limit(w: jax.Array, b: float, total: float) -> jax.Array:

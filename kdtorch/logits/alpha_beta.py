@@ -14,7 +14,7 @@ from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 
 
-@checked(dtensor="any")
+@checked
 def alpha_beta_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -69,22 +69,50 @@ def alpha_beta_loss(
 
 
 def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q).
+    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
+    found = _far_apart(x, y, alpha, beta)
+    if found is not None:
+        return found
+    p, q, ratio = close_log_ratio(x, y)
+    log_p, log_q = x - p.peak - p.log_total, y - q.peak - q.log_total
+    if min(alpha, beta) > 0.05 * (alpha + beta):
+        terms, g, rest = _of_powers(log_p, log_q, ratio, alpha, beta)
+    else:
+        terms, g, rest = _of_limits(log_p, log_q, ratio, alpha, beta)
+    if alpha + beta == 1 and alpha > 0:
+        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
+        g = torch.where(of_largest(p.p, ratio) > 1, rest, g)
+    return terms.sum(-1), through_softmax(g, p.p)
+
+
+def _of_powers(
+    log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms, g, and -q^α p^β / α, from three powers, where neither exponent is small beside the other."""
+    total = alpha + beta
+    of_p, of_q, mixed = (total * log_p).exp(), (total * log_q).exp(), (alpha * log_q + beta * log_p).exp()
+    near = total * ratio.abs() < 1
+    far = (alpha / total * of_q + beta / total * of_p - mixed) / (alpha * beta)
+    terms = torch.where(near, of_q * _series(torch.where(near, ratio, 0), alpha, beta), far)
+    fall = (-alpha * ratio.abs()).expm1() / alpha
+    return terms, torch.where(ratio > 0, -of_p, mixed) * fall, -mixed / alpha
+
+
+def _of_limits(
+    log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for all other exponents.
 
     With w, the larger of p and q to the power α + β, and n = -|r|, a class adds w ψ(n; α, β) where q is larger and
     w ψ(n; β, α) where p is, so that no term is negative and none is a product of 0 and infinity.
     """
-    found = _far_apart(x, y, alpha, beta)
-    if found is not None:
-        return found
     total = alpha + beta
-    p, q, ratio = close_log_ratio(x, y)
-    both = x.isneginf() & y.isneginf()
+    both = log_p.isneginf() & log_q.isneginf()
     swapped, ratio = ratio > 0, torch.where(both, 0, ratio)
     n = torch.where(swapped, -ratio, ratio)
     excluded = n.isneginf()  # by one of the two
     n = torch.where(excluded, 0, n)
-    log_w = torch.where(swapped, x - p.peak - p.log_total, y - q.peak - q.log_total)
+    log_w = torch.where(swapped, log_p, log_q)
     log_w = torch.where(both, -math.inf, total * torch.where(both, 0, log_w))
 
     def power(c: float) -> Tensor:
@@ -106,12 +134,8 @@ def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> 
     w = log_w.exp()
     terms = torch.where(excluded, torch.where(swapped, _limit(w, alpha, total), _limit(w, beta, total)), terms)
     at_zero = torch.where(swapped, w / alpha if alpha > 0 else 0.0, -w / alpha if beta == 0 < alpha else 0.0)
-    g = torch.where(excluded, at_zero, g)
-    if total == 1 and alpha > 0:
-        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
-        rest = -torch.where(swapped, power(alpha), power(beta)) / alpha
-        g = torch.where(of_largest(p.p, ratio) > 1, torch.where(excluded, at_zero.clamp(max=0), rest), g)
-    return terms.sum(-1), through_softmax(g, p.p)
+    rest = torch.where(excluded, at_zero.clamp(max=0), -torch.where(swapped, power(alpha), power(beta)) / (alpha or 1))
+    return terms, torch.where(excluded, at_zero, g), rest
 
 
 def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor] | None:
@@ -138,9 +162,6 @@ def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor,
     return value, gradient.scatter_(-1, place, -gradient.sum(-1, keepdim=True))
 
 
-_TERMS = 17
-
-
 def _excess(
     n: Tensor, a: float, b: float, growth: Callable[..., Tensor], power: Callable[[float], Tensor]
 ) -> Tensor:
@@ -150,16 +171,23 @@ def _excess(
     is small, which a series is for.
     """
     total, size = a + b, abs(a) + abs(b)
-    near = size * -n < 0.5
+    near = size * -n < 1
     small = torch.where(near, n, 0)
-    series = torch.zeros_like(n)
-    for k in range(_TERMS - 1, 1, -1):
-        series = series * small + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
-    series = power(0.0) * small * small * series
+    series = power(0.0) * _series(small, a, b)
     if size == 0:
         return series
     far = (growth(total) - growth(b)) / a if abs(a) >= abs(total) else (growth(a, b) - growth(b)) / total
     return torch.where(near, series, far)
+
+
+def _series(x: Tensor, a: float, b: float) -> Tensor:
+    """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
+    size = (abs(a) + abs(b)) or 1.0
+    total, b = (a + b) / size, b / size
+    power, series = size * x, torch.zeros_like(x)
+    for k in range(12 if x.dtype == torch.float32 else 20, 1, -1):
+        series = series * power + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
+    return x * x * series
 
 
 def _limit(w: Tensor, b: float, total: float) -> Tensor:

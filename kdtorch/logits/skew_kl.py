@@ -19,7 +19,7 @@ from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 
 
-@checked(dtensor="any")
+@checked
 def skew_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
@@ -66,7 +66,7 @@ def skew_kl_loss(
     return reduce(_skew_kl(student_logits, teacher_logits, skew, where=where), where, reduction, group)
 
 
-@checked(dtensor="any")
+@checked
 def skew_reverse_kl_loss(
     student_logits: Float[Tensor, "*batch classes"],
     teacher_logits: Float[Tensor, "*batch classes"],
