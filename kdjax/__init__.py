@@ -57,13 +57,16 @@ except ModuleNotFoundError as error:
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.jsd import jsd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.reverse_kl import reverse_kl_loss
+from kdjax.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
 from kdjax.logits.standardize import standardize_logits
+from kdjax.logits.taid import taid_loss
 from kdjax.logits.topk_kl import topk_kl_loss
 from kdjax.logits.tvd import tvd_loss
 from kdjax.logits.uld import uld_loss
@@ -77,6 +80,7 @@ from kdlosses import __version__ as __version__
 __all__ = [
     "CRCDState",
     "DINOState",
+    "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
     "crcd_loss",
@@ -95,9 +99,12 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "standardize_logits",
     "symmetric_kl_loss",
+    "taid_loss",
     "topk_kl_loss",
     "tvd_loss",
     "uld_loss",

@@ -45,6 +45,13 @@ def fraction(name: str, value: Scalar, *like: Array) -> float | Array:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
+def finite(name: str, value: float) -> float:
+    """A number that chooses how a loss is computed, and is no array."""
+    if not abs(value) < np.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
 def _number(
     name: str, value: Scalar, like: tuple[Array, ...], expected: str, test: Callable, constant: bool = True
 ) -> float | Array:
@@ -152,6 +159,47 @@ def log_ratio(x: Array, y: Array, temperature: Scalar, may_be_empty: bool = Fals
     both = jnp.isneginf(x) & jnp.isneginf(y)
     x, y = (jnp.where(both, 0, z) for z in (x, y))  # whose difference is no NaN, which `jax_debug_nans` would stop at
     return p, q, ((x - y) - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
+
+
+def close_log_ratio(x: Array, y: Array) -> tuple[Softmax, Softmax, Array]:
+    """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
+    p, q, ratio = log_ratio(x, y, 1.0)
+    return p, q, without_common_error(q.p, ratio)[0]
+
+
+def without_common_error(q: Array, ratio: Array) -> tuple[Array, Array]:
+    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
+    close = jnp.abs(ratio).max(-1, keepdims=True) < 1
+    return ratio - jnp.log1p((q * jnp.expm1(jnp.where(close, ratio, 0))).sum(-1, keepdims=True)), close
+
+
+def less_log1p(z: Array) -> Array:
+    """z - log(1 + z); where z is small by a series in s = z / (2 + z), of which log(1 + z) is 2 atanh(s)."""
+    near = jnp.abs(z) < 0.25
+    small = jnp.where(near, z, 0)
+    s = small / (2 + small)
+    square, total = s * s, jnp.zeros_like(s)
+    for n in range(19, 1, -2):
+        total = total * square + 1 / n
+    return jnp.where(near, s * (small - 2 * square * total), z - jnp.log1p(jnp.where(near, 0, z)))
+
+
+def of_largest(p: Array, x: Array) -> Array:
+    """x of p's largest class."""
+    return jnp.where(p == p.max(-1, keepdims=True), x, -jnp.inf).max(-1, keepdims=True)
+
+
+def through_softmax(gradient: Array, p: Array) -> Array:
+    """p (h - sum p h), given p and p h: the gradient with respect to logits, given h with respect to their softmax.
+
+    First h of the largest class is taken off all h. Where that class has nearly all of p, its gradient is then the small
+    number that it is, and not the difference of two large ones.
+    """
+    largest = p == p.max(-1, keepdims=True)
+    h = jnp.where(largest, gradient / jnp.where(largest, p, 1), 0)
+    origin = h.sum(-1, keepdims=True) / largest.sum(-1, keepdims=True, dtype=p.dtype)
+    gradient = jnp.where(largest, p * (h - origin), gradient - p * origin)
+    return gradient - p * gradient.sum(-1, keepdims=True)
 
 
 def difference_of_softmaxes(p: Array, q: Array, ratio: Array) -> Array:

@@ -57,13 +57,16 @@ from kdtorch._rowwise import fuse
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.reverse_kl import reverse_kl_loss
+from kdtorch.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
 from kdtorch.logits.standardize import standardize_logits
+from kdtorch.logits.taid import taid_loss
 from kdtorch.logits.topk_kl import topk_kl_loss
 from kdtorch.logits.tvd import tvd_loss
 from kdtorch.logits.uld import uld_loss
@@ -76,6 +79,7 @@ from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_te
 __all__ = [
     "CRCDState",
     "DINOState",
+    "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
     "crcd_loss",
@@ -95,9 +99,12 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
     "smooth_l1_loss",
     "standardize_logits",
     "symmetric_kl_loss",
+    "taid_loss",
     "topk_kl_loss",
     "tvd_loss",
     "uld_loss",

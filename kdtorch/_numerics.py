@@ -42,6 +42,13 @@ def fraction(name: str, value: Scalar, *like: Tensor) -> Scalar:
     return _number(name, value, like, "between 0 and 1", lambda x: (x >= 0) & (x <= 1))
 
 
+def finite(name: str, value: float) -> float:
+    """A number that chooses how a loss is computed, and is no array."""
+    if not abs(value) < math.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return float(value)
+
+
 def _number(
     name: str,
     value: Scalar,
@@ -400,6 +407,47 @@ def log_ratio(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = Fa
     p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
     apart = torch.where(x.isneginf() & y.isneginf(), 0, x - y)
     return p, q, (apart - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
+
+
+def close_log_ratio(x: Tensor, y: Tensor) -> tuple[Softmax, Softmax, Tensor]:
+    """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
+    p, q, ratio = log_ratio(x, y, 1.0)
+    return p, q, without_common_error(q.p, ratio)[0]
+
+
+def without_common_error(q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
+    close = ratio.abs().amax(-1, keepdim=True) < 1
+    return ratio - (q * torch.where(close, ratio, 0).expm1()).sum(-1, keepdim=True).log1p(), close
+
+
+def less_log1p(z: Tensor) -> Tensor:
+    """z - log(1 + z); where z is small by a series in s = z / (2 + z), of which log(1 + z) is 2 atanh(s)."""
+    near = z.abs() < 0.25
+    small = torch.where(near, z, 0)
+    s = small / (2 + small)
+    square, total = s * s, torch.zeros_like(s)
+    for n in range(19, 1, -2):
+        total = total * square + 1 / n
+    return torch.where(near, s * (small - 2 * square * total), z - torch.where(near, 0, z).log1p())
+
+
+def of_largest(p: Tensor, x: Tensor) -> Tensor:
+    """x of p's largest class."""
+    return torch.where(p == p.amax(-1, keepdim=True), x, -math.inf).amax(-1, keepdim=True)
+
+
+def through_softmax(gradient: Tensor, p: Tensor) -> Tensor:
+    """p (h - sum p h), given p and p h: the gradient with respect to logits, given h with respect to their softmax.
+
+    First h of the largest class is taken off all h. Where that class has nearly all of p, its gradient is then the small
+    number that it is, and not the difference of two large ones.
+    """
+    largest = p == p.detach().amax(-1, keepdim=True)
+    h = torch.where(largest, gradient / torch.where(largest, p, 1), 0)
+    origin = h.sum(-1, keepdim=True) / largest.sum(-1, keepdim=True, dtype=p.dtype)
+    gradient = torch.where(largest, p * (h - origin), gradient - p * origin)
+    return gradient - p * gradient.sum(-1, keepdim=True)
 
 
 def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:

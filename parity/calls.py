@@ -19,7 +19,7 @@ def per_example(package: Any, loss: Loss) -> Callable[..., Any]:
     Where the value is the batch's, each kept example has it for its own. Where it is an array, an example's value is the
     sum of its finite entries, each times a weight of its place.
     """
-    function: Callable[..., Any] = getattr(package, loss.name)
+    function = loss.of(package)
     return function if loss.value == "example" else _per_example(function, loss.value)
 
 

@@ -69,6 +69,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.loss.title}-{self.name}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, and those that the loss cannot do without."""
+        return {**self.loss.required, **self.options}
+
 
 def draw(loss: Loss, sizes: Sizes, seed: int, steps: int = 1) -> tuple[dict[str, Any], ...]:
     """Random inputs for each step, in float64 but of values that float32 holds."""

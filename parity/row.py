@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -181,6 +183,19 @@ class Loss:
     def name(self) -> str:
         """Of the function, in kdjax, in kdtorch and here."""
         return self.formula.__name__
+
+    @property
+    def required(self) -> dict[str, Any]:
+        """The settings without a default, as the ordinary case has them."""
+        parameters = inspect.signature(self.formula).parameters.values()
+        return {
+            x.name: self.options[0][x.name] for x in parameters if x.default is x.empty and x.name in self.options[0]
+        }
+
+    def of(self, package: Any) -> Callable[..., Any]:
+        """The function in kdjax or kdtorch, with the settings that it cannot do without."""
+        function = getattr(package, self.name)
+        return functools.partial(function, **self.required) if self.required else function
 
     @property
     def title(self) -> str:

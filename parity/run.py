@@ -79,7 +79,7 @@ def _arguments(
 def _jax(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     package = package or importlib.import_module("kdjax")
     learns = case.loss.learns + case.loss.constant
-    order, options = tuple(case.loss.inputs), tuple(case.options.items())
+    order, options = tuple(case.loss.inputs), tuple(case.settings.items())
     evaluate = _jax_program(per_example(package, case.loss), order, options, case.reduction, gradients)
     maps = {k for k, kind in case.loss.inputs.items() if kind == "maps"}
 
@@ -134,7 +134,7 @@ def _torch(case: Case, dtype: str, gradients: bool, package: Any, compiled: bool
         given = _arguments(case, dtype, package, torch_tensor, inputs, state)
         for k in learns if gradients else ():
             _each_leaf(given[k], lambda x: x.requires_grad_())
-        value = function(*(given[k] for k in case.loss.inputs), **case.options, where=where, reduction=case.reduction)
+        value = function(*(given[k] for k in case.loss.inputs), **case.settings, where=where, reduction=case.reduction)
         value, state = value if isinstance(value, tuple) else (value, None)
         slopes = {}
         if gradients:
@@ -189,7 +189,7 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
 def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     function = getattr(package, case.loss.name) if package else case.loss.formula
     number = numpy_dtype(result_dtype(dtype)).type
-    options = {k: v if isinstance(v, str) else number(v) for k, v in case.options.items()}
+    options = {k: v if isinstance(v, str) else number(v) for k, v in case.settings.items()}
     shape = _batch(case, case.steps[0])
     kept = np.flatnonzero(np.ones(shape) if case.where is None else case.where)
     above = np.broadcast_to(upstream(case, _value_shape(case)), shape).ravel()[kept]

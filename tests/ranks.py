@@ -128,7 +128,7 @@ def one_step(loss: Loss, group, change: Callable[[dict], None] = lambda inputs: 
         mine = [x.chunk(ranks)[rank] if x.ndim else x for x in state]
         state = inputs[loss.state] = kdtorch.CRCDState(*mine)
     learned = [inputs[k].requires_grad_() for k in loss.learns]
-    value, after = getattr(kdtorch, loss.name)(*(inputs[k] for k in loss.inputs), group=group, **options)
+    value, after = loss.of(kdtorch)(*(inputs[k] for k in loss.inputs), group=group, **options)
     value.backward()
     return {
         "value": value.detach(),
@@ -143,9 +143,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
     with member(rank, ranks, folder):
         group = distributed.group.WORLD
         logits = torch.randn(3 - rank, 5)
-        results = {
-            f"sizes {loss.name}": said(getattr(kdtorch, loss.name), logits, logits, group=group) for loss in OF_TWO
-        }
+        results = {f"sizes {loss.name}": said(loss.of(kdtorch), logits, logits, group=group) for loss in OF_TWO}
         results["no member"] = said(kdtorch.kl_loss, logits, logits, group=distributed.new_group([1]))
 
         def nan(inputs: dict) -> None:
@@ -166,7 +164,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
                 results[f"{name} {sharded}"] = one_step(CRCD, group, change, sharded_memory=sharded)
         empty = torch.zeros(0, 5, requires_grad=True)
         for loss in OF_TWO:
-            results[f"empty {loss.name}"] = getattr(kdtorch, loss.name)(empty, empty.detach(), group=group).detach()
+            results[f"empty {loss.name}"] = loss.of(kdtorch)(empty, empty.detach(), group=group).detach()
 
         torch.manual_seed(0)
         module = nn.parallel.DistributedDataParallel(Distiller(), process_group=group)

@@ -192,7 +192,7 @@ def test_the_check_leaves_no_guard():
 def test_numbers_of_any_kind(f, loss, name):
     """An integer is a number, as it is, of NumPy, or as an array, which may be traced; a Boolean is none."""
     inputs = arguments(f, loss)
-    whole = 1 if name in ("momentum", "center_momentum") else 2
+    whole = 1 if loss.ranges[name][1] <= 1 else 2
     want = f.numpy(evaluate(f, loss, inputs, **{name: float(whole)}))
     array = jnp.asarray if f is JAX else torch.tensor
     for number in (

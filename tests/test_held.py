@@ -41,7 +41,7 @@ def given(f, loss, dtype, masked):
     options = {"where": f.array(KEPT)} if masked else {}
 
     def value(learned):
-        result = getattr(f.kd, loss.name)(**{**inputs, **learned}, **options)
+        result = loss.of(f.kd)(**{**inputs, **learned}, **options)
         return result[0] if loss.state else result.sum()
 
     return {k: inputs[k] for k in loss.learns}, value

@@ -166,4 +166,4 @@ def test_a_group_that_is_not_initialised():
         with pytest.raises(
             ValueError, match=r"`group` must be a process group of torch\.distributed, which is not init"
         ):
-            getattr(kdtorch, loss.name)(torch.ones(2, 3), torch.ones(2, 3), group=group)
+            loss.of(kdtorch)(torch.ones(2, 3), torch.ones(2, 3), group=group)

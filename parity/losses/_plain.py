@@ -21,13 +21,24 @@ def over(logits: Iterable[Any], temperature: Any) -> list[Any]:
     return [x if is_left_out(x) else x / temperature for x in logits]
 
 
+def log1p(x: Any) -> Any:
+    """log(1 + x). NumPy's own loses a small real part of a complex number."""
+    return np.log1p(np.real(x)) + 1j * np.imag(x) / (1 + np.real(x)) if np.iscomplexobj(x) else np.log1p(x)
+
+
+def expm1(x: Any) -> Any:
+    """e^x - 1, in the same way."""
+    return np.expm1(np.real(x)) + 1j * np.imag(x) * np.exp(np.real(x)) if np.iscomplexobj(x) else np.expm1(x)
+
+
 def log_softmax(logits: Sequence[Any]) -> list[Any]:
-    """A class at -inf stays there and adds nothing."""
-    largest = max(np.real(x) for x in logits)
-    if np.isneginf(largest):
+    """A class at -inf stays there and adds nothing. What the others add to the largest keeps its derivative, however small."""
+    first = int(np.argmax([np.real(x) for x in logits]))
+    largest = logits[first]
+    if is_left_out(largest):
         return list(logits)
-    total = sum(np.exp(x - largest) for x in logits if not is_left_out(x))
-    return [-np.inf if is_left_out(x) else x - largest - np.log(total) for x in logits]
+    others = sum(np.exp(x - largest) for x in without(logits, [first]) if not is_left_out(x))
+    return [-np.inf if is_left_out(x) else x - largest - log1p(others) for x in logits]
 
 
 def softmax(logits: Sequence[Any]) -> list[Any]:

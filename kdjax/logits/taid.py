@@ -1,0 +1,99 @@
+"""KL divergence to a teacher that starts at the student: TAID's interpolated target."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._numerics import (
+    check_classes,
+    fraction,
+    less_log1p,
+    of_largest,
+    softmax,
+    without_common_error,
+)
+from kdjax._reduce import reduce
+from kdjax._rowwise import rowwise
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
+
+
+@checked
+def taid_loss(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    interpolation: Scalar,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+) -> jax.Array:
+    r"""Temporally adaptive interpolated distillation: KL divergence to a target between the student and the teacher.
+
+    $$\mathrm{KL}(m\,\|\,p),\qquad m=\mathrm{softmax}\big((1-\lambda)\bar s+\lambda t\big),\quad p=\mathrm{softmax}(s)$$
+
+    with $\bar s$ the student's logits held constant.
+
+    Args:
+        student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
+        teacher_logits: the same shape; constant.
+        interpolation: λ from 0 to 1, how far the target is on the way from the student to the teacher. It has no default:
+            raise it during the training.
+        where: `[*batch]`, False for examples (or tokens) that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. It is never negative, and 0 where student and teacher agree, and
+        at λ = 0 everywhere. At λ = 1 it is `kl_loss` at temperature 1, so inf where the student gives -inf to a class that
+        the teacher uses. Between the two a class at -inf on either side has probability 0 in the target.
+
+    Raises:
+        ValueError: an interpolation that is not between 0 and 1, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Shing, Misaki, Bao, Yokoi, Akiba, *TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer
+    in Language Models*, ICLR 2025, https://arxiv.org/abs/2501.16937. The released code returns the cross-entropy of
+    target and student, which has the same gradient p - m and is larger by the target's entropy. That entropy moves with
+    λ and with the student, so that the released value cannot tell whether the student follows the target. The schedule of
+    λ, which the released code adapts to that value, is the caller's.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import taid_loss
+    >>> s, t = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, -1.0]])
+    >>> print(f"{taid_loss(s, t, interpolation=0.5):.4f}")
+    0.0803
+    """
+    check_classes(student_logits)
+    interpolation = fraction("interpolation", interpolation, student_logits, teacher_logits)
+    return reduce(_taid(student_logits, teacher_logits, interpolation, where=where), where, reduction, axis_name)
+
+
+def taid_and_gradient(x: jax.Array, y: jax.Array, interpolation: Scalar) -> tuple[jax.Array, jax.Array]:
+    """KL(m || p), and its gradient p - m, for which m is constant.
+
+    log(p / m) comes from λ (x - y), so that it has its digits where λ is small, and where x and y are close.
+    """
+    p, own = softmax(x), jax.lax.stop_gradient(x)
+    lowest, teacher_lowest = jnp.isneginf(own), jnp.isneginf(y)
+    gap = jnp.where(lowest | teacher_lowest, 0, own) - jnp.where(lowest | teacher_lowest, 0, y)
+    # each end is exact, and a weight of 0 times -inf is 0
+    mixed = jnp.where(interpolation < 0.5, own - interpolation * gap, y + (1 - interpolation) * gap)
+    absent = (lowest & (interpolation < 1)) | (teacher_lowest & (interpolation > 0))
+    empty = teacher_lowest.all(-1, keepdims=True)  # no distribution, be its weight 0
+    m = softmax(jnp.where(empty, jnp.nan, jnp.where(absent, -jnp.inf, mixed)))
+    # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
+    still = jnp.where(lowest, 0, x) - jnp.where(lowest, 0, own)  # 0, which moves with x
+    apart = interpolation * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
+    apart = jnp.where(lowest & ~absent, -jnp.inf, jnp.where(absent & ~lowest, jnp.inf, apart))
+    ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))
+    ratio = jnp.where(m.p == 0, 0, ratio)
+    near = jnp.abs(ratio) < 1
+    growth = jnp.expm1(jnp.where(near, ratio, 0))
+    difference = jnp.where(close, m.p * growth, p.p - m.p)
+    terms = jnp.where(near & (m.p > 0), m.p * less_log1p(growth), difference - m.p * ratio)
+    value = terms.sum(-1)
+    return jnp.where(value < 0, 0, value), difference
+
+
+_taid = rowwise(taid_and_gradient)

@@ -1,0 +1,192 @@
+"""The divergence of two exponents, between the two directions of KL and beyond: ABKD's α-β-divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import check_classes, close_log_ratio, eager_on_cpu, finite, of_largest, through_softmax
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+
+
+@checked
+def alpha_beta_loss(
+    student_logits: Float[Tensor, "*batch classes"],
+    teacher_logits: Float[Tensor, "*batch classes"],
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""α-β-divergence: a family that holds both directions of KL divergence and what lies between them.
+
+    $$-\frac{1}{\alpha\beta}\sum_c\Big[q_c^\alpha p_c^\beta-\tfrac{\alpha}{\alpha+\beta}q_c^{\alpha+\beta}
+    -\tfrac{\beta}{\alpha+\beta}p_c^{\alpha+\beta}\Big],\qquad p=\mathrm{softmax}(s),\quad q=\mathrm{softmax}(t)$$
+
+    and its limit where α, β or α + β is 0.
+
+    Args:
+        student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
+        teacher_logits: the same shape; constant.
+        alpha: α, the teacher's exponent, any finite number. It chooses how the loss is computed, so it is a number and no
+            array. α = 1 with β = 0 is `kl_loss` at temperature 1.
+        beta: β, the student's exponent, in the same way. β = 1 with α = 0 is the reverse KL.
+        where: `[*batch]`, False for examples (or tokens) that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative. With
+        α > 0 and β > 0 it is finite, also where one of the two gives -inf to a class that the other uses. With β ≤ 0 or
+        α + β ≤ 0 it is inf where the student does, and with α ≤ 0 or α + β ≤ 0 where the teacher does; the gradient leaves
+        out what is infinite. With a negative exponent it grows as a power of 1 / p or 1 / q, which may overflow.
+
+    Raises:
+        ValueError: an exponent that is not finite, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit, an exponent that is an array.
+
+    Wang, Yang, Zhu, Xu, Huang, *ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via
+    α-β-Divergence*, ICML 2025, https://arxiv.org/abs/2505.04560. Where β is 0 the released code has 1 / α for the
+    limit's 1 / α², and so where α + β is 0; where α is 0 it has 1 / β for 1 / β². There is no temperature: divide both logits by
+    one, and multiply the loss by its square.
+
+    >>> import torch
+    >>> from kdtorch import alpha_beta_loss
+    >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    >>> print(f"{alpha_beta_loss(s, t):.4f}")
+    0.3541
+    """
+    check_classes(student_logits)
+    exponents = finite("alpha", alpha), finite("beta", beta)
+    return reduce(_alpha_beta(student_logits, teacher_logits, *exponents, where=where), where, reduction, group)
+
+
+def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
+    found = _far_apart(x, y, alpha, beta)
+    if found is not None:
+        return found
+    p, q, ratio = close_log_ratio(x, y)
+    log_p, log_q = x - p.peak - p.log_total, y - q.peak - q.log_total
+    if min(alpha, beta) > 0.05 * (alpha + beta):
+        terms, g, rest = _of_powers(log_p, log_q, ratio, alpha, beta)
+    else:
+        terms, g, rest = _of_limits(log_p, log_q, ratio, alpha, beta)
+    if alpha + beta == 1 and alpha > 0:
+        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
+        g = torch.where(of_largest(p.p, ratio) > 1, rest, g)
+    return terms.sum(-1), through_softmax(g, p.p)
+
+
+def _of_powers(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms, g, and -q^α p^β / α, from three powers, where neither exponent is small beside the other."""
+    total = alpha + beta
+    of_p, of_q, mixed = (total * log_p).exp(), (total * log_q).exp(), (alpha * log_q + beta * log_p).exp()
+    near = total * ratio.abs() < 1
+    far = (alpha / total * of_q + beta / total * of_p - mixed) / (alpha * beta)
+    terms = torch.where(near, of_q * _series(torch.where(near, ratio, 0), alpha, beta), far)
+    fall = (-alpha * ratio.abs()).expm1() / alpha
+    return terms, torch.where(ratio > 0, -of_p, mixed) * fall, -mixed / alpha
+
+
+def _of_limits(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for all other exponents.
+
+    With w, the larger of p and q to the power α + β, and n = -|r|, a class adds w ψ(n; α, β) where q is larger and
+    w ψ(n; β, α) where p is, so that no term is negative and none is a product of 0 and infinity.
+    """
+    total = alpha + beta
+    both = log_p.isneginf() & log_q.isneginf()
+    swapped, ratio = ratio > 0, torch.where(both, 0, ratio)
+    n = torch.where(swapped, -ratio, ratio)
+    excluded = n.isneginf()  # by one of the two
+    n = torch.where(excluded, 0, n)
+    log_w = torch.where(swapped, log_p, log_q)
+    log_w = torch.where(both, -math.inf, total * torch.where(both, 0, log_w))
+
+    def power(c: float) -> Tensor:
+        """w e^(c n)."""
+        return (log_w + c * n).exp() if c else log_w.exp()
+
+    def growth(c: float, beside: float = 0.0) -> Tensor:
+        """w e^(beside n) (e^(c n) - 1) / c, or its limit, from an exponential that does not grow."""
+        if c == 0:
+            return power(beside) * n
+        return power(beside + min(c, 0)) * ((abs(c) * n).expm1() / abs(c))
+
+    of_alpha = growth(alpha, beta)
+    g = torch.where(swapped, -growth(alpha), of_alpha)
+    terms = torch.where(swapped, _excess(n, beta, alpha, growth, power), _excess(n, alpha, beta, growth, power))
+    if min(alpha, beta, total) < 0:
+        terms = torch.where((n == 0) | ratio.isnan(), ratio, torch.where(terms.isnan(), math.inf, terms))
+        g = torch.where(g.isfinite() | ratio.isnan(), g, 0)
+    w = log_w.exp()
+    terms = torch.where(excluded, torch.where(swapped, _limit(w, alpha, total), _limit(w, beta, total)), terms)
+    at_zero = torch.where(swapped, w / alpha if alpha > 0 else 0.0, -w / alpha if beta == 0 < alpha else 0.0)
+    rest = torch.where(excluded, at_zero.clamp(max=0), -torch.where(swapped, power(alpha), power(beta)) / (alpha or 1))
+    return terms, torch.where(excluded, at_zero, g), rest
+
+
+def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor] | None:
+    """The same in few, large kernels, as the formula is written; None but in eager PyTorch on a CPU, and where it loses digits.
+
+    With q^α p^β (e^(α r) - 1) = p^(α + β) - q^α p^β a class needs three powers.
+    """
+    if not eager_on_cpu(x, y) or not x.numel() or min(alpha, beta) <= 0:
+        return None
+    total = alpha + beta
+    log_p, log_q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
+    p = log_p.exp()
+    of_q = log_q.mul(total).exp_().sum(-1) if total != 1 else 1.0
+    of_p = p if total == 1 else log_p.mul(total).exp_()
+    mixed = log_q.mul_(alpha).add_(log_p, alpha=beta).exp_()
+    parts = of_p.sum(-1) if total != 1 else 1.0
+    product = mixed.sum(-1)
+    value = (alpha / total * of_q + beta / total * parts - product) / (alpha * beta)
+    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # of which a difference has few digits, or NaN
+        return None
+    place = log_p.argmax(-1, keepdim=True)
+    g = mixed.sub_(of_p).div_(-alpha)
+    gradient = g.addcmul_(p, g.sum(-1, keepdim=True), value=-1).scatter_(-1, place, 0)
+    return value, gradient.scatter_(-1, place, -gradient.sum(-1, keepdim=True))
+
+
+def _excess(n: Tensor, a: float, b: float, growth: Callable[..., Tensor], power: Callable[[float], Tensor]) -> Tensor:
+    """w ψ(n; a, b) with ψ = (φ_(a+b) - φ_b) / a = (e^(b n) φ_a - φ_b) / (a + b) and φ_c = (e^(c n) - 1) / c, or its limits.
+
+    The first form loses digits where a is small beside a + b, the second where a + b is small beside a; and both where n
+    is small, which a series is for.
+    """
+    total, size = a + b, abs(a) + abs(b)
+    near = size * -n < 1
+    small = torch.where(near, n, 0)
+    series = power(0.0) * _series(small, a, b)
+    if size == 0:
+        return series
+    far = (growth(total) - growth(b)) / a if abs(a) >= abs(total) else (growth(a, b) - growth(b)) / total
+    return torch.where(near, series, far)
+
+
+def _series(x: Tensor, a: float, b: float) -> Tensor:
+    """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
+    size = (abs(a) + abs(b)) or 1.0
+    total, b = (a + b) / size, b / size
+    power, series = size * x, torch.zeros_like(x)
+    for k in range(12 if x.dtype == torch.float32 else 20, 1, -1):
+        series = series * power + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
+    return x * x * series
+
+
+def _limit(w: Tensor, b: float, total: float) -> Tensor:
+    """w ψ at n = -inf, of a class that one of the two excludes."""
+    return w / (b * total) if b > 0 < total else torch.full_like(w, math.inf)
+
+
+_alpha_beta = rowwise(alpha_beta_and_gradient)

@@ -1,0 +1,102 @@
+"""KL divergence to a teacher that starts at the student: TAID's interpolated target."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import (
+    check_classes,
+    fraction,
+    less_log1p,
+    of_largest,
+    scalar,
+    softmax,
+    without_common_error,
+)
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
+
+
+@checked
+def taid_loss(
+    student_logits: Float[Tensor, "*batch classes"],
+    teacher_logits: Float[Tensor, "*batch classes"],
+    *,
+    interpolation: Scalar,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""Temporally adaptive interpolated distillation: KL divergence to a target between the student and the teacher.
+
+    $$\mathrm{KL}(m\,\|\,p),\qquad m=\mathrm{softmax}\big((1-\lambda)\bar s+\lambda t\big),\quad p=\mathrm{softmax}(s)$$
+
+    with $\bar s$ the student's logits held constant.
+
+    Args:
+        student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
+        teacher_logits: the same shape; constant.
+        interpolation: λ from 0 to 1, how far the target is on the way from the student to the teacher. It has no default:
+            raise it during the training.
+        where: `[*batch]`, False for examples (or tokens) that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. It is never negative, and 0 where student and teacher agree, and
+        at λ = 0 everywhere. At λ = 1 it is `kl_loss` at temperature 1, so inf where the student gives -inf to a class that
+        the teacher uses. Between the two a class at -inf on either side has probability 0 in the target.
+
+    Raises:
+        ValueError: an interpolation that is not between 0 and 1, fewer than 2 classes, an unknown reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Shing, Misaki, Bao, Yokoi, Akiba, *TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer
+    in Language Models*, ICLR 2025, https://arxiv.org/abs/2501.16937. The released code returns the cross-entropy of
+    target and student, which has the same gradient p - m and is larger by the target's entropy. That entropy moves with
+    λ and with the student, so that the released value cannot tell whether the student follows the target. The schedule of
+    λ, which the released code adapts to that value, is the caller's.
+
+    >>> import torch
+    >>> from kdtorch import taid_loss
+    >>> s, t = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    >>> print(f"{taid_loss(s, t, interpolation=0.5):.4f}")
+    0.0803
+    """
+    check_classes(student_logits)
+    interpolation = fraction("interpolation", interpolation, student_logits, teacher_logits)
+    return reduce(_taid(student_logits, teacher_logits, interpolation, where=where), where, reduction, group)
+
+
+def taid_and_gradient(x: Tensor, y: Tensor, interpolation: Scalar) -> tuple[Tensor, Tensor]:
+    """KL(m || p), and its gradient p - m, for which m is constant.
+
+    log(p / m) comes from λ (x - y), so that it has its digits where λ is small, and where x and y are close.
+    """
+    share = scalar(interpolation, x)
+    p, own = softmax(x), x.detach()
+    lowest, teacher_lowest = own.isneginf(), y.isneginf()
+    gap = torch.where(lowest | teacher_lowest, 0, own) - torch.where(lowest | teacher_lowest, 0, y)
+    # each end is exact, and a weight of 0 times -inf is 0
+    mixed = torch.where(share < 0.5, own - share * gap, y + (1 - share) * gap)
+    absent = (lowest & (share < 1)) | (teacher_lowest & (share > 0))
+    empty = teacher_lowest.all(-1, keepdim=True)  # no distribution, be its weight 0
+    m = softmax(torch.where(empty, math.nan, torch.where(absent, -math.inf, mixed)))
+    # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
+    still = torch.where(lowest, 0, x) - torch.where(lowest, 0, own)  # 0, which moves with x
+    apart = share * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
+    apart = torch.where(lowest & ~absent, -math.inf, torch.where(absent & ~lowest, math.inf, apart))
+    ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))
+    ratio = torch.where(m.p == 0, 0, ratio)
+    near = ratio.abs() < 1
+    growth = torch.where(near, ratio, 0).expm1()
+    difference = torch.where(close, m.p * growth, p.p - m.p)
+    terms = torch.where(near & (m.p > 0), m.p * less_log1p(growth), difference - m.p * ratio)
+    return terms.sum(-1).clamp(min=0), difference
+
+
+_taid = rowwise(taid_and_gradient)
