@@ -103,7 +103,6 @@ KINDS: dict[str, Kind] = {
     "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
     "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
     "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), axes=0, numbers=True),
-    "log_probs": Kind(lambda rng, n: -rng.exponential(2.0, n.batch), axes=0, fit=lambda x: -np.abs(x)),
     "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True),
     "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True),
     "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim)), fit=lambda x: np.clip(x, 0, 1)),

@@ -107,7 +107,9 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
 CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
 WITH_STATE = [loss for loss in LOSSES if loss.state]
 # those that take two arrays of a row an example, and nothing else
-OF_TWO = [x for x in LOSSES if all(kind.endswith(("logits", "features")) for kind in x.inputs.values())]
+OF_TWO = [
+    x for x in LOSSES if len(x.inputs) == 2 and all(k.endswith(("logits", "features")) for k in x.inputs.values())
+]
 
 
 def said(function: Callable, *arguments, **options) -> str:
