@@ -32,7 +32,7 @@ PAGES = pathlib.Path(__file__).parent.parent / "docs" / "moving"
 FIGURES = pathlib.Path(__file__).parent / "golden"
 T, C, N, DELTA = 4.0, 7, 4, 0.5
 FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / C": 1 / C, "1 / T²": 1 / T**2, "1 / (C T²)": 1 / (C * T**2)}
-FACTORS |= {"N": N}
+FACTORS |= {"N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
 
 rng = np.random.default_rng(0)
 S, TEACHER = rng.normal(size=(2, 5, C))
@@ -506,6 +506,13 @@ MOVES = {
             kdtorch.jsd_loss(s3, t3, beta=1 - SKEW, where=kept3),
         ),
         "`tv_distance(s, t, batch)`": lambda: released("tvd_tokens"),
+        "`skewed_reverse_kl(s, t, batch, lam)`": lambda: released("skew_reverse_kl"),
+        "ABKD: `ab_div(s, t, batch, alpha, beta)`": lambda: released("alpha_beta_tokens"),
+        "the same with `alpha=0`": lambda: released("alpha_beta_alpha0"),
+        "the same with `beta=0`, or `alpha + beta == 0`": lambda: (
+            *(theirs / ours for theirs, ours in map(released, ("alpha_beta_beta0", "alpha_beta_opposite"))),
+            1.0,
+        ),
     },
 }
 
@@ -515,6 +522,7 @@ def entropy(log_probabilities):
 
 
 # what has the same gradient: theirs and ours of the student's logits, and what theirs is larger by
+MIXED = log_softmax((1 - SKEW) * s3 + SKEW * t3)
 SAME_GRADIENT = {
     "torchtune": {
         "`ForwardKLLoss()(s, t, labels)`": (
@@ -550,6 +558,16 @@ SAME_GRADIENT = {
             ),
             lambda x: 0.7 * forward_kl(x) + 0.3 * reverse_kl(x),
             0.7 * entropy(log_q1),
+        ),
+        "`skewed_forward_kl(s, t, batch, lam)`": (
+            lambda x: mean_over_kept(-log_q1.exp() * (SKEW * log_q1.exp() + (1 - SKEW) * log_softmax(x).exp()).log()),
+            lambda x: kdtorch.skew_kl_loss(x, t3, skew=SKEW, where=kept3),
+            entropy(log_q1),
+        ),
+        "TAID: its loss at an interpolation λ": (
+            lambda x: mean_over_kept(-MIXED.exp() * log_softmax(x)),
+            lambda x: kdtorch.taid_loss(x, t3, interpolation=SKEW, where=kept3),
+            entropy(MIXED),
         ),
     },
 }
@@ -809,7 +827,7 @@ def test_js_distance_of_distillm_underflows():
     student = teacher = torch.tensor([[0.0, -104.0]])
     mixture = 0.5 * functional.softmax(student, -1) + 0.5 * functional.softmax(teacher, -1)
     assert (functional.softmax(student, -1) * mixture.log()).isnan().any()
-    assert kdtorch.jsd_loss(student, teacher) == 0
+    assert kdtorch.jsd_loss(student, teacher) == kdtorch.skew_kl_loss(student, teacher) == 0
 
 
 def test_trl_leaves_no_stand_ins():
