@@ -275,7 +275,9 @@ def _size(path: str, given: Any) -> int:
 
 def _options(name: str, loss: Callable[..., Any], given: Any) -> dict[str, Any]:
     given = _mapping(f"[{name!r}]", given, {"temperature": 4.0})
-    known = [p.name for p in parameters(loss).values() if p.kind is p.KEYWORD_ONLY and p.name not in NO_SETTINGS]
+    known = {p.name: p for p in parameters(loss).values() if p.kind is p.KEYWORD_ONLY and p.name not in NO_SETTINGS}
     if stray := sorted(set(given) - set(known), key=str):
-        raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must have settings of {known}, got {stray}")
+        raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must have settings of {list(known)}, got {stray}")
+    if missing := [key for key, p in known.items() if p.default is p.empty and key not in given]:
+        raise ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}] must give {missing}, which has no default, got {given}")
     return given

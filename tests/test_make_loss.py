@@ -328,6 +328,10 @@ MISTAKES = {
         changed(KD_LOSS_ARGS={"dkd": {"T": 4.0}}),
         r"KD_LOSS_ARGS\['dkd'\] must have settings of \['alpha', 'beta', 'temperature'\], got \['T'\]",
     ),
+    "a setting without a default": (
+        configuration("kd-taid"),
+        r"KD_LOSS_ARGS\['taid'\] must give \['interpolation'\], which has no default, got \{\}$",
+    ),
 }
 
 
@@ -379,7 +383,8 @@ def numeric_settings(name):
 def test_every_setting_is_checked_where_the_loss_is_built(name):
     """As a number that its own default may replace; the text is the same in both packages."""
     for setting in numeric_settings(name):
-        for wrong in ("4", None, float("nan"), float("inf"), -1.0, [1.0]):
+        negative = [] if name == "alpha_beta_loss" else [-1.0]  # its exponents may be
+        for wrong in ("4", None, float("nan"), float("inf"), *negative, [1.0]):
             said = []
             for f in BOTH:
                 with pytest.raises(
@@ -413,7 +418,9 @@ def test_every_loss_by_its_function(f):
     known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
     plain = [name for name in PUBLIC if name.removesuffix("_loss") not in ("dino", "dcn", "crcd", "uskd")]
     shorts = [name.removesuffix("_loss") for name in plain if name.removesuffix("_loss") not in FOUNDING]
-    config = configuration("-".join(["kd", *plain, *shorts]), [1.0] * len(plain + shorts))
+    given = {"taid_loss": {"interpolation": 0.4}}  # which has no default
+    given |= {name.removesuffix("_loss"): settings for name, settings in given.items()}
+    config = configuration("-".join(["kd", *plain, *shorts]), [1.0] * len(plain + shorts), KD_LOSS_ARGS=given)
     terms = f.jit(lambda feat: f.kd.make_loss(config, CLASSES, 20).terms(feat=feat, target=target))(feat)
     assert set(terms) == {*plain, *shorts}
 
@@ -422,7 +429,7 @@ def test_every_loss_by_its_function(f):
         for name in plain:
             function = getattr(f.kd, name)
             inputs = [p.name for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
-            values[name] = function(*(known[key] for key in inputs))
+            values[name] = function(*(known[key] for key in inputs), **given.get(name, {}))
         return values
 
     for name, value in f.jit(wanted)().items():

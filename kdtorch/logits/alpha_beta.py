@@ -165,11 +165,10 @@ def _excess(n: Tensor, a: float, b: float, growth: Callable[..., Tensor], power:
     is small, which a series is for.
     """
     total, size = a + b, abs(a) + abs(b)
-    near = size * -n < 1
-    small = torch.where(near, n, 0)
-    series = power(0.0) * _series(small, a, b)
     if size == 0:
-        return series
+        return power(0.0) * _series(n, a, b)
+    near = size * -n < 1
+    series = power(0.0) * _series(torch.where(near, n, 0), a, b)
     far = (growth(total) - growth(b)) / a if abs(a) >= abs(total) else (growth(a, b) - growth(b)) / total
     return torch.where(near, series, far)
 

@@ -41,6 +41,8 @@ def _series(r, a, b):
     """The same divided by more^(a+b), in powers of r, whose coefficients are sums of (a+b)^i b^j."""
     total, power, coefficient = 0.0, r * r / 2, np.longdouble(1)
     for n in range(2, 20):
+        if coefficient == 0 and a == 0:  # and so are all that follow
+            break
         total = total + power * coefficient
         power = power * r / (n + 1)
         coefficient = (a + b) * coefficient + b ** (n - 1)
