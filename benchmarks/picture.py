@@ -6,8 +6,20 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-COLOURS = {"direct": "#888888", "torch": "#d9542c", "compiled": "#e8a33d", "jax": "#2f6fb3"}
-NAMES = {"direct": "direct", "torch": "kdtorch", "compiled": "kdtorch, compiled", "jax": "kdjax, jit"}
+COLOURS = {
+    "direct": "#888888",
+    "direct-compiled": "#bbbbbb",
+    "torch": "#d9542c",
+    "compiled": "#e8a33d",
+    "jax": "#2f6fb3",
+}
+NAMES = {
+    "direct": "direct",
+    "direct-compiled": "direct, compiled",
+    "torch": "kdtorch",
+    "compiled": "kdtorch, compiled",
+    "jax": "kdjax, jit",
+}
 
 
 def draw(result: dict[str, Any], path: str) -> None:
@@ -17,18 +29,18 @@ def draw(result: dict[str, Any], path: str) -> None:
 
     bars = figure.add_subplot(grid[0, :])
     rows = [row for row in result["workloads"] if "direct" in row["seconds"]]
-    for i, name in enumerate(("torch", "compiled", "jax")):
+    names = [name for name in NAMES if name != "direct"]
+    for i, name in enumerate(names):
         ratios = [
             row["seconds"]["direct"]["median"] / row["seconds"][name]["median"] if name in row["seconds"] else 0
             for row in rows
         ]
-        bars.bar([x + 0.27 * (i - 1) for x in range(len(rows))], ratios, 0.25, color=COLOURS[name], label=NAMES[name])
+        places = [x + 0.2 * (i - (len(names) - 1) / 2) for x in range(len(rows))]
+        bars.bar(places, ratios, 0.18, color=COLOURS[name], label=NAMES[name])
     bars.axhline(1, color=COLOURS["direct"], linewidth=1)
     bars.set_yscale("log")
     bars.set_ylabel("times faster than direct")
-    bars.set_xticks(
-        range(len(rows)), [row["workload"].replace(", ", ",\n") for row in rows], rotation=40, ha="right", fontsize=8
-    )
+    bars.set_xticks(range(len(rows)), [row["workload"] for row in rows], rotation=55, ha="right", fontsize=8)
     bars.legend(frameon=False)
 
     for column, (loss, data) in enumerate(growth.items()):
