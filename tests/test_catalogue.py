@@ -1,6 +1,7 @@
 """The catalogue: every loss has a page, made of its docstrings and of docs/losses/NAME.md, and every number on it holds."""
 
 import contextlib
+import inspect
 import io
 import pathlib
 import re
@@ -147,6 +148,9 @@ def test_a_loss_without_a_name_of_its_own_is_configured_by_its_function():
         (name,) = loss.configured
         assert f"`{name}`" in catalogue.api(loss)
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
+        options = inspect.signature(getattr(kdtorch, loss.name)).parameters.values()
+        needed = {x.name: 0.5 for x in options if x.kind is x.KEYWORD_ONLY and x.default is x.empty}
+        model |= {"KD_LOSS_ARGS": {name: needed}}
         assert list(kdtorch.make_loss({"MODEL": model}, num_classes=3, num_data=10).losses) == [name]
 
 

@@ -189,7 +189,7 @@ def test_gradients_in_a_batch(loss, dtype):
     (inputs,) = draw(loss, Sizes((3,)), 0)
     inputs = TORCH.arrays(inputs, dtype)
     x = inputs[loss.learns[0]].requires_grad_()
-    values = getattr(TORCH.kd, loss.name)(**inputs, reduction="none")
+    values = per_example(TORCH.kd, loss)(**inputs, reduction="none")
     (each,) = torch.autograd.grad(values, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
     (whole,) = torch.autograd.grad(values.sum(), x)
     assert torch.equal(each.sum(0), whole)

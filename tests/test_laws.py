@@ -240,7 +240,7 @@ def test_chunks_of_a_sum_are_the_whole(f, loss):
         def total(free):
             given = {**free, **fixed}
             arguments = (given[k] for k in loss.inputs if k in given)
-            result = loss.of(f.kd)(*arguments, *state, where=where, reduction="sum", **options)
+            result = per_example(f.kd, loss)(*arguments, *state, where=where, reduction="sum", **options)
             value = result[0] if state else result
             return value, value
 
