@@ -216,7 +216,7 @@ def test_a_tie_has_the_sign_0(f, dtype):
         assert np.abs(slope - want).max() <= 16 * np.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.padding], ids=lambda x: x.title)
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.padding and x.value != "array"], ids=lambda x: x.title)
 @both
 def test_what_the_teacher_excludes_is_never_nan(f, loss):
     """A class at -inf in the second input alone, in every loss that knows padding: no NaN in value or gradient."""
@@ -231,7 +231,7 @@ def test_what_the_teacher_excludes_is_never_nan(f, loss):
         arrays = f.arrays(inputs, dtype)
 
         def total(x, arrays=arrays):
-            values = getattr(f.kd, loss.name)(**{**arrays, first: x}, reduction="none")
+            values = loss.of(f.kd)(**{**arrays, first: x}, reduction="none")
             return values.sum(), values
 
         slope, values = f.grad(total, has_aux=True)(arrays[first])

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -38,17 +39,10 @@ def page(monkeypatch, capsys):
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_the_table(page, package):
     text = page(package)
-    assert (
-        """
- dkd_loss            Decoupled knowledge    labels       Zhao et al., CVPR 2022
- dkd                 distillation: the
-                     label against the
-                     rest, and the rest
-                     among themselves.
-"""
-        in text
-    )
-    assert "crcd_loss           Complementary          index        Zhu et al., CVPR 2021" in text
+    # a line a name, and beside the first what the loss compares, needs and whose it is
+    assert re.search(r"^ dkd_loss +Decoupled .* labels +Zhao et al., CVPR", text, re.M)
+    assert re.search(r"^ dkd_loss .*\n dkd +\w+", text, re.M)
+    assert re.search(r"^ crcd_loss +Complementary +index +Zhu et al., CVPR", text, re.M)
     assert {line[1:].split(" ")[0] for line in text.splitlines()} >= {
         *losses(package),
         "kld",
@@ -60,13 +54,7 @@ def test_the_table(page, package):
 
 def test_the_table_of_both(page):
     text = page(kdlosses)
-    assert (
-        """
- dkd_loss            Decoupled          labels       Zhao et al., CVPR  kdjax
- dkd                 knowledge                       2022               kdtorch
-"""
-        in text
-    )
+    assert re.search(r"^ dkd_loss +Decoupled .* labels +Zhao et al., .* kdjax\n dkd +.* kdtorch$", text, re.M)
     assert {line[1:].split(" ")[0] for line in text.splitlines()} >= {*losses(kdjax), *losses(kdtorch), "kld", "rkd"}
     assert text.count("kdjax") == text.count("kdtorch") == len(losses(kdjax))
 
