@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import BOTH, JAX, TORCH
-from tiers import first
+from tiers import first, slow
 
 from kdtorch import _numerics as numerics
 from parity.calls import per_example
@@ -23,7 +23,7 @@ LEARNED = {
     if {"temperature", "student_temperature"} & set(loss.ranges)
 }
 learned = pytest.mark.parametrize("loss", [x for x in LOSSES if x.title in LEARNED], ids=lambda loss: loss.title)
-framework = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+framework = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 KEPT = np.array([True, False, True, True, False])
 
 
@@ -139,6 +139,7 @@ def test_its_second_derivatives(f, loss):
 
 
 @pytest.mark.slow
+@slow
 @learned
 def test_both_packages(loss):
     """The same numbers, for T, for the student beside it, and for the two mixed."""
