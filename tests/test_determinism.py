@@ -13,7 +13,7 @@ from tiers import slow
 from parity.cases import LOSSES
 
 TESTS = pathlib.Path(__file__).parent
-# a sum over a whole array or a product of matrices is divided among threads as there are threads
+# a sum over a whole array, a product of matrices, and PyTorch's gradient of a softmax are divided among threads as there are
 DEPENDS_ON_THREADS = {f"torch {loss.title}" for loss in LOSSES if loss.depends_on_threads}
 
 

@@ -39,6 +39,7 @@ ROWS = (
         infinite=True,
         laws=("dkd_is_kl",),
         memory=Memory(jax=5, torch=8),
+        depends_on_threads=True,
         benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=2.2, jax=3.5, memory=0.7),),
     ),
 )

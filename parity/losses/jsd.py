@@ -31,6 +31,7 @@ ROWS = (
         scale=2.0**-16,  # where student and teacher agree the oracle is left with its own rounding
         gradient_scale=2.0**-16,  # where the student is certain the oracle is left with its own rounding
         memory=Memory(jax=8, torch=9),
+        depends_on_threads=True,
         benchmarks=(
             Benchmark("128×1000", Sizes((128,), 1000), torch=1.1, jax=1.5, memory=1.0, options={"temperature": 4.0}),
             Benchmark("2×512×32,000", Sizes((2, 512), 32_000), torch=1.1, jax=1.5, memory=0.7),
