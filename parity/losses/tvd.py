@@ -27,6 +27,7 @@ ROWS = (
         shift_invariant=True,
         divergence=True,
         padding=True,
+        jumps=True,
         gradient_scale=2.0**-16,  # where the student is certain the oracle is left with its own rounding
         memory=Memory(jax=5, torch=10),
     ),
