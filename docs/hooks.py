@@ -50,9 +50,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for page, objects in public(package).items():
             content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
             files.append(File.generated(config, f"api/{page}", content="\n\n".join(content)))
-            for name, summary in objects.items():
-                pair = {"kdjax": (name, twin(name)), "kdtorch": ("", name)}.get(package)
-                if pair and (package == "kdjax" or not twin(name)):
+            for name, summary in objects.items() if package in TWINS else ():
+                if package == "kdjax" or not twin(name):
+                    pair = (name, twin(name)) if package == "kdjax" else ("", name)
                     rows.append(f"| {' | '.join(map(reference, pair))} | {summary} |")
     (index,) = (file for file in files if file.src_uri == "api/index.md")
     index.content_string = index.content_string.replace("TABLE", "\n".join(rows))
