@@ -116,8 +116,7 @@ class Loss:
         learns: the inputs that have a gradient.
         constant: the inputs of which the gradient must be exactly 0.
         options: settings worth a case each; the first is the ordinary one.
-        ranges: from where to where random draws take each setting: every option whose default is a number,
-            but for `forms`.
+        ranges: from where to where random draws take each setting that may be a number or an array.
         forms: values of each option that is no array because it chooses the formula: a number, or a text. Random draws
             take the values of one place together.
 

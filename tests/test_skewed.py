@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from test_divergences import INF, both, value_and_slope
 
+import kdtorch
 from parity.compare import ulps
 
 EXPONENTS = [(0.5, 0.5), (0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (1e-4, 1e-4), (0.5, -0.5), (-0.3, 1.2)]
@@ -116,3 +118,14 @@ def test_ends_of_the_interpolation(f):
         assert np.isfinite(slope).all()
         assert (slope[[1, 3], 2] == 0).all()
         assert slope[2, 2] > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+def test_exponents_that_move_under_a_compiler():
+    """A second number makes a symbol of an exponent, which may be below 0."""
+    torch._dynamo.reset()
+    student, teacher = (torch.from_numpy(x[:1]) for x in (STUDENT, TEACHER))
+    compiled = torch.compile(kdtorch.alpha_beta_loss, fullgraph=True, backend="eager")
+    for alpha, beta in EXPONENTS:
+        want = kdtorch.alpha_beta_loss(student, teacher, alpha=alpha, beta=beta)
+        assert float(compiled(student, teacher, alpha=alpha, beta=beta)) == pytest.approx(float(want), rel=1e-12)

@@ -157,9 +157,16 @@ def _series(x: jax.Array, a: float, b: float) -> jax.Array:
     """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
     size = (abs(a) + abs(b)) or 1.0
     total, b = (a + b) / size, b / size
+    coefficients, of_b = (
+        [1.0],
+        b,
+    )  # the sums of (a + b)^i b^j, without a power, which a compiler has of no negative number
+    for _ in range((12 if x.dtype == jnp.float32 else 20) - 2):
+        coefficients.append(total * coefficients[-1] + of_b)
+        of_b = of_b * b
     power, series = size * x, jnp.zeros_like(x)
-    for k in range(12 if x.dtype == jnp.float32 else 20, 1, -1):
-        series = series * power + sum(total**i * b ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
+    for k, coefficient in reversed(list(enumerate(coefficients, 2))):
+        series = series * power + coefficient / math.factorial(k)
     return x * x * series
 
 
