@@ -23,6 +23,14 @@ hypothesis.settings.register_profile("tests", max_examples=50, deadline=None, de
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The examples of Flax modules compile each of their layers."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.name.startswith(("kdjax.nn.", "parity.modules")):
+            item.add_marker(pytest.mark.slow)
+
+
 _tests = itertools.count(1)
 
 

@@ -123,6 +123,7 @@ def test_unknown_dtype():
         compare(jnp.square, torch.square, X, dtypes=["int8"])
 
 
+@slow
 @pytest.mark.parametrize("missing", ["jax", "torch"])
 def test_a_missing_framework_is_a_failure(missing):
     """Of the tool, of a comparison, never a skip."""

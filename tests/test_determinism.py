@@ -22,6 +22,7 @@ def here():
     return digests()
 
 
+@slow
 def test_a_second_call(here):
     assert digests() == here
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from spread import SIZES, UNEVEN, drawn
-from tiers import first, one_of_a_kind, slow
+from tiers import REPRESENTATIVES, first, one_of_a_kind, only, slow
 
 import kdjax
 from parity.calls import per_example
@@ -203,8 +203,11 @@ def inside(loss, where, vma=False, **options):
 
 @pytest.mark.parametrize(
     ("loss", "where"),
-    [(x, None) for x in LOSSES]
-    + [(x, UNEVEN) for x in LOSSES if x.name in ("kl_loss", "dino_loss", "difference_kl_loss")],
+    only(
+        lambda x: x[0].name in REPRESENTATIVES and x[1] is None,
+        [(x, None) for x in LOSSES]
+        + [(x, UNEVEN) for x in LOSSES if x.name in ("kl_loss", "dino_loss", "difference_kl_loss")],
+    ),
     ids=lambda x: getattr(x, "title", "all" if x is None else "uneven"),
 )
 def test_collectives(loss, where):
@@ -224,7 +227,7 @@ def test_collectives(loss, where):
 COOLED = [(loss, name) for loss in LOSSES for name in ("temperature", "student_temperature") if name in loss.ranges]
 
 
-@pytest.mark.parametrize(("loss", "name"), COOLED, ids=lambda x: getattr(x, "title", ""))
+@pytest.mark.parametrize(("loss", "name"), first(1, COOLED), ids=lambda x: getattr(x, "title", ""))
 def test_the_gradient_of_a_temperature(loss, name):
     """That of the whole batch."""
     (inputs, *_), state = given(loss, UNEVEN)
@@ -243,10 +246,11 @@ def test_the_gradient_of_a_temperature(loss, name):
 
 
 CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
-with_state = pytest.mark.parametrize("loss", [x for x in LOSSES if x.state], ids=lambda loss: loss.title)
+with_state = pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if x.state), ids=lambda loss: loss.title)
 
 
-@pytest.mark.parametrize("places", first(1, ["uniform", "all of one device"]))
+@slow
+@pytest.mark.parametrize("places", ["uniform", "all of one device"])
 def test_memories_in_shards(places):
     """Each device holds its rows of CRCD's memories; the rows of the batch travel, the memories do not."""
     step, arguments = inside(CRCD, UNEVEN, sharded_memory=True)
@@ -331,9 +335,10 @@ def test_a_combined_loss_hands_the_axis_on():
     assert float(parts.mean()) == pytest.approx(float(whole), rel=1e-6)
 
 
+@slow
 @pytest.mark.parametrize(
     "loss",
-    first(1, [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")]),
+    [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")],
     ids=lambda x: x.title,
 )
 def test_a_mesh_of_explicit_axes(loss):

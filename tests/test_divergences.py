@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import JAX, TORCH
-from tiers import first
+from tiers import first, slow
 
 from parity.cases import LOSSES, Sizes, draw
 from parity.compare import ulps
@@ -263,6 +263,7 @@ def test_kernels(name, most):
     assert 8 <= len(kernels) <= most, kernels
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @every
 def test_compiled(name, settings):

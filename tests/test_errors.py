@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import BOTH, JAX, TORCH
-from tiers import first
+from tiers import first, slow
 
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 LOGITS, LABELS, MAP = np.zeros((4, 10)), np.zeros(4, int), np.zeros((2, 8, 8, 3))
@@ -750,6 +750,7 @@ except ValueError as error:
 """
 
 
+@slow
 @pytest.mark.parametrize(("f", "code"), [(JAX, UNCHECKED), (TORCH, UNCHECKED_TORCH)], ids=["kdjax", "kdtorch"])
 def test_the_switch_of_the_check(f, code):
     """Without the check one row is broadcast; what the losses themselves refuse they still do, and autocast is left."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import TORCH
-from tiers import first
+from tiers import first, slow
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdtorch
@@ -131,6 +131,7 @@ def test_what_is_no_function_of_rows(fused, name):
     assert count() == (0, 0)
 
 
+@slow
 def test_a_compiled_kernel(fused):
     """By PyTorch's own compiler: one program for many sizes, and of the logits' size the gradient and p - q in float32, which
     the compiler keeps while it sums them."""
@@ -162,7 +163,7 @@ LEADING = [(x, masked) for x in OF_ROWS if x.leading for masked in (False, True)
 
 
 @pytest.mark.parametrize(
-    ("loss", "masked"), first(4, LEADING), ids=lambda x: getattr(x, "title", "masked" if x else "all")
+    ("loss", "masked"), first(2, LEADING), ids=lambda x: getattr(x, "title", "masked" if x else "all")
 )
 def test_at_most_two_graphs(fused, loss, masked):
     """For one row and for more, whatever the sizes, the number of axes and the settings."""
@@ -207,7 +208,7 @@ def test_second_derivative(fused, loss):
 
 
 @pytest.mark.parametrize(
-    "loss", first(2, [x for x in OF_ROWS if "temperature" in x.ranges]), ids=lambda loss: loss.title
+    "loss", first(1, [x for x in OF_ROWS if "temperature" in x.ranges]), ids=lambda loss: loss.title
 )
 @pytest.mark.parametrize("both", [False, True], ids=["alone", "with the student"])
 def test_a_temperature_that_learns(fused, loss, both):

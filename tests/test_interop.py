@@ -22,7 +22,7 @@ import torch
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH
 from test_make_loss import ALL, CLASSES, configuration
-from tiers import first
+from tiers import first, one_of_a_kind, slow
 
 import kdjax
 import kdjax.interop
@@ -160,6 +160,7 @@ def flax_network():
     return net
 
 
+@slow
 def test_inside_jit_a_teacher_is_a_constant():
     module = network()
     teacher = kdjax.interop.torch_teacher(module, inside_jit=True)
@@ -394,7 +395,7 @@ def in_jax(loss, function, inputs):
     return value, slopes, state
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
+@pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 @pytest.mark.parametrize("name", ["jax_loss", "torch_loss"])
 def test_every_loss_crosses(name, loss):
     """A loss of one package, called from the other, gives the value, the gradients and the state of kdtorch's own."""
@@ -571,7 +572,7 @@ def settings(module):
     return {k: v for k, v in own.items() if k not in ("use_running_average", "reads")}
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float64") for name in MODULES), ("crcd", "float32")])
+@pytest.mark.parametrize(("name", "dtype"), first(2, [*((name, "float64") for name in MODULES), ("crcd", "float32")]))
 def test_modules_cross_and_come_back(name, dtype, tmp_path):
     module = MODULES[name]()
     floats = nnx.state(module, lambda path, x: jnp.issubdtype(x[...].dtype, jnp.floating))
@@ -994,6 +995,7 @@ print(changed)
 """
 
 
+@slow
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path / "file"], capture_output=True, text=True, check=False, cwd=ROOT

@@ -25,6 +25,7 @@ from kdlosses.config import READS, by_function, parameters, read
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
+torch_first = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 BATCH, DIM, WIDE, CLASSES = 6, 8, 10, 5
 
 
@@ -45,7 +46,7 @@ def configuration(names, weights=None, **model):
     return {"MODEL": model, "SOLVER": {"MAX_EPOCHS": 100}}
 
 
-@both
+@torch_first
 @pytest.mark.parametrize("dtype", first(1, ["float64", "float32"]))
 @pytest.mark.parametrize("path", [p for p in FILES if "make_loss" in p.stem], ids=lambda p: p.stem)
 def test_published_figures(path, f, dtype):
@@ -170,7 +171,7 @@ def test_settings_reach_modules(f):
     assert loss.losses["crcd"].num_negatives == 7
 
 
-@both
+@torch_first
 def test_state_moves_in_training_mode_only(f):
     loss = f.kd.make_loss(configuration("kd-dino-crcd"), CLASSES, 20)
     feat, target = batch(f)
@@ -409,7 +410,7 @@ def given_by_name(f):
     return feat, target
 
 
-@both
+@torch_first
 def test_every_loss_by_its_function(f):
     """With `_loss` and without: the function with its own settings, of inputs that its parameters' names say."""
     feat, target = given_by_name(f)
@@ -562,7 +563,7 @@ def warm_up(epoch):
     return min(epoch / 20, 1.0)
 
 
-@both
+@torch_first
 def test_weights_that_are_functions_of_the_epoch(f):
     feat, target = batch(f)
     schedules = [optax.linear_schedule(0.0, 2.0, 10), warm_up, lambda epoch: f.array(np.array(0.5)), 3]

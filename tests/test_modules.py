@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 from frameworks import BOTH, JAX, TORCH, set_parameter
-from tiers import first
+from tiers import first, slow
 from torch.nn import functional
 
 import kdjax.nn
@@ -99,6 +99,7 @@ def released(review, maps, sizes, training):
     return outputs[::-1]
 
 
+@slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("setting", first(1, RESIZED))
 def test_connectors_resize_as_released(setting, training):
@@ -179,6 +180,7 @@ def test_wrong_sizes(f, given, message):
         module.ABF(3, 4, 5, False, out_shapes=2.5, **rngs)
 
 
+@slow
 @pytest.mark.parametrize("embed", ["linear", "nonlinear", "none"])
 def test_crcd(embed):
     """Three steps from the same weights, memories and negatives."""
@@ -217,6 +219,7 @@ def test_crcd_stops_at_the_teachers_features():
     assert theirs.teacher_head.weight.grad.any()
 
 
+@slow
 def test_negatives_are_drawn_anew():
     ours = kdjax.nn.CRCDLoss(4, 4, 4, 50, num_negatives=5, rngs=nnx.Rngs(0))
     x, index = jax.random.normal(jax.random.key(0), (3, 4), "float32"), jnp.arange(3)
@@ -225,6 +228,7 @@ def test_negatives_are_drawn_anew():
     assert not np.array_equal(before, jax.random.key_data(ours.key[...]))
 
 
+@slow
 def test_a_state_of_numpy():
     """As every other array of kdjax, a state may be of NumPy."""
     memories = [np.eye(4, 3), np.ones((4, 3)), np.zeros(()), np.zeros(())]
@@ -264,6 +268,7 @@ def test_heads_have_a_precision_of_their_own():
                 assert torch.isfinite(value)
 
 
+@slow
 def test_half_precision_features():
     for module, array in (
         (kdjax.nn.USKDLoss(8, 10, rngs=nnx.Rngs(0)), lambda x: jnp.asarray(x, "bfloat16")),

@@ -42,8 +42,9 @@ def test_random_draws(seeds, loss):
         assert comparison.passed, f"\n{comparison}"
 
 
+@slow
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
-@pytest.mark.parametrize(("size", "every"), first(1, [(8, False), (8, True), (10, True)]))
+@pytest.mark.parametrize(("size", "every"), [(8, False), (8, True), (10, True)])
 def test_in_blocks(size, every, loss, monkeypatch):
     """PyTorch on a CPU takes large batches in blocks: here of a row, of two rows and the one that is left."""
     modules = [x for name, x in sys.modules.items() if name.startswith("kdtorch") and hasattr(x, "BLOCK")]
@@ -54,6 +55,7 @@ def test_in_blocks(size, every, loss, monkeypatch):
         assert comparison.passed, f"\n{comparison}"
 
 
+@slow
 def test_a_step_of_every_entry_gives_what_a_step_of_all_examples_gives():
     """The oracle moves all examples at once where none has a part in another's value."""
     for loss in (x for x in LOSSES if not x.batch_coupled):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_divergences import INF, both, value_and_slope
+from tiers import slow
 
 import kdtorch
 from parity.compare import ulps
@@ -120,6 +121,7 @@ def test_ends_of_the_interpolation(f):
         assert slope[2, 2] > 0
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 def test_exponents_that_move_under_a_compiler():
     """A second number makes a symbol of an exponent, which may be below 0."""

@@ -120,6 +120,7 @@ def test_the_loss_of_what_is_read(f, tmp_path):
     assert 0 < f.numpy(some) < f.numpy(full)
 
 
+@slow
 def test_tokens_and_half_precision_teachers(tmp_path):
     """Logits with axes between, in bfloat16; many classes."""
     logits = RNG.normal(size=(6, 5, 70_000)).astype(np.float32)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import JAX, TORCH
-from tiers import first
+from tiers import first, slow
 
 from kdjax.logits.uld import _argsort, _by_digits, _descending, _keys
 
@@ -99,6 +99,7 @@ def test_near_equality(f, dtype, distance):
     assert np.abs(value / np.abs(p - q).sum(-1) - 1).max() <= 16 * np.finfo(dtype).eps + 2 * rounding
 
 
+@slow
 @pytest.mark.parametrize("classes", [2, 3, 255, 256, 257, 70_000])
 def test_a_sort_by_digits_is_a_stable_sort(classes):
     rng = np.random.default_rng(3)
