@@ -643,7 +643,7 @@ def kl_of_tilt(tilted: Tilt) -> Tensor:
 
 def nearly_equal(value: Tensor) -> bool:
     """Whether a divergence is so small in all rows that a difference of large numbers has few digits of it."""
-    return bool(value.amax() < 4e-3)
+    return float(value.amax()) < 4e-3
 
 
 def softmaxes(x: Tensor, y: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor, Tensor]:

