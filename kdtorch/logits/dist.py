@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from kdtorch._collectives import all_sum, check_batch, size
 from kdtorch._numerics import (
     check_classes,
+    eager_on_cpu,
     non_negative,
     positive,
     promote,
     pulled_back,
+    quick_softmax,
     scalar,
+    softmax_pulled_back,
     softmaxes,
     with_gradients,
 )
@@ -113,30 +117,59 @@ def _value_and_gradients(
     of_student: bool,
     of_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of which the mean over ranks is the loss of the whole batch, and its gradients with respect to this rank's rows and T."""
+    """Of which the mean over ranks is the loss of the whole batch, and its gradients with respect to this rank's rows and T.
+
+    Where student and teacher are near, p - q is computed such that it keeps its digits.
+    """
     x, y = zero_masked(kept, *promote(x, y))
-    number, ranks = _number(x, kept, x.dtype, group), size(group)
-    p, q, apart = zero_masked(kept, *softmaxes(x, y, temperature))
-    used = _used(x, y, kept, group)
+    eager, apart = eager_on_cpu(x, y, temperature), None
+    if eager:
+        p, q = zero_masked(kept, *(quick_softmax(z, float(temperature)) for z in (x, y)))
+    else:
+        p, q, apart = zero_masked(kept, *softmaxes(x, y, temperature))
+    number, ranks, used = _number(x, kept, x.dtype, group), size(group), _used(x, y, kept, group)
     classes = used.sum().clamp(min=1)
-    level = used / classes  # the mean of a row, which sums to one
-    rows = p - level, q - level, apart
-    columns = _centered((p, q, apart), kept, number, group)
-    of_rows, by_row = _gap(*rows, eps, 1)
-    of_columns, by_column = _gap(*columns, eps, 0, group)
-    (row,) = zero_masked(kept, torch.ones_like(of_rows) * beta * ranks / number)
-    column = gamma * used / classes
-    value = temperature**2 * ((row * of_rows).sum() + (column * of_columns).sum())
-    gradient = cooling = value.new_empty(0)
+    (row,) = zero_masked(kept, torch.ones_like(x[:, :1]) * beta / number)
+    relations = functools.partial(_relations, row, gamma * used / classes, used / classes, number, kept, eps, group)
+    value, gradient = relations(p, q, apart)
+    if eager and bool(all_sum(value, group) < 0.1 * ranks * (beta + gamma)):
+        (apart,) = zero_masked(kept, softmaxes(x, y, temperature)[2])
+        value, gradient = relations(p, q, apart)
+    value, cooling = temperature**2 * value, value
     if of_student or of_temperature:
-        gradient = temperature * pulled_back(row * by_row + ranks * column * by_column, p)
-        (gradient,) = zero_masked(kept, gradient)
+        (gradient,) = zero_masked(kept, temperature * _pulled_back(gradient, p))
     if of_temperature:
-        _, by_row = _gap(*_turned(*rows), eps, 1)
-        _, by_column = _gap(*_turned(*columns), eps, 0, group)
-        of_teacher = temperature * pulled_back(row * by_row + ranks * column * by_column, q)
-        cooling = (2 * value - _moment(gradient, x) - _moment(of_teacher, y)) / temperature
+        _, of_teacher = relations(q, p, None if apart is None else -apart)
+        moments = _moment(gradient, x) + _moment(temperature * _pulled_back(of_teacher, q), y)
+        cooling = (2 * value - moments) / temperature
     return value, gradient, cooling
+
+
+def _relations(
+    row: Tensor,
+    column: Tensor,
+    level: Tensor,
+    number: Tensor | int,
+    kept: Tensor | None,
+    eps: Scalar,
+    group: ProcessGroup | None,
+    p: Tensor,
+    q: Tensor,
+    apart: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of 1 - rho of this rank's rows, and of all columns, each times its weight, and its gradient by p.
+
+    Args:
+        row: the weights of the rows, 0 of those that are masked.
+        column: the weights of the columns, 0 of those that are not used.
+        level: what an entry is in the mean, which is what a row that sums to 1 is centred by.
+        apart: p - q, where they are near.
+    """
+    ranks = size(group)
+    columns = _centered((p, q) if apart is None else (p, q, apart), kept, number, group)
+    of_rows, by_row = _gap(p - level, q - level, apart, ranks * row, eps, 1)
+    of_columns, by_column = _gap(*columns[:2], None if apart is None else columns[2], ranks * column, eps, 0, group)
+    return of_rows + of_columns / ranks, by_row + by_column
 
 
 _of_batch = with_gradients(_value_and_gradients, learns=2)
@@ -159,35 +192,53 @@ def _centered(
 
 
 def _gap(
-    x: Tensor, y: Tensor, apart: Tensor, eps: Scalar, axis: int, group: ProcessGroup | None = None
+    x: Tensor,
+    y: Tensor,
+    apart: Tensor | None,
+    weight: Tensor,
+    eps: Scalar,
+    axis: int,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """1 - rho of the rows or columns of x and y, centred, of which `apart` is the difference, and its gradient by x.
+    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, and its gradient by x.
 
-    It is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, which comes from `apart` so
-    that it keeps its digits where x and y are near. The unit vector of 0 is 0, and its gradient -y / eps.
+    1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, of which that of 0 is 0,
+    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If x - y is given, as `apart`, u comes from that, so that
+    it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
     """
 
     def dots(*pairs: tuple[Tensor, Tensor]) -> Tensor:
         return all_sum(torch.stack([torch.linalg.vecdot(a, b, dim=axis).unsqueeze(axis) for a, b in pairs]), group)
 
-    square_x, square_y, along = dots((x, x), (y, y), (apart, x + y))
+    square_x, square_y, along = dots((x, x), (y, y), (x, y) if apart is None else (apart, x + y))
     length_x, length_y = square_x.sqrt(), square_y.sqrt()
+    inverse_x, inverse_y = _inverse(length_x), _inverse(length_y)
     product = length_x * length_y
-    longer = _ratio(along, length_x + length_y)  # by so much is x longer than y
-    shorter = torch.where(length_x < length_y, x, y)
-    apart = _ratio(apart, torch.maximum(length_x, length_y)) - _ratio(longer, product) * shorter
-    (square,) = dots((apart, apart))
-    gap = (product * square / 2 + eps) / (product + eps)
-    return gap, length_y / (product + eps) * (apart - _ratio(gap, length_x) * x)
+    pull = weight * length_y / (product + eps)
+    if apart is None:
+        gap = (product - along + eps) / (product + eps)
+        gradient = torch.addcmul(pull * (1 - gap) * inverse_x * x, -pull * inverse_y, y)
+    else:
+        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
+        shorter = length_x < length_y
+        u = torch.addcmul(_inverse(torch.maximum(length_x, length_y)) * apart, -torch.where(shorter, longer, 0), x)
+        u = torch.addcmul(u, -torch.where(shorter, 0, longer), y)
+        (square,) = dots((u, u))
+        gap = (product * square / 2 + eps) / (product + eps)
+        gradient = torch.addcmul(pull * u, -pull * gap * inverse_x, x)
+    return (weight * gap).sum(), gradient
 
 
-def _ratio(x: Tensor, length: Tensor) -> Tensor:
-    """x / length; 0 where the length is."""
-    return torch.where(length == 0, 0, x / length)
+def _inverse(length: Tensor) -> Tensor:
+    """1 / length; 0 where that is 0."""
+    return torch.where(length == 0, 0, 1 / length)
 
 
-def _turned(x: Tensor, y: Tensor, apart: Tensor) -> tuple[Tensor, ...]:
-    return y, x, -apart
+def _pulled_back(gradient: Tensor, p: Tensor) -> Tensor:
+    """`pulled_back`, in few kernels where they are fast; no entry is infinite."""
+    if not eager_on_cpu(gradient, p):
+        return pulled_back(gradient, p)
+    return softmax_pulled_back(gradient - torch.linalg.vecdot(gradient, p).unsqueeze(-1), p)
 
 
 def _moment(gradient: Tensor, x: Tensor) -> Tensor:
