@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,30 +115,29 @@ def _value_and_gradient(
     Where student and teacher are near, p - q is computed such that it keeps its digits.
     """
     x, y = zero_masked(kept, x, y)
-    p, q = zero_masked(kept, softmax(x, temperature).p, softmax(y, temperature).p)
     number, devices, used = _number(x, kept, x.dtype, axis_name), size(axis_name), _used(x, y, kept, axis_name)
     classes = jnp.maximum(used.sum(), 1)
+    p, q = (_above_mean(z, used / classes, temperature, kept, axis_name) for z in (x, y))
     (row,) = zero_masked(kept, jnp.full_like(x[:, :1], 1) * beta / number)
-    relations = functools.partial(_relations, row, gamma * used / classes, used / classes, number, kept, eps, axis_name)
+    relations = functools.partial(_relations, row, gamma * used / classes, number, kept, eps, axis_name)
     far = relations(p, q, None)
     value, gradient = jax.lax.cond(
         all_sum(far[0], axis_name) < 0.1 * devices * (beta + gamma),
         lambda: relations(p, q, zero_masked(kept, softmaxes(x, y, temperature)[2])[0]),
         lambda: far,
     )
-    return temperature**2 * value, zero_masked(kept, temperature * pulled_back(gradient, p))[0]
+    return temperature**2 * value, zero_masked(kept, temperature * pulled_back(gradient, p.p))[0]
 
 
 def _relations(
     row: jax.Array,
     column: jax.Array,
-    level: jax.Array,
     number: jax.Array | int,
     kept: jax.Array | None,
     eps: Scalar,
     axis_name: AxisName | None,
-    p: jax.Array,
-    q: jax.Array,
+    p: _Probabilities,
+    q: _Probabilities,
     apart: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of 1 - rho of this device's rows, and of all columns, each times its weight, and its gradient by p.
@@ -145,22 +145,47 @@ def _relations(
     Args:
         row: the weights of the rows, 0 of those that are masked.
         column: the weights of the columns, 0 of those that are not used.
-        level: what an entry is in the mean, which is what a row that sums to 1 is centred by.
+        number: of kept rows on all devices.
         apart: p - q, where they are near.
     """
-    devices = size(axis_name)
-    columns = _centered((p, q) if apart is None else (p, q, apart), kept, number, axis_name)
-    of_rows, by_row = _gap(p - level, q - level, apart, devices * row, eps, 1)
-    of_columns, by_column = _gap(
-        *columns[:2], None if apart is None else columns[2], devices * column, eps, 0, axis_name
-    )
+    devices, difference = size(axis_name), () if apart is None else (apart,)
+    of_rows, by_row = _gap((p.in_rows, q.in_rows, *difference), devices * row, eps, 1)
+    columns = _centered((p.in_columns, q.in_columns, *difference), kept, number, axis_name)
+    of_columns, by_column = _gap(columns, devices * column, eps, 0, axis_name)
     return of_rows + of_columns / devices, by_row + by_column
 
 
 def _used(x: jax.Array, y: jax.Array, kept: jax.Array | None, axis_name: AxisName | None) -> jax.Array:
     """1 for each class that is above -inf in some kept row, in student or teacher."""
     (above,) = zero_masked(kept, (jnp.maximum(x, y) > -jnp.inf).astype(x.dtype))
-    return jnp.minimum(all_sum(above.sum(0, keepdims=True), axis_name), 1)
+    return jnp.minimum(all_sum(_sum(above, 0), axis_name), 1)
+
+
+class _Probabilities(NamedTuple):
+    """p = softmax(x / T), p less the mean of its row, and what of the two is to be centred by columns."""
+
+    p: jax.Array
+    in_rows: jax.Array
+    in_columns: jax.Array
+
+
+def _above_mean(
+    x: jax.Array, mean: jax.Array, temperature: Scalar, kept: jax.Array | None, axis_name: AxisName | None
+) -> _Probabilities:
+    """Where rows are nearly uniform, what they are above their mean is computed such that it keeps its digits."""
+    largest, (p, peak, log_total) = mean.max(), softmax(x, temperature)
+    p, above = zero_masked(kept, p, p - mean)
+    uniform = jnp.square(above).sum(-1) < 0.01 * largest
+    apart = all_sum((~uniform if kept is None else ~uniform & kept).sum(), axis_name)
+
+    def careful() -> jax.Array:
+        ratio = jnp.maximum((x - peak) / temperature, -1e5) - (log_total + jnp.log(largest))
+        near = ratio < 1
+        above = jnp.where(near, mean * jnp.expm1(jnp.where(near, ratio, 0)), p - mean)
+        return zero_masked(kept, above - mean * above.sum(-1, keepdims=True))[0]
+
+    above = jax.lax.cond((uniform if kept is None else uniform & kept).any(), careful, lambda: above)
+    return _Probabilities(p, above, jnp.where(apart == 0, above, p))
 
 
 def _centered(
@@ -174,35 +199,30 @@ def _centered(
 
 
 def _gap(
-    x: jax.Array,
-    y: jax.Array,
-    apart: jax.Array | None,
-    weight: jax.Array,
-    eps: Scalar,
-    axis: int,
-    axis_name: AxisName | None = None,
+    arrays: tuple[jax.Array, ...], weight: jax.Array, eps: Scalar, axis: int, axis_name: AxisName | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, and its gradient by x.
+    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, the first two arrays, and its gradient by x.
 
     1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, of which that of 0 is 0,
-    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If x - y is given, as `apart`, u comes from that, so that
-    it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
+    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If there is a third array, x - y, u comes from that, so
+    that it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
     """
 
     def dots(*pairs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         return all_sum(tuple(_sum(a * b, axis) for a, b in pairs), axis_name)
 
-    square_x, square_y, along = dots((x, x), (y, y), (x, y) if apart is None else (apart, x + y))
+    x, y, *apart = arrays
+    square_x, square_y, along = dots((x, x), (y, y), (apart[0], x + y) if apart else (x, y))
     length_x, length_y = _root(square_x), _root(square_y)
     inverse_x, inverse_y = _inverse(length_x), _inverse(length_y)
     product = length_x * length_y
     pull = weight * length_y / (product + eps)
-    if apart is None:
+    if not apart:
         gap = (product - along + eps) / (product + eps)
         gradient = pull * (1 - gap) * inverse_x * x - pull * inverse_y * y
     else:
         longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
-        u = _inverse(jnp.maximum(length_x, length_y)) * apart - longer * jnp.where(length_x < length_y, x, y)
+        u = _inverse(jnp.maximum(length_x, length_y)) * apart[0] - longer * jnp.where(length_x < length_y, x, y)
         (square,) = dots((u, u))
         gap = (product * square / 2 + eps) / (product + eps)
         gradient = pull * u - pull * gap * inverse_x * x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from kdtorch._numerics import (
     pulled_back,
     quick_softmax,
     scalar,
+    softmax,
     softmax_pulled_back,
     softmaxes,
     with_gradients,
@@ -122,25 +124,23 @@ def _value_and_gradients(
     Where student and teacher are near, p - q is computed such that it keeps its digits.
     """
     x, y = zero_masked(kept, *promote(x, y))
-    eager, apart = eager_on_cpu(x, y, temperature), None
-    if eager:
-        p, q = zero_masked(kept, *(quick_softmax(z, float(temperature)) for z in (x, y)))
-    else:
-        p, q, apart = zero_masked(kept, *softmaxes(x, y, temperature))
     number, ranks, used = _number(x, kept, x.dtype, group), size(group), _used(x, y, kept, group)
     classes = used.sum().clamp(min=1)
+    p, q = (_above_mean(z, used / classes, temperature, kept, group) for z in (x, y))
     (row,) = zero_masked(kept, torch.ones_like(x[:, :1]) * beta / number)
-    relations = functools.partial(_relations, row, gamma * used / classes, used / classes, number, kept, eps, group)
+    relations = functools.partial(_relations, row, gamma * used / classes, number, kept, eps, group)
+    eager = eager_on_cpu(x, y, temperature)
+    apart = None if eager else zero_masked(kept, softmaxes(x, y, temperature)[2])[0]
     value, gradient = relations(p, q, apart)
     if eager and bool(all_sum(value, group) < 0.1 * ranks * (beta + gamma)):
         (apart,) = zero_masked(kept, softmaxes(x, y, temperature)[2])
         value, gradient = relations(p, q, apart)
     value, cooling = temperature**2 * value, value
     if of_student or of_temperature:
-        (gradient,) = zero_masked(kept, temperature * _pulled_back(gradient, p))
+        (gradient,) = zero_masked(kept, _pulled_back(gradient, p.p).mul_(temperature))
     if of_temperature:
         _, of_teacher = relations(q, p, None if apart is None else -apart)
-        moments = _moment(gradient, x) + _moment(temperature * _pulled_back(of_teacher, q), y)
+        moments = _moment(gradient, x) + _moment(temperature * _pulled_back(of_teacher, q.p), y)
         cooling = (2 * value - moments) / temperature
     return value, gradient, cooling
 
@@ -148,13 +148,12 @@ def _value_and_gradients(
 def _relations(
     row: Tensor,
     column: Tensor,
-    level: Tensor,
     number: Tensor | int,
     kept: Tensor | None,
     eps: Scalar,
     group: ProcessGroup | None,
-    p: Tensor,
-    q: Tensor,
+    p: _Probabilities,
+    q: _Probabilities,
     apart: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of 1 - rho of this rank's rows, and of all columns, each times its weight, and its gradient by p.
@@ -162,13 +161,13 @@ def _relations(
     Args:
         row: the weights of the rows, 0 of those that are masked.
         column: the weights of the columns, 0 of those that are not used.
-        level: what an entry is in the mean, which is what a row that sums to 1 is centred by.
+        number: of kept rows on all ranks.
         apart: p - q, where they are near.
     """
-    ranks = size(group)
-    columns = _centered((p, q) if apart is None else (p, q, apart), kept, number, group)
-    of_rows, by_row = _gap(p - level, q - level, apart, ranks * row, eps, 1)
-    of_columns, by_column = _gap(*columns[:2], None if apart is None else columns[2], ranks * column, eps, 0, group)
+    ranks, difference = size(group), () if apart is None else (apart,)
+    of_rows, by_row = _gap((p.in_rows, q.in_rows, *difference), ranks * row, eps, 1)
+    columns = _centered((p.in_columns, q.in_columns, *difference), kept, number, group)
+    of_columns, by_column = _gap(columns, ranks * column, eps, 0, group)
     return of_rows + of_columns / ranks, by_row + by_column
 
 
@@ -177,55 +176,81 @@ _of_batch = with_gradients(_value_and_gradients, learns=2)
 
 def _used(x: Tensor, y: Tensor, kept: Tensor | None, group: ProcessGroup | None) -> Tensor:
     """1 for each class that is above -inf in some kept row, in student or teacher."""
-    (above,) = zero_masked(kept, (torch.maximum(x, y) > -math.inf).to(x.dtype))
-    return all_sum(above.sum(0, keepdim=True), group).clamp(max=1)
+    number = x.new_full((1, x.shape[1]), len(x))
+    if not (eager_on_cpu(x, y) and kept is None and bool((x.sum(0) + y.sum(0)).isfinite().all())):
+        (above,) = zero_masked(kept, (torch.maximum(x, y) > -math.inf).to(x.dtype))
+        number = above.sum(0, keepdim=True)
+    return all_sum(number, group).clamp(max=1)
+
+
+class _Probabilities(NamedTuple):
+    """p = softmax(x / T), p less the mean of its row, and what of the two is to be centred by columns."""
+
+    p: Tensor
+    in_rows: Tensor
+    in_columns: Tensor
+
+
+def _above_mean(
+    x: Tensor, mean: Tensor, temperature: Tensor, kept: Tensor | None, group: ProcessGroup | None
+) -> _Probabilities:
+    """Where rows are nearly uniform, what they are above their mean is computed such that it keeps its digits."""
+    eager, largest = eager_on_cpu(x, temperature), mean.amax()
+    p = quick_softmax(x, float(temperature)) if eager else softmax(x, temperature).p
+    p, above = zero_masked(kept, p, p - mean)
+    uniform = torch.linalg.vector_norm(above, dim=1).square() < 0.01 * largest
+    apart = all_sum((~uniform if kept is None else ~uniform & kept).sum(), group)
+    if eager and not bool((uniform if kept is None else uniform & kept).any()):
+        return _Probabilities(p, above, p)
+    _, peak, log_total = softmax(x, temperature)
+    ratio = torch.maximum((x - peak) / temperature, x.new_full((), -1e5)) - (log_total + largest.log())
+    near = ratio < 1
+    above = torch.where(near, mean * torch.where(near, ratio, 0).expm1(), p - mean)
+    (above,) = zero_masked(kept, above - mean * above.sum(-1, keepdim=True))
+    return _Probabilities(p, above, torch.where(apart == 0, above, p))
 
 
 def _centered(
     arrays: tuple[Tensor, ...], kept: Tensor | None, number: Tensor | int, group: ProcessGroup | None
 ) -> tuple[Tensor, ...]:
     """Less the mean of each column over kept rows; twice, so that a column of equal entries is 0 to the last digit."""
-    for _ in range(2):
-        sums = all_sum(torch.stack([x.sum(0, keepdim=True) for x in arrays]), group)
-        arrays = zero_masked(kept, *(x - total / number for x, total in zip(arrays, sums, strict=True)))
+    for again in (False, True):
+        means = all_sum(torch.stack([x.sum(0, keepdim=True) for x in arrays]), group) / number
+        pairs = zip(arrays, means, strict=True)
+        arrays = zero_masked(kept, *(x.sub_(mean) if again else x - mean for x, mean in pairs))
     return arrays
 
 
 def _gap(
-    x: Tensor,
-    y: Tensor,
-    apart: Tensor | None,
-    weight: Tensor,
-    eps: Scalar,
-    axis: int,
-    group: ProcessGroup | None = None,
+    arrays: tuple[Tensor, ...], weight: Tensor, eps: Scalar, axis: int, group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, and its gradient by x.
+    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, the first two arrays, and its gradient by x.
 
     1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, of which that of 0 is 0,
-    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If x - y is given, as `apart`, u comes from that, so that
-    it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
+    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If there is a third array, x - y, u comes from that, so
+    that it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
     """
 
     def dots(*pairs: tuple[Tensor, Tensor]) -> Tensor:
         return all_sum(torch.stack([torch.linalg.vecdot(a, b, dim=axis).unsqueeze(axis) for a, b in pairs]), group)
 
-    square_x, square_y, along = dots((x, x), (y, y), (x, y) if apart is None else (apart, x + y))
+    x, y, *apart = arrays
+    square_x, square_y, along = dots((x, x), (y, y), (apart[0], x + y) if apart else (x, y))
     length_x, length_y = square_x.sqrt(), square_y.sqrt()
     inverse_x, inverse_y = _inverse(length_x), _inverse(length_y)
     product = length_x * length_y
     pull = weight * length_y / (product + eps)
-    if apart is None:
+    if not apart:
         gap = (product - along + eps) / (product + eps)
-        gradient = torch.addcmul(pull * (1 - gap) * inverse_x * x, -pull * inverse_y, y)
+        gradient = (pull * (1 - gap) * inverse_x * x).sub_(pull * inverse_y * y)
     else:
         longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
         shorter = length_x < length_y
-        u = torch.addcmul(_inverse(torch.maximum(length_x, length_y)) * apart, -torch.where(shorter, longer, 0), x)
-        u = torch.addcmul(u, -torch.where(shorter, 0, longer), y)
+        u = (_inverse(torch.maximum(length_x, length_y)) * apart[0]).sub_(torch.where(shorter, longer, 0) * x)
+        u.sub_(torch.where(shorter, 0, longer) * y)
         (square,) = dots((u, u))
         gap = (product * square / 2 + eps) / (product + eps)
-        gradient = torch.addcmul(pull * u, -pull * gap * inverse_x, x)
+        gradient = (pull * u).sub_(pull * gap * inverse_x * x)
     return (weight * gap).sum(), gradient
 
 
