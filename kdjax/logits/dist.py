@@ -193,8 +193,8 @@ def _centered(
 ) -> tuple[jax.Array, ...]:
     """Less the mean of each column over kept rows; twice, so that a column of equal entries is 0 to the last digit."""
     for _ in range(2):
-        sums = all_sum(tuple(_sum(x, 0) for x in arrays), axis_name)
-        arrays = zero_masked(kept, *(x - total / number for x, total in zip(arrays, sums, strict=True)))
+        means = all_sum(jnp.stack([_sum(x, 0) for x in arrays]), axis_name) / number
+        arrays = zero_masked(kept, *(x - mean for x, mean in zip(arrays, means, strict=True)))
     return arrays
 
 
@@ -208,8 +208,8 @@ def _gap(
     that it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
     """
 
-    def dots(*pairs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        return all_sum(tuple(_sum(a * b, axis) for a, b in pairs), axis_name)
+    def dots(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return all_sum(jnp.stack([_sum(a * b, axis) for a, b in pairs]), axis_name)
 
     x, y, *apart = arrays
     square_x, square_y, along = dots((x, x), (y, y), (apart[0], x + y) if apart else (x, y))
