@@ -59,6 +59,7 @@ from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
+from kdjax.logits.dist import dist_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.jsd import jsd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
@@ -90,6 +91,7 @@ __all__ = [
     "dino_init",
     "dino_loss",
     "dino_teacher_temperature",
+    "dist_loss",
     "dkd_loss",
     "euclidean_mse_loss",
     "hcl_loss",

@@ -59,6 +59,7 @@ from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
+from kdtorch.logits.dist import dist_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
@@ -89,6 +90,7 @@ __all__ = [
     "dino_init",
     "dino_loss",
     "dino_teacher_temperature",
+    "dist_loss",
     "dkd_loss",
     "euclidean_mse_loss",
     "fuse",

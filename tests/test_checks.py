@@ -38,7 +38,8 @@ def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
 
 
 def evaluate(f, loss, inputs, **options):
-    value = per_example(f.kd, loss)(*(inputs[name] for name in loss.inputs), **options)
+    function = per_example(f.kd, loss) if loss.value == "array" else loss.of(f.kd)
+    value = function(*(inputs[name] for name in loss.inputs), **options)
     return value[0] if loss.state else value
 
 

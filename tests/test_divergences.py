@@ -10,6 +10,7 @@ import torch
 from frameworks import JAX, TORCH
 from tiers import first, slow
 
+from parity.calls import per_example
 from parity.cases import LOSSES, Sizes, draw
 from parity.compare import ulps
 
@@ -232,7 +233,7 @@ def test_what_the_teacher_excludes_is_never_nan(f, loss):
         arrays = f.arrays(inputs, dtype)
 
         def total(x, arrays=arrays):
-            values = loss.of(f.kd)(**{**arrays, first: x}, reduction="none")
+            values = per_example(f.kd, loss)(**{**arrays, first: x}, reduction="none")
             return values.sum(), values
 
         slope, values = f.grad(total, has_aux=True)(arrays[first])

@@ -32,7 +32,7 @@ PAGES = pathlib.Path(__file__).parent.parent / "docs" / "moving"
 FIGURES = pathlib.Path(__file__).parent / "golden"
 T, C, N, DELTA = 4.0, 7, 4, 0.5
 FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / C": 1 / C, "1 / T²": 1 / T**2, "1 / (C T²)": 1 / (C * T**2)}
-FACTORS |= {"N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
+FACTORS |= {"≈ 1": 1, "N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
 
 rng = np.random.default_rng(0)
 S, TEACHER = rng.normal(size=(2, 5, C))
@@ -328,6 +328,10 @@ MOVES = {
             kd(labels, mid_level.LogitStdKDLoss, alpha=None, beta=B),
             kd(None, mid_level.LogitStdKDLoss, alpha=A),
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
+        ),
+        "`DISTLoss(beta=b, gamma=g, tau=T)`": lambda: (
+            distilled(mid_level.DISTLoss(*PLACES, beta=A, gamma=B, tau=T), 10 * s, 10 * t),
+            kdtorch.dist_loss(10 * s, 10 * t, beta=A, gamma=B, temperature=T),
         ),
         "`HierarchicalContextLoss`, one a map, weights 1, summed": lambda: (
             sum(
