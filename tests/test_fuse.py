@@ -115,7 +115,7 @@ def of_single(loss):
     + [
         (x, dtype) for x in OF_ROWS if x.name in ("dkd_loss", "kl_loss") for dtype in ("float64", "bfloat16", "float16")
     ],
-    ids=lambda x: getattr(x, "title", x),
+    ids=lambda x: x if isinstance(x, str) else x.title,
 )
 def test_numbers_of_compiled_kernels(fused, loss, dtype):
     """In float32 of all cases, with what is infinite or excluded; each mask and number of rows is a compilation."""

@@ -21,7 +21,7 @@ CASES = [(name, loss) for name in laws.PACKAGES for loss in LOSSES]
 @pytest.mark.parametrize(
     ("name", "loss"),
     only(lambda x: x[0] == "torch" or x[1].name in REPRESENTATIVES, CASES),
-    ids=lambda x: getattr(x, "title", x),
+    ids=lambda x: x if isinstance(x, str) else x.title,
 )
 @pytest.mark.parametrize("draws", first(1, [10, 200]))
 def test_laws(draws, name, loss):
