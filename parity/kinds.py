@@ -109,6 +109,8 @@ KINDS: dict[str, Kind] = {
     "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch), axes=0),
     "distribution": Kind(_distribution),
     "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
+    "head": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
+    "wide_head": Kind(lambda rng, n: rng.normal(size=(n.classes, n.teacher_dim or n.dim + 2)), None, numbers=True),
     "maps": Kind(_maps, numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
