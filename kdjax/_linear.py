@@ -152,7 +152,7 @@ def _evaluate(
 def _logits(hidden: Array, weight: Array, bias: Array | None, dtype: DTypeLike) -> Array:
     """hidden weightᵀ + bias, summed in `dtype` from what the two are in, so that there is no wider copy of the head."""
     logits = _contracted(hidden, weight, 1, 1, dtype)
-    return logits if bias is None else logits + bias.astype(dtype)
+    return logits if bias is None else logits + bias.astype(dtype)[None]
 
 
 def _product(gradient: Array, weight: Array, dtype: DTypeLike) -> Array:

@@ -17,7 +17,7 @@ def linear(
 ) -> Callable[..., Tensor]:
     """A function of a student's and a teacher's hidden states and heads from one of rows of logits.
 
-    `value_and_gradient(x, y, *settings, temperature)` returns the value of each row and its gradient by x, and
+    `value_and_gradient(x, y, [setting,] temperature)` returns the value of each row and its gradient by x, and
     `of_teacher` the gradient by y; the value must be one of x / T and y / T, so that its derivative by T is
     -(x · ∂x + y · ∂y) / T. What is returned gives the sum over the kept rows, whose gradients are made with it and are all
     that is held, or with `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
@@ -32,7 +32,7 @@ def linear(
         teacher_weight: Tensor,
         teacher_bias: Tensor,
         where: Tensor | None,
-        settings: list[float],
+        setting: float | None,
         weights: Tensor | None,
         of_hidden: bool,
         of_weight: bool,
@@ -41,12 +41,12 @@ def linear(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         student, teacher = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
         asked = of_hidden, of_weight, of_bias, of_temperature
-        return _evaluate(value_and_gradient, of_teacher, student, teacher, temperature, where, settings, weights, asked)
+        return _evaluate(value_and_gradient, of_teacher, student, teacher, temperature, where, setting, weights, asked)
 
     evaluate.__name__ = evaluate.__qualname__ = value_and_gradient.__name__
     operator = custom_op(
         "(Tensor hidden, Tensor weight, Tensor bias, Tensor temperature, Tensor teacher_hidden, Tensor teacher_weight, "
-        "Tensor teacher_bias, Tensor? where, float[] settings, Tensor? weights, bool of_hidden, bool of_weight, "
+        "Tensor teacher_bias, Tensor? where, float? setting, Tensor? weights, bool of_hidden, bool of_weight, "
         "bool of_bias, bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _shapes,
     )(evaluate)
@@ -68,7 +68,7 @@ def _evaluate(
     teacher: tuple[Tensor, Tensor, Tensor],
     temperature: Tensor,
     where: Tensor | None,
-    settings: list[float],
+    setting: float | None,
     weights: Tensor | None,
     asked: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,6 +79,7 @@ def _evaluate(
         x.new_zeros(x.shape if wanted else 0, dtype=dtype)
         for x, wanted in zip((hidden, weight, bias, temperature), asked, strict=True)
     )
+    settings = [temperature] if setting is None else [setting, temperature]
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
     flat, rows, other_rows = values.view(-1), hidden.flatten(0, -2), other_hidden.flatten(0, -2)
     pulled = of_hidden.view(-1, hidden.shape[-1]) if asked[0] else of_hidden
@@ -87,13 +88,13 @@ def _evaluate(
         h = rows[kept]
         x = _logits(h, weight, bias, dtype)
         y = _logits(other_rows[kept], other_weight, other_bias, dtype)
-        value, gradient = value_and_gradient(x, y, *settings, temperature)
+        value, gradient = value_and_gradient(x, y, *settings)
         flat[kept] = value
         factor = None if weights is None else weights.flatten()[kept].unsqueeze(-1)
         if factor is not None:
             gradient = gradient * factor
         if asked[3]:
-            pull = of_teacher(x, y, *settings, temperature)
+            pull = of_teacher(x, y, *settings)
             pull = pull if factor is None else pull * factor
             of_temperature -= (dot(gradient, x) + dot(pull, y)).sum() / temperature
         if asked[2] and bias.numel():

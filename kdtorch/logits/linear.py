@@ -72,7 +72,7 @@ def linear_kl_loss(
     temperature = _checked(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
     student = _head(student_hidden, student_weight, student_bias)
     inputs = *student, scalar(temperature, *student), *_head(teacher_hidden, teacher_weight, teacher_bias), where
-    value = _kl(*inputs, [], summed=reduction != "none")
+    value = _kl(*inputs, None, summed=reduction != "none")
     return _reduced(times_square(temperature, value), student_hidden, where, reduction, group)
 
 
@@ -139,11 +139,11 @@ def linear_jsd_loss(
     student = _head(student_hidden, student_weight, student_bias)
     inputs = *student, scalar(temperature, *student), *_head(teacher_hidden, teacher_weight, teacher_bias), where
     if weight == 0:
-        value = _kl(*inputs, [], summed=reduction != "none")
+        value = _kl(*inputs, None, summed=reduction != "none")
     elif weight == 1:
-        value = _reverse_kl(*inputs, [], summed=reduction != "none")
+        value = _reverse_kl(*inputs, None, summed=reduction != "none")
     else:
-        value = _jsd(*inputs, [weight], summed=reduction != "none")
+        value = _jsd(*inputs, weight, summed=reduction != "none")
     return _reduced(value, student_hidden, where, reduction, group)
 
 

@@ -60,18 +60,20 @@ def _rounding(given):
 
 _COMMON: Any = {
     "inputs": {
-        "student_hidden": "features",
+        "student_hidden": "hidden",
         "student_weight": "head",
-        "teacher_hidden": "wide_features",
+        "teacher_hidden": "wide_hidden",
         "teacher_weight": "wide_head",
+        "student_bias": "bias",
+        "teacher_bias": "bias",
     },
-    "learns": ("student_hidden", "student_weight"),
-    "constant": ("teacher_hidden", "teacher_weight"),
+    "learns": ("student_hidden", "student_weight", "student_bias"),
+    "constant": ("teacher_hidden", "teacher_weight", "teacher_bias"),
     "ranges": {"temperature": (0.5, 20.0)},
     "second_derivative": False,
     "scale": 1.0,  # a divergence of what rounding has made of the logits
     "rounding": _rounding,
-    "memory": Memory(jax=6, torch=9, largest=lambda n: n.batch[0] * n.classes),
+    "memory": Memory(jax=12, torch=9, largest=lambda n: n.batch[0] * n.classes),
 }
 
 ROWS = (
