@@ -81,7 +81,7 @@ def _evaluate(
     )
     settings = [temperature] if setting is None else [setting, temperature]
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
-    flat, rows, other_rows = values.view(-1), hidden.flatten(0, -2), other_hidden.flatten(0, -2)
+    flat, rows, other_rows = values.view(-1), *(x.reshape(-1, x.shape[-1]) for x in (hidden, other_hidden))
     pulled = of_hidden.view(-1, hidden.shape[-1]) if asked[0] else of_hidden
     places = torch.arange(len(rows), device=hidden.device) if where is None else where.flatten().nonzero().squeeze(-1)
     for kept in places.split(max(BLOCK // len(weight), 1)):

@@ -122,7 +122,7 @@ KINDS: dict[str, Kind] = {
     "wide_head": Kind(
         lambda rng, n: rng.normal(size=(n.classes, n.teacher_dim or n.dim + 2)), None, numbers=True, fit=_moderate
     ),
-    "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True),
+    "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True, fit=_moderate),
     "maps": Kind(_maps, numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),

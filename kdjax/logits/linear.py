@@ -7,7 +7,7 @@ import math
 import jax
 
 from kdjax._linear import Fixed, Student, linear
-from kdjax._numerics import fraction, kl_and_gradient, positive, times_square
+from kdjax._numerics import check_fixed, fraction, kl_and_gradient, positive, times_square
 from kdjax._reduce import check_reduction, reduce, reduce_sum
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 from kdjax.logits.jsd import jsd_and_gradient
@@ -69,6 +69,7 @@ def linear_kl_loss(
     >>> print(f"{kl_loss(h @ w.T, g @ v.T):.4f}")
     0.0826
     """
+    check_fixed("linear_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
     temperature = _checked(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
     student = Student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed(teacher_hidden, teacher_weight, teacher_bias, where)
@@ -134,6 +135,7 @@ def linear_jsd_loss(
     >>> print(f"{jsd_loss(h @ w.T, g @ v.T):.4f}")
     0.0183
     """
+    check_fixed("linear_jsd_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
     temperature = _checked(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
     weight = fraction("beta", beta, student_hidden, teacher_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
@@ -149,7 +151,7 @@ def linear_jsd_loss(
 
 def _checked(hidden: Array, weight: Array, teacher_hidden: Array, teacher_weight: Array, temperature: Scalar) -> Scalar:
     """The temperature, if there are two classes."""
-    if len(weight) < 2:
+    if weight.shape[0] < 2:
         raise ValueError(
             f"`student_weight` must have at least 2 classes on its first axis, got shape {list(weight.shape)}"
         )

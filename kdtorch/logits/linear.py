@@ -151,7 +151,7 @@ def _checked(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, temperature: Scalar
 ) -> Scalar:
     """The temperature, if there are two classes."""
-    if len(weight) < 2:
+    if weight.shape[0] < 2:
         raise ValueError(f"`student_weight` must have at least 2 classes on its first axis, got shape {sizes(weight)}")
     return positive("temperature", temperature, hidden, weight, teacher_hidden, teacher_weight)
 
