@@ -104,7 +104,10 @@ def curves(loss: Loss, *words: str) -> None:
 
     def values(function: Callable[..., Tensor], settings: dict[str, Any]) -> Values:
         def one(row: Tensor) -> Tensor:
-            return function(torch.cat([row[None], logits[1:]]), logits, *inputs, **settings)
+            student = torch.cat([row[None], logits[1:]])
+            if "student_weight" in parameters:  # heads that leave the hidden states as they are
+                return function(student, torch.eye(student.shape[-1]), logits, torch.eye(student.shape[-1]), **settings)
+            return function(student, logits, *inputs, **settings)
 
         return lambda student: torch.stack([one(row) for row in student])
 

@@ -63,6 +63,7 @@ from kdjax.logits.dist import dist_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.jsd import jsd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
+from kdjax.logits.linear import linear_jsd_loss, linear_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.reverse_kl import reverse_kl_loss
 from kdjax.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
@@ -97,6 +98,8 @@ __all__ = [
     "hcl_loss",
     "jsd_loss",
     "kl_loss",
+    "linear_jsd_loss",
+    "linear_kl_loss",
     "make_loss",
     "mse_loss",
     "nkd_loss",

@@ -28,10 +28,17 @@ def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: 
     (values,) = zero_masked(where, values)
     if reduction == "none":
         return values
-    devices, value = size(axis_name), values.sum()
+    return reduce_sum(values.sum(), values.size, where, reduction, axis_name)
+
+
+def reduce_sum(
+    value: jax.Array, number: int, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None
+) -> jax.Array:
+    """`"mean"` or `"sum"` from the sum over kept examples, of `number` examples kept or not."""
+    devices = size(axis_name)
     if reduction == "sum":
         return value * devices
-    return value / (max(values.size, 1) if where is None else count(where, values.dtype, axis_name) / devices)
+    return value / (max(number, 1) if where is None else count(where, value.dtype, axis_name) / devices)
 
 
 def count(kept: Array, dtype: DTypeLike, axis_name: AxisName | None = None) -> jax.Array:

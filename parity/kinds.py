@@ -59,6 +59,11 @@ class Kind:
     later: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+def _moderate(x: np.ndarray) -> np.ndarray:
+    """Numbers whose products are no larger than float32 holds."""
+    return np.clip(x, -1e4, 1e4)
+
+
 def _distribution(rng: np.random.Generator, n: Sizes) -> np.ndarray:
     """Mixtures of two classes; the first example is a single class."""
     number = int(np.prod(n.batch))
@@ -109,6 +114,15 @@ KINDS: dict[str, Kind] = {
     "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch), axes=0),
     "distribution": Kind(_distribution),
     "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
+    "hidden": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True, fit=_moderate),
+    "wide_hidden": Kind(
+        lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True, fit=_moderate
+    ),
+    "head": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True, fit=_moderate),
+    "wide_head": Kind(
+        lambda rng, n: rng.normal(size=(n.classes, n.teacher_dim or n.dim + 2)), None, numbers=True, fit=_moderate
+    ),
+    "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True, fit=_moderate),
     "maps": Kind(_maps, numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),

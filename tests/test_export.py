@@ -12,7 +12,8 @@ from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
-FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")  # they go by blocks of the batch
+# they go by blocks of the batch
+FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss", "linear_kl_loss", "linear_jsd_loss")
 CASES = [
     pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
 ]
@@ -83,7 +84,7 @@ def test_a_batch_of_any_size(loss, options):
         check(loss, options, exported, Sizes(batch=(number,)))
 
 
-OPEN = [loss for loss in LOSSES if loss.leading]
+OPEN = [loss for loss in LOSSES if loss.leading and loss.name not in FIXED]
 
 
 @pytest.mark.parametrize("loss", first(2, OPEN), ids=lambda loss: loss.title)
