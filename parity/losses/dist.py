@@ -46,8 +46,8 @@ ROWS = (
         memory=Memory(jax=12, torch=16),
         collectives=("all-reduce",) * 10,
         benchmarks=(
-            Benchmark("128×1000", Sizes((128,), 1000), torch=1.1, jax=1.5),
-            Benchmark("1024×32,000", Sizes((1024,), 32_000), torch=1.1, jax=1.5),
+            Benchmark("128×1000", Sizes((128,), 1000), torch=1.1, jax=1.2),
+            Benchmark("1024×32,000", Sizes((1024,), 32_000), torch=1.1, jax=1.2),
         ),
     ),
 )
