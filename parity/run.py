@@ -207,7 +207,7 @@ def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
         inputs = {**inputs, **_given(case, state)}
         dropped = {k: each_array(v, functools.partial(_examples, case, k, kept)) for k, v in inputs.items()}
         value, state = values(dropped)
-        slopes: dict[str, Any] = {k: _each_leaf(inputs[k], np.zeros_like) for k in case.loss.constant}
+        slopes: dict[str, Any] = {k: _each_leaf(inputs[k], np.zeros_like) for k in case.loss.constant if k in inputs}
         for k in case.loss.learns if gradients else ():
             gradient = _complex_step(case, dropped, k, lambda x: weights * values(x)[0])
             full = [_undrop(case, k, g, x, kept) for g, x in zip(gradient, _list(inputs[k]), strict=True)]

@@ -129,8 +129,9 @@ def sampled_and_gradient(
     log_weight, log_product = _log_weight(
         sampled_from, jax.lax.stop_gradient(x), y, jax.lax.stop_gradient(z), behavior, max_ratio
     )
-    weight = jnp.minimum(jnp.exp(log_weight), jnp.finfo(x.dtype).max)  # so that 0 times it is 0
-    weight = jnp.where(jnp.isnan(z), jnp.nan, weight)
+    weight = jnp.exp(log_weight)
+    weight = jnp.where(z == 0, jnp.minimum(weight, jnp.finfo(x.dtype).max), weight)  # 0 times a large one is 0
+    weight = jnp.where(jnp.isnan(z), z, weight)
     if estimator == "k1":
         value, slope = -weight * z, -weight
     elif estimator == "k2":
@@ -140,7 +141,7 @@ def sampled_and_gradient(
     if gradient == "score":
         slope = weight * _bounded(jax.lax.stop_gradient(z))
     value = jnp.where(jnp.isneginf(z) & (weight == 0), jnp.inf, value)
-    return value.squeeze(-1), -slope if sampled_from == "student" else slope
+    return value.sum(-1), -slope if sampled_from == "student" else slope
 
 
 def _log_weight(

@@ -139,8 +139,9 @@ def sampled_and_gradient(
     z = y - x if sampled_from == "student" else x - y
     z = torch.where(z.isposinf(), math.nan, z)  # who sampled the token gives it -inf
     log_weight, log_product = _log_weight(sampled_from, x.detach(), y, z.detach(), behavior, max_ratio)
-    weight = log_weight.exp().clamp(max=torch.finfo(x.dtype).max)  # so that 0 times it is 0
-    weight = torch.where(z.isnan(), math.nan, weight)
+    weight = log_weight.exp()
+    weight = torch.where(z == 0, weight.clamp(max=torch.finfo(x.dtype).max), weight)  # 0 times a large one is 0
+    weight = torch.where(z.isnan(), z, weight)
     if estimator == "k1":
         value, slope = -weight * z, -weight
     elif estimator == "k2":
@@ -150,7 +151,7 @@ def sampled_and_gradient(
     if gradient == "score":
         slope = weight * _bounded(z.detach())
     value = torch.where(z.isneginf() & (weight == 0), math.inf, value)
-    return value.squeeze(-1), -slope if sampled_from == "student" else slope
+    return value.sum(-1), -slope if sampled_from == "student" else slope
 
 
 def _log_weight(
