@@ -132,6 +132,8 @@ def test_numbers_beyond_the_dtype(f):
         assert gradient == far
         (_,), (gradient,) = evaluated(f, [far - 1.0], [-1.0], gradient="direct")
         assert np.isfinite(gradient) == finite
+        (_,), (gradient,) = evaluated(f, [far - 1.0], [-1.0], dtype="float16", gradient="direct")
+        assert np.isneginf(gradient)  # beyond float16 in any case, and no NaN
     for estimator, want in (("k1", 0.0), ("k2", 0.0), ("k3", np.exp(1.0))):  # e^-299 times 299, its square, and e^300
         values, gradient = evaluated(f, [-300.0], [0.0], [-1.0], estimator=estimator)
         np.testing.assert_allclose(values, want, rtol=1e-6)

@@ -31,7 +31,7 @@ def sampled_kl_loss(
 ) -> jax.Array:
     r"""On-policy distillation from sampled tokens: a KL divergence, estimated from the tokens' log-probabilities alone.
 
-    $$w\,k,\qquad k_1=y,\quad k_2=\tfrac12 y^2,\quad k_3=e^{-y}-1+y,\qquad w=\min(p/b,\,m)$$
+    $$w\,k,\qquad k_1=y,\quad k_2=\tfrac{y^2}{2},\quad k_3=e^{-y}-1+y,\qquad w=\min(p/b,\,m)$$
 
     where p, q and b are the probabilities that the student, the teacher and the policy that sampled give to a token,
     and m is `max_ratio`. For tokens that the student sampled y = log p − log q, and the mean estimates KL(p‖q); for the
@@ -69,7 +69,7 @@ def sampled_kl_loss(
     The direct gradient on the student's own tokens is not that of the estimated divergence: for k1 its mean is 0, and
     training does nothing; for k3 it is the gradient of KL(q‖p), the other direction; for k2 it equals the score.
 
-    Schulman, *Approximating KL Divergence*, 2020, http://joschu.net/blog/kl-approx.html; Lu and Thinking Machines Lab,
+    Schulman, *Approximating KL Divergence*, 2020, https://joschu.net/blog/kl-approx.html; Lu and Thinking Machines Lab,
     *On-Policy Distillation*, 2025, https://thinkingmachines.ai/blog/on-policy-distillation. Released codes differ in
     the gradient: slime and Tinker take −k1 as a reward, which is the score; TorchRL differentiates k3.
 

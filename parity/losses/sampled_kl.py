@@ -36,7 +36,7 @@ def sampled_kl_loss(
 def _k3(z, weight, log_product):
     """w (e^z - 1 - z), of large z from log(w e^z), up to a number that no dtype of the packages has; w is constant."""
     if np.real(z) > 1:
-        return np.exp(min(log_product, 1e4) + z - constant(z)) - weight * (1 + z)
+        return np.exp(min(log_product, 1e4) + (z - constant(z))) - weight * (1 + z)
     if np.real(z) < -0.5:
         return weight * (expm1(z) - z)
     total, term = 0.0, z
