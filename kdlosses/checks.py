@@ -433,6 +433,16 @@ def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list
         return (
             f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 2)}:-1]"
         )
+    if (
+        axes == ["*batch"]
+        and len(shape) == len(like) > 1
+        and abs(shape[-1] - like[-1]) == 1
+        and shape[:-1] == like[:-1]
+    ):
+        longer = name if shape[-1] > like[-1] else first
+        return (
+            f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 1)}:-1]"
+        )
     if "batch" in axes[0] and shape[1:] == like[1:]:
         return "give both the same examples"
     return ""

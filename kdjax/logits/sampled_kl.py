@@ -43,8 +43,8 @@ def sampled_kl_loss(
         behavior_log_probs: the same shape, log b; constant. It makes up for tokens that were not sampled from the
             student as it is now, but from an older one or by another engine. Leave it out with
             `sampled_from="teacher"`: w would turn the teacher's tokens into the student's.
-        estimator: `"k1"`, `"k2"` or `"k3"`. On the student's tokens k1 and k3 have the mean KL(p‖q), and k3 varies less
-            and is never negative; k2 has another mean, which is close to it where p and q are close.
+        estimator: `"k1"`, `"k2"` or `"k3"`. On the student's tokens k1 and k3 have the mean KL(p‖q); k3 is never negative,
+            and varies less where p and q are close. k2 has another mean, which is near it where p and q are close.
         sampled_from: `"student"` or `"teacher"`, who sampled the tokens.
         gradient: `"score"`, w (log p − log q) times the gradient of log p, whatever the estimator, whose mean over the
             student's tokens is the gradient of KL(p‖q); or `"direct"`, the derivative of the value, w being constant.
