@@ -95,7 +95,12 @@ def statistics(logits, log_q, **options):
         jax.jacrev(values)(logits),
     )  # a row for each token
     mean, slope = weights @ value, weights @ gradient
-    return mean, jnp.sqrt(weights @ (value - mean) ** 2), slope, jnp.sqrt((weights @ (gradient - slope) ** 2).sum())
+    return (
+        mean,
+        jnp.sqrt(weights @ (value - mean) ** 2),
+        slope,
+        jnp.sqrt((weights @ (gradient - slope[None]) ** 2).sum()),
+    )
 
 
 last = 0
