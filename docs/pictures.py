@@ -312,6 +312,25 @@ def standardize(loss: Loss) -> None:
     figure.legend(loc="outside upper center", ncols=3)
 
 
+def sampled_kl(loss: Loss) -> None:
+    """The three estimates of a token that the student has sampled, and their derivatives."""
+    ratio = torch.linspace(-3, 3, 121)
+    teacher = torch.full_like(ratio, -4.0)
+    figure, panels = plt.subplots(1, 2)
+    for estimator in ("k1", "k2", "k3"):
+
+        def value(x: Tensor, estimator: Any = estimator) -> Tensor:
+            options = {"estimator": estimator, "gradient": "direct", "reduction": "none"}
+            return kdtorch.sampled_kl_loss(x, teacher, **options)
+
+        for panel, y in zip(panels, slope(value, teacher + ratio), strict=True):
+            panel.plot(ratio, y, label=estimator if panel is panels[0] else None)
+    for panel, title in zip(panels, ("value", "derivative by log p"), strict=True):
+        panel.axhline(0, color=GREY, linewidth=0.5)
+        panel.set(title=title, xlabel="log p − log q of a token", ylim=(-3.5, 6))
+    figure.legend(loc="outside upper center", ncols=3)
+
+
 DRAW: tuple[Callable[..., None], ...] = (
     curves,
     plane,
@@ -323,6 +342,7 @@ DRAW: tuple[Callable[..., None], ...] = (
     symmetric_kl,
     standardize,
     topk_kl,
+    sampled_kl,
 )
 
 if __name__ == "__main__":

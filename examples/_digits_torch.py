@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdtorch import (
+    alpha_beta_loss,
     bce_loss,
     difference_kl_loss,
     dkd_loss,
     euclidean_mse_loss,
     hcl_loss,
+    jsd_loss,
     kl_loss,
     mse_loss,
     nkd_loss,
+    reverse_kl_loss,
+    skew_kl_loss,
+    skew_reverse_kl_loss,
     smooth_l1_loss,
+    standardize_logits,
     symmetric_kl_loss,
+    taid_loss,
+    tvd_loss,
+    uld_loss,
 )
 from kdtorch.nn import CRCDLoss, DINOLoss, DynamicCenterNormLoss, ReviewKD, USKDLoss
 
@@ -108,6 +117,11 @@ def uskd(setting: Setting) -> USKDLoss:
     return USKDLoss(setting.student[1], setting.classes)
 
 
+def standardized(batch: Batch) -> list[Tensor]:
+    """The logits of student and teacher, of one scale."""
+    return [standardize_logits(x) for x in (batch.student.logits, batch.teacher("logits"))]
+
+
 LOSSES = {
     "kl": Loss(lambda _, b: kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
     "skl": Loss(lambda _, b: symmetric_kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
@@ -115,6 +129,15 @@ LOSSES = {
     "dkd": Loss(lambda _, b: dkd_loss(b.student.logits, b.teacher("logits"), b.given("labels"), where=b.given("sure"))),
     "nkd": Loss(lambda _, b: nkd_loss(b.student.logits, b.teacher("logits"), b.given("labels"), where=b.given("sure"))),
     "uskd": Loss(lambda m, b: m(b.student.embedding, b.student.logits, b.given("labels"), where=b.given("sure")), uskd),
+    "reverse_kl": Loss(lambda _, b: reverse_kl_loss(b.student.logits, b.teacher("logits"), temperature=4.0)),
+    "jsd": Loss(lambda _, b: jsd_loss(b.student.logits, b.teacher("logits"))),
+    "tvd": Loss(lambda _, b: tvd_loss(b.student.logits, b.teacher("logits"))),
+    "skew_kl": Loss(lambda _, b: skew_kl_loss(b.student.logits, b.teacher("logits"))),
+    "skew_reverse_kl": Loss(lambda _, b: skew_reverse_kl_loss(b.student.logits, b.teacher("logits"))),
+    "alpha_beta": Loss(lambda _, b: alpha_beta_loss(b.student.logits, b.teacher("logits"))),
+    "taid": Loss(lambda _, b: taid_loss(b.student.logits, b.teacher("logits"), interpolation=0.5)),
+    "uld": Loss(lambda _, b: uld_loss(b.student.logits, b.teacher("logits"))),
+    "std_kl": Loss(lambda _, b: kl_loss(*standardized(b), temperature=2.0)),
     "mse": Loss(lambda m, b: mse_loss(m(b.student.embedding), b.teacher("embedding")), projection),
     "sml": Loss(lambda m, b: smooth_l1_loss(m(b.student.embedding), b.teacher("embedding")), projection),
     "bce": Loss(lambda m, b: bce_loss(m(b.student.embedding), b.teacher("embedding").sigmoid()), projection),

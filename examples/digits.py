@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import textwrap
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -56,6 +57,15 @@ LOSSES = {
     "dkd": Loss(0.2, LOGITS),
     "nkd": Loss(1.0, LOGITS),
     "uskd": Loss(3.0, LOGITS),
+    "reverse_kl": Loss(1.0, LOGITS),
+    "jsd": Loss(10.0, LOGITS),
+    "tvd": Loss(10.0, LOGITS),
+    "skew_kl": Loss(3.0, LOGITS),
+    "skew_reverse_kl": Loss(3.0, LOGITS),
+    "alpha_beta": Loss(3.0, LOGITS),
+    "taid": Loss(3.0, LOGITS),
+    "uld": Loss(1.0, LOGITS),
+    "std_kl": Loss(9.0, LOGITS),
     "mse": Loss(10.0, FEATURES),
     "sml": Loss(30.0, FEATURES),
     "bce": Loss(50.0, FEATURES),
@@ -339,6 +349,11 @@ def summary(results: dict[str, Any]) -> str:
     return text
 
 
+def label(losses: str) -> str:
+    """A long mixture goes over several lines."""
+    return losses if len(losses) <= 40 else textwrap.fill(losses.replace("+", "+ "), 40)
+
+
 def picture(results: dict[str, Any], file: Path) -> None:
     """The accuracies, and beside them the two loss curves and their difference."""
     parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
@@ -356,7 +371,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         if teachers:
             axes.axvline(np.mean(teachers), color="grey", linestyle="--", label="teacher")
         axes.axhline(0.5, color="lightgrey", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), ["student alone", *(row["losses"] for row in rows[1:])])
+        axes.set_yticks(range(len(rows)), ["student alone", *(label(row["losses"]) for row in rows[1:])])
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy in %, mean ± standard deviation over seeds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3)

@@ -66,6 +66,7 @@ from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.linear import linear_jsd_loss, linear_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.logits.reverse_kl import reverse_kl_loss
+from kdjax.logits.sampled_kl import sampled_kl_loss
 from kdjax.logits.skew_kl import skew_kl_loss, skew_reverse_kl_loss
 from kdjax.logits.standardize import standardize_logits
 from kdjax.logits.taid import taid_loss
@@ -104,6 +105,7 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",
+    "sampled_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "smooth_l1_loss",

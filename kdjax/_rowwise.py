@@ -97,11 +97,13 @@ def _is_floating(value: Any) -> bool:
 def _pack(gradient: Array, dtype: DTypeLike, axes: int) -> tuple[Array, ...]:
     """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
 
-    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later.
+    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A
+    number that is not finite is left as it is, and the others of its row too.
     """
     if dtype != jnp.float16:
         return (gradient.astype(dtype),)
-    largest = jax.lax.stop_gradient(jnp.abs(gradient).max(tuple(range(-axes, 0)), keepdims=True))
+    sizes = jax.lax.stop_gradient(jnp.abs(gradient))
+    largest = jnp.where(jnp.isfinite(sizes), sizes, 0).max(tuple(range(-axes, 0)), keepdims=True)
     unit = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny * 2**16) / 2**15
     return (gradient / unit).astype(dtype), unit
 

@@ -250,7 +250,7 @@ def _axes_fit(shape: tuple[Any, ...], axes: tuple[str, ...], sizes: dict[str, An
 def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], framework: Framework) -> None:
     first, device = "", None
     for path, value, argument in leaves:
-        if argument.text == "Scalar" or "." in path or not isinstance(value, framework.arrays):
+        if argument.forms[0].kind == "Scalar" or "." in path or not isinstance(value, framework.arrays):
             continue  # numbers and states are moved to the device of the other arguments
         here = framework.device(value)
         if device is None:
@@ -351,11 +351,10 @@ def explain(function: str, path: str, everything: tuple[Given, ...]) -> str:
     at = [x.path for x in everything].index(path)
     given = everything[at]
     got = given.got if given.shape is None else _array(given.got, given.shape)
-    if given.expected == "Scalar":
+    if given.expected in ("Scalar", "Scalar | None"):
+        none = ", or None" if given.expected != "Scalar" else ""
         mend = f"; give {path}[0]" if given.dtype and given.shape == (1,) else ""
-        return (
-            f"{function}: `{path}` must be a number or a floating-point or integer array of shape [], got {got}{mend}"
-        )
+        return f"{function}: `{path}` must be a number or a floating-point or integer array of shape []{none}, got {got}{mend}"
     if given.expected == "float":
         mend = (
             f"; it chooses how the loss is computed: give float({path}), outside of what is traced"
@@ -433,6 +432,16 @@ def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list
         longer = name if shape[-2] > like[-2] else first
         return (
             f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 2)}:-1]"
+        )
+    if (
+        axes == ["*batch"]
+        and len(shape) == len(like) > 1
+        and abs(shape[-1] - like[-1]) == 1
+        and shape[:-1] == like[:-1]
+    ):
+        longer = name if shape[-1] > like[-1] else first
+        return (
+            f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 1)}:-1]"
         )
     if "batch" in axes[0] and shape[1:] == like[1:]:
         return "give both the same examples"

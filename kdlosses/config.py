@@ -131,14 +131,14 @@ def refused(name: str, error: Exception) -> ValueError:
 
 
 def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str], Any]) -> list[Any] | None:
-    """Small inputs of a loss, with which it can be asked whether its settings suit it; None if it takes other than arrays.
+    """Small inputs of a loss, those that may be absent too, with which it can be asked whether its settings suit it; None if it takes other than arrays.
 
     Args:
         function: the loss, whose annotations say the shapes.
         array: from a shape and `"float"`, `"int"` or `"bool"` to an array.
     """
     hints = get_type_hints(inspect.unwrap(function))
-    inputs = [p for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY and p.default is p.empty]
+    inputs = [p for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
     arrays = [_example(hints[p.name], array) for p in inputs]
     return None if any(x is None for x in arrays) else arrays
 

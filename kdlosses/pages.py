@@ -235,7 +235,7 @@ def _table(
     for _, folder in itertools.groupby(sorted(losses, key=lambda x: x.folder), lambda x: x.folder):
         for loss in folder:
             _, summary = next(blocks(loss.docstring))
-            needs = [x.name for x in loss.parameters if not x.keyword_only]
+            needs = [x.name for x in loss.parameters if not x.keyword_only and x.default is None]
             needs = [need for need in needs if not need.startswith(("student", "teacher"))]
             whose, link = paper(loss.docstring)
             cells = "\n".join([loss.name, *config.get(loss.name, [])]), summary, "\n".join(needs)

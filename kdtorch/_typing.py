@@ -184,7 +184,7 @@ def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -
             first = True
         if name in learned or "." in name:  # a state is what was, and never learns
             continue
-        if argument.text == "Scalar":
+        if argument.forms[0].kind == "Scalar":
             raise ValueError(
                 f"{function}: `{name}` is a constant and gets no gradient, got a tensor that requires one; give {name}.detach()"
             )

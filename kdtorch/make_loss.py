@@ -146,7 +146,8 @@ def _try(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
 
     def array(shape: tuple[int, ...], kind: str) -> Tensor:
         row = torch.arange(shape[-1], device="cpu").expand(shape)  # each class once, for classes are taken once
-        return row if kind == "int" else row.to({"float": torch.float32, "bool": torch.bool}[kind]) / 4
+        # at most 0, as the logarithms of probabilities are
+        return row if kind == "int" else row.to({"float": torch.float32, "bool": torch.bool}[kind]) / -4
 
     inputs = example(loss, array) if options else None
     if inputs is not None:

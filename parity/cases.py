@@ -111,7 +111,11 @@ def perturbed(case: Case, name: str) -> Case | None:
     steps = tuple(_float32(inputs) for inputs in changed if inputs is not None)
     if len(steps) < len(changed):
         return None
-    scale = 0.1 * math.prod(max(1.0, x) for x in case.options.values()) if name == "student-is-teacher" else case.scale
+    scale = (
+        0.1 * math.prod(max(1.0, x) for x in case.options.values() if not isinstance(x, str))
+        if name == "student-is-teacher"
+        else case.scale
+    )
     full_name = name if case.name == "ordinary" else f"{case.name}-{name}"
     return _bounded(dataclasses.replace(case, name=full_name, steps=steps, scale=scale), name)
 

@@ -64,6 +64,10 @@ def _moderate(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -1e4, 1e4)
 
 
+def _at_most_zero(x: np.ndarray) -> np.ndarray:
+    return -np.abs(x)
+
+
 def _distribution(rng: np.random.Generator, n: Sizes) -> np.ndarray:
     """Mixtures of two classes; the first example is a single class."""
     number = int(np.prod(n.batch))
@@ -107,6 +111,7 @@ KINDS: dict[str, Kind] = {
     "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes)), numbers=True),
     "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
     "kept_classes": Kind(lambda rng, n: _permutations(rng, n)[..., : _kept(n)]),
+    "log_probs": Kind(lambda rng, n: _at_most_zero(3 * rng.normal(size=n.batch)), axes=0, fit=_at_most_zero),
     "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), axes=0, numbers=True),
     "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True),
     "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True),

@@ -30,7 +30,8 @@ def placements(kind: str, x: Tensor, layout: str) -> list:
     """What has examples lies in shards of them; what is a number a class or feature, in shards of these."""
     axis = KINDS[kind].axis
     batch = Replicate() if axis is None else Shard(axis)
-    last = Shard(x.ndim - 1) if x.is_floating_point() and kind not in ("kept_logits", "rest") else Replicate()
+    rows = x.is_floating_point() and KINDS[kind].axes and kind != "kept_logits"
+    last = Shard(x.ndim - 1) if rows else Replicate()
     return {"batch": [batch], "last": [last], "whole": [Replicate()], "both": [batch, last]}[layout]
 
 

@@ -631,7 +631,7 @@ def a_bad_batch(trial: Trial) -> None:
     bad = given.inputs[teacher]
     bad = each_array(bad, np.copy)
     rows = np.moveaxis(_leaves(bad)[0], KINDS[loss.inputs[teacher]].axis, 0)
-    rows[1, ..., 0] = np.nan if not loss.state else rng.choice([np.nan, np.inf])
+    rows[(1, ..., 0) if rows.ndim > 1 else 1] = np.nan if not loss.state else rng.choice([np.nan, np.inf])
     _, got = trial.run(given, inputs={**given.inputs, teacher: bad})
     assert np.isnan(got.values[1]), got.values
     assert np.isnan(got.mean) and np.isnan(got.sum)  # noqa: PT018

@@ -16,7 +16,7 @@ from torch import distributed, nn
 import kdtorch
 import kdtorch.nn
 from parity.calls import per_example
-from parity.cases import LOSSES, Loss, each_array
+from parity.cases import KINDS, LOSSES, Loss, each_array
 
 
 @contextlib.contextmanager
@@ -35,13 +35,15 @@ def member(rank: int, ranks: int, folder: str, timeout: float = 60) -> Iterator[
 
 
 class Student(nn.Module):
-    """A loss of the table on a student with one parameter a feature, which is 1; what else the loss learns is its own."""
+    """A loss of the table on a student with one parameter a feature, or one for all where an example is a number, which is 1;
+    what else the loss learns is its own."""
 
     def __init__(self, loss: Loss, inputs: dict) -> None:
         super().__init__()
         self.loss = loss
         first = inputs[loss.learns[0]]
-        self.scale = nn.ParameterList(torch.ones(x.shape[-1], dtype=x.dtype) for x in as_list(first))
+        rows = KINDS[loss.inputs[loss.learns[0]]].axes
+        self.scale = nn.ParameterList(torch.ones(x.shape[-1:] if rows else (), dtype=x.dtype) for x in as_list(first))
         self.others = nn.ParameterDict({k: inputs[k].clone() for k in loss.learns[1:] if not spread(loss, k)})
 
     def forward(self, inputs: dict, **options):

@@ -396,6 +396,47 @@ MISTAKES = {
         TypeError,
         r"`teacher_logits` must .*; student_logits is one longer; if the other is shifted by a token, give student_logits\[:, :-1\]$",
     ),
+    "log-probabilities shifted by a token": (
+        call("sampled_kl_loss", TOKENS[..., 0], TOKENS[:, 1:, 0]),
+        TypeError,
+        r"^sampled_kl_loss: `teacher_log_probs` must .*; student_log_probs is one longer; if the other is shifted by a token, "
+        r"give student_log_probs\[:, :-1\]$",
+    ),
+    "an unknown estimator": (
+        call("sampled_kl_loss", LOGITS, LOGITS, estimator="k4"),
+        ValueError,
+        '^`estimator` must be one of "k1", "k2", "k3", got \'k4\'$',
+    ),
+    "an unknown source of samples": (
+        call("sampled_kl_loss", LOGITS, LOGITS, sampled_from="behavior"),
+        ValueError,
+        '^`sampled_from` must be one of "student", "teacher", got \'behavior\'$',
+    ),
+    "an unknown gradient": (
+        call("sampled_kl_loss", LOGITS, LOGITS, gradient="reward"),
+        ValueError,
+        '^`gradient` must be one of "score", "direct", None, got \'reward\'$',
+    ),
+    "the score of the teacher's samples": (
+        call("sampled_kl_loss", LOGITS, LOGITS, sampled_from="teacher", gradient="score"),
+        ValueError,
+        '^`gradient` must be "direct" or None with sampled_from="teacher", got \'score\'; ',
+    ),
+    "a bound of no ratio": (
+        call("sampled_kl_loss", LOGITS, LOGITS, max_ratio=2.0),
+        ValueError,
+        "^`behavior_log_probs` must be given with `max_ratio`, got None; ",
+    ),
+    "a ratio of 0": (
+        call("sampled_kl_loss", LOGITS, LOGITS, LOGITS, max_ratio=0.0),
+        ValueError,
+        "^`max_ratio` must be finite and greater than 0, got 0.0$",
+    ),
+    "a ratio in a word": (
+        call("sampled_kl_loss", LOGITS, LOGITS, LOGITS, max_ratio="2"),
+        TypeError,
+        r"^sampled_kl_loss: `max_ratio` must be a number or .* array of shape \[\], or None, got '2'$",
+    ),
     "the output of a model": (
         call("kl_loss", Output(LOGITS), Output(LOGITS)),
         TypeError,

@@ -159,7 +159,7 @@ def test_every_number_is_a_setting_that_moves():
             parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
             options = [x for x in parameters if x.kind is x.KEYWORD_ONLY]
             numbers = {k for k, v in loss.forms.items() if type(v[0]) is float}
-            assert set(loss.ranges) == {x.name for x in options if x.annotation == "Scalar"}
+            assert set(loss.ranges) == {x.name for x in options if x.annotation in ("Scalar", "Scalar | None")}
             assert numbers == {x.name for x in options if x.annotation == "float"}
 
 

@@ -407,6 +407,10 @@ def given_by_name(f):
     feat["values"] = f.array(np.take_along_axis(f.numpy(feat["score_tea"]), order[:, :3], -1), "float32")
     rest = np.take_along_axis(f.numpy(feat["score_tea"]), order[:, 3:], -1)
     feat["rest"] = f.array(np.log(np.exp(rest).sum(-1)), "float32")
+    rng = np.random.default_rng(1)
+    feat |= {
+        f"{k}_log_probs": f.array(-rng.exponential(size=BATCH), "float32") for k in ("student", "teacher", "behavior")
+    }
     return feat, target
 
 
@@ -466,6 +470,23 @@ def test_an_input_that_may_be_absent(f):
     assert f.numpy(got) == pytest.approx(f.numpy(want), rel=1e-6)
     with pytest.raises(ValueError, match="rest"):
         f.kd.make_loss(configuration("kd-topk_kl"), CLASSES, 20)(feat=feat, target=target)
+
+
+@both
+def test_a_setting_of_an_input_that_may_be_absent(f):
+    feat, target = given_by_name(f)
+    bounded = configuration("kd-sampled_kl", KD_LOSS_ARGS={"sampled_kl": {"max_ratio": 1.5}})
+    samples = [feat[f"{name}_log_probs"] for name in ("student", "teacher", "behavior")]
+    got = f.kd.make_loss(bounded, CLASSES, 20)(feat=feat, target=target)
+    assert f.numpy(got) == pytest.approx(f.numpy(f.kd.sampled_kl_loss(*samples, max_ratio=1.5)), rel=1e-6)
+    del feat["behavior_log_probs"]
+    got = f.kd.make_loss(configuration("kd-sampled_kl"), CLASSES, 20)(feat=feat, target=target)
+    assert f.numpy(got) == pytest.approx(f.numpy(f.kd.sampled_kl_loss(*samples[:2])), rel=1e-6)
+    with pytest.raises(ValueError, match="`behavior_log_probs` must be given with `max_ratio`, got None"):
+        f.kd.make_loss(bounded, CLASSES, 20)(feat=feat, target=target)
+    settings = {"sampled_kl": {"estimator": "k4"}}
+    with pytest.raises(ValueError, match=r"KD_LOSS_ARGS\['sampled_kl'\]: `estimator` must be one of .*, got 'k4'$"):
+        f.kd.make_loss(configuration("kd-sampled_kl", KD_LOSS_ARGS=settings), CLASSES, 20)
 
 
 def test_a_state_that_no_module_holds():

@@ -528,6 +528,13 @@ def entropy(log_probabilities):
 # what has the same gradient: theirs and ours of the student's logits, and what theirs is larger by
 MIXED = log_softmax((1 - SKEW) * s3 + SKEW * t3)
 SAME_GRADIENT = {
+    "trl": {
+        "their `compute_sampled_token_self_distillation_loss`": (
+            lambda x: sdpo("sampled_token", x, t3, alpha=1.0, tokens=labels3.clamp(min=0))[kept3].mean(),
+            lambda x: kdtorch.sampled_kl_loss(of_labels(x), of_labels(t3), where=kept3),
+            None,
+        ),
+    },
     "torchtune": {
         "`ForwardKLLoss()(s, t, labels)`": (
             lambda x: tuned("ForwardKLLoss", student=x),
@@ -575,6 +582,10 @@ SAME_GRADIENT = {
         ),
     },
 }
+
+
+def of_labels(logits):
+    return log_softmax(logits).gather(-1, labels3.clamp(min=0)[..., None])[..., 0]
 
 
 def table(page):

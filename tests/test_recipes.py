@@ -187,6 +187,22 @@ def test_reviewkd_jax(run):
     assert all(abs(connector.norm1.mean[...]).max() > 0.01 for connector in names["model"].review.connectors)
 
 
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_on_policy(framework, run):
+    names = run(f"on_policy_{framework}")
+    after = {name.rpartition(", ")[2]: x[1] for name, x in names["divergences"].items()}
+    (before, _), _ = names["divergences"]["sampled tokens, the score"]
+    assert after["reverse_kl_loss"][0] < after["the score"][0] < after["k3 direct"][0] < before / 2
+    assert after["k3 direct"][1] < after["the score"][1]  # the other direction
+    assert after["k1 direct"][0] > before  # which does nothing but add noise
+    exact, right = float(names["exact"]), np.asarray(names["right"])
+    for (estimator, gradient), (mean, _, slope, _) in names["found"].items():
+        if estimator != "k2":
+            assert float(mean) == pytest.approx(exact, rel=1e-3)
+        off = np.linalg.norm(np.asarray(slope) - right) / np.linalg.norm(right)
+        assert off < 1e-3 if gradient == "score" or estimator == "k2" else off > 0.5, (estimator, gradient)
+
+
 def norm(trees, others):
     return sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in zip(trees, others, strict=True)) ** 0.5
 

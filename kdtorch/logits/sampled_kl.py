@@ -1,0 +1,194 @@
+"""KL divergence estimated from sampled tokens: on-policy distillation where only the tokens' log-probabilities are known."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdtorch._numerics import NEAR, eager_on_cpu, exp_remainder, positive, scalar
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
+
+
+@checked(dtensor="any")
+def sampled_kl_loss(
+    student_log_probs: Float[Tensor, "*batch"],
+    teacher_log_probs: Float[Tensor, "*batch"],
+    behavior_log_probs: Float[Tensor, "*batch"] | None = None,
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k3",
+    sampled_from: Literal["student", "teacher"] = "student",
+    gradient: Literal["score", "direct"] | None = None,
+    max_ratio: Scalar | None = None,
+    where: Bool[Tensor, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""On-policy distillation from sampled tokens: a KL divergence, estimated from the tokens' log-probabilities alone.
+
+    $$w\,k,\qquad k_1=y,\quad k_2=\tfrac{y^2}{2},\quad k_3=e^{-y}-1+y,\qquad w=\min(p/b,\,m)$$
+
+    where p, q and b are the probabilities that the student, the teacher and the policy that sampled give to a token,
+    and m is `max_ratio`. For tokens that the student sampled y = log p − log q, and the mean estimates KL(p‖q); for the
+    teacher's tokens y = log q − log p, and the mean estimates KL(q‖p). Without b, w = 1.
+
+    Args:
+        student_log_probs: `[*batch]`, log p, at most 0: one number a token, as in `[batch, tokens]`.
+        teacher_log_probs: the same shape, log q of the same tokens; constant.
+        behavior_log_probs: the same shape, log b; constant. It makes up for tokens that were not sampled from the
+            student as it is now, but from an older one or by another engine. Leave it out with
+            `sampled_from="teacher"`: w would turn the teacher's tokens into the student's.
+        estimator: `"k1"`, `"k2"` or `"k3"`. On the student's tokens k1 and k3 have the mean KL(p‖q); k3 is never negative,
+            and varies less where p and q are close. k2 has another mean, which is near it where p and q are close.
+        sampled_from: `"student"` or `"teacher"`, who sampled the tokens.
+        gradient: `"score"`, w (log p − log q) times the gradient of log p, whatever the estimator, whose mean over the
+            student's tokens is the gradient of KL(p‖q); or `"direct"`, the derivative of the value, w being constant.
+            None is the score for the student's tokens, and direct for the teacher's, which have no other.
+        max_ratio: m > 0, the largest w; it needs `behavior_log_probs`. A constant.
+        where: `[*batch]`, False for tokens that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        group: the process group that the batch is spread over.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`. k2 and k3 are never negative. It is inf where one side gives
+        -inf to a token of the other, and NaN where a side gives -inf to a token that it has sampled itself.
+
+    Raises:
+        ValueError: an unknown estimator, source, gradient or reduction, the score for the teacher's tokens, a
+            `max_ratio` that is not positive or comes without `behavior_log_probs`.
+        TypeError: a shape or dtype that does not fit.
+
+    A number above 0 by more than rounding (10⁻⁴, more in half precision) is the logarithm of no probability. kdtorch
+    raises a ValueError in eager code on a CPU; elsewhere, and in kdjax, its token is NaN.
+
+    The direct gradient on the student's own tokens is not that of the estimated divergence: for k1 its mean is 0, and
+    training does nothing; for k3 it is the gradient of KL(q‖p), the other direction; for k2 it equals the score.
+
+    Schulman, *Approximating KL Divergence*, 2020, https://joschu.net/blog/kl-approx.html; Lu and Thinking Machines Lab,
+    *On-Policy Distillation*, 2025, https://thinkingmachines.ai/blog/on-policy-distillation. Released codes differ in
+    the gradient: slime and Tinker take −k1 as a reward, which is the score; TorchRL differentiates k3.
+
+    >>> import torch
+    >>> from kdtorch import sampled_kl_loss
+    >>> s, t = torch.tensor([-0.5, -2.0, -1.0]), torch.tensor([-0.7, -1.0, -3.0])
+    >>> print(f"{sampled_kl_loss(s, t):.4f}")
+    0.6241
+    """
+    for name, value, known in (
+        ("estimator", estimator, ("k1", "k2", "k3")),
+        ("sampled_from", sampled_from, ("student", "teacher")),
+        ("gradient", gradient, ("score", "direct", None)),
+    ):
+        if value not in known:
+            choices = ", ".join("None" if x is None else f'"{x}"' for x in known)
+            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+    if gradient == "score" and sampled_from == "teacher":
+        raise ValueError(
+            '`gradient` must be "direct" or None with sampled_from="teacher", got \'score\'; the score is a gradient of '
+            "the student's own tokens"
+        )
+    if max_ratio is not None:
+        if behavior_log_probs is None:
+            raise ValueError(
+                "`behavior_log_probs` must be given with `max_ratio`, got None; give the log-probabilities of the policy "
+                "that sampled the tokens, or leave `max_ratio` out"
+            )
+        max_ratio = positive("max_ratio", max_ratio, student_log_probs, constant=True)
+    rows = [
+        None if x is None else _at_most_zero(name, x, where).unsqueeze(-1)
+        for name, x in (
+            ("student_log_probs", student_log_probs),
+            ("teacher_log_probs", teacher_log_probs),
+            ("behavior_log_probs", behavior_log_probs),
+        )
+    ]
+    slope = gradient or ("score" if sampled_from == "student" else "direct")
+    return reduce(_SAMPLED[estimator, sampled_from, slope](*rows, max_ratio, where=where), where, reduction, group)
+
+
+def _at_most_zero(name: str, x: Tensor, where: Tensor | None) -> Tensor:
+    """Logarithms of probabilities; NaN where one is above 0 by more than rounding and nobody may ask for it."""
+    above = x.detach() > max(1e-4, 16 * torch.finfo(x.dtype).eps)
+    if where is not None:
+        above = above & where
+    if not eager_on_cpu(x.detach()):
+        return x + torch.where(above, math.nan, torch.zeros_like(x.detach()))
+    if above.any():
+        raise ValueError(
+            f"`{name}` must be logarithms of probabilities, at most 0, got {x[above][0].item():.4g}; give the "
+            "log_softmax of the logits at each token, and mask what has none by `where`"
+        )
+    return x
+
+
+def sampled_and_gradient(
+    estimator: str,
+    sampled_from: str,
+    gradient: str,
+    x: Tensor,
+    y: Tensor,
+    behavior: Tensor | None,
+    max_ratio: Scalar | None,
+) -> tuple[Tensor, Tensor]:
+    """The estimate of each token, of rows of one number, and its gradient by x; z is log(q / p), or log(p / q)."""
+    z = y - x if sampled_from == "student" else x - y
+    z = torch.where(z.isposinf(), math.nan, z)  # who sampled the token gives it -inf
+    log_weight, log_product = _log_weight(sampled_from, x.detach(), y, z.detach(), behavior, max_ratio)
+    weight = log_weight.exp()
+    weight = torch.where(z == 0, weight.clamp(max=torch.finfo(x.dtype).max), weight)  # 0 times a large one is 0
+    weight = torch.where(z.isnan(), z, weight)
+    if estimator == "k1":
+        value, slope = -weight * z, -weight
+    elif estimator == "k2":
+        value, slope = weight * z * z / 2, weight * _bounded(z)
+    else:
+        value, slope = _k3(z, weight, log_product)
+    if gradient == "score":
+        slope = weight * _bounded(z.detach())
+    value = torch.where(z.isneginf() & (weight == 0), math.inf, value)
+    return value.sum(-1), -slope if sampled_from == "student" else slope
+
+
+def _log_weight(
+    sampled_from: str, x: Tensor, y: Tensor, z: Tensor, behavior: Tensor | None, max_ratio: Scalar | None
+) -> tuple[Tensor, Tensor]:
+    """log w, and z + log w from numbers of which none need be large. A token to which b gives -inf is NaN."""
+    if behavior is None:
+        return torch.zeros_like(x), z
+    log_weight = torch.where(behavior.isneginf(), math.nan, x - behavior)
+    log_product = y - behavior if sampled_from == "student" else z + log_weight
+    if max_ratio is None:
+        return log_weight, log_product
+    most = scalar(max_ratio, x).log()
+    return torch.minimum(log_weight, most), torch.minimum(log_product, z + most)
+
+
+def _bounded(z: Tensor) -> Tensor:
+    """z; of a token that the other side excludes, as if that gave it the least number there is."""
+    return torch.where(z.isneginf(), math.log(torch.finfo(z.dtype).tiny), z)
+
+
+def _k3(z: Tensor, weight: Tensor, log_product: Tensor) -> tuple[Tensor, Tensor]:
+    """w (e^z - 1 - z) and its derivative w (e^z - 1). Where e^z is large, w e^z is e to the power of z + log w."""
+    far = z > 2
+    moderate, large = torch.where(far, 0, z), torch.where(far, z, 0)
+    near = moderate.abs() < NEAR
+    close = exp_remainder(torch.where(near, moderate, 0))
+    beyond = torch.where(near, close, moderate.expm1() - moderate)
+    product = torch.where(far, log_product, 0).exp() * (1 + (large - large.detach()))  # w is constant
+    value = torch.where(far, product * (1 - (1 + large) * (-large).exp()), weight * beyond)
+    return value, torch.where(far, -product * (-large).expm1(), weight * moderate.expm1())
+
+
+_SAMPLED = {
+    (estimator, sampled_from, gradient): rowwise(
+        functools.partial(sampled_and_gradient, estimator, sampled_from, gradient)
+    )
+    for estimator in ("k1", "k2", "k3")
+    for sampled_from, gradient in (("student", "score"), ("student", "direct"), ("teacher", "direct"))
+}
