@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from kdjax._numerics import positive, unit
-from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
-from kdjax.relations._pairs import gather, products
+from kdjax.relations._pairs import Pairs, over_pairs, products
 from kdlosses.settings import whole
 
 
@@ -60,10 +61,20 @@ def correlation_loss(
     """
     whole(1, order=order)
     gamma = positive("gamma", gamma, student, teacher, constant=True)
-    pairs = gather("correlation_loss", student, teacher, where, axis_name)
-    cosine, other = (products(unit(x), pairs.local) for x in (pairs.student, pairs.teacher))
-    gap = _kernel(cosine, gamma, order) - _kernel(other, gamma, order)
-    return reduce(pairs.mean(jnp.square(gap)), where, reduction, axis_name)
+
+    def values(pairs: Pairs) -> jax.Array:
+        cosine, other = (_cosines(unit(x), pairs.local) for x in (pairs.student, pairs.teacher))
+        gap = _kernel(cosine, gamma, order) - _kernel(other, gamma, order)
+        return pairs.mean(jnp.square(gap))
+
+    return over_pairs("correlation_loss", values, student, teacher, where, reduction, axis_name)
+
+
+def _cosines(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Of this device's rows and all rows, which are unit; of a row and itself 1, or 0 where it is 0."""
+    place, product = jnp.arange(len(x)), products(x, local)
+    itself = local((x != 0).any(-1).astype(x.dtype))
+    return jnp.where(local(place)[:, None] == place[None], itself[:, None], product)
 
 
 def _kernel(cosine: jax.Array, gamma: float | jax.Array, order: int) -> jax.Array:

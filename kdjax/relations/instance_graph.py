@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather_constant, rank
-from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.relations._pairs import Pairs, Squares, gather, squares
+from kdjax.relations._pairs import Pairs, Squares, over_pairs, squares
 
 
 @checked
@@ -54,9 +53,12 @@ def instance_graph_loss(
     >>> print(f"{instance_graph_loss(s, t):.4f}")
     XX
     """
-    pairs = gather("instance_graph_loss", student, teacher, where, axis_name)
-    gap = _edges(pairs.student, pairs, axis_name) - _edges(pairs.teacher, pairs, axis_name)
-    return reduce(pairs.mean(jnp.square(gap)), where, reduction, axis_name)
+
+    def values(pairs: Pairs) -> jax.Array:
+        gap = _edges(pairs.student, pairs, axis_name) - _edges(pairs.teacher, pairs, axis_name)
+        return pairs.mean(jnp.square(gap))
+
+    return over_pairs("instance_graph_loss", values, student, teacher, where, reduction, axis_name)
 
 
 def _edges(x: jax.Array, pairs: Pairs, axis_name: AxisName | None) -> jax.Array:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._numerics import unit
-from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.relations._pairs import Pairs, gather, products
+from kdjax.relations._pairs import Pairs, over_pairs, products
 
 EPSILON = 1e-7  # part of the published formula: beside the norms, and within the logarithm
 
@@ -59,11 +58,14 @@ def pkt_loss(
     >>> print(f"{pkt_loss(s, t):.4f}")
     XX
     """
-    pairs = gather("pkt_loss", student, teacher, where, axis_name)
+    return over_pairs("pkt_loss", _values, student, teacher, where, reduction, axis_name)
+
+
+def _values(pairs: Pairs) -> jax.Array:
     p, q = (_probabilities(x, pairs) for x in (pairs.student, pairs.teacher))
     gap = q - p  # of which the sum, 0 but for the rounding of p and q, is taken off
     terms = q * jnp.log1p(gap / (p + EPSILON)) - gap
-    return reduce(pairs.mean(terms), where, reduction, axis_name)
+    return pairs.mean(terms)
 
 
 def _probabilities(x: jax.Array, pairs: Pairs) -> jax.Array:
@@ -72,8 +74,8 @@ def _probabilities(x: jax.Array, pairs: Pairs) -> jax.Array:
     share, rest = length / (length + EPSILON), EPSILON / (length + EPSILON)
     ours, our_rest = pairs.local(share)[:, None], pairs.local(rest)[:, None]
     # 1 + cos, of which nothing cancels
-    similarity = our_rest + ours * (rest + share * _one_plus_cosine(unit(x), pairs.local))
-    similarity = jnp.where(pairs.kept, similarity, 0)
+    similarity = our_rest + ours * (rest[None] + share[None] * _one_plus_cosine(unit(x), pairs.local))
+    similarity = jnp.where(pairs.kept[None], similarity, 0)
     total = similarity.sum(1, keepdims=True)
     return similarity / jnp.where(total == 0, 1, total)
 
@@ -90,5 +92,5 @@ def _length(x: jax.Array) -> jax.Array:
 def _one_plus_cosine(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """1 + x_i · x_j of unit rows, this device's i and every j; of rows of 0 it is not felt."""
     product = 1 + products(x, local)
-    by_row = jax.checkpoint(lambda row: jnp.square(row + x).sum(-1) / 2)
+    by_row = jax.checkpoint(lambda row: jnp.square(row[None] + x).sum(-1) / 2)
     return jax.lax.cond((product > 1 / 32).all(), lambda: product, lambda: jax.lax.map(by_row, local(x)))

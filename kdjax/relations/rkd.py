@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._numerics import non_negative, unit
-from kdjax._reduce import count, reduce
+from kdjax._reduce import count
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
-from kdjax.relations._pairs import Pairs, Squares, gather, gram, squares
+from kdjax.relations._pairs import Pairs, Squares, gram, over_pairs, squares
 
 
 @checked
@@ -64,18 +64,20 @@ def rkd_loss(
     """
     distance_weight = non_negative("distance_weight", distance_weight, student, teacher)
     angle_weight = non_negative("angle_weight", angle_weight, student, teacher)
-    pairs = gather("rkd_loss", student, teacher, where, axis_name)
-    s, t = (squares(x, pairs.kept, lambda x: x) for x in (pairs.student, pairs.teacher))
-    (d, below), (e, below_teacher) = _root(s.square), _root(t.square)
-    gap = pairs.local(_over_mean(d, pairs.kept)) - pairs.local(_over_mean(e, pairs.kept))
-    value = distance_weight * pairs.mean(_huber(gap))
-    angles = jax.lax.cond(
-        s.clear & t.clear,
-        lambda: _by_distances((s.square, below, t.square, below_teacher), pairs),
-        lambda: _by_differences(s, t, pairs),
-    )
-    value = value + angle_weight * angles / jnp.square(count(pairs.kept, value.dtype))
-    return reduce(value, where, reduction, axis_name)
+
+    def values(pairs: Pairs) -> jax.Array:
+        s, t = (squares(x, pairs.kept, lambda x: x) for x in (pairs.student, pairs.teacher))
+        (d, below), (e, below_teacher) = _root(s.square), _root(t.square)
+        gap = pairs.local(_over_mean(d, pairs.kept)) - pairs.local(_over_mean(e, pairs.kept))
+        angles = jax.lax.cond(
+            s.clear & t.clear,
+            lambda: _by_distances((s.square, below, t.square, below_teacher), pairs),
+            lambda: _by_differences(s, t, pairs),
+        )
+        number = count(pairs.kept, gap.dtype)
+        return distance_weight * pairs.mean(_huber(gap)) + angle_weight * angles / jnp.square(number)
+
+    return over_pairs("rkd_loss", values, student, teacher, where, reduction, axis_name)
 
 
 def _root(square: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +102,7 @@ def _by_distances(sides: tuple[jax.Array, ...], pairs: Pairs) -> jax.Array:
     """The sum over the angles at each of this device's rows, one row at a time, by the law of cosines."""
 
     def cosines(square: jax.Array, of_row: jax.Array, below: jax.Array) -> jax.Array:
-        return (of_row[:, None] + of_row - square) * (below[:, None] * below) / 2
+        return (of_row[:, None] + of_row[None] - square) * (below[:, None] * below[None]) / 2
 
     def vertex(row: tuple[jax.Array, ...]) -> jax.Array:
         return _huber(cosines(sides[0], *row[:2]) - cosines(sides[2], *row[2:])).sum()

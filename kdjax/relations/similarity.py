@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._numerics import unit
-from kdjax._reduce import reduce
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.relations._pairs import gather, products
+from kdjax.relations._pairs import Pairs, over_pairs, products
 
 
 @checked
@@ -55,12 +54,15 @@ def similarity_loss(
     >>> print(f"{similarity_loss(s, t):.4f}")
     XX
     """
-    pairs = gather("similarity_loss", student, teacher, where, axis_name)
+    return over_pairs("similarity_loss", _values, student, teacher, where, reduction, axis_name)
+
+
+def _values(pairs: Pairs) -> jax.Array:
     gap = _similarities(pairs.student, pairs.local) - _similarities(pairs.teacher, pairs.local)
-    return reduce(pairs.mean(jnp.square(gap)), where, reduction, axis_name)
+    return pairs.mean(jnp.square(gap))
 
 
 def _similarities(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Inner products of this device's rows with all rows, made unit."""
-    largest = jax.lax.stop_gradient(jnp.abs(x).max(initial=0))
+    largest = jax.lax.stop_gradient(jnp.abs(x).max())
     return unit(products(x / jnp.where(largest == 0, 1, largest), local))

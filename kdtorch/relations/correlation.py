@@ -65,7 +65,7 @@ def correlation_loss(
 
 def _evaluate(pairs: Pairs, gamma: Tensor, order: int) -> tuple[Tensor, Tensor]:
     x, number = unit(pairs.student), len(pairs.student)
-    cosine, other = products(x, pairs.ours), products(unit(pairs.teacher), pairs.ours)
+    cosine, other = _cosines(x, pairs.ours), _cosines(unit(pairs.teacher), pairs.ours)
     factors = _factors(gamma, order)
     value = x.new_empty(len(cosine))
     for block in blocks(len(cosine), x):
@@ -75,7 +75,15 @@ def _evaluate(pairs: Pairs, gamma: Tensor, order: int) -> tuple[Tensor, Tensor]:
         cosine[block] = gap.mul_(slope).mul_(2 / number * pairs.weights[block, None])
     if not pairs.asked:
         return value, x.new_empty(0)
+    cosine.diagonal(pairs.ours.start).zero_()  # of a row and itself, which is constant
     return value, unit_pull(pairs.student, through_products(cosine, x, pairs.ours))
+
+
+def _cosines(x: Tensor, ours: slice) -> Tensor:
+    """Of this rank's rows and all rows, which are unit; of a row and itself 1, or 0 where it is 0."""
+    product = products(x, ours)
+    product.diagonal(ours.start).copy_((x[ours] != 0).any(-1))
+    return product
 
 
 def _factors(gamma: Tensor, order: int) -> list[float]:

@@ -11,7 +11,7 @@ from parity.row import Benchmark, Loss, Memory
 def correlation_loss(student, teacher, gamma=0.4, order=2):
     s, t = [unit(x) for x in student], [unit(constant(x)) for x in teacher]
     gamma, number = np.longdouble(gamma), len(s)
-    factors = [np.exp(-2 * gamma) * (2 * gamma) ** n / math.factorial(n) for n in range(1, order + 1)]
+    factors = [np.exp(-2 * gamma) * (2 * gamma) ** n / math.factorial(n) for n in range(1, int(order) + 1)]
 
     def gap(i, j):
         a, b = s[i] @ s[j], t[i] @ t[j]
@@ -33,6 +33,7 @@ ROWS = (
         batch_coupled=True,
         second_derivative=False,
         scale=0.1,  # the square of a difference of kernels, which nearly agree where the batch is small
+        gradient_scale=2.0**-16,  # of one example alone the oracle is left with its own rounding
         rounding=scales.of_unit_rows,
         memory=Memory(jax=5, torch=6, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
         collectives=("all-gather", "all-gather", "reduce-scatter"),
