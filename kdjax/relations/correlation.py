@@ -57,7 +57,7 @@ def correlation_loss(
     >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0]])
     >>> t = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{correlation_loss(s, t):.4f}")
-    XX
+    0.1266
     """
     whole(1, order=order)
     gamma = positive("gamma", gamma, student, teacher, constant=True)

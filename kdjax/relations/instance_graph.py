@@ -19,7 +19,7 @@ def instance_graph_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Instance relationship graph, its edges: mean squared error between two matrices of squared distances of largest entry 1.
+    r"""Edges of the instance relationship graph: mean squared error between squared distances over their largest.
 
     $$\frac1B\sum_j\left(\frac{d_{ij}(s)^2}{\max_{kl}d_{kl}(s)^2}-\frac{d_{ij}(t)^2}{\max_{kl}d_{kl}(t)^2}\right)^2,\qquad d_{ij}(x)=\|x_i-x_j\|$$
 
@@ -44,14 +44,14 @@ def instance_graph_loss(
     The edge term of Liu et al., *Knowledge Distillation via Instance Relationship Graph*, CVPR 2019; the vertices and the
     transformations between layers are not here. The authors' Caffe layer holds the largest distance constant. The
     distances are computed by one matrix product. If some pair is so close that this would lose precision, they are
-    computed from the differences, a row at a time.
+    computed from the differences, a row at a time. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import instance_graph_loss
     >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     >>> t = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     >>> print(f"{instance_graph_loss(s, t):.4f}")
-    XX
+    0.2178
     """
 
     def values(pairs: Pairs) -> jax.Array:
@@ -73,7 +73,7 @@ def _largest(found: Squares, axis_name: AxisName | None) -> jax.Array:
     square = jax.lax.stop_gradient(found.square)
     i, j = jnp.divmod(square.argmax(), square.shape[1])
     if axis_name is not None:
-        i = i + rank(axis_name) * len(square)
+        i = i + jnp.asarray(rank(axis_name) * len(square), i.dtype)
         first = all_gather_constant(square.max()[None], axis_name).argmax()
         i, j = (all_gather_constant(place[None], axis_name)[first] for place in (i, j))
     return jnp.square(found.differences(found.rows[i])[j]).sum()

@@ -53,14 +53,14 @@ def rkd_loss(
     Park et al., *Relational Knowledge Distillation*, CVPR 2019, [arXiv:1904.05068](https://arxiv.org/abs/1904.05068). The
     authors' code keeps distances above 1e-6, so that two equal rows have a gradient of 1e11. The angles are computed one
     vertex i at a time, and again in the backward pass, from the distances of all pairs. If some pair is so close that this
-    would lose precision, distances and angles are computed from the differences.
+    would lose precision, distances and angles are computed from the differences. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import rkd_loss
     >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     >>> t = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     >>> print(f"{rkd_loss(s, t):.4f}")
-    XX
+    4.4266
     """
     distance_weight = non_negative("distance_weight", distance_weight, student, teacher)
     angle_weight = non_negative("angle_weight", angle_weight, student, teacher)

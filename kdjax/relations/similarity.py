@@ -52,7 +52,7 @@ def similarity_loss(
     >>> s = jnp.array([[2.0, 0.0], [0.0, 1.0]])
     >>> t = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{similarity_loss(s, t):.4f}")
-    XX
+    0.2929
     """
     return over_pairs("similarity_loss", _values, student, teacher, where, reduction, axis_name)
 

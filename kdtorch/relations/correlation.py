@@ -55,7 +55,7 @@ def correlation_loss(
     >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> t = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{correlation_loss(s, t):.4f}")
-    XX
+    0.1266
     """
     whole(1, order=order)
     gamma = scalar(positive("gamma", gamma, student, teacher, constant=True), student, teacher)

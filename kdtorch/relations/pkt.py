@@ -56,7 +56,7 @@ def pkt_loss(
     >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> t = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{pkt_loss(s, t):.4f}")
-    XX
+    0.0294
     """
     return _loss(gather(student, teacher, where, reduction, group), where, reduction, group)
 

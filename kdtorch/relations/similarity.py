@@ -50,7 +50,7 @@ def similarity_loss(
     >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> t = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> print(f"{similarity_loss(s, t):.4f}")
-    XX
+    0.2929
     """
     return _loss(gather(student, teacher, where, reduction, group), where, reduction, group)
 
