@@ -55,25 +55,26 @@ def instance_graph_loss(
     """
 
     def values(pairs: Pairs) -> jax.Array:
-        gap = _edges(pairs.student, pairs, axis_name) - _edges(pairs.teacher, pairs, axis_name)
-        return pairs.mean(jnp.square(gap))
+        sides = tuple(squares(x, pairs.kept, pairs.local) for x in (pairs.student, pairs.teacher))
+        edges, of_teacher = map(_edges, sides, _farthest(sides, axis_name))
+        return pairs.mean(jnp.square(edges - of_teacher))
 
     return over_pairs("instance_graph_loss", values, student, teacher, where, reduction, axis_name)
 
 
-def _edges(x: jax.Array, pairs: Pairs, axis_name: AxisName | None) -> jax.Array:
-    """Squared distances from this device's rows over the largest of all; 0 where that is 0."""
-    found = squares(x, pairs.kept, pairs.local)
-    largest = _largest(found, axis_name)
+def _edges(found: Squares, place: jax.Array) -> jax.Array:
+    """Squared distances from this device's rows over that of the pair at a place, from its two rows; 0 where that is 0."""
+    i, j = jnp.divmod(place, found.square.shape[1])
+    largest = jnp.square(found.differences(found.rows[i])[j]).sum()
     return found.square / jnp.where(largest == 0, jnp.inf, largest)
 
 
-def _largest(found: Squares, axis_name: AxisName | None) -> jax.Array:
-    """The squared distance of the first pair that is farthest apart, of all devices, from its two rows."""
-    square = jax.lax.stop_gradient(found.square)
-    i, j = jnp.divmod(square.argmax(), square.shape[1])
-    if axis_name is not None:
-        i = i + jnp.asarray(rank(axis_name) * len(square), i.dtype)
-        first = all_gather_constant(square.max()[None], axis_name).argmax()
-        i, j = (all_gather_constant(place[None], axis_name)[first] for place in (i, j))
-    return jnp.square(found.differences(found.rows[i])[j]).sum()
+def _farthest(sides: tuple[Squares, ...], axis_name: AxisName | None) -> jax.Array:
+    """The places, among the pairs of all devices in row order, of each side's first pair that is farthest apart."""
+    local = [jax.lax.stop_gradient(x.square) for x in sides]
+    places = jnp.stack([x.argmax() for x in local])
+    if axis_name is None:
+        return places
+    places = places + jnp.asarray(rank(axis_name) * local[0].size, places.dtype)
+    largest = all_gather_constant(jnp.stack([x.max() for x in local])[None], axis_name)
+    return all_gather_constant(places[None], axis_name)[largest.argmax(0), jnp.arange(len(sides))]

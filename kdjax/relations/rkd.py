@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import non_negative, unit
+from kdjax._numerics import HIGHEST, non_negative, unit
 from kdjax._reduce import count
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 from kdjax.relations._pairs import Pairs, Squares, gram, over_pairs, squares
@@ -67,13 +69,10 @@ def rkd_loss(
 
     def values(pairs: Pairs) -> jax.Array:
         s, t = (squares(x, pairs.kept, lambda x: x) for x in (pairs.student, pairs.teacher))
-        (d, below), (e, below_teacher) = _root(s.square), _root(t.square)
-        gap = pairs.local(_over_mean(d, pairs.kept)) - pairs.local(_over_mean(e, pairs.kept))
-        angles = jax.lax.cond(
-            s.clear & t.clear,
-            lambda: _by_distances((s.square, below, t.square, below_teacher), pairs),
-            lambda: _by_differences(s, t, pairs),
-        )
+        d, e = (_over_mean(_root(x.square)[0], pairs.kept) for x in (s, t))
+        gap = pairs.local(d) - pairs.local(e)
+        ways = (functools.partial(way, s, t, pairs) for way in (_by_distances, _by_differences))
+        angles = jax.lax.cond(s.clear & t.clear, *ways)
         number = count(pairs.kept, gap.dtype)
         return distance_weight * pairs.mean(_huber(gap)) + angle_weight * angles / jnp.square(number)
 
@@ -98,16 +97,37 @@ def _huber(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 1, jnp.square(x) / 2, jnp.abs(x) - 1 / 2)
 
 
-def _by_distances(sides: tuple[jax.Array, ...], pairs: Pairs) -> jax.Array:
+def _by_distances(s: Squares, t: Squares, pairs: Pairs) -> jax.Array:
     """The sum over the angles at each of this device's rows, one row at a time, by the law of cosines."""
+    rows = (*map(pairs.local, _root(s.square)), *map(pairs.local, _root(t.square)))
+    vertex = jax.checkpoint(lambda row: _angles(s.square, t.square, *row))
+    return jax.lax.map(vertex, rows)
 
-    def cosines(square: jax.Array, of_row: jax.Array, below: jax.Array) -> jax.Array:
-        return (of_row[:, None] + of_row[None] - square) * (below[:, None] * below[None]) / 2
 
-    def vertex(row: tuple[jax.Array, ...]) -> jax.Array:
-        return _huber(cosines(sides[0], *row[:2]) - cosines(sides[2], *row[2:])).sum()
+# The gradient is written by hand, for the angle between j and k is that between k and j: all sums over one of them are
+# then products with matrices, which take half the time.
+@jax.custom_jvp
+def _angles(
+    square: jax.Array, other: jax.Array, d: jax.Array, below: jax.Array, e: jax.Array, below_teacher: jax.Array
+) -> jax.Array:
+    """Of a row with distances d and one over them, e in the teacher, the sum over the angles."""
+    return _huber(_cosines(square, d, below) - _cosines(other, e, below_teacher)).sum(0).sum()
 
-    return jax.lax.map(jax.checkpoint(vertex), tuple(map(pairs.local, sides)))
+
+@_angles.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    square, other, d, below, e, below_teacher = primals
+    of_square, _, of_d, of_below, _, _ = tangents  # the teacher is constant
+    slope = jnp.clip(_cosines(square, d, below) - _cosines(other, e, below_teacher), -1, 1)
+    over, beyond = jnp.matmul(slope, jnp.stack([below, d], 1), precision=HIGHEST).T
+    beyond = beyond - jnp.matmul(slope * square, below, precision=HIGHEST)
+    weight = slope * (below[:, None] * below[None]) / 2
+    return _angles(*primals), (over * of_d + beyond * of_below).sum() - (weight * of_square).sum()
+
+
+def _cosines(square: jax.Array, d: jax.Array, below: jax.Array) -> jax.Array:
+    """At a row with distances d and one over them, between all pairs of rows, which are so far apart."""
+    return (d[:, None] * below[None] + below[:, None] * d[None] - square * below[:, None] * below[None]) / 2
 
 
 def _by_differences(s: Squares, t: Squares, pairs: Pairs) -> jax.Array:

@@ -32,7 +32,7 @@ ROWS = (
         scale=0.1,  # the square of a difference of edges, which nearly agree where the batch is small
         rounding=scales.of_spread_rows,
         memory=Memory(jax=5, torch=7, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
-        collectives=("all-gather", "all-gather", "reduce-scatter"),
+        collectives=("all-gather",) * 4 + ("reduce-scatter",),  # of rows, and of the farthest pairs
         depends_on_threads=True,
         benchmarks=(Benchmark("1024×512", Sizes((1024,), dim=512, teacher_dim=512), torch=1.3, jax=1.3),),
     ),
