@@ -71,10 +71,13 @@ def rkd_loss(
         s, t = (squares(x, pairs.kept, lambda x: x) for x in (pairs.student, pairs.teacher))
         d, e = (_over_mean(_root(x.square)[0], pairs.kept) for x in (s, t))
         gap = pairs.local(d) - pairs.local(e)
+        value = distance_weight * pairs.mean(_huber(gap))
+        if isinstance(angle_weight, float) and angle_weight == 0:
+            return value
         ways = (functools.partial(way, s, t, pairs) for way in (_by_distances, _by_differences))
         angles = jax.lax.cond(s.clear & t.clear, *ways)
         number = count(pairs.kept, gap.dtype)
-        return distance_weight * pairs.mean(_huber(gap)) + angle_weight * angles / jnp.square(number)
+        return value + angle_weight * angles / jnp.square(number)
 
     return over_pairs("rkd_loss", values, student, teacher, where, reduction, axis_name)
 

@@ -98,7 +98,7 @@ def _farthest(found: Squares) -> tuple[Tensor, Tensor]:
 
 def _farthest_of_all(rows: Rows, group: ProcessGroup) -> Tensor:
     """The places, among kept rows, of the first pair that is farthest apart, of all ranks: the student's, the teacher's."""
-    largest, places = _of_rank(*rows[:3], rows.ours.start, rows.ours.stop)
+    largest, places = _of_rank(rows.student.detach(), rows.teacher, rows.kept, rows.ours.start, rows.ours.stop)
     largest, places = all_gather_constant(largest[None], group), all_gather_constant(places[None], group)
     return torch.stack([places[largest[:, side].argmax(), side] for side in range(2)])
 

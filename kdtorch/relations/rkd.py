@@ -84,7 +84,9 @@ def _evaluate(pairs: Pairs, distance_weight: Tensor, angle_weight: Tensor) -> tu
         pull.mul_(below / 2)
         gradient = torch.zeros_like(s.rows)
     weights = (angle_weight / number**2 * pairs.weights).tolist()
-    if s.clear and t.clear:
+    if angle_weight == 0:
+        angles = torch.zeros_like(value)
+    elif s.clear and t.clear:
         angles = _by_distances(s, d, below, t, e, below_teacher, ours, weights, pull)
     else:
         angles = _by_differences(s, t, ours, weights, gradient if pairs.asked else None)

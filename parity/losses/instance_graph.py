@@ -34,6 +34,6 @@ ROWS = (
         memory=Memory(jax=5, torch=7, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
         collectives=("all-gather",) * 4 + ("reduce-scatter",),  # of rows, and of the farthest pairs
         depends_on_threads=True,
-        benchmarks=(Benchmark("1024×512", Sizes((1024,), dim=512, teacher_dim=512), torch=1.3, jax=1.3),),
+        benchmarks=(Benchmark("1024×512", Sizes((1024,), dim=512, teacher_dim=512), torch=1.3),),
     ),
 )

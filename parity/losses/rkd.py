@@ -46,7 +46,7 @@ ROWS = (
         scale=1.0,
         rounding=scales.of_near_rows,
         ill_conditioned={"near-rows": NEAR_ROWS},
-        memory=Memory(jax=12, torch=9, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
+        memory=Memory(jax=15, torch=9, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
         collectives=("all-gather", "all-gather", "reduce-scatter"),
         depends_on_threads=True,
         benchmarks=(
