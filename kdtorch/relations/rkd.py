@@ -79,7 +79,7 @@ def _evaluate(pairs: Pairs, distance_weight: Tensor, angle_weight: Tensor) -> tu
     pull, gradient = None, gap.new_empty(0)
     if pairs.asked:  # first with respect to the distances, then to their squares
         slope.mul_((distance_weight / number / mean) * pairs.weights[:, None])
-        pull = torch.full_like(d, -(slope * d[ours]).sum() / (mean * others))
+        pull = torch.zeros_like(d).sub_((slope * d[ours]).sum() / (mean * others))
         pull[ours] += slope
         pull.mul_(below / 2)
         gradient = torch.zeros_like(s.rows)
@@ -122,11 +122,11 @@ def _by_distances(
         square, other = s.square[block], t.square[block]
         for i, (place, weight) in enumerate(zip(range(ours.start, ours.stop), weights, strict=True)):
             a, w, b, v = d[place], below[place], e[place], below_teacher[place]
-            left = torch.stack([a[block], w[block], -b[block], -v[block]], 1)
+            left = torch.stack([a[block], w[block], -b[block], -v[block]], 1) / 2
             gap = left @ torch.stack([w, a, v, b])
-            gap.addcmul_(square * w, w[block, None], value=-1)
-            gap.addcmul_(other * v, v[block, None])
-            slope = gap.div_(2).clamp(-1, 1)
+            gap.addcmul_(square * w, w[block, None], value=-0.5)
+            gap.addcmul_(other * v, v[block, None], value=0.5)
+            slope = gap.clamp(-1, 1)
             value[i] += torch.linalg.vecdot(slope, gap.sub_(slope, alpha=0.5)).sum()
             if pull is None:
                 continue
