@@ -50,8 +50,8 @@ ROWS = (
         collectives=("all-gather", "all-gather", "reduce-scatter"),
         depends_on_threads=True,
         benchmarks=(
-            Benchmark("192×256", Sizes((192,), dim=256, teacher_dim=256), torch=0.84, memory=1 / 3),
-            Benchmark("512×512", Sizes((512,), dim=512, teacher_dim=512), memory=1 / 3),
+            Benchmark("192×256", Sizes((192,), dim=256, teacher_dim=256), torch=8.0, jax=3.0, memory=1 / 3),
+            Benchmark("512×512", Sizes((512,), dim=512, teacher_dim=512), torch=8.0, jax=3.0, memory=1 / 3),
             Benchmark("2048×512", Sizes((2048,), dim=512, teacher_dim=512), direct=False),
         ),
     ),
