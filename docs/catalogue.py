@@ -101,7 +101,8 @@ class Loss(NamedTuple):
     @property
     def configured(self) -> dict[str, str]:
         """The names in a configuration and what they read; what a loss without a name of its own reads follows a rule."""
-        names: dict[str, str] = self.meta.get("config", {self.name.removesuffix("_loss"): ""})
+        short = self.name.removesuffix("_loss")
+        names: dict[str, str] = self.meta.get("config", {self.name if short in _founding_names() else short: ""})
         return names
 
     @property
@@ -116,6 +117,13 @@ def load(package: str) -> griffe.Module:
     module = griffe.load(package, search_paths=[ROOT], allow_inspection=False)
     assert isinstance(module, griffe.Module)
     return module
+
+
+@functools.cache
+def _founding_names() -> set[str]:
+    """Of a configuration, which mean what they meant there: rkd is no short name of `rkd_loss`."""
+    pages = (get_data(path.read_text())[1] for path in PAGES.glob("*.md"))
+    return {name for meta in pages for name in meta.get("config", {})}
 
 
 def read(name: str) -> Loss:

@@ -115,8 +115,9 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
         console.print(_table([x for x in found.values() if x.is_loss], config, marks))
         notes.append(f"`python -m {program} show dkd` prints the page of one.")
     else:
-        known = {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
-        known |= {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
+        known = {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
+        # the names of a configuration precede, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
+        known |= {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
         asked = options.name.lower()
         if asked not in known:
             near = ", ".join(difflib.get_close_matches(asked, known, 3, 0))

@@ -75,8 +75,13 @@ from kdtorch.logits.tvd import tvd_loss
 from kdtorch.logits.uld import uld_loss
 from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
+from kdtorch.relations.correlation import correlation_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
+from kdtorch.relations.instance_graph import instance_graph_loss
+from kdtorch.relations.pkt import pkt_loss
+from kdtorch.relations.rkd import rkd_loss
+from kdtorch.relations.similarity import similarity_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 
 __all__ = [
@@ -84,6 +89,7 @@ __all__ = [
     "DINOState",
     "alpha_beta_loss",
     "bce_loss",
+    "correlation_loss",
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
@@ -97,6 +103,7 @@ __all__ = [
     "euclidean_mse_loss",
     "fuse",
     "hcl_loss",
+    "instance_graph_loss",
     "jsd_loss",
     "kl_loss",
     "linear_jsd_loss",
@@ -104,8 +111,11 @@ __all__ = [
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "pkt_loss",
     "reverse_kl_loss",
+    "rkd_loss",
     "sampled_kl_loss",
+    "similarity_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "smooth_l1_loss",

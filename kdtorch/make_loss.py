@@ -110,7 +110,7 @@ def make_loss(
     A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
     function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
     for features, `feats_stu` and `feats_tea` for maps, `target` for labels, and for any other parameter the entry of
-    `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, and `dkd` weighs
+    `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs
     both its parts by 1 at temperature 1.
 
     >>> import torch

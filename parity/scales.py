@@ -58,3 +58,18 @@ def of_unit_rows(given: Given) -> tuple[float, float]:
     rows = [np.abs(given.inputs[name]).max(-1).ravel() for name in ("student", "centers") if name in given.inputs]
     lengths = [float(x) for x in np.concatenate(rows) if x >= given.tiny]
     return 1.0, 1 / min(lengths, default=1.0)
+
+
+def of_spread_rows(given: Given) -> tuple[float, float]:
+    """Of what depends on the differences of rows over the largest of them: the gradient is the greater the smaller that is."""
+    x = np.asarray(given.inputs["student"], np.longdouble)
+    spread = float(np.abs(x[:, None] - x).max(initial=0))
+    return 1.0, 1 / spread if spread >= given.tiny else 1.0
+
+
+def of_near_rows(given: Given) -> tuple[float, float]:
+    """Of directions from row to row: the gradient is the greater the nearer two rows are. Times the weights."""
+    weight = max(1.0, *(given.options.get(k, 0.0) for k in ("distance_weight", "angle_weight")))
+    x = np.asarray(given.inputs["student"], np.longdouble)
+    apart = np.abs(x[:, None] - x).max(-1)
+    return weight, weight / float(min(apart[apart >= given.tiny], default=1.0))

@@ -101,6 +101,9 @@ LEFT_OUT = [r"^ +(key|rngs|generator): .*\n", r"^ +IndexError: an? (label|index|
 OWN = {
     "difference_kl_loss": r"The limit is about .*? a row at a time\. |Under `vmap` all three ways are computed\.",
     "euclidean_mse_loss": r"Under `vmap` both ways are computed\.",
+    "instance_graph_loss": r"Under `vmap` both ways are computed\.",
+    "pkt_loss": r"Under `vmap` both ways are computed\.",
+    "rkd_loss": r"Under `vmap` both ways are computed\.",
     "dino_teacher_temperature": r"`torch\.compile` compiles once more for the second integer\.",
     "load": r"TypeError: an array of a dtype that PyTorch does not have\.",
     "save": r"ValueError: a tensor that requires gradient\.",

@@ -30,21 +30,27 @@ from benchmarks import direct
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAGES = pathlib.Path(__file__).parent.parent / "docs" / "moving"
 FIGURES = pathlib.Path(__file__).parent / "golden"
-T, C, N, DELTA = 4.0, 7, 4, 0.5
-FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / C": 1 / C, "1 / T²": 1 / T**2, "1 / (C T²)": 1 / (C * T**2)}
-FACTORS |= {"≈ 1": 1, "N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
+BATCH, T, C, N, DELTA = 5, 4.0, 7, 4, 0.5
+FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / B²": 1 / BATCH**2, "1 / C": 1 / C, "1 / T²": 1 / T**2}
+FACTORS |= {"1 / (C T²)": 1 / (C * T**2), "≈ 1": 1, "N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
 
 rng = np.random.default_rng(0)
-S, TEACHER = rng.normal(size=(2, 5, C))
+S, TEACHER = rng.normal(size=(2, BATCH, C))
 LABELS = rng.integers(C, size=5)
 MAPS = [rng.normal(size=(2, 5, 3, 8, 8)), rng.normal(size=(2, 5, 4, 2, 2))]
 CENTERS = rng.normal(size=(C, C))
 s, t, labels = map(torch.from_numpy, (S, TEACHER, LABELS))
 student_maps, teacher_maps = ([torch.from_numpy(maps[i]) for maps in MAPS] for i in range(2))
+flat = [maps[0].flatten(1) for maps in (student_maps, teacher_maps)]
 log_p, q = functional.log_softmax(s / T, 1), functional.softmax(t / T, 1)
 memories = torch.from_numpy(rng.normal(size=(2, 9, C)))
 state = kdtorch.CRCDState(*memories / memories.norm(dim=-1, keepdim=True), *torch.zeros(2, dtype=s.dtype))
 index, negatives = torch.arange(5), torch.from_numpy(rng.integers(9, size=(5, 3)))
+
+
+def rkd(distance_weight, angle_weight):
+    weights = {"distance_weight": distance_weight, "angle_weight": angle_weight}
+    return direct.rkd_loss(s, t, **weights), kdtorch.rkd_loss(s, t, **weights)
 
 
 def kl():
@@ -284,6 +290,9 @@ MOVES = {
             direct.kl_loss(standardized(s), standardized(t), T),
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
         ),
+        "`rkd_loss(fs, ft, squared=False, eps=1e-12, distance_weight=w_d, angle_weight=w_a)`": lambda: rkd(25.0, 50.0),
+        "`sp_loss([fs], [ft])`": lambda: (direct.similarity_loss(*flat), kdtorch.similarity_loss(*flat)),
+        "`pkt_loss(fs, ft)`": lambda: (direct.pkt_loss(s, t), kdtorch.pkt_loss(s, t)),
         "FitNet: `mse_loss` of maps": lambda: (
             functional.mse_loss(student_maps[0], teacher_maps[0]),
             kdtorch.mse_loss(student_maps[0], teacher_maps[0]),
@@ -292,6 +301,12 @@ MOVES = {
     "repdistiller": {
         "`DistillKL(T)(ys, yt)`": lambda: (T**2 * functional.kl_div(log_p, q, reduction="sum") / len(s), kl()),
         "`HintLoss()(fs, ft)`": lambda: (functional.mse_loss(s, t), kdtorch.mse_loss(s, t)),
+        "`RKDLoss(w_d, w_a)(fs, ft)`": lambda: rkd(25.0, 50.0),
+        "`Similarity()(fs, ft)`, a list of one for each pair": lambda: (
+            direct.similarity_loss(*flat),
+            kdtorch.similarity_loss(*flat),
+        ),
+        "`PKT()(fs, ft)`": lambda: (direct.pkt_loss(s, t), kdtorch.pkt_loss(s, t)),
         "`CRCDLoss(opt)`, of the fork Lechatelia/CRCD": lambda: (
             direct.crcd_loss(s, t, index, negatives, state)[0],
             kdtorch.crcd_loss(s, t, index, negatives, state)[0],
@@ -332,6 +347,19 @@ MOVES = {
         "`DISTLoss(beta=b, gamma=g, tau=T)`": lambda: (
             distilled(mid_level.DISTLoss(*PLACES, beta=A, gamma=B, tau=T), 10 * s, 10 * t),
             kdtorch.dist_loss(10 * s, 10 * t, beta=A, gamma=B, temperature=T),
+        ),
+        "`RKDLoss(dist_factor=w_d, angle_factor=w_a)`": lambda: (
+            distilled(mid_level.RKDLoss("logits", "logits", 1.0, 2.0, "mean"), student_maps[0], teacher_maps[0]),
+            kdtorch.rkd_loss(*flat, distance_weight=1.0, angle_weight=2.0),
+        ),
+        "`PKTLoss`": lambda: (distilled(mid_level.PKTLoss(*PLACES), s.clone(), t.clone()), kdtorch.pkt_loss(s, t)),
+        'the square of `CCKDLoss` on unit rows, gaussian, `reduction="batchmean"`': lambda: (
+            distilled(
+                mid_level.CCKDLoss("logits", "logits", {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "batchmean"),
+                *map(functional.normalize, (s, t)),
+            )
+            ** 2,
+            kdtorch.correlation_loss(s, t, gamma=0.4, order=2),
         ),
         "`HierarchicalContextLoss`, one a map, weights 1, summed": lambda: (
             sum(

@@ -177,6 +177,7 @@ def test_every_loss_shows(page, package, name):
         ("DKD", "dkd_loss"),
         ("kld", "kl_loss"),
         ("rkd", "hcl_loss"),
+        ("rkd_loss", "rkd_loss"),
         ("eu_mse", "euclidean_mse_loss"),
         ("uskd_tea", "uskd_loss"),
         ("topk_kl", "topk_kl_loss"),

@@ -12,6 +12,7 @@ from kdjax._collectives import all_gather, all_gather_constant, local_rows
 from kdjax._numerics import HIGHEST, check_fixed, promote, unit
 from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
+from kdjax.relations._pairs import gram
 
 
 @checked
@@ -72,7 +73,7 @@ def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], j
     """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
     centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
     ours, length = local(centered), jnp.square(centered).sum(-1)
-    product = _gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
+    product = gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
     square = local(length)[:, None] + length[None] - 2 * product
     clear = (~partners | (square * 64 > length.max(initial=0))).all()
 
@@ -81,18 +82,6 @@ def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], j
 
     rows: Callable[[], Array] = lambda: jax.lax.map(jax.checkpoint(by_row), (local(x), partners))  # noqa: E731
     return jax.lax.cond(clear, lambda: _root(square, partners), rows)
-
-
-@jax.custom_jvp
-def _gram(x: jax.Array) -> jax.Array:
-    """x xᵀ. Its gradient is (g + gᵀ) x, one product, where that of a product of two takes two."""
-    return jnp.matmul(x, x.T, precision=HIGHEST)
-
-
-@_gram.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    half = jnp.matmul(tangents[0], primals[0].T, precision=HIGHEST)
-    return _gram(*primals), half + half.T
 
 
 def _root(square: jax.Array, partners: jax.Array) -> jax.Array:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kdtorch._collectives import all_gather, all_gather_constant, check_batch, local_rows
 from kdtorch._numerics import BLOCK, coupled, custom_op, promote, unit, unit_pull
-from kdtorch._reduce import check_reduction, count, reduce, reduce_sum, zero_masked
+from kdtorch._reduce import count, reduce, reduce_sum, zero_masked
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch.relations._pairs import gather
 
 
 @checked
@@ -55,13 +55,7 @@ def euclidean_mse_loss(
     >>> print(f"{euclidean_mse_loss(s, t):.4f}")
     1.0000
     """
-    check_reduction(reduction)
-    check_batch(student, group)
-    local = local_rows(len(student), group)
-    kept = None if where is None else all_gather_constant(where, group)
-    if group is not None:  # gradients are summed over ranks, and not in half precision
-        student, teacher = promote(student, teacher)
-    student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
+    student, teacher, kept, local = gather(student, teacher, where, reduction, group)
     value = _squares(student, teacher, kept, local.start, local.stop, summed=reduction != "none")
     if reduction == "none":
         return reduce(value, where, reduction, group)
