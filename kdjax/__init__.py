@@ -74,6 +74,7 @@ from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
+from kdjax.relations.minilm import minilm_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 from kdlosses import __version__ as __version__
 
@@ -96,6 +97,7 @@ __all__ = [
     "jsd_loss",
     "kl_loss",
     "make_loss",
+    "minilm_loss",
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",

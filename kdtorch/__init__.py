@@ -74,6 +74,7 @@ from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
+from kdtorch.relations.minilm import minilm_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "jsd_loss",
     "kl_loss",
     "make_loss",
+    "minilm_loss",
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",
