@@ -107,6 +107,13 @@ def _crcd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
     }
 
 
+def _crd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
+    """As it is drawn before the first step, not of unit rows."""
+    ends = np.sqrt(3 / n.dim)
+    memories = {f"{side}_memory": rng.uniform(-ends, ends, (n.num_data, n.dim)) for side in ("student", "teacher")}
+    return {**memories, "student_normalizer": np.zeros(()), "teacher_normalizer": np.zeros(())}
+
+
 KINDS: dict[str, Kind] = {
     "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes)), numbers=True),
     "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
@@ -128,5 +135,6 @@ KINDS: dict[str, Kind] = {
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
     "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
     "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
+    "CRDState": Kind(_crd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }
