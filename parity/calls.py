@@ -44,11 +44,16 @@ def _of_whole_examples(function: Callable[..., Any], axes: int) -> Callable[...,
 
     def masked(*inputs: Any, where: Any = None, **options: Any) -> Any:
         if where is not None and where.ndim == 1:
-            first = inputs[0] if inputs else options[name]
-            where = where.reshape(-1, *[1] * axes) & ((first[..., 0] == 0) | (first[..., 0] != 0))
+            shape = (inputs[0] if inputs else options[name]).shape[: 1 + axes]
+            where = where.reshape(-1, *[1] * axes)
+            where = where.expand(shape) if hasattr(where, "expand") else _broadcast(where, shape)
         return function(*inputs, where=where, **options)
 
     return masked
+
+
+def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
+    return importlib.import_module("jax.numpy").broadcast_to(x, shape)
 
 
 @functools.cache

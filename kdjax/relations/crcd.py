@@ -222,9 +222,7 @@ def _with_gradients(
     unset, number = normalizer == 0, count(known.valid, embedding.dtype)
     rows, constant = (embedding, known.at, known.places), jax.lax.stop_gradient(embedding)
 
-    def contrasts(
-        total: Total, remembered: _Relations | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
+    def contrasts(total: Total, remembered: _Relations | None = None) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
         log_z = log_normalizer(normalizer, total, _log_triples(known), num_data)
 
         def contrast(inputs: tuple) -> tuple[jax.Array, ...]:

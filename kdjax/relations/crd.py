@@ -70,9 +70,7 @@ def crd_init(key: jax.Array, num_data: int, dim: int) -> CRDState:
     """
     at_least_one(num_data=num_data, dim=dim)
     ends = math.sqrt(3 / dim)
-    student, teacher = (
-        jax.random.uniform(k, (num_data, dim), jnp.float32, -ends, ends) for k in jax.random.split(key)
-    )
+    student, teacher = (jax.random.uniform(k, (num_data, dim), jnp.float32, -ends, ends) for k in jax.random.split(key))
     return CRDState(student, teacher, jnp.zeros((), student.dtype), jnp.zeros((), teacher.dtype))
 
 

@@ -65,7 +65,8 @@ def minilm_loss(
     0.0954
     """
     relation_heads = common_divisor("relation_heads", relation_heads, student.shape[-1], teacher.shape[-1])
-    student, teacher = (x.reshape(*x.shape[:2], relation_heads, -1) for x in map(jnp.asarray, (student, teacher)))
+    parts = ((*x.shape[:2], relation_heads, x.shape[2] // relation_heads) for x in (student, teacher))
+    student, teacher = (jnp.reshape(x, shape) for x, shape in zip((student, teacher), parts, strict=True))
     kept = None if where is None else where.any(-1)
     return reduce(_relations(student, teacher, where, where=kept), kept, reduction, axis_name)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from kdtorch._numerics import custom_op, unit_pull, with_gradients
 from kdtorch._reduce import count
 from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
-from kdtorch.relations._memory import Remembered, at_least_one, contrasted, joined, one_side, promoted, unit_rows
+from kdtorch.relations._memory import Remembered, at_least_one, contrasted, one_side, promoted, unit_rows
 
 
 class CRDState(NamedTuple):

@@ -27,7 +27,7 @@ def _logits(x, head, heads):
 
 def _rounding(given):
     """Of products of entries, and of a softmax of these."""
-    size = min(given.largest, 1e150)
+    size = min(given.largest, 1e90)
     logits = size**2 * np.sqrt(given.inputs["student"].shape[-1])
     return 1 + logits, (1 + logits) * size
 
