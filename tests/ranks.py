@@ -1,8 +1,8 @@
 """What a rank of a process group does in test_ranks.py, which starts it."""
 
 import contextlib
-import itertools
 import datetime
+import itertools
 import os
 import signal
 import time

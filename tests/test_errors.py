@@ -314,7 +314,7 @@ MISTAKES = {
         "`relation_heads` must divide .*, of sizes 4 and 4, got 0; give one of 1, 2, 4$",
     ),
     "relation heads as a fraction": (
-        call("minilm_loss", np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), relation_heads=2.0),
+        lambda f: call("minilm_loss", np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), relation_heads=2.0)(f),
         TypeError,
         "minilm_loss: `relation_heads` must be int",
     ),

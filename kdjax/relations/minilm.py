@@ -38,8 +38,7 @@ def minilm_loss(
         teacher: `[batch, positions, teacher_dim]`, the same of a layer of the teacher, of any width; constant.
         relation_heads: H, the number of parts that both widths are divided into, whatever the number of attention heads
             is; it must divide both.
-        where: `[batch, positions]`, False for tokens that are left out, in rows and columns. A sequence without a kept
-            token is left out.
+        where: `[batch, positions]`, False for tokens that are left out, and for all of a sequence that is.
         reduction: `"mean"` over the sequences that have a kept token, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
