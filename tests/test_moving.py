@@ -44,7 +44,11 @@ student_maps, teacher_maps = ([torch.from_numpy(maps[i]) for maps in MAPS] for i
 log_p, q = functional.log_softmax(s / T, 1), functional.softmax(t / T, 1)
 memories = torch.from_numpy(rng.normal(size=(2, 9, C)))
 state = kdtorch.CRCDState(*memories / memories.norm(dim=-1, keepdim=True), *torch.zeros(2, dtype=s.dtype))
+crd_state = kdtorch.CRDState(*state)
 index, negatives = torch.arange(5), torch.from_numpy(rng.integers(9, size=(5, 3)))
+
+
+places = torch.cat([index[:, None], negatives], 1)
 
 
 def kl():
@@ -71,6 +75,15 @@ def distilled(loss, student, teacher, targets=None):
 
 def kd(targets, loss=mid_level.KDLoss, **options):
     return distilled(loss(*PLACES, temperature=T, **options), s, t, targets)
+
+
+def crd():
+    """torchdistill's, of the same memories and places."""
+    loss = mid_level.CRDLoss("student", "empty", "teacher", C, 9, 3, 9)
+    loss.params = torch.tensor([3, 0.07, -1, -1, 0.5], dtype=s.dtype)
+    loss.memory_v1, loss.memory_v2 = (x.clone() for x in memories / memories.norm(dim=-1, keepdim=True))
+    embeddings = (functional.normalize(x) for x in (s, t))
+    return sum(map(loss.compute_contrast_loss, loss.contrast_memory(*embeddings, index, places)))
 
 
 def standardized(logits):
@@ -284,6 +297,10 @@ MOVES = {
             direct.kl_loss(standardized(s), standardized(t), T),
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
         ),
+        "CRD: `CRDLoss` of `ContrastMemory`": lambda: (
+            direct.crd_loss(s, t, index, negatives, crd_state)[0],
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
+        ),
         "FitNet: `mse_loss` of maps": lambda: (
             functional.mse_loss(student_maps[0], teacher_maps[0]),
             kdtorch.mse_loss(student_maps[0], teacher_maps[0]),
@@ -292,6 +309,10 @@ MOVES = {
     "repdistiller": {
         "`DistillKL(T)(ys, yt)`": lambda: (T**2 * functional.kl_div(log_p, q, reduction="sum") / len(s), kl()),
         "`HintLoss()(fs, ft)`": lambda: (functional.mse_loss(s, t), kdtorch.mse_loss(s, t)),
+        "`CRDLoss(opt)`": lambda: (
+            direct.crd_loss(s, t, index, negatives, crd_state)[0],
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
+        ),
         "`CRCDLoss(opt)`, of the fork Lechatelia/CRCD": lambda: (
             direct.crcd_loss(s, t, index, negatives, state)[0],
             kdtorch.crcd_loss(s, t, index, negatives, state)[0],
@@ -335,6 +356,10 @@ MOVES = {
                 for x, y in zip(student_maps, teacher_maps, strict=True)
             ),
             kdtorch.hcl_loss(student_maps, teacher_maps),
+        ),
+        "`CRDLoss`, given `contrast_idx`": lambda: (
+            crd(),
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
         ),
         "`MSELoss` in a `SimpleLossWrapper`": lambda: (
             distilled(mid_level.SimpleLossWrapper(torch.nn.MSELoss(), **WRAPPED), s, t),

@@ -187,6 +187,22 @@ def test_reviewkd_jax(run):
     assert all(abs(connector.norm1.mean[...]).max() > 0.01 for connector in names["model"].review.connectors)
 
 
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_minilm(framework, run):
+    names = run(f"minilm_{framework}")
+    falls(names["lessons"], to=0.8)
+    falls(names["losses"])
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_relations(framework, run):
+    results = run(f"relations_{framework}")["results"]
+    assert results
+    for losses, accuracy in results.values():
+        falls(losses, to=0.9)
+        assert accuracy > 0.88
+
+
 def norm(trees, others):
     return sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in zip(trees, others, strict=True)) ** 0.5
 
