@@ -20,7 +20,7 @@ class Contrast(Stateful):
 
     function: ClassVar[Callable[..., Any]]
     start: ClassVar[Callable[..., Any]]
-    held: ClassVar[type]
+    held: ClassVar[Any]
     heads: ClassVar[tuple[str, ...]]
 
     def _build(

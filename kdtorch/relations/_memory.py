@@ -117,7 +117,7 @@ def contrasted(
 
 
 def one_side(
-    contrast: Callable[..., tuple[Tensor, Tensor]],
+    contrast: Callable[..., tuple[Tensor, ...]],
     total_of: Callable[..., Tensor],
     embedding: Tensor,
     temperature: Tensor,
