@@ -23,7 +23,7 @@ def crd_loss(
     )
     for embedding, bank, normalizer in sides:
         remembered = bank.index_select(0, places.flatten()).view(*places.shape, -1)
-        weight = (torch.bmm(remembered, embedding[..., None])[..., 0] / temperature).exp()
+        weight = (torch.bmm(remembered, embedding[..., None].to(bank.dtype))[..., 0] / temperature).exp()
         if normalizer == 0:
             normalizer = weight.detach().mean() * len(bank)
         x, noise = weight / normalizer, negatives.shape[1] / len(bank)

@@ -14,7 +14,8 @@ from flax import nnx
 from kdjax.nn import CRDLoss
 
 images, labels = map(jnp.asarray, train())
-taught = nnx.jit(lambda images: teacher("jax")(images).embedding)(images)  # [1000, 64]
+wide = teacher("jax")  # a small CNN that has learned the digits
+taught = nnx.jit(lambda images: wide(images).embedding)(images)  # [1000, 64]
 rngs = nnx.Rngs(0)
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128, rngs=rngs)
 # a module, or None, and a function of it, of the student's features, 32 wide, the teacher's, and the places of the images

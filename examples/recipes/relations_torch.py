@@ -15,8 +15,9 @@ from kdtorch.nn import CRDLoss
 
 torch.manual_seed(0)
 images, labels = map(torch.from_numpy, train())
+wide = teacher("torch").eval()  # a small CNN that has learned the digits
 with torch.no_grad():
-    taught = teacher("torch").eval()(images).embedding  # [1000, 64]
+    taught = wide(images).embedding  # [1000, 64]
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128)
 # of the student's features, 32 wide, the teacher's, and the images' places in the data set
 RELATIONS = {
