@@ -59,8 +59,8 @@ def minilm_loss(
     >>> import torch
     >>> from kdtorch import minilm_loss
     >>> s = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-    >>> t = torch.tensor([[[2.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]]])
-    >>> print(f"{minilm_loss(s, t, relation_heads=2):.4f}")
+    >>> t = [[2.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]]
+    >>> print(f"{minilm_loss(s, torch.tensor([t]), relation_heads=2):.4f}")
     0.0954
     """
     relation_heads = common_divisor("relation_heads", relation_heads, student.shape[-1], teacher.shape[-1])
