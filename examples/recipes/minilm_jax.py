@@ -39,7 +39,7 @@ class Model(nnx.Module):
         self.logits = nnx.Linear(width, BYTES, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.tokens(tokens) + self.places[...]
+        x = self.tokens(tokens) + self.places[...][None]
         for layer in self.layers:
             x, qkv = layer(x)
         return self.logits(x), qkv

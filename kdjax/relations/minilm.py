@@ -61,7 +61,7 @@ def minilm_loss(
     >>> s = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     >>> t = [[2.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]]
     >>> print(f"{minilm_loss(s, jnp.array([t]), relation_heads=2):.4f}")
-    0.0954
+    0.0889
     """
     relation_heads = common_divisor("relation_heads", relation_heads, student.shape[-1], teacher.shape[-1])
     parts = ((*x.shape[:2], relation_heads, x.shape[2] // relation_heads) for x in (student, teacher))
