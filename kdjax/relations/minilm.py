@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import HIGHEST, kl_and_gradient
+from kdjax._numerics import HIGHEST, dot, kl_and_gradient, softmax
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
@@ -83,17 +83,27 @@ def relations_and_gradient(x: jax.Array, y: jax.Array, where: jax.Array | None) 
 
     def head(both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, y = both
-        value, slope = kl_and_gradient(_products(x, columns), _products(y, columns), 1.0)
+        logits = _products(y, columns)
+        value, slope = kl_and_gradient(_products(x, columns), logits, 1.0)
+        value = value / number[..., None]
+        # a row's part of the mean may be in range where the row's own value is not; then it is that of what P lacks
+        value = jax.lax.cond(
+            jnp.isinf(value).any(),
+            lambda: jnp.where(
+                jnp.isinf(value), dot(softmax(logits).p, -_products(jax.lax.stop_gradient(x), columns, number)), value
+            ),
+            lambda: value,
+        )
         value, slope = zero_masked(kept, value, slope)
         pulled = jnp.matmul(slope + slope.swapaxes(-1, -2), x, precision=HIGHEST) / math.sqrt(x.shape[-1])
         return value.sum(-1), pulled
 
     values, gradients = jax.lax.map(head, (jnp.moveaxis(x, -2, 0), jnp.moveaxis(y, -2, 0)))
-    return values.sum(0) / number, jnp.moveaxis(gradients, 0, -2) / number[..., None, None, None]
+    return values.sum(0), jnp.moveaxis(gradients, 0, -2) / number[..., None, None, None]
 
 
-def _products(x: jax.Array, columns: jax.Array) -> jax.Array:
-    """x xᵀ / sqrt(d) less the largest of each row; -inf outside the columns.
+def _products(x: jax.Array, columns: jax.Array, number: jax.Array | None = None) -> jax.Array:
+    """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
 
     Large numbers are divided by the largest of them first, so that what overflows, to -inf, is below the largest by so much.
     """
@@ -101,7 +111,8 @@ def _products(x: jax.Array, columns: jax.Array) -> jax.Array:
     x = x / scale
     product = jnp.where(columns[..., None, :], jnp.matmul(x, x.swapaxes(-1, -2), precision=HIGHEST), -jnp.inf)
     below = product - jax.lax.stop_gradient(product.max(-1, keepdims=True, initial=-jnp.inf))
-    return below * scale * (scale / math.sqrt(x.shape[-1]))
+    factor = scale / math.sqrt(x.shape[-1])
+    return below * scale * (factor if number is None else factor / number[..., None, None])
 
 
 _relations = rowwise(relations_and_gradient, axes=3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdlosses.settings import common_divisor
-from kdtorch._numerics import kl_and_gradient
+from kdtorch._numerics import dot, eager_on_cpu, kl_and_gradient, softmax
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
@@ -81,17 +81,22 @@ def relations_and_gradient(x: Tensor, y: Tensor, where: Tensor | None) -> tuple[
     number = kept.sum(-1, dtype=x.dtype).clamp(min=1) * x.shape[-2]
 
     def head(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = kl_and_gradient(_products(x, columns), _products(y, columns), 1.0)
+        logits = _products(y, columns)
+        value, slope = kl_and_gradient(_products(x, columns), logits, 1.0)
+        value = value / number[..., None]
+        # a row's part of the mean may be in range where the row's own value is not; then it is that of what P lacks
+        if not eager_on_cpu(x, y) or value.isinf().any():
+            value = torch.where(value.isinf(), dot(softmax(logits).p, -_products(x.detach(), columns, number)), value)
         value, slope = zero_masked(where, value, slope)
         pulled = (slope + slope.mT) @ x / math.sqrt(x.shape[-1])
         return value.sum(-1), pulled
 
     values, gradients = zip(*map(head, x.unbind(-2), y.unbind(-2)), strict=True)
-    return torch.stack(values).sum(0) / number, torch.stack(gradients, -2) / number[..., None, None, None]
+    return torch.stack(values).sum(0), torch.stack(gradients, -2) / number[..., None, None, None]
 
 
-def _products(x: Tensor, columns: Tensor | None) -> Tensor:
-    """x xᵀ / sqrt(d) less the largest of each row; -inf outside the columns.
+def _products(x: Tensor, columns: Tensor | None, number: Tensor | None = None) -> Tensor:
+    """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
 
     Large numbers are divided by the largest of them first, so that what overflows, to -inf, is below the largest by so much.
     """
@@ -103,7 +108,8 @@ def _products(x: Tensor, columns: Tensor | None) -> Tensor:
     if columns is not None:
         product = torch.where(columns[..., None, :], product, -math.inf)
     below = product - product.detach().amax(-1, keepdim=True)
-    return below * scale * (scale / math.sqrt(x.shape[-1]))
+    factor = scale / math.sqrt(x.shape[-1])
+    return below * scale * (factor if number is None else factor / number[..., None, None])
 
 
 _relations = rowwise(relations_and_gradient, axes=3)
