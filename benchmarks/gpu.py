@@ -446,7 +446,8 @@ def workloads(report: Report, device: str, small: bool, forms: Sequence[str]) ->
                 continue
             if report.reaches("workloads", workload.name, form):
                 sizes = tiny if small else benchmark.sizes
-                job = draw(workload.loss, sizes, "float32", device, benchmark.options, benchmark.factor)
+                options = benchmark.options | (workload.loss.required if small else {})  # which fit small sizes
+                job = draw(workload.loss, sizes, "float32", device, options, benchmark.factor)
                 found = _row(form, job, references.setdefault(workload.name, {}), 0.05 if small else 0.3)
                 report.add("workloads", {"workload": workload.name} | found)
 

@@ -118,7 +118,7 @@ def count(draws: int) -> list[tuple[str, dict[str, tuple[int, int]]]]:
             drawn = [change(loss, draw(loss, SIZES, seed)[0]) for seed in range(draws)]
             with np.errstate(all="ignore"):
                 dtype = "float16" if "float16" in kind else "float32"
-                pair = [sum(fails(getattr(x, loss.name), loss, y, dtype) for y in drawn) for x in (direct, kdtorch)]
+                pair = [sum(fails(loss.of(x), loss, y, dtype) for y in drawn) for x in (direct, kdtorch)]
             counts[kind] = (pair[0], pair[1])
         rows.append((loss.name, counts))
     return rows

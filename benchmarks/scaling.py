@@ -46,20 +46,20 @@ class Program:
     build: Callable[[Mesh], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
-def _crcd(mesh: Mesh, rows: int, dim: int, negatives: int, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _memories(
+    name: str, mesh: Mesh, rows: int, dim: int, negatives: int, batch: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     def array(*shape: int, dtype: str = "float32", spec: P = ROWS) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     rows = -(-rows // DEVICES) * DEVICES
     memory, scalar = array(rows, dim), array(spec=P())
-    state = kdjax.CRCDState(memory, memory, scalar, scalar)
-    specs = kdjax.CRCDState(ROWS, ROWS, P(), P())
+    function, kind = getattr(kdjax, f"{name}_loss"), getattr(kdjax, f"{name.upper()}State")
+    state, specs = kind(memory, memory, scalar, scalar), kind(ROWS, ROWS, P(), P())
 
     def local(student: Any, teacher: Any, index: Any, negatives: Any, state: Any) -> Any:
         def loss(student: Any, teacher: Any) -> Any:
-            value, after = kdjax.crcd_loss(
-                student, teacher, index, negatives, state, axis_name="data", sharded_memory=True
-            )
+            value, after = function(student, teacher, index, negatives, state, axis_name="data", sharded_memory=True)
             return jax.lax.pmean(value, "data"), after
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(student, teacher)
@@ -98,7 +98,12 @@ PROGRAMS = (
     Program(
         "crcd_loss: 14.2 M × 128 in each of two memories, K 16,384, batch 4,096",
         (64,),
-        functools.partial(_crcd, rows=14_197_122, dim=128, negatives=16_384, batch=4096),
+        functools.partial(_memories, "crcd", rows=14_197_122, dim=128, negatives=16_384, batch=4096),
+    ),
+    Program(
+        "crd_loss: the same",
+        (64,),
+        functools.partial(_memories, "crd", rows=14_197_122, dim=128, negatives=16_384, batch=4096),
     ),
     Program("dino_loss: 2 + 8 views, batch 1,024, 65,536 wide", (64,), functools.partial(_dino, views=10, batch=1024, dim=65_536)),
     Program("kl_loss: 64 × 4,096 tokens, 128,256 classes, bfloat16, over the batch", (64, 1), functools.partial(_kl, sequences=64, tokens=4096, vocabulary=128_256)),

@@ -224,6 +224,49 @@ def crcd(loss: Loss) -> None:
     right.set(title="value", xlabel="degrees of sample 1")
 
 
+def crd(loss: Loss) -> None:
+    """On the unit circle: one sample among negatives, and its loss wherever it may be."""
+    memory = circle(20.0, 150.0, 200.0, 250.0, 300.0)
+    figure, (left, right) = plt.subplots(1, 2)
+    student = circle(95.0)
+
+    def value(x: Tensor, number: int) -> Tensor:
+        index, negatives = torch.tensor([0]), torch.arange(1, 1 + number)[None]
+        state = kdtorch.CRDState(memory, memory, torch.tensor(10.0), torch.tensor(10.0))
+        return kdtorch.crd_loss(x, memory[:1], index, negatives, state, temperature=0.5)[0]
+
+    round_axes(left, "embeddings")
+    left.plot(*memory[:1].T, "*", color=RED, markersize=10, label="teacher, remembered")
+    left.plot(*memory[1:].T, "x", color=GREY, label="negatives")
+    left.plot(*student.T, "o", color=BLUE, label="student")
+    pull(left, lambda x: value(x, 4), student, 1)
+    figure.legend(loc="outside upper center", ncols=3)
+    degrees = torch.arange(-120.0, 240.0, 2)
+    for number in (1, 2, 4):
+        right.plot(degrees, [value(circle(float(x)), number) for x in degrees], label=f"K = {number}")
+    right.axvline(20, color=RED, linestyle=":")
+    right.set(title="value", xlabel="degrees of the student")
+    right.legend()
+
+
+def minilm(loss: Loss) -> None:
+    """The relations of five tokens, and what turning one of the student's does."""
+    teacher, student = 2 * circle(0.0, 30.0, 90.0, 180.0, 200.0), 2 * circle(0.0, 60.0, 90.0, 170.0, 230.0)
+    _, panels = plt.subplots(1, 3)
+    for panel, title, x in zip(panels, ("the teacher", "the student"), (teacher, student), strict=False):
+        panel.imshow(torch.softmax(x @ x.T / x.shape[1] ** 0.5, -1), vmin=0, vmax=0.6, cmap="Blues")
+        panel.set(title=title, xlabel="token", ylabel="token", xticks=range(5), yticks=range(5))
+    degrees = torch.arange(0.0, 360.0, 3)
+    for token in (1, 4):
+        values = []
+        for x in degrees:
+            turned = torch.cat([teacher[:token], 2 * circle(float(x)), teacher[token + 1 :]])
+            values.append(kdtorch.minilm_loss(turned[None], teacher[None], relation_heads=1))
+        panels[2].plot(degrees, values, label=f"token {token}")
+    panels[2].set(title="value", xlabel="degrees of the token")
+    panels[2].legend()
+
+
 def dino(loss: Loss) -> None:
     """A teacher that gives one output to all examples, and the centre that takes it away."""
     rng = np.random.default_rng(0)
@@ -337,6 +380,8 @@ DRAW: tuple[Callable[..., None], ...] = (
     points,
     dcn,
     crcd,
+    crd,
+    minilm,
     dino,
     hcl,
     symmetric_kl,

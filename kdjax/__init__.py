@@ -18,8 +18,9 @@ What all losses share:
   passed by keyword. A loss with a state returns its value and the next state.
 - **Shapes**: most losses take any leading axes, `[*batch, classes]`, so that `[batch, tokens, vocabulary]` works. Losses that
   compare examples with each other take `[batch, dim]`.
-- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exception is
-  `crcd_loss`, where the gradient of the teacher's embedding flows, because the embedding comes from a learned head.
+- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exceptions are
+  `crcd_loss` and `crd_loss`, where the gradient of the teacher's embedding flows, because the embedding comes from a learned
+  head.
   `uskd_loss` has no teacher: its second argument, the weak logits, is learned.
 - **Precision**: float16 and bfloat16 inputs are computed and returned in float32; float32 and float64 stay as they are. A
   gradient has the dtype of its input, a state is float32 or float64. Until the backward pass kdtorch keeps the gradient, in the
@@ -77,8 +78,10 @@ from kdjax.logits.uskd import uskd_loss
 from kdjax.make_loss import make_loss
 from kdjax.relations.correlation import correlation_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdjax.relations.crd import CRDState, crd_init, crd_loss
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.relations.instance_graph import instance_graph_loss
+from kdjax.relations.minilm import minilm_loss
 from kdjax.relations.pkt import pkt_loss
 from kdjax.relations.rkd import rkd_loss
 from kdjax.relations.similarity import similarity_loss
@@ -87,6 +90,7 @@ from kdlosses import __version__ as __version__
 
 __all__ = [
     "CRCDState",
+    "CRDState",
     "DINOState",
     "alpha_beta_loss",
     "bce_loss",
@@ -94,6 +98,8 @@ __all__ = [
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
+    "crd_init",
+    "crd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -109,6 +115,7 @@ __all__ = [
     "linear_jsd_loss",
     "linear_kl_loss",
     "make_loss",
+    "minilm_loss",
     "mse_loss",
     "nkd_loss",
     "pkt_loss",

@@ -16,7 +16,11 @@ def zero_masked(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
     """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
     if where is None:
         return tuple(map(jnp.asarray, arrays))
-    return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
+    return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, _zero(x)) for x in arrays)
+
+
+def _zero(x: Array) -> bool | int:
+    return False if x.dtype == bool else 0
 
 
 def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None) -> jax.Array:

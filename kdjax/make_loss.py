@@ -19,8 +19,9 @@ from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
-from kdjax.nn import CombinedLoss, CRCDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, USKDLoss
+from kdjax.nn import CombinedLoss, CRCDLoss, CRDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, USKDLoss
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
+from kdjax.relations.minilm import minilm_loss
 from kdlosses.config import READS, Term, by_function, example, parameters, read, refused
 
 
@@ -74,6 +75,12 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
     "crcd": PUBLISHED["crcd"]._replace(reads=(*FEATURES, "target")),
 }
 
+# by their functions' names alone, where a module holds the state, or the inputs are of tokens
+OTHERS: dict[str, Term] = {
+    "crd": Term(CRDLoss, (*FEATURES, "index"), arguments=(FEAT_DIM, FEAT_DIM, FEAT_DIM, "num_data")),
+    "minilm": Term(minilm_loss, ("tokens_stu", "tokens_tea")),
+}
+
 CONVENTIONS = {"published": PUBLISHED, "founding": FOUNDING}
 
 
@@ -90,8 +97,8 @@ def make_loss(
     Args:
         config: a mapping or an object with attributes: `MODEL.METRIC_LOSS_TYPE`, the prefix `kd` and then names of
             losses, as in `"kd-dino-bce-dkd"`; `MODEL.KD_LOSS_WEIGHT`, for each name a number or a function of the
-            epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]`, for dino, dcn and crcd; `MODEL.CLS_FEA_NUM`, the width
-            of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings by name, as in `{"dkd":
+            epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]`, for dino, dcn, crcd and crd; `MODEL.CLS_FEA_NUM`, the
+            width of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings by name, as in `{"dkd":
             {"beta": 8.0}}`, also a mapping or an object.
         num_classes: the number of classes.
         num_data: the number of samples in the data set.
@@ -111,9 +118,9 @@ def make_loss(
 
     A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
     function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
-    for features, `feats_stu` and `feats_tea` for maps, `target` for labels, and for any other parameter the entry of
-    `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs
-    both its parts by 1 at temperature 1.
+    for features, `feats_stu` and `feats_tea` for maps, `tokens_stu` and `tokens_tea` for tokens (`minilm`), `target` for
+    labels, and for any other parameter the entry of `feat` that has its name. The founding names keep their meaning:
+    `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs both its parts by 1 at temperature 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss
@@ -127,6 +134,7 @@ def make_loss(
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
     functions = by_function(kdjax, PUBLISHED, READS | {"teacher_maps": _last_teacher_maps})
+    functions |= {f"{name}{end}": term for name, term in OTHERS.items() for end in ("", "_loss")}
     numbers = {"num_classes": num_classes, "num_data": num_data}
     wanted, weights = read(config, CONVENTIONS[conventions], functions, numbers)
     rngs = nnx.Rngs(0) if rngs is None else rngs

@@ -11,6 +11,7 @@ import builtins
 import difflib
 import inspect
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -263,6 +264,8 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], frame
 
 def _given(path: str, value: Any, argument: Argument, framework: Framework) -> Given:
     ours = isinstance(value, framework.arrays)
+    if type(value) is int:  # which `torch.compile`, where it leaves it open, can neither ask for attributes nor print
+        return Given(path, argument.text, str(operator.index(value)), None, "", "")
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
         dtype, shape = str(value.dtype), tuple(framework.sizes(value))
         if not ours:

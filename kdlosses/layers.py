@@ -200,6 +200,7 @@ BUILT_WITH: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "DynamicCenterNormLoss": lambda w: dict(zip(("num_classes", "dim"), w["centers"].shape, strict=True)),
     "USKDLoss": lambda w: dict(zip(("num_classes", "feature_dim"), w["head.weight"].shape, strict=True)),
     "CRCDLoss": _crcd,
+    "CRDLoss": _crcd,
     "ABF": lambda w: {
         "in_channels": w["conv1.weight"].shape[1],
         "mid_channels": w["conv1.weight"].shape[0],

@@ -54,3 +54,15 @@ def map_sizes(sizes: Any, number: int) -> tuple[tuple[int, int] | None, ...] | N
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != number:
         raise ValueError(f"`out_shapes` must have one size a map, {number} in all, got {sizes!r}")
     return tuple(map_size(size, f"out_shapes[{i}]") for i, size in enumerate(sizes))
+
+
+def common_divisor(name: str, number: int, *sizes: int) -> int:
+    """`number` if it divides all the sizes, those of the last axis of arrays."""
+    if number < 1 or any(size % number for size in sizes):
+        both = math.gcd(*sizes)
+        divisors = [n for n in range(1, both + 1) if both % n == 0]
+        raise ValueError(
+            f"`{name}` must divide the last axes of student and teacher, of sizes {' and '.join(map(str, sizes))}, got {number}; "
+            f"give one of {', '.join(map(str, divisors))}"
+        )
+    return number

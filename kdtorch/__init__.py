@@ -18,8 +18,9 @@ What all losses share:
   passed by keyword. A loss with a state returns its value and the next state.
 - **Shapes**: most losses take any leading axes, `[*batch, classes]`, so that `[batch, tokens, vocabulary]` works. Losses that
   compare examples with each other take `[batch, dim]`.
-- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exception is
-  `crcd_loss`, where the gradient of the teacher's embedding flows, because the embedding comes from a learned head.
+- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exceptions are
+  `crcd_loss` and `crd_loss`, where the gradient of the teacher's embedding flows, because the embedding comes from a learned
+  head.
   `uskd_loss` has no teacher: its second argument, the weak logits, is learned.
 - **Precision**: float16 and bfloat16 inputs are computed and returned in float32; float32 and float64 stay as they are. A
   gradient has the dtype of its input, a state is float32 or float64. Until the backward pass kdtorch keeps the gradient, in the
@@ -77,8 +78,10 @@ from kdtorch.logits.uskd import uskd_loss
 from kdtorch.make_loss import make_loss
 from kdtorch.relations.correlation import correlation_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdtorch.relations.crd import CRDState, crd_init, crd_loss
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
 from kdtorch.relations.instance_graph import instance_graph_loss
+from kdtorch.relations.minilm import minilm_loss
 from kdtorch.relations.pkt import pkt_loss
 from kdtorch.relations.rkd import rkd_loss
 from kdtorch.relations.similarity import similarity_loss
@@ -86,6 +89,7 @@ from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_te
 
 __all__ = [
     "CRCDState",
+    "CRDState",
     "DINOState",
     "alpha_beta_loss",
     "bce_loss",
@@ -93,6 +97,8 @@ __all__ = [
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
+    "crd_init",
+    "crd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -109,6 +115,7 @@ __all__ = [
     "linear_jsd_loss",
     "linear_kl_loss",
     "make_loss",
+    "minilm_loss",
     "mse_loss",
     "nkd_loss",
     "pkt_loss",

@@ -21,7 +21,11 @@ def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
 
 def zeroed(where: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
     """The same where autograd holds nothing."""
-    return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0) for x in arrays)
+    return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, _zero(x)) for x in arrays)
+
+
+def _zero(x: Tensor) -> bool | int:
+    return False if x.dtype == torch.bool else 0
 
 
 def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None) -> Tensor:

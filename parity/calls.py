@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.kinds import KINDS
 from parity.row import Loss
 
 
@@ -17,16 +18,42 @@ def per_example(package: Any, loss: Loss) -> Callable[..., Any]:
     """A row's function in a package, with `where`, `reduction` and `axis_name` or `group`, be they its own or not.
 
     Where the value is the batch's, each kept example has it for its own. Where it is an array, an example's value is the
-    sum of its finite entries, each times a weight of its place.
+    sum of its finite entries, each times a weight of its place. Where its mask has axes of an example too, one without
+    them keeps or leaves out whole examples.
     """
     function = loss.of(package)
+    if masked_axes(loss):
+        return _of_whole_examples(function, masked_axes(loss))
     return function if loss.value == "example" else _per_example(function, loss.value)
+
+
+def masked_axes(loss: Loss) -> int:
+    """How many axes of an example a mask has, beside the axis of the examples."""
+    return max(KINDS[kind].masked for kind in loss.inputs.values())
 
 
 def weighted(row: Any) -> Any:
     """The value of an example of which there is an array, in NumPy."""
     finite = np.isfinite(np.real(row))
     return np.sum(np.where(finite, row, 0) * np.cos(np.arange(len(row)) + 1.0))
+
+
+@functools.cache
+def _of_whole_examples(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    name = next(iter(inspect.signature(function).parameters))
+
+    def masked(*inputs: Any, where: Any = None, **options: Any) -> Any:
+        if where is not None and where.ndim == 1:
+            shape = (inputs[0] if inputs else options[name]).shape[: 1 + axes]
+            where = where.reshape(-1, *[1] * axes)
+            where = where.expand(shape) if hasattr(where, "expand") else _broadcast(where, shape)
+        return function(*inputs, where=where, **options)
+
+    return masked
+
+
+def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
+    return importlib.import_module("jax.numpy").broadcast_to(x, shape)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from parity.arrays import each_array
+from parity.calls import masked_axes
 from parity.kinds import KINDS, Sizes
 from parity.losses import LOSSES
 from parity.perturbations import PERTURBATIONS
@@ -146,6 +147,13 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
         ("all-masked", some & False, "mean"),
     ):
         yield dataclasses.replace(ordinary, name=name, steps=_spoilt(ordinary, kept), where=kept, reduction=reduction)
+
+    if masked_axes(loss):
+        parts = np.random.default_rng(seed).random((5, Sizes().positions)) < 0.6
+        parts[2], parts[3] = False, np.arange(Sizes().positions) == 1  # nothing of one example, and one part of another
+        for name, reduction in (("masked-parts", "mean"), ("none-masked-parts", "none")):
+            steps = _spoilt(ordinary, parts)
+            yield dataclasses.replace(ordinary, name=name, steps=steps, where=parts, reduction=reduction)
 
     yield Case(loss, "one-example", draw(loss, Sizes(batch=(1,)), seed), loss.options[0], seed=seed)
     if {"logits", "labels"} & set(loss.inputs.values()):

@@ -24,6 +24,7 @@ class Sizes:
         negatives: samples beside its own that an example is compared with.
         kept: of a teacher's classes, those that were recorded; None for half of them.
         teacher_dim: of the teacher's features where they need not be as wide as the student's; None for `dim + 2`.
+        positions: of a sequence.
     """
 
     batch: tuple[int, ...] = (5,)
@@ -36,6 +37,7 @@ class Sizes:
     negatives: int = 4
     kept: int | None = None
     teacher_dim: int | None = None
+    positions: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Kind:
         draw: makes it from random numbers. A state is a dictionary of its fields, maps are a list of arrays.
         axis: which of its axes counts the examples; None: none does.
         axes: how many axes an example has.
+        masked: how many of these a mask has too, beside the axis of the examples.
         numbers: whether it may hold any real numbers, so that tests put hostile ones there.
         fit: what makes any numbers such as it may hold.
         later: of a state, the fields that are 0 before the first step, and a number that each may have afterwards.
@@ -54,6 +57,7 @@ class Kind:
     draw: Callable[[np.random.Generator, Sizes], Any]
     axis: int | None = 0
     axes: int = 1
+    masked: int = 0
     numbers: bool = False
     fit: Callable[[np.ndarray], np.ndarray] | None = None
     later: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -94,6 +98,11 @@ def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
     return rng.random((*n.batch, n.classes)).argsort(-1)
 
 
+def _sequences(rng: np.random.Generator, n: Sizes, dim: int) -> np.ndarray:
+    """[batch, positions, features], the features of two heads side by side."""
+    return rng.normal(size=(*n.batch, n.positions, 2 * dim))
+
+
 def _kept(n: Sizes) -> int:
     return n.kept or max(1, n.classes // 2)
 
@@ -107,6 +116,13 @@ def _crcd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
     }
 
 
+def _crd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
+    """As it is drawn before the first step, not of unit rows."""
+    ends = np.sqrt(3 / n.dim)
+    memories = {f"{side}_memory": rng.uniform(-ends, ends, (n.num_data, n.dim)) for side in ("student", "teacher")}
+    return {**memories, "student_normalizer": np.zeros(()), "teacher_normalizer": np.zeros(())}
+
+
 KINDS: dict[str, Kind] = {
     "logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, n.classes)), numbers=True),
     "kept_logits": Kind(lambda rng, n: 3 * rng.normal(size=(*n.batch, _kept(n))), numbers=True),
@@ -115,6 +131,10 @@ KINDS: dict[str, Kind] = {
     "rest": Kind(lambda rng, n: 3 * rng.normal(size=n.batch), axes=0, numbers=True),
     "features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.dim)), numbers=True),
     "wide_features": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.teacher_dim or n.dim + 2)), numbers=True),
+    "sequences": Kind(lambda rng, n: _sequences(rng, n, n.dim), axes=2, masked=1, numbers=True),
+    "wide_sequences": Kind(
+        lambda rng, n: _sequences(rng, n, n.teacher_dim or n.dim + 2), axes=2, masked=1, numbers=True
+    ),
     "fractions": Kind(lambda rng, n: rng.uniform(size=(*n.batch, n.dim)), fit=lambda x: np.clip(x, 0, 1)),
     "labels": Kind(lambda rng, n: rng.integers(n.classes, size=n.batch), axes=0),
     "distribution": Kind(_distribution),
@@ -134,5 +154,6 @@ KINDS: dict[str, Kind] = {
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
     "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
     "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
+    "CRDState": Kind(_crd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }

@@ -104,6 +104,12 @@ NEAR_ROWS = IllConditioned(
 )
 
 
+@functools.cache
+def _with(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The same one each time, so that what is compiled for it is found again."""
+    return functools.partial(function, **dict(settings))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     """A row of the table. What is left out holds for an ordinary loss of single examples.
@@ -194,7 +200,7 @@ class Loss:
     def of(self, package: Any) -> Callable[..., Any]:
         """The function in kdjax or kdtorch, with the settings that it cannot do without."""
         function = getattr(package, self.name)
-        return functools.partial(function, **self.required) if self.required else function
+        return _with(function, tuple(self.required.items())) if self.required else function
 
     @property
     def title(self) -> str:

@@ -189,9 +189,12 @@ def _batch(case: Case, inputs: dict[str, Any]) -> tuple[int, ...]:
 def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     function = getattr(package, case.loss.name) if package else case.loss.formula
     number = numpy_dtype(result_dtype(dtype)).type
-    options = {k: v if isinstance(v, str) else number(v) for k, v in case.settings.items()}
+    options = {k: number(v) if isinstance(v, float) else v for k, v in case.settings.items()}
     shape = _batch(case, case.steps[0])
-    kept = np.flatnonzero(np.ones(shape) if case.where is None else case.where)
+    where = np.ones(shape, bool) if case.where is None else case.where
+    kept = np.flatnonzero(where if where.ndim == len(shape) else where.any(-1))
+    if where.ndim > len(shape):  # of parts of an example too, which the formula leaves out itself
+        options["where"] = where[kept]
     above = np.broadcast_to(upstream(case, _value_shape(case)), shape).ravel()[kept]
     weights = above / max(len(kept), 1) if case.reduction == "mean" else above
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
 import time
@@ -106,7 +107,7 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
         torch.save(results, f"{folder}/{rank}.pt")
 
 
-CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
+REMEMBER = [x for x in LOSSES if x.name in ("crcd_loss", "crd_loss")]
 WITH_STATE = [loss for loss in LOSSES if loss.state]
 # those that take two arrays of a row an example, and nothing else
 OF_TWO = [
@@ -130,7 +131,7 @@ def one_step(loss: Loss, group, change: Callable[[dict], None] = lambda inputs: 
     state = inputs[loss.state] = getattr(kdtorch, loss.inputs[loss.state])(**inputs[loss.state])
     if options.get("sharded_memory"):
         mine = [x.chunk(ranks)[rank] if x.ndim else x for x in state]
-        state = inputs[loss.state] = kdtorch.CRCDState(*mine)
+        state = inputs[loss.state] = type(state)(*mine)
     learned = [inputs[k].requires_grad_() for k in loss.learns]
     value, after = loss.of(kdtorch)(*(inputs[k] for k in loss.inputs), group=group, **options)
     value.backward()
@@ -163,9 +164,9 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
             results[f"nothing {loss.name}"] = one_step(loss, group, where=torch.zeros(16 // ranks, dtype=torch.bool))
             results[f"update {loss.name}"] = one_step(loss, group)
             results[f"no update {loss.name}"] = one_step(loss, group, update=False)
-        for name, change in (("uniform", lambda inputs: None), ("skewed", skewed)):
-            for sharded in (False, True):
-                results[f"{name} {sharded}"] = one_step(CRCD, group, change, sharded_memory=sharded)
+        for loss, sharded in itertools.product(REMEMBER, (False, True)):
+            for name, change in (("uniform", lambda inputs: None), ("skewed", skewed)):
+                results[f"{name} {loss.name} {sharded}"] = one_step(loss, group, change, sharded_memory=sharded)
         empty = torch.zeros(0, 5, requires_grad=True)
         for loss in OF_TWO:
             results[f"empty {loss.name}"] = loss.of(kdtorch)(empty, empty.detach(), group=group).detach()

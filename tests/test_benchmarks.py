@@ -25,7 +25,8 @@ TIMED = [loss for loss in LOSSES if loss.benchmarks]
 
 def small(loss):
     """The loss's first benchmark, at sizes that are the same for all."""
-    return Workload(loss, dataclasses.replace(loss.benchmarks[0], sizes=SMALL))
+    options = {**loss.benchmarks[0].options, **loss.required}
+    return Workload(loss, dataclasses.replace(loss.benchmarks[0], sizes=SMALL, options=options))
 
 
 @pytest.mark.parametrize("loss", TIMED, ids=lambda loss: loss.title)

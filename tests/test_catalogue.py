@@ -87,6 +87,7 @@ def test_links_to_the_api_lead_to_public_names(loss):
     [
         ("dino_loss", ["DINOState", "dino_init", "dino_teacher_temperature", "nn.DINOLoss"]),
         ("crcd_loss", ["CRCDState", "crcd_init", "crcd_negatives", "nn.CRCDLoss"]),
+        ("crd_loss", ["CRDState", "crd_init", "nn.CRDLoss"]),
         ("dcn_loss", ["nn.DynamicCenterNormLoss"]),
         ("kl_loss", []),
     ],
@@ -149,7 +150,11 @@ def test_a_loss_without_a_name_of_its_own_is_configured_by_its_function():
         assert f"`{name}`" in catalogue.api(loss)
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
         options = inspect.signature(getattr(kdtorch, loss.name)).parameters.values()
-        needed = {x.name: 0.5 for x in options if x.kind is x.KEYWORD_ONLY and x.default is x.empty}
+        needed = {
+            x.name: 1 if x.annotation == "int" else 0.5
+            for x in options
+            if x.kind is x.KEYWORD_ONLY and x.default is x.empty
+        }
         model |= {"KD_LOSS_ARGS": {name: needed}}
         assert list(kdtorch.make_loss({"MODEL": model}, num_classes=3, num_data=10).losses) == [name]
 

@@ -245,16 +245,16 @@ def test_the_gradient_of_a_temperature(loss, name):
     assert ulps(got, want, "float64") <= 256
 
 
-CRCD = next(x for x in LOSSES if x.name == "crcd_loss")
 with_state = pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if x.state), ids=lambda loss: loss.title)
 
 
 @slow
+@pytest.mark.parametrize("loss", filter(remembers_rows, LOSSES), ids=lambda loss: loss.title)
 @pytest.mark.parametrize("places", ["uniform", "all of one device"])
-def test_memories_in_shards(places):
-    """Each device holds its rows of CRCD's memories; the rows of the batch travel, the memories do not."""
-    step, arguments = inside(CRCD, UNEVEN, sharded_memory=True)
-    alike, replicated = inside(CRCD, UNEVEN)
+def test_memories_in_shards(loss, places):
+    """Each device holds its rows of the memories; the rows of the batch travel, the memories do not."""
+    step, arguments = inside(loss, UNEVEN, sharded_memory=True)
+    alike, replicated = inside(loss, UNEVEN)
     for function, (learned, fixed, state, where) in ((step, arguments), (alike, replicated)):
         if places != "uniform":
             fixed["negatives"] %= 4
@@ -338,7 +338,7 @@ def test_a_combined_loss_hands_the_axis_on():
 @slow
 @pytest.mark.parametrize(
     "loss",
-    [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss")],
+    [x for x in LOSSES if x.name in ("dcn_loss", "euclidean_mse_loss", "crcd_loss", "crd_loss")],
     ids=lambda x: x.title,
 )
 def test_a_mesh_of_explicit_axes(loss):

@@ -23,11 +23,21 @@ def as_it_is(function):
     return function
 
 
-def crcd(f, wrap=as_it_is, index=(0, 1), negatives=((2, 3), (4, 5)), dim=4, state_dim=4, dtype="float64", **options):
+def crcd(
+    f,
+    wrap=as_it_is,
+    index=(0, 1),
+    negatives=((2, 3), (4, 5)),
+    dim=4,
+    state_dim=4,
+    dtype="float64",
+    name="crcd",
+    **options,
+):
     given = f.arrays([np.ones((2, dim)), np.ones((2, dim)), np.array(index), np.array(negatives)])
     memories = [np.ones((6, state_dim)), np.ones((6, state_dim)), np.zeros(()), np.zeros(())]
-    state = f.kd.CRCDState(*f.arrays(memories, dtype))
-    return wrap(f.kd.crcd_loss)(*given, state, **options)
+    state = getattr(f.kd, f"{name.upper()}State")(*f.arrays(memories, dtype))
+    return wrap(getattr(f.kd, f"{name}_loss"))(*given, state, **options)
 
 
 def call(name, *arguments, **options):
@@ -271,6 +281,47 @@ MISTAKES = {
         lambda f, wrap=as_it_is: crcd(f, wrap, negatives=np.zeros((2, 0), int)),
         ValueError,
         r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
+    ),
+    "a half-precision bank of CRD": (
+        lambda f, wrap=as_it_is: crcd(f, wrap, dtype="float16", name="crd"),
+        ValueError,
+        "`state.student_memory` must be float32 or float64, got float16",
+    ),
+    "a memory of CRD of another width": (
+        lambda f, wrap=as_it_is: crcd(f, wrap, state_dim=5, name="crd"),
+        TypeError,
+        r"crd_loss: `state.student_memory` must be .*got float64\[6, 5\] beside student float64\[2, 4\].*; make a state of width 4$",
+    ),
+    "no negatives of CRD": (
+        lambda f, wrap=as_it_is: crcd(f, wrap, negatives=np.zeros((2, 0), int), name="crd"),
+        ValueError,
+        r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
+    ),
+    "a temperature of CRD": (
+        lambda f, wrap=as_it_is: crcd(f, wrap, name="crd", temperature=-0.1),
+        ValueError,
+        "`temperature` must be finite and greater than 0, got -0.1",
+    ),
+    "an empty memory of CRD": (lambda f: f.kd.crd_init(key(f), 4, 0), ValueError, "`dim` must be at least 1, got 0"),
+    "relation heads that do not divide": (
+        call("minilm_loss", np.zeros((2, 3, 12)), np.zeros((2, 3, 18)), relation_heads=4),
+        ValueError,
+        "`relation_heads` must divide the last axes of student and teacher, of sizes 12 and 18, got 4; give one of 1, 2, 3, 6$",
+    ),
+    "no relation heads": (
+        call("minilm_loss", np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), relation_heads=0),
+        ValueError,
+        "`relation_heads` must divide .*, of sizes 4 and 4, got 0; give one of 1, 2, 4$",
+    ),
+    "relation heads as a fraction": (
+        lambda f: call("minilm_loss", np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), relation_heads=2.0)(f),
+        TypeError,
+        "minilm_loss: `relation_heads` must be int",
+    ),
+    "a mask of sequences": (
+        call("minilm_loss", np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), relation_heads=2, where=np.ones(2, bool)),
+        TypeError,
+        r"minilm_loss: `where` must be Bool\[Array, 'batch positions'\] \| None, got bool\[2\]",
     ),
     "an empty memory": (lambda f: f.kd.crcd_init(key(f), 0, 4), ValueError, "`num_data` must be at least 1, got 0"),
     "no negatives drawn": (
@@ -648,6 +699,15 @@ def module(name, *arguments, **options):
             module("CRCDLoss", 4, 4, 4, 9, num_negatives=0),
             "`num_negatives` must be a whole number of at least 1, got 0",
         ),
+        (
+            module("CRDLoss", 4, 4, 4, 9, embed="nonlinear"),
+            '`embed` must be one of "linear", "none", got \'nonlinear\'',
+        ),
+        (
+            module("CRDLoss", 5, 4, 4, 9, embed="none"),
+            r'`student_dim` must equal `dim` \(=4\) with embed="none", got 5',
+        ),
+        (module("CRDLoss", 4, 4, 4, 9, temperature=0), "`temperature` must be finite and greater than 0, got 0"),
         (module("USKDLoss", 4, 4, mu=-1.0), "`mu` must be finite and at least 0, got -1.0"),
     ],
 )
@@ -723,6 +783,7 @@ OUT_OF_RANGE = {
         5,
     ),
     "crcd index": (lambda f, wrap=as_it_is: crcd(f, wrap, index=(0, 6), reduction="none"), "index", 5, 6),
+    "crd index": (lambda f, wrap=as_it_is: crcd(f, wrap, (0, -1), name="crd", reduction="none"), "index", 5, -1),
     "crcd negatives": (
         lambda f, wrap=as_it_is: crcd(f, wrap, negatives=((2, 3), (4, -7)), reduction="none"),
         "negatives",

@@ -13,7 +13,15 @@ from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
 # they go by blocks of the batch, or over its pairs
-FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss", "similarity_loss", "pkt_loss", "correlation_loss")
+FIXED = (
+    "difference_kl_loss",
+    "euclidean_mse_loss",
+    "crcd_loss",
+    "crd_loss",
+    "similarity_loss",
+    "pkt_loss",
+    "correlation_loss",
+)
 FIXED += ("instance_graph_loss", "rkd_loss", "linear_kl_loss", "linear_jsd_loss")
 CASES = [
     pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)

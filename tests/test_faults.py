@@ -17,13 +17,17 @@ ROOT = pathlib.Path(kdjax.__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A copy of `package/path`, in which `old` is `new`, is wrong as a `loss` of the table."""
+    """A copy of `package/path`, in which `old` is `new`, is wrong as a `loss` of the table.
+
+    Where the file has no loss, it is a copy of the file `user` that is wrong, which takes its helpers from the first copy.
+    """
 
     what: str
     file: str
     loss: str
     old: str
     new: str
+    user: str = ""
 
     def __str__(self):
         return f"{self.file.split('/')[0]}-{self.loss}-{self.what}".replace(" ", "-")
@@ -33,9 +37,9 @@ KL, DKD, NKD, USKD = (f"kdtorch/logits/{x}.py" for x in ("kl", "dkd", "nkd", "us
 TOPK = "kdtorch/logits/topk_kl.py"
 REGRESSION, DCN, HCL = (f"kdtorch/features/{x}.py" for x in ("regression", "dcn", "hcl"))
 DINO = "kdtorch/selfsupervised/dino.py"
-DIFFERENCE, EUCLIDEAN, CRCD = (
-    f"kdjax/{x}.py" for x in ("logits/difference_kl", "relations/euclidean_mse", "relations/crcd")
-)
+DIFFERENCE, EUCLIDEAN = (f"kdjax/{x}.py" for x in ("logits/difference_kl", "relations/euclidean_mse"))
+MEMORY, CRCD, CRD = (f"kdjax/relations/{x}.py" for x in ("_memory", "crcd", "crd"))
+MINILM = "kdtorch/relations/minilm.py"
 RETURN = "return reduce(times_square(temperature, divergence), where, reduction, group)"
 
 FAULTS = [
@@ -100,18 +104,31 @@ FAULTS = [
     Fault("teacher not detached", EUCLIDEAN, "euclidean_mse_loss", "all_gather_constant(teacher, axis_name)", "all_gather(teacher, axis_name)"),
     Fault("absolute for square", EUCLIDEAN, "euclidean_mse_loss", "jnp.square(gap)", "jnp.abs(gap)"),
     Fault("near rows by products", EUCLIDEAN, "euclidean_mse_loss", "(~partners | (square * 64 > length.max(initial=0))).all()", "jnp.asarray(True)"),
-    Fault("wrong memory", CRCD, "crcd_loss", "old.teacher_memory, old.student_normalizer", "old.student_memory, old.student_normalizer"),
-    Fault("no 1e-7", CRCD, "crcd_loss", "math.log(noise + 1e-7)", "math.log(noise)"),
-    Fault("first of equal indices", CRCD, "crcd_loss", "_last_of_equals(every_index, every_valid)", "jnp.argmax((every_index[:, None] == every_index[None]) & every_valid[None], 1)"),
-    Fault("memory not normalised", CRCD, "crcd_loss", "new = unit(momentum * old", "new = (momentum * old"),
-    Fault("teacher's normaliser for both", CRCD, "crcd_loss", "where(finite, student_normalizer", "where(finite, teacher_normalizer"),
+    Fault("wrong memory", MEMORY, "crcd_loss", "old.teacher_memory, old.student_normalizer", "old.student_memory, old.student_normalizer", CRCD),
+    Fault("wrong memory", MEMORY, "crd_loss", "old.teacher_memory, old.student_normalizer", "old.student_memory, old.student_normalizer", CRD),
+    Fault("no 1e-7", MEMORY, "crcd_loss", "math.log(noise + 1e-7)", "math.log(noise)", CRCD),
+    Fault("no 1e-7", MEMORY, "crd_loss", "math.log1p(1e-7 / noise)", "0.0", CRD),
+    Fault("first of equal indices", MEMORY, "crcd_loss", "_last_of_equals(every_index, every_valid)", "jnp.argmax((every_index[:, None] == every_index[None]) & every_valid[None], 1)", CRCD),
+    Fault("memory not normalised", MEMORY, "crcd_loss", "new = unit(momentum * old", "new = (momentum * old", CRCD),
+    Fault("teacher's normaliser for both", MEMORY, "crcd_loss", "where(finite, student_normalizer", "where(finite, teacher_normalizer", CRCD),
+    Fault("masked examples in the normaliser", CRD, "crd_loss", "jnp.where(known.kept[:, None], scores / temperature, -jnp.inf)", "scores / temperature"),
+    Fault("negatives alone in the normaliser", CRD, "crd_loss", "log = jax.nn.logsumexp(logits, 1)", "log = jax.nn.logsumexp(logits[:, 1:], 1)"),
+    Fault("no 1/T in the gradient", CRD, "crd_loss", "_pulled(slope, known) / temperature", "_pulled(slope, known)"),
+    Fault("not by the width of a head", MINILM, "minilm_loss", "scale / math.sqrt(x.shape[-1])", "scale"),
+    Fault("half the gradient", MINILM, "minilm_loss", "(slope + slope.mT)", "(slope + slope)"),
+    Fault("masked columns", MINILM, "minilm_loss", "if columns is not None:", "if False:"),
+    Fault("mean over all positions", MINILM, "minilm_loss", "kept.sum(-1, dtype=x.dtype).clamp(min=1)", "x.new_full(x.shape[:1], x.shape[1])"),
 ]  # fmt: skip
 
 
-def copied(file, old="", new=""):
-    """The module of a file, with a change, beside the one that is imported."""
+def copied(file, old="", new="", helpers=""):
+    """The module of a file, with a change, beside the one that is imported; or with helpers from the copy of another file."""
     source = (ROOT / file).read_text()
     assert old in source, f"{file} no longer reads {old!r}"
+    if helpers:
+        original = helpers.removesuffix(".py").replace("/", ".")
+        assert f"from {original} import" in source
+        source = source.replace(f"from {original} import", f"from copy_of_{pathlib.Path(helpers).stem} import")
     module = types.ModuleType(f"copy_of_{pathlib.Path(file).stem}")
     sys.modules[module.__name__] = module  # where the annotations of a state are looked up
     exec(compile(source.replace(old, new, 1) if old else source, file, "exec"), vars(module))
@@ -131,6 +148,8 @@ def differences(file, loss, package):
 )
 def test_every_fault_is_found(fault):
     package = copied(fault.file, fault.old, fault.new)
+    if fault.user:
+        package = copied(fault.user, helpers=fault.file)
     found = next((x for x in differences(fault.file, fault.loss, package) if not x.passed), None)
     assert found is not None
     assert "raised" not in found.problem, found.problem  # a fault is a wrong number, not a crash

@@ -123,7 +123,7 @@ def test_numbers_of_compiled_kernels(fused, loss, dtype):
     assert not wrong(loss, dtype, () if dtype == "float32" else ("masked",))
 
 
-@pytest.mark.parametrize("name", ["crcd_loss", "dcn_loss", "difference_kl_loss", "euclidean_mse_loss"])
+@pytest.mark.parametrize("name", ["crcd_loss", "crd_loss", "dcn_loss", "difference_kl_loss", "euclidean_mse_loss"])
 def test_what_is_no_function_of_rows(fused, name):
     count = fused(EAGER)
     loss = next(loss for loss in LOSSES if loss.name == name)

@@ -11,7 +11,7 @@ from frameworks import JAX, TORCH
 from tiers import first, only
 
 from kdtorch._numerics import pack
-from parity.calls import per_example
+from parity.calls import masked_axes, per_example
 from parity.cases import LOSSES, Case, Sizes, draw
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
@@ -40,8 +40,10 @@ def given(f, loss, dtype, masked):
         pytest.skip("it knows no mask")
     options = {"where": f.array(KEPT)} if masked else {}
 
+    function = per_example(f.kd, loss) if masked_axes(loss) else loss.of(f.kd)
+
     def value(learned):
-        result = loss.of(f.kd)(**{**inputs, **learned}, **options)
+        result = function(**{**inputs, **learned}, **options)
         return result[0] if loss.state else result.sum()
 
     return {k: inputs[k] for k in loss.learns}, value

@@ -537,6 +537,8 @@ MODULES = {
     "crcd": lambda: ours("CRCDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, num_negatives=7, momentum=0.3),
     "crcd, deep": lambda: ours("CRCDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, embed="nonlinear"),
     "crcd, bare": lambda: ours("CRCDLoss", student_dim=4, teacher_dim=4, dim=4, num_data=9, embed="none"),
+    "crd": lambda: ours("CRDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, num_negatives=7, temperature=0.3),
+    "crd, bare": lambda: ours("CRDLoss", student_dim=4, teacher_dim=4, dim=4, num_data=9, embed="none"),
     "abf": lambda: ours("ABF", in_channels=3, mid_channels=4, out_channels=5, fuse=True),
     "review": lambda: ours("ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6),
     "abf, resized": lambda: ours("ABF", in_channels=3, mid_channels=4, out_channels=5, fuse=True, out_shapes=7),
@@ -769,6 +771,10 @@ RUNS = {
         lambda: ours("CRCDLoss", student_dim=8, teacher_dim=8, dim=4, num_data=20, embed="nonlinear"),
         lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["index"], b["negatives"]),
     ),
+    "crd": (
+        lambda: ours("CRDLoss", student_dim=8, teacher_dim=8, dim=4, num_data=20),
+        lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["index"], b["negatives"]),
+    ),
     "review": (
         lambda: ours("ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6),
         lambda student, loss, b: package(loss).hcl_loss(loss(b["feats_stu"]), b["feats_tea"]) + student(b["x"]).mean(),
@@ -861,8 +867,8 @@ def across(to, path, run):
 @pytest.mark.parametrize("name", first(2, RUNS))
 def test_a_run_goes_on_in_the_other_framework(name, tmp_path, monkeypatch):
     make, call = RUNS[name]
-    monkeypatch.setattr(kdjax.nn.crcd, "crcd_negatives", lambda *_: jnp.asarray(NEGATIVES, "int32"))
-    monkeypatch.setattr(kdtorch.nn.crcd, "crcd_negatives", lambda *_: torch.from_numpy(NEGATIVES))
+    monkeypatch.setattr(kdjax.nn._contrast, "crcd_negatives", lambda *_: jnp.asarray(NEGATIVES, "int32"))
+    monkeypatch.setattr(kdtorch.nn._contrast, "crcd_negatives", lambda *_: torch.from_numpy(NEGATIVES))
     step, data = jax_step(call), batches()
 
     def start():

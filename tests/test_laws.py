@@ -459,13 +459,14 @@ def test_differences_of_rows_that_leave_out_classes(span, dtype):
 
 
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
-def test_of_two_rows_with_one_index_the_later_is_remembered(f):
-    loss = next(x for x in LOSSES if x.name == "crcd_loss")
+@pytest.mark.parametrize("name", ["crcd_loss", "crd_loss"])
+def test_of_two_rows_with_one_index_the_later_is_remembered(f, name):
+    loss = next(x for x in LOSSES if x.name == name)
     (inputs,) = draw(loss, Sizes(), 0)
     inputs["index"] = np.array([4, 7, 4, 7, 4])
     given = f.arrays(inputs)
-    state = f.kd.CRCDState(**given.pop("state"))
-    _, after = f.kd.crcd_loss(*given.values(), state)
+    state = getattr(f.kd, loss.inputs["state"])(**given.pop("state"))
+    _, after = getattr(f.kd, name)(*given.values(), state)
     for row, index in ((4, 4), (3, 7)):
         unit = inputs["student"][row] / np.linalg.norm(inputs["student"][row])
         want = (inputs["state"]["student_memory"][index] + unit) / 2

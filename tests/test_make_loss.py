@@ -354,6 +354,7 @@ def test_both_packages_say_the_same():
         assert said[0] == said[1]
 
 
+MODULES = ("dino", "dcn", "crcd", "crd", "uskd")
 PUBLIC = [name for name in kdjax.__all__ if name.endswith("_loss") and name != "make_loss"]
 FOUNDING = [
     "dino",
@@ -411,6 +412,8 @@ def given_by_name(f):
     feat |= {
         f"{k}_log_probs": f.array(-rng.exponential(size=BATCH), "float32") for k in ("student", "teacher", "behavior")
     }
+    for side in ("stu", "tea"):
+        feat[f"tokens_{side}"] = f.array(np.stack([f.numpy(feat[side])] * 3, 1) * np.arange(1, 4)[:, None], "float32")
     return feat, target
 
 
@@ -421,9 +424,9 @@ def test_every_loss_by_its_function(f):
     maps = {"student_maps": feat["feats_stu"], "teacher_maps": feat["feats_tea"][-2:]}
     known = {"student": feat["stu"], "teacher": feat["tea"], "labels": target, **maps, **feat}
     known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
-    plain = [name for name in PUBLIC if name.removesuffix("_loss") not in ("dino", "dcn", "crcd", "uskd")]
+    plain = [name for name in PUBLIC if name.removesuffix("_loss") not in MODULES]
     shorts = [name.removesuffix("_loss") for name in plain if name.removesuffix("_loss") not in FOUNDING]
-    given = {"taid_loss": {"interpolation": 0.4}}  # which has no default
+    given = {"taid_loss": {"interpolation": 0.4}, "minilm_loss": {"relation_heads": 2}}  # which have no default
     given |= {name.removesuffix("_loss"): settings for name, settings in given.items()}
     config = configuration("-".join(["kd", *plain, *shorts]), [1.0] * len(plain + shorts), KD_LOSS_ARGS=given)
     terms = f.jit(lambda feat: f.kd.make_loss(config, CLASSES, 20).terms(feat=feat, target=target))(feat)
@@ -434,6 +437,7 @@ def test_every_loss_by_its_function(f):
         for name in plain:
             function = getattr(f.kd, name)
             inputs = [p.name for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
+            inputs = ["tokens_stu", "tokens_tea"] if name == "minilm_loss" else inputs
             values[name] = function(*(known[key] for key in inputs), **given.get(name, {}))
         return values
 
@@ -445,7 +449,7 @@ def test_every_loss_by_its_function(f):
 @both
 @pytest.mark.parametrize("conventions", ["published", "founding"])
 def test_modules_by_the_functions_that_they_hold(f, conventions):
-    for name in ("dino", "dcn", "crcd", "uskd"):
+    for name in MODULES:
         losses = f.kd.make_loss(configuration(f"kd-{name}_loss"), CLASSES, 20, conventions=conventions).losses
         assert type(losses[f"{name}_loss"]).__name__.lower().startswith(("dynamic", name))
     feat, target = batch(f)

@@ -78,7 +78,11 @@ def test_signatures(jax_module, torch_module, name):
         mine = parameters(ours)
         if name in WITHOUT_GENERATOR:
             mine = [p for p in mine if p[0] != "generator"]
-        elif name in ("CRCDLoss", "make_loss"):  # Flax demands its rngs, PyTorch falls back on its global generator
+        elif name in (
+            "CRCDLoss",
+            "CRDLoss",
+            "make_loss",
+        ):  # Flax demands its rngs, PyTorch falls back on its global generator
             mine = [(*p[:2], "None") if p[0] == "generator" else p for p in mine]
         assert mine == parameters(theirs)
 

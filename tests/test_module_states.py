@@ -35,8 +35,8 @@ def build(f, name):
     torch.manual_seed(0)
     if name == "dino":
         return nn.DINOLoss(4)
-    if name == "crcd":
-        return nn.CRCDLoss(4, 4, 4, 20, num_negatives=5, **rngs)
+    if name in ("crcd", "crd"):
+        return getattr(nn, f"{name.upper()}Loss")(4, 4, 4, 20, num_negatives=5, **rngs)
     if name == "review":
         return nn.ReviewKD([2, 3], [4, 5], 4, out_shapes=[7, (3, 2)], **rngs)
     if name == "connector":
@@ -56,7 +56,7 @@ def caller(f, name):
     def call(module, x):
         if name == "dino":
             return module(x, 2 * x, epoch=3)
-        if name == "crcd":
+        if name in ("crcd", "crd"):
             return module(x, 2 * x, index, negatives)
         if name == "review":
             return sum((y * y).mean() for y in module([x[0, 0] * y for y in maps]))
@@ -68,7 +68,7 @@ def caller(f, name):
     return call
 
 
-NAMES = ["dino", "crcd", "review", "connector", "mixture"]
+NAMES = ["dino", "crcd", "crd", "review", "connector", "mixture"]
 all_modules = pytest.mark.parametrize("name", NAMES)
 X = {"jax": JAX.array(ROWS, "float32"), "torch": TORCH.array(ROWS, "float32")}
 
@@ -376,7 +376,7 @@ def saved(module):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("name", ["dino", "crcd", "mixture"])
+@pytest.mark.parametrize("name", ["dino", "crcd", "crd", "mixture"])
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "to", "type"])
 def test_half_precision_leaves_the_state(name, cast):
     call, module = caller(TORCH, name), build(TORCH, name)
@@ -392,7 +392,7 @@ def test_half_precision_leaves_the_state(name, cast):
     call(module, X["torch"].double())
 
 
-@pytest.mark.parametrize("name", ["dino", "crcd"])
+@pytest.mark.parametrize("name", ["dino", "crcd", "crd"])
 def test_an_ensemble_in_torch(name):
     call = caller(TORCH, name)
     modules = [build(TORCH, name) for _ in range(3)]
@@ -407,9 +407,10 @@ def test_an_ensemble_in_torch(name):
     assert moved(numbers(states), start)
 
 
-def test_no_step_copies_the_memories():
+@pytest.mark.parametrize("name", ["CRCDLoss", "CRDLoss"])
+def test_no_step_copies_the_memories(name):
     """Of 4,000 rows a step writes the batch's."""
-    module = kdtorch.nn.CRCDLoss(4, 4, 64, 4000, num_negatives=5)
+    module = getattr(kdtorch.nn, name)(4, 4, 64, 4000, num_negatives=5)
     x = torch.randn(6, 4)
     module(x, x, torch.arange(6))  # which finds the normaliser
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -422,7 +423,7 @@ def test_no_step_copies_the_memories():
 
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
-@pytest.mark.parametrize("name", first(1, ["dino", "crcd", "mixture"]))
+@pytest.mark.parametrize("name", first(1, ["dino", "crcd", "crd", "mixture"]))
 def test_update_false_leaves_the_state(f, name):
     module, call = build(f, name), caller(f, name)
     states = (

@@ -181,12 +181,21 @@ def test_wrong_sizes(f, given, message):
 
 
 @slow
-@pytest.mark.parametrize("embed", ["linear", "nonlinear", "none"])
-def test_crcd(embed):
+@pytest.mark.parametrize(
+    ("name", "embed"),
+    [
+        ("CRCDLoss", "linear"),
+        ("CRCDLoss", "nonlinear"),
+        ("CRCDLoss", "none"),
+        ("CRDLoss", "linear"),
+        ("CRDLoss", "none"),
+    ],
+)
+def test_contrast_with_memories(name, embed):
     """Three steps from the same weights, memories and negatives."""
     dims = (4, 4, 4) if embed == "none" else (5, 6, 4)
-    ours = kdjax.nn.CRCDLoss(*dims, 20, num_negatives=7, embed=embed, rngs=nnx.Rngs(0))
-    theirs = kdtorch.nn.CRCDLoss(*dims, 20, num_negatives=7, embed=embed)
+    ours = getattr(kdjax.nn, name)(*dims, 20, num_negatives=7, embed=embed, rngs=nnx.Rngs(0))
+    theirs = getattr(kdtorch.nn, name)(*dims, 20, num_negatives=7, embed=embed)
     copy_weights(ours, theirs)
     for field in kdjax.CRCDState._fields:
         value = np.asarray(getattr(ours, field)[...], np.float64)
@@ -203,8 +212,9 @@ def test_crcd(embed):
         assert ulps(getattr(theirs, field).numpy(), np.asarray(getattr(ours, field)[...]), "float64") <= 4096
 
 
-def test_crcd_stops_at_the_teachers_features():
-    ours = kdjax.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("name", ["CRCDLoss", "CRDLoss"])
+def test_contrast_stops_at_the_teachers_features(name):
+    ours = getattr(kdjax.nn, name)(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
     student, index = jnp.ones((3, 5), "float32"), jnp.arange(3)
     teacher = jax.random.normal(jax.random.key(0), (3, 6), "float32")
     ours.eval()
@@ -212,7 +222,7 @@ def test_crcd_stops_at_the_teachers_features():
     heads = nnx.jit(nnx.grad(lambda module: module(student, teacher, index)))(ours)
     assert np.any(np.asarray(heads["teacher_head"]["kernel"][...]) != 0)
 
-    theirs = kdtorch.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7)
+    theirs = getattr(kdtorch.nn, name)(5, 6, 4, 20, num_negatives=7)
     features = torch.from_numpy(np.array(teacher)).requires_grad_()
     theirs(torch.ones(3, 5), features, torch.arange(3)).backward()
     assert features.grad is None
@@ -220,8 +230,9 @@ def test_crcd_stops_at_the_teachers_features():
 
 
 @slow
-def test_negatives_are_drawn_anew():
-    ours = kdjax.nn.CRCDLoss(4, 4, 4, 50, num_negatives=5, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("name", ["CRCDLoss", "CRDLoss"])
+def test_negatives_are_drawn_anew(name):
+    ours = getattr(kdjax.nn, name)(4, 4, 4, 50, num_negatives=5, rngs=nnx.Rngs(0))
     x, index = jax.random.normal(jax.random.key(0), (3, 4), "float32"), jnp.arange(3)
     before = copy.deepcopy(jax.random.key_data(ours.key[...]))
     ours(x, x, index)
@@ -238,10 +249,11 @@ def test_a_state_of_numpy():
     assert after.student_normalizer > 0
 
 
-def test_an_empty_batch_of_crcd():
-    ours = kdjax.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("name", ["CRCDLoss", "CRDLoss"])
+def test_an_empty_batch_of_contrast(name):
+    ours = getattr(kdjax.nn, name)(5, 6, 4, 20, num_negatives=7, rngs=nnx.Rngs(0))
     assert ours(jnp.zeros((0, 5), "float32"), jnp.zeros((0, 6), "float32"), jnp.zeros(0, int)) == 0
-    theirs = kdtorch.nn.CRCDLoss(5, 6, 4, 20, num_negatives=7)
+    theirs = getattr(kdtorch.nn, name)(5, 6, 4, 20, num_negatives=7)
     assert theirs(torch.zeros(0, 5), torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)) == 0
 
 
@@ -259,11 +271,12 @@ def test_heads_have_a_precision_of_their_own():
     x, labels = torch.from_numpy(RNG.normal(size=(4, 8))), torch.arange(4)
     for head in (torch.bfloat16, torch.float32, torch.float64):
         uskd, crcd = kdtorch.nn.USKDLoss(8, 8), kdtorch.nn.CRCDLoss(8, 8, 4, 20, num_negatives=7, embed="nonlinear")
-        for part in (uskd.head, crcd.student_head, crcd.teacher_head):
+        crd = kdtorch.nn.CRDLoss(8, 8, 4, 20, num_negatives=7)
+        for part in (uskd.head, crcd.student_head, crcd.teacher_head, crd.student_head, crd.teacher_head):
             part.to(head)
         for features in (torch.bfloat16, torch.float64):
             y = x.to(features)
-            for value in (uskd(y, y, labels), crcd(y, y, labels)):
+            for value in (uskd(y, y, labels), crcd(y, y, labels), crd(y, y, labels)):
                 value.backward()
                 assert torch.isfinite(value)
 

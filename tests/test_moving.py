@@ -45,12 +45,16 @@ flat = [maps[0].flatten(1) for maps in (student_maps, teacher_maps)]
 log_p, q = functional.log_softmax(s / T, 1), functional.softmax(t / T, 1)
 memories = torch.from_numpy(rng.normal(size=(2, 9, C)))
 state = kdtorch.CRCDState(*memories / memories.norm(dim=-1, keepdim=True), *torch.zeros(2, dtype=s.dtype))
+crd_state = kdtorch.CRDState(*state)
 index, negatives = torch.arange(5), torch.from_numpy(rng.integers(9, size=(5, 3)))
 
 
 def rkd(distance_weight, angle_weight):
     weights = {"distance_weight": distance_weight, "angle_weight": angle_weight}
     return direct.rkd_loss(s, t, **weights), kdtorch.rkd_loss(s, t, **weights)
+
+
+places = torch.cat([index[:, None], negatives], 1)
 
 
 def kl():
@@ -77,6 +81,15 @@ def distilled(loss, student, teacher, targets=None):
 
 def kd(targets, loss=mid_level.KDLoss, **options):
     return distilled(loss(*PLACES, temperature=T, **options), s, t, targets)
+
+
+def crd():
+    """torchdistill's, of the same memories and places."""
+    loss = mid_level.CRDLoss("student", "empty", "teacher", C, 9, 3, 9)
+    loss.params = torch.tensor([3, 0.07, -1, -1, 0.5], dtype=s.dtype)
+    loss.memory_v1, loss.memory_v2 = (x.clone() for x in memories / memories.norm(dim=-1, keepdim=True))
+    embeddings = (functional.normalize(x) for x in (s, t))
+    return sum(map(loss.compute_contrast_loss, loss.contrast_memory(*embeddings, index, places)))
 
 
 def standardized(logits):
@@ -293,6 +306,10 @@ MOVES = {
         "`rkd_loss(fs, ft, squared=False, eps=1e-12, distance_weight=w_d, angle_weight=w_a)`": lambda: rkd(25.0, 50.0),
         "`sp_loss([fs], [ft])`": lambda: (direct.similarity_loss(*flat), kdtorch.similarity_loss(*flat)),
         "`pkt_loss(fs, ft)`": lambda: (direct.pkt_loss(s, t), kdtorch.pkt_loss(s, t)),
+        "CRD: `CRDLoss` of `ContrastMemory`": lambda: (
+            direct.crd_loss(s, t, index, negatives, crd_state)[0],
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
+        ),
         "FitNet: `mse_loss` of maps": lambda: (
             functional.mse_loss(student_maps[0], teacher_maps[0]),
             kdtorch.mse_loss(student_maps[0], teacher_maps[0]),
@@ -307,6 +324,10 @@ MOVES = {
             kdtorch.similarity_loss(*flat),
         ),
         "`PKT()(fs, ft)`": lambda: (direct.pkt_loss(s, t), kdtorch.pkt_loss(s, t)),
+        "`CRDLoss(opt)`": lambda: (
+            direct.crd_loss(s, t, index, negatives, crd_state)[0],
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
+        ),
         "`CRCDLoss(opt)`, of the fork Lechatelia/CRCD": lambda: (
             direct.crcd_loss(s, t, index, negatives, state)[0],
             kdtorch.crcd_loss(s, t, index, negatives, state)[0],
@@ -367,6 +388,10 @@ MOVES = {
                 for x, y in zip(student_maps, teacher_maps, strict=True)
             ),
             kdtorch.hcl_loss(student_maps, teacher_maps),
+        ),
+        "`CRDLoss`, given `contrast_idx`": lambda: (
+            crd(),
+            kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
         ),
         "`MSELoss` in a `SimpleLossWrapper`": lambda: (
             distilled(mid_level.SimpleLossWrapper(torch.nn.MSELoss(), **WRAPPED), s, t),

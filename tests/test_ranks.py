@@ -120,10 +120,11 @@ def test_no_update(name, wrong):
         assert x[f"no update {name}"]["value"] == x[f"update {name}"]["value"]
 
 
+@pytest.mark.parametrize("name", [loss.name for loss in ranks.REMEMBER])
 @pytest.mark.parametrize("places", ["uniform", "skewed"])
-def test_memories_in_shards(places, wrong):
-    """Each rank holds its rows of CRCD's memories."""
-    shards, whole = ([x[f"{places} {sharded}"] for x in wrong] for sharded in (True, False))
+def test_memories_in_shards(name, places, wrong):
+    """Each rank holds its rows of the memories."""
+    shards, whole = ([x[f"{places} {name} {sharded}"] for x in wrong] for sharded in (True, False))
     for a, b in zip(shards, whole, strict=True):
         assert ulps(a["value"], b["value"], "float64") <= 64
         for x, y in zip(a["gradients"], b["gradients"], strict=True):

@@ -203,6 +203,21 @@ def test_on_policy(framework, run):
         assert off < 1e-3 if gradient == "score" or estimator == "k2" else off > 0.5, (estimator, gradient)
 
 
+def test_minilm(framework, run):
+    names = run(f"minilm_{framework}")
+    falls(names["lessons"], to=0.6)
+    falls(names["losses"], to=0.4)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_relations(framework, run):
+    results = run(f"relations_{framework}")["results"]
+    assert results
+    for losses, accuracy in results.values():
+        falls(losses, to=0.5)
+        assert accuracy > 0.88
+
+
 def norm(trees, others):
     return sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in zip(trees, others, strict=True)) ** 0.5
 

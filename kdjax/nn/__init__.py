@@ -11,6 +11,7 @@ and return its state.
 from kdjax.nn._state import LossState
 from kdjax.nn.combined import CombinedLoss
 from kdjax.nn.crcd import CRCDLoss
+from kdjax.nn.crd import CRDLoss
 from kdjax.nn.dcn import DynamicCenterNormLoss
 from kdjax.nn.dino import DINOLoss
 from kdjax.nn.function import FunctionLoss
@@ -20,6 +21,7 @@ from kdjax.nn.uskd import USKDLoss
 __all__ = [
     "ABF",
     "CRCDLoss",
+    "CRDLoss",
     "CombinedLoss",
     "DINOLoss",
     "DynamicCenterNormLoss",

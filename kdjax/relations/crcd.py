@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from kdjax._collectives import all_gather_constant, fetch, rank, size
-from kdjax._numerics import HIGHEST, check_fixed, check_state, fraction, positive, promote, unit, valid_index
-from kdjax._reduce import count, reduce, zero_masked
+from kdjax._collectives import all_gather_constant
+from kdjax._numerics import check_fixed, unit
+from kdjax._reduce import count
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
+from kdjax.relations._memory import (
+    Remembered,
+    Total,
+    at_least_one,
+    contrasted,
+    finite_log,
+    if_unset,
+    joined,
+    log_normalizer,
+    noise_contrast,
+    one_side,
+    product,
+    with_derivatives,
+)
 
 
 class CRCDState(NamedTuple):
@@ -57,7 +69,7 @@ def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
     >>> crcd_init(jax.random.key(0), 50, 8).student_memory.shape
     (50, 8)
     """
-    _at_least_one(num_data=num_data, dim=dim)
+    at_least_one(num_data=num_data, dim=dim)
     student, teacher = (unit(jax.random.uniform(k, (num_data, dim), jnp.float32, -1, 1)) for k in jax.random.split(key))
     return CRCDState(student, teacher, jnp.zeros((), student.dtype), jnp.zeros((), teacher.dtype))
 
@@ -82,14 +94,8 @@ def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int
     >>> crcd_negatives(jax.random.key(0), 4, 10, 50).shape
     (4, 10)
     """
-    _at_least_one(num_negatives=num_negatives, num_data=num_data)
+    at_least_one(num_negatives=num_negatives, num_data=num_data)
     return jax.random.randint(key, (batch, num_negatives), 0, num_data)
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
 @checked
@@ -167,51 +173,19 @@ def crcd_loss(
     (True, True)
     """
     check_fixed("crcd_loss", batch=student.shape[0], negatives=negatives.shape[1], memory=state.student_memory.shape[0])
-    student, teacher = promote(student, teacher)
-    check_state(state)
-    temperature = jnp.asarray(positive("temperature", temperature, student), student.dtype)
-    momentum = fraction("momentum", momentum, state.student_memory)
-    if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
-    student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
-    rows = len(state.student_memory)
-    num_data = rows * size(axis_name) if sharded_memory else rows
-    index, factor = valid_index(index, num_data)
-    negatives, factors = valid_index(negatives, num_data)
-    valid = jnp.isfinite(factor) if where is None else jnp.isfinite(factor) & where
-    factor = (factor * factors.prod(1)).astype(student.dtype)
 
-    old = jax.lax.stop_gradient(CRCDState(*map(jnp.asarray, state)))
-    student, teacher = unit(student), unit(teacher)
-    places = jnp.concatenate([index[:, None], negatives], 1)
-    every_index, every_valid = all_gather_constant(index, axis_name), all_gather_constant(valid, axis_name)
+    def side(
+        embedding: jax.Array, remembered: Remembered, normalizer: jax.Array, temperature: jax.Array, num_data: int
+    ) -> tuple[jax.Array, jax.Array]:
+        bank, at, places, every_index, valid, kept = remembered
+        anchors = all_gather_constant(bank[at[:, 0]], axis_name) if sharded_memory else bank[every_index]
+        known = _Known(bank, at, places, anchors, every_index, valid, kept)
+        number = _log_triples(known)
+        return one_side(_contrast, _sum_over, num_data, embedding, temperature, normalizer, number, known, axis_name)
 
-    def side(embedding: jax.Array, memory: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        memory = memory.astype(embedding.dtype)
-        if sharded_memory:
-            bank = fetch(memory, places.ravel(), axis_name)
-            at = jnp.arange(places.size).reshape(places.shape)
-            anchors = all_gather_constant(bank[at[:, 0]], axis_name)
-        else:
-            bank, at, anchors = memory, places, memory[every_index]
-        known = _Known(bank, at, places, anchors, every_index, every_valid, valid)
-        return _side(embedding, known, normalizer, temperature, num_data, axis_name)
-
-    on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
-    on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
-    loss = reduce(factor * (on_student + on_teacher), where, reduction, axis_name)
-    if not update:
-        return loss, state
-    every_student, every_teacher = all_gather_constant(student, axis_name), all_gather_constant(teacher, axis_name)
-    finite = jnp.isfinite(every_student).all() & jnp.isfinite(every_teacher).all()
-    last = jnp.where(finite, _last_of_equals(every_index, every_valid), -1)
-    here = every_index - (rank(axis_name) * rows if sharded_memory else 0)
-    return loss, CRCDState(
-        _remember(old.student_memory, here, last, every_student, momentum),
-        _remember(old.teacher_memory, here, last, every_teacher, momentum),
-        jnp.where(finite, student_normalizer, old.student_normalizer),
-        jnp.where(finite, teacher_normalizer, old.teacher_normalizer),
-    )
+    settings = temperature, momentum, where, reduction, axis_name, sharded_memory, update
+    loss, after = contrasted(side, student, teacher, index, negatives, state, *settings)
+    return loss, CRCDState(*after) if update else state
 
 
 class _Known(NamedTuple):
@@ -236,102 +210,27 @@ class _Known(NamedTuple):
     kept: jax.Array
 
 
-def _side(
-    embedding: jax.Array,
-    known: _Known,
-    normalizer: jax.Array,
-    temperature: jax.Array,
-    num_data: int,
-    axis_name: AxisName | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The loss of one side for each example, and its normaliser."""
-    unset, total = normalizer == 0, None
-    if axis_name is not None:
-        here = _if_unset(unset, embedding, lambda: _sum_over(*jax.lax.stop_gradient((embedding, temperature)), known))
-        total = _joined(_Total(*(all_gather_constant(x[None], axis_name) for x in here)))
-    value, total = _contrast(num_data, embedding, temperature, normalizer, total, known)
-    fresh = jnp.exp(total.log - _log_triples(known)).astype(normalizer.dtype) * num_data
-    usable = unset & known.valid.any() & jnp.isfinite(fresh)
-    return value, jnp.where(usable, fresh, normalizer)
-
-
-class _Total(NamedTuple):
-    """log sum exp(r.rho / T) over the kept triples, and the mean of r.rho by these weights, the slope of the first."""
-
-    log: jax.Array
-    mean: jax.Array
-
-
-def _if_unset(unset: jax.Array, embedding: jax.Array, total: Callable[[], _Total]) -> _Total:
-    """The total, which nobody asks for once the normaliser is set."""
-    nothing = embedding[:0].sum()  # 0, of the same type inside shard_map
-    return jax.lax.cond(unset, total, lambda: _Total(nothing, nothing))
-
-
-# A derivative written by hand, so that of all triples no array is held but an example's, and the forward pass alone needs
-# the memories.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _contrast(
-    num_data: int,
-    embedding: jax.Array,
-    temperature: jax.Array,
-    normalizer: jax.Array,
-    total: _Total | None,
-    known: _Known,
-) -> tuple[jax.Array, _Total]:
-    """The value of each example, the mean over anchors; and what `_sum_over` says of all examples.
-
-    `total` is that of all devices; None on a single one, where it comes from the same relations as the values. It is not
-    asked for where the normaliser is set.
-    """
-    value, *_, total = _with_gradients(num_data, embedding, temperature, normalizer, total, known)
-    return value, total
-
-
-@functools.partial(_contrast.defjvp, symbolic_zeros=True)
-def _(num_data: int, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    value, gradient, of_temperature, total = _with_gradients(num_data, *primals)
-    moved, warmed, *_ = tangents
-    tangent = jnp.zeros_like(value)
-    if not isinstance(moved, SymbolicZero):
-        tangent += (gradient * moved).sum(-1)
-    if not isinstance(warmed, SymbolicZero):
-        tangent += of_temperature * warmed
-    return (value, total), (tangent, jax.tree.map(jnp.zeros_like, total))
-
-
 def _with_gradients(
     num_data: int,
     embedding: jax.Array,
     temperature: jax.Array,
     normalizer: jax.Array,
-    total: _Total | None,
+    total: Total | None,
     known: _Known,
-) -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
-    """What `_contrast` returns, and between the two the value's gradients, made of differentiable operations."""
-    unset, others = normalizer == 0, known.places.shape[1] - 1
-    number, noise = count(known.valid, embedding.dtype), others / num_data
-    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
+) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
+    """The value of each example, the mean over anchors; its gradients, made of differentiable operations; and the total."""
+    unset, number = normalizer == 0, count(known.valid, embedding.dtype)
     rows, constant = (embedding, known.at, known.places), jax.lax.stop_gradient(embedding)
 
-    def contrasts(
-        total: _Total, remembered: _Relations | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
-        log_z = jnp.where(
-            unset,
-            total.log - _log_triples(known) + math.log(num_data),
-            jnp.log(normalizer).astype(embedding.dtype),
-        )
+    def contrasts(total: Total, remembered: _Relations | None = None) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
+        log_z = log_normalizer(normalizer, total, _log_triples(known), num_data)
 
         def contrast(inputs: tuple) -> tuple[jax.Array, ...]:
             row, relations = inputs
             relations = _relations(known, *row) if relations is None else relations
-            sign = jnp.ones(others + 1, embedding.dtype).at[0].set(-1)[None]  # the first is pulled, the others pushed
-            drawn = sign * (relations.relation / temperature - (log_z + log_shifted))
-            terms, slope = jax.nn.softplus(drawn).sum(1) + shift * others, sign * jax.nn.sigmoid(drawn)
-            along = (slope * (relations.relation - jnp.where(unset, total.mean, 0))).sum(
-                1
-            )  # unset, it moves with T too
+            terms, slope = noise_contrast(relations.relation, log_z, temperature, num_data)
+            middle = jnp.where(unset, total.mean, 0)  # an unset normaliser moves with T too
+            along = (slope * (relations.relation - middle)).sum(1)
             value, cooling = (jnp.where(known.valid, x, 0).sum() / number for x in (terms, along))
             pulled = _pulled(relations, slope, known, *row) / (number * temperature)
             return value, pulled, -cooling / temperature**2
@@ -339,16 +238,19 @@ def _with_gradients(
         value, gradient, of_temperature = jax.lax.map(contrast, (rows, remembered))
         return value, gradient, of_temperature, total
 
-    def remembering() -> tuple[jax.Array, jax.Array, jax.Array, _Total]:
+    def remembering() -> tuple[jax.Array, jax.Array, jax.Array, Total]:
         remembered = jax.lax.map(lambda row: _relations(known, *row), rows)
         return contrasts(_sum_over(constant, temperature, known, jax.lax.stop_gradient(remembered)), remembered)
 
     if total is not None:
         return contrasts(total)
     if 2 * known.places.size * len(known.anchors) > max(2 * known.bank.size, 2**19):
-        return contrasts(_if_unset(unset, embedding, lambda: _sum_over(constant, temperature, known)))
+        return contrasts(if_unset(unset, embedding, lambda: _sum_over(constant, temperature, known)))
     # relations that take no more room than the next state are made once
-    return jax.lax.cond(unset, remembering, lambda: contrasts(_Total(jnp.zeros_like(number), jnp.zeros_like(number))))
+    return jax.lax.cond(unset, remembering, lambda: contrasts(Total(jnp.zeros_like(number), jnp.zeros_like(number))))
+
+
+_contrast = with_derivatives(_with_gradients)
 
 
 def _log_triples(known: _Known) -> jax.Array:
@@ -357,28 +259,18 @@ def _log_triples(known: _Known) -> jax.Array:
 
 def _sum_over(
     embedding: jax.Array, temperature: jax.Array, known: _Known, remembered: _Relations | None = None
-) -> _Total:
+) -> Total:
     """Of this device's examples."""
 
-    def part(inputs: tuple) -> _Total:
+    def part(inputs: tuple) -> Total:
         row, relations = inputs
         relation = (_relations(known, *row) if relations is None else relations).relation
         logits = jnp.where(known.valid[:, None], relation / temperature, -jnp.inf)
         log = jax.nn.logsumexp(logits)
-        return _Total(log, (jnp.exp(logits - _finite(log)) * relation).sum())
+        return Total(log, (jnp.exp(logits - finite_log(log)) * relation).sum())
 
     parts = jax.lax.map(part, ((embedding, known.at, known.places), remembered))
-    return _joined(_Total(jnp.where(known.kept, parts.log, -jnp.inf), jnp.where(known.kept, parts.mean, 0)))
-
-
-def _joined(parts: _Total) -> _Total:
-    """The total of several parts together."""
-    log = jax.nn.logsumexp(parts.log)
-    return _Total(log, (jnp.exp(parts.log - _finite(log)) * parts.mean).sum())
-
-
-def _finite(log: jax.Array) -> jax.Array:
-    return jnp.maximum(log, jnp.finfo(log.dtype).min)
+    return joined(Total(jnp.where(known.kept, parts.log, -jnp.inf), jnp.where(known.kept, parts.mean, 0)))
 
 
 class _Relations(NamedTuple):
@@ -393,7 +285,7 @@ def _relations(known: _Known, embedding: jax.Array, at: jax.Array, places: jax.A
     """With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart."""
     a, w, rho, _, same = _seen(known, embedding, at, places)
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
-    square, dot = jnp.split(_product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
+    square, dot = jnp.split(product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
     square += a_square[:, None] + w_square[None]
     dot -= (rho * a).sum(1, keepdims=True)
     close = square < jnp.sqrt(jnp.finfo(w.dtype).eps) * 30 * jnp.maximum(
@@ -421,10 +313,10 @@ def _pulled(
     weight = jnp.where(same, 0, slope / relations.length)
     pulled = jax.lax.cond(
         relations.clear,
-        lambda: _product(_product(near, weight), w) - _product(near * weight.sum(1), a),
+        lambda: product(product(near, weight), w) - product(near * weight.sum(1), a),
         lambda: _over_anchors(known, at, lambda x, row: (row[:, None] * x).sum(0), near[:, None] * weight).sum(0),
     )
-    return pulled + equal.sum() / math.sqrt(w.shape[1]) - _product(across, rho)
+    return pulled + equal.sum() / math.sqrt(w.shape[1]) - product(across, rho)
 
 
 def _seen(
@@ -446,23 +338,3 @@ def _over_anchors(known: _Known, at: jax.Array, function: Callable, *rows: jax.A
 def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     length = jnp.sqrt(jnp.square(x).sum(1, keepdims=True))
     return x / jnp.where(length == 0, 1, length), length
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=HIGHEST)
-
-
-def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
-    """For each example the last valid one with the same index, -1 if there is none."""
-    order = jnp.arange(len(index), dtype=index.dtype)
-    return jnp.where((index[:, None] == index[None]) & valid[None], order[None], -1).max(1, initial=-1)
-
-
-def _remember(
-    memory: jax.Array, index: jax.Array, last: jax.Array, embedding: jax.Array, momentum: Scalar
-) -> jax.Array:
-    here = (index >= 0) & (index < len(memory))  # the rows of other devices are theirs to remember
-    old = memory[jnp.where(here, index, 0)]
-    new = unit(momentum * old + (1 - momentum) * embedding[last].astype(memory.dtype))
-    usable = here & (last >= 0) & jnp.isfinite(new).all(1) & (new != 0).any(1)
-    return memory.at[jnp.where(usable, index, len(memory))].set(new, mode="drop")

@@ -9,6 +9,7 @@ it: hand the buffers in by `torch.func.functional_call`, or call `module.eval()`
 
 from kdtorch.nn.combined import CombinedLoss
 from kdtorch.nn.crcd import CRCDLoss
+from kdtorch.nn.crd import CRDLoss
 from kdtorch.nn.dcn import DynamicCenterNormLoss
 from kdtorch.nn.dino import DINOLoss
 from kdtorch.nn.function import FunctionLoss
@@ -18,6 +19,7 @@ from kdtorch.nn.uskd import USKDLoss
 __all__ = [
     "ABF",
     "CRCDLoss",
+    "CRDLoss",
     "CombinedLoss",
     "DINOLoss",
     "DynamicCenterNormLoss",

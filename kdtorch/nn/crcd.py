@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
-from kdlosses.settings import fraction, positive, whole
-from kdtorch._typing import ProcessGroup, Reduction
-from kdtorch.nn._heads import through
-from kdtorch.nn._state import Stateful
-from kdtorch.relations.crcd import CRCDState, HeldCRCDState, crcd_init, crcd_loss, crcd_negatives
+from kdtorch.nn._contrast import Contrast
+from kdtorch.relations.crcd import HeldCRCDState, crcd_init, crcd_loss
 
 
-class CRCDLoss(Stateful):
+class CRCDLoss(Contrast):
     """`crcd_loss` with its two heads and its two memories; negatives are drawn at each call.
 
     Args:
@@ -39,6 +35,9 @@ class CRCDLoss(Stateful):
     ()
     """
 
+    function, start, held = staticmethod(crcd_loss), staticmethod(crcd_init), HeldCRCDState
+    heads = ("linear", "nonlinear", "none")
+
     def __init__(
         self,
         student_dim: int,
@@ -53,84 +52,5 @@ class CRCDLoss(Stateful):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        fraction(momentum=momentum)
-        whole(1, num_data=num_data, num_negatives=num_negatives)
-        self.student_head = _head("student_dim", student_dim, dim, embed)
-        self.teacher_head = _head("teacher_dim", teacher_dim, dim, embed)
-        for field, value in crcd_init(generator, num_data, dim)._asdict().items():
-            self.register_buffer(field, value)
-        self.generator = generator
-        self.student_dim, self.teacher_dim = student_dim, teacher_dim
-        self.num_data, self.num_negatives = num_data, num_negatives
-        self.temperature, self.momentum = temperature, momentum
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        index: Tensor,
-        negatives: Tensor | None = None,
-        *,
-        where: Tensor | None = None,
-        reduction: Reduction = "mean",
-        group: ProcessGroup | None = None,
-        sharded_memory: bool = False,
-        update: bool = True,
-    ) -> Tensor:
-        """The loss of a batch; in training mode the memories move.
-
-        Args:
-            student: `[batch, student_dim]`.
-            teacher: `[batch, teacher_dim]`; constant, though its head learns.
-            index: `[batch]`, the samples' places in the data set.
-            negatives: `[batch, num_negatives]`, places too; drawn if None.
-            where: `[batch]`, False for examples that are left out.
-            reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
-            group: the process group that the batch is spread over.
-            sharded_memory: whether each device holds its own rows of the memories.
-            update: False leaves the memories as they were.
-
-        Returns:
-            A scalar, or `[batch]` with `reduction="none"`.
-
-        Raises:
-            ValueError: what `crcd_loss` refuses.
-            IndexError: an index outside `0 .. num_data - 1`.
-            TypeError: a shape or dtype that does not fit.
-        """
-        student = through(self.student_head, "student", student, self.student_dim)
-        teacher = through(self.teacher_head, "teacher", teacher, self.teacher_dim, constant=True)
-        if negatives is None:
-            negatives = crcd_negatives(self.generator, len(student), self.num_negatives, self.num_data)
-            negatives = negatives.to(student.device)
-        loss, state = crcd_loss(
-            student,
-            teacher,
-            index,
-            negatives,
-            HeldCRCDState(*(getattr(self, field) for field in CRCDState._fields)),
-            temperature=self.temperature,
-            momentum=self.momentum,
-            where=where,
-            reduction=reduction,
-            group=group,
-            sharded_memory=sharded_memory,
-            update=update and self.training,
-        )
-        if update and self.training:  # the memories are written already
-            self._move(student_normalizer=state.student_normalizer, teacher_normalizer=state.teacher_normalizer)
-        return loss
-
-
-def _head(name: str, in_dim: int, dim: int, embed: str) -> nn.Module:
-    if embed == "linear":
-        return nn.Linear(in_dim, dim)
-    if embed == "nonlinear":
-        first, second = nn.Linear(in_dim, in_dim), nn.Linear(in_dim, dim)
-        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(dim, dim))
-    if embed != "none":
-        raise ValueError(f'`embed` must be one of "linear", "nonlinear", "none", got {embed!r}')
-    if in_dim != dim:
-        raise ValueError(f'`{name}` must equal `dim` (={dim}) with embed="none", got {in_dim}')
-    return nn.Identity()
+        settings = num_negatives, embed, temperature, momentum, generator
+        self._build(student_dim, teacher_dim, dim, num_data, *settings)

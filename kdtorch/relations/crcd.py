@@ -12,22 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._collectives import all_gather_constant, check_batch, fetch, rank, size
-from kdtorch._numerics import (
-    BLOCK,
-    check_state,
-    custom_op,
-    fraction,
-    positive,
-    promote,
-    scalar,
-    unit,
-    unit_pull,
-    valid_index,
-    with_gradients,
-)
-from kdtorch._reduce import count, reduce, zero_masked
-from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked, sizes
+from kdtorch._collectives import all_gather_constant
+from kdtorch._numerics import BLOCK, custom_op, unit, unit_pull, with_gradients
+from kdtorch._reduce import count
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch.relations._memory import Remembered, at_least_one, contrasted, joined, one_side, promoted, unit_rows
 
 
 class CRCDState(NamedTuple):
@@ -72,7 +61,7 @@ def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRC
     >>> tuple(crcd_init(None, 50, 8).student_memory.shape)
     (50, 8)
     """
-    _at_least_one(num_data=num_data, dim=dim)
+    at_least_one(num_data=num_data, dim=dim)
     device = None if generator is None else generator.device
     student, teacher = (
         unit(2 * torch.rand(num_data, dim, generator=generator, device=device, dtype=torch.float32) - 1)
@@ -100,15 +89,9 @@ def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives:
     >>> tuple(crcd_negatives(None, 4, 10, 50).shape)
     (4, 10)
     """
-    _at_least_one(num_negatives=num_negatives, num_data=num_data)
+    at_least_one(num_negatives=num_negatives, num_data=num_data)
     source: dict[str, Any] = {} if generator is None else {"generator": generator, "device": generator.device}
     return torch.randint(num_data, (batch, num_negatives), **source)
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
 
 
 @checked(learns=("student", "teacher", "temperature"))
@@ -184,58 +167,20 @@ def crcd_loss(
     >>> bool(loss > 0), bool(state.student_normalizer > 0)
     (True, True)
     """
-    old = CRCDState(*(x.detach().to(student.device) for x in state))
-    check_state(state)
-    temperature = positive("temperature", temperature, student, teacher)
-    temperature = scalar(temperature, student, teacher)
-    momentum = fraction("momentum", momentum, old.student_memory)
-    if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {sizes(negatives)}")
-    index, negatives = zero_masked(where, index, negatives)
-    rows = len(old.student_memory)
-    num_data = rows * size(group) if sharded_memory else rows
-    index = valid_index("index", index, num_data)
-    negatives = valid_index("negatives", negatives, num_data)
-    valid = torch.ones_like(index, dtype=torch.bool) if where is None else where
 
-    check_batch(student, group)
-    places = torch.cat([index[:, None], negatives], 1)
-    every_index, every_valid = all_gather_constant(index, group), all_gather_constant(valid, group)
+    def side(
+        embedding: Tensor, remembered: Remembered, normalizer: Tensor, temperature: Tensor, num_data: int
+    ) -> tuple[Tensor, Tensor]:
+        bank, at, places, every_index, valid, kept = remembered
+        anchors = all_gather_constant(bank[at[:, 0]], group) if sharded_memory else bank[every_index]
+        known = _Known(bank, at, places, anchors, every_index, valid, kept, num_data)
+        number = _log_triples(known)
+        return one_side(_contrast, _total, embedding, temperature, normalizer, number, known, group)
 
-    def side(embedding: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        memory = memory.to(temperature.dtype)
-        if sharded_memory:
-            bank = fetch(memory, places.flatten(), group)
-            at = torch.arange(places.numel(), device=places.device).view_as(places)
-            anchors = all_gather_constant(bank[at[:, 0]], group)
-        else:
-            bank, at, anchors = memory, places, memory[every_index]
-        known = _Known(bank, at, places, anchors, every_index, every_valid, valid, num_data)
-        return _side(embedding, known, normalizer, temperature, group)
-
-    on_student, student_normalizer = side(student, old.teacher_memory, old.student_normalizer)
-    on_teacher, teacher_normalizer = side(teacher, old.student_memory, old.teacher_normalizer)
-    loss = reduce(on_student + on_teacher, where, reduction, group)
-    if not update:
-        return loss, state
-    every_student, every_teacher = (
-        all_gather_constant(unit(x.detach()), group) for x in zero_masked(where, *promote(student, teacher))
-    )
-    finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
-    here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
-    if sharded_memory:  # the rows of other ranks are theirs to remember
-        here = here - rank(group) * rows
-        inside = (here >= 0) & (here < rows)
-        here, last = here[inside], last[inside]
-    new_student = _new_rows(old.student_memory, here, last, every_student, momentum)
-    new_teacher = _new_rows(old.teacher_memory, here, last, every_teacher, momentum)
-    memories = state if isinstance(state, HeldCRCDState) else old
-    return loss, CRCDState(
-        _place(memories.student_memory, here, new_student, in_place=memories is state),
-        _place(memories.teacher_memory, here, new_teacher, in_place=memories is state),
-        torch.where(finite, student_normalizer, old.student_normalizer),
-        torch.where(finite, teacher_normalizer, old.teacher_normalizer),
-    )
+    held = isinstance(state, HeldCRCDState)
+    settings = held, temperature, momentum, where, reduction, group, sharded_memory, update
+    loss, after = contrasted(side, student, teacher, index, negatives, state, *settings)
+    return loss, CRCDState(*after) if update else state
 
 
 class _Known(NamedTuple):
@@ -262,19 +207,6 @@ class _Known(NamedTuple):
     num_data: int
 
 
-def _side(
-    embedding: Tensor, known: _Known, normalizer: Tensor, temperature: Tensor, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """The loss of one side for each example, and its normaliser."""
-    unset, total = normalizer == 0, None
-    if group is not None:
-        total = _joined(all_gather_constant(_total(embedding, temperature.detach(), unset, *known)[None], group))
-    value, total = _contrast(embedding, temperature, normalizer, total, *known)
-    fresh = (total[0] - _log_triples(known)).exp().to(normalizer.dtype) * known.num_data
-    usable = unset & known.valid.any() & torch.isfinite(fresh)
-    return value, torch.where(usable, fresh, normalizer)
-
-
 _KNOWN = "Tensor bank, Tensor at, Tensor places, Tensor anchors, Tensor anchor_places, Tensor valid, Tensor kept, SymInt num_data"
 
 
@@ -299,7 +231,7 @@ def _total(
     known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
     if not unset:
         return temperature.new_zeros(2)
-    return _sum_over(_blocks(known, _rows(embedding, known)), known, temperature)
+    return _sum_over(_blocks(known, unit_rows(embedding, known)), known, temperature)
 
 
 # An operator with gradients written by hand, so that of all triples no array is held but a block's: the memories, which
@@ -337,7 +269,7 @@ def _contrast(
     asked for where the normaliser is set.
     """
     known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
-    v, unset = _rows(embedding, known), bool(normalizer == 0)
+    v, unset = unit_rows(embedding, known), bool(normalizer == 0)
     blocks = _blocks(known, v, remembered=unset and total is None)
     if total is None:
         total = _sum_over(blocks, known, temperature) if unset else temperature.new_zeros(2)
@@ -365,17 +297,8 @@ def _contrast(
         if of_embedding:
             gradient[rows] += pull(slope)
     if of_embedding:
-        gradient = unit_pull(_promoted(embedding, known), gradient / (number * temperature))
+        gradient = unit_pull(promoted(embedding, known), gradient / (number * temperature))
     return value / number, gradient, -cooling / (number * temperature**2), total.clone()
-
-
-def _promoted(embedding: Tensor, known: _Known) -> Tensor:
-    return zero_masked(known.kept, embedding.to(known.bank.dtype))[0]
-
-
-def _rows(embedding: Tensor, known: _Known) -> Tensor:
-    """Of unit length; 0 where they count for nothing."""
-    return unit(_promoted(embedding, known))
 
 
 def _log_triples(known: _Known) -> Tensor:
@@ -398,15 +321,7 @@ def _sum_over(blocks: list[_Block], known: _Known, temperature: Tensor) -> Tenso
             weight = ((relation - peak) * (math.log2(math.e) / temperature)).exp2_()
             total = weight.sum()
             parts.append(torch.stack([peak / temperature + total.log(), (weight * relation).sum() / total]))
-    return _joined(torch.stack(parts))
-
-
-def _joined(parts: Tensor) -> Tensor:
-    """What `_sum_over` says of several parts together."""
-    logs, means = parts.unbind(-1)
-    log = logs.logsumexp(0)
-    share = (logs - log.clamp(min=torch.finfo(log.dtype).min)).exp()
-    return torch.stack([log, (share * means).sum()])
+    return joined(torch.stack(parts))
 
 
 def _blocks(known: _Known, embedding: Tensor, remembered: bool = False) -> list[_Block]:
@@ -493,23 +408,3 @@ def _same(anchor_places: Tensor, places: Tensor) -> tuple[Tensor, ...]:
 def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
     length = x.square().sum(-1, keepdim=True).sqrt()
     return x / torch.where(length == 0, 1, length), length
-
-
-def _last_of_equals(index: Tensor, valid: Tensor) -> Tensor:
-    """For each example the last valid one with the same index, -1 if there is none."""
-    order = torch.arange(len(index), device=index.device)
-    return torch.where((index[:, None] == index) & valid, order, -1).amax(1) if len(index) else order
-
-
-def _new_rows(memory: Tensor, index: Tensor, last: Tensor, embedding: Tensor, momentum: Scalar) -> Tensor:
-    old = memory[index]
-    new = unit(momentum * old + (1 - momentum) * embedding[last].to(memory.dtype))
-    usable = (last >= 0) & torch.isfinite(new).all(1) & (new != 0).any(1)
-    return torch.where(usable[:, None], new, old)
-
-
-def _place(memory: Tensor, index: Tensor, rows: Tensor, in_place: bool) -> Tensor:
-    if not in_place:
-        return memory.index_copy(0, index, rows)
-    with torch.no_grad():
-        return memory.index_put_((index.to(memory.device),), rows.to(memory.device))

@@ -7,7 +7,6 @@ from parity.row import NEAR_ROWS, Benchmark, Growth, Loss, Memory
 
 
 def crcd_loss(student, teacher, index, negatives, state, temperature=0.05, momentum=0.5):
-    number = len(student)
     v, u = [unit(x) for x in student], [unit(x) for x in teacher]
     on_student, student_normalizer = _side(
         v, index, negatives, state["teacher_memory"], state["student_normalizer"], temperature
@@ -15,21 +14,22 @@ def crcd_loss(student, teacher, index, negatives, state, temperature=0.05, momen
     on_teacher, teacher_normalizer = _side(
         u, index, negatives, state["student_memory"], state["teacher_normalizer"], temperature
     )
-    student_memory, teacher_memory = state["student_memory"].copy(), state["teacher_memory"].copy()
-    for i in range(number):  # a later row with the same index overwrites
-        for old, new, embedding in (
-            (state["student_memory"], student_memory, v),
-            (state["teacher_memory"], teacher_memory, u),
-        ):
-            remembered = unit(momentum * old[index[i]] + (1 - momentum) * constant(embedding[i]))
-            new[index[i]] = remembered if np.any(remembered != 0) else old[index[i]]
-    state = {
-        "student_memory": student_memory,
-        "teacher_memory": teacher_memory,
+    after = {
+        "student_memory": remembered(state["student_memory"], index, v, momentum),
+        "teacher_memory": remembered(state["teacher_memory"], index, u, momentum),
         "student_normalizer": student_normalizer,
         "teacher_normalizer": teacher_normalizer,
     }
-    return [a + b for a, b in zip(on_student, on_teacher, strict=True)], state
+    return [a + b for a, b in zip(on_student, on_teacher, strict=True)], after
+
+
+def remembered(memory, index, embedding, momentum):
+    """The next memory, in which a later row with the same index overwrites."""
+    after = memory.copy()
+    for i in range(len(embedding)):
+        row = unit(momentum * memory[index[i]] + (1 - momentum) * constant(embedding[i]))
+        after[index[i]] = row if np.any(row != 0) else memory[index[i]]
+    return after
 
 
 def _side(embedding, index, negatives, memory, normalizer, temperature):

@@ -1,0 +1,283 @@
+"""Contrastive representation distillation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdtorch._numerics import custom_op, unit_pull, with_gradients
+from kdtorch._reduce import count
+from kdtorch._typing import Bool, Float, Integer, ProcessGroup, Reduction, Scalar, checked
+from kdtorch.relations._memory import Remembered, at_least_one, contrasted, one_side, promoted, unit_rows
+
+
+class CRDState(NamedTuple):
+    """The remembered embeddings of student and teacher, one for every sample of the data set.
+
+    Attributes:
+        student_memory: `[num_data, dim]`, unit rows but for those that are still as drawn.
+        teacher_memory: `[num_data, dim]`, the same.
+        student_normalizer: a scalar, 0 until the first step sets it.
+        teacher_normalizer: a scalar, 0 until the first step sets it.
+
+    >>> from kdtorch import crd_init
+    >>> crd_init(None, 50, 8).student_normalizer.item()
+    0.0
+    """
+
+    student_memory: Float[Tensor, "num_data dim"]
+    teacher_memory: Float[Tensor, "num_data dim"]
+    student_normalizer: Float[Tensor, ""]
+    teacher_normalizer: Float[Tensor, ""]
+
+
+class HeldCRDState(CRDState):
+    """The buffers of a module, whose memories `crd_loss` writes in place: a copy of all rows would be made for a few."""
+
+
+def crd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRDState:
+    """Memories of entries drawn uniformly from ±√(3/dim), and normalisers that are not yet set.
+
+    Args:
+        generator: a `torch.Generator`, or None for PyTorch's global one.
+        num_data: the number of samples in the data set.
+        dim: the width of the embeddings.
+
+    Returns:
+        The state that `crd_loss` starts from, in float32. Its rows have length 1 in the mean, as in the released code, not
+        each.
+
+    Raises:
+        ValueError: `num_data` or `dim` below 1.
+
+    >>> from kdtorch import crd_init
+    >>> tuple(crd_init(None, 50, 8).student_memory.shape)
+    (50, 8)
+    """
+    at_least_one(num_data=num_data, dim=dim)
+    device = None if generator is None else generator.device
+    ends = math.sqrt(3 / dim)
+    student, teacher = (
+        ends * (2 * torch.rand(num_data, dim, generator=generator, device=device, dtype=torch.float32) - 1)
+        for _ in range(2)
+    )
+    return CRDState(student, teacher, student.new_zeros(()), teacher.new_zeros(()))
+
+
+@checked(learns=("student", "teacher", "temperature"))
+def crd_loss(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    index: Integer[Tensor, "batch"],
+    negatives: Integer[Tensor, "batch num_negatives"],
+    state: CRDState,
+    *,
+    temperature: Scalar = 0.07,
+    momentum: Scalar = 0.5,
+    where: Bool[Tensor, "batch"] | None = None,
+    reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    sharded_memory: bool = False,
+    update: bool = True,
+) -> tuple[Tensor, CRDState]:
+    r"""Contrastive representation distillation: an example's embedding against its teacher's and remembered others.
+
+    For the student's side, with v the unit student embedding of an example and w_0 … w_K the rows of teacher_memory at
+    its own place and at its negatives,
+
+    $$x_k=\frac{e^{v\cdot w_k/\tau}}{Z},\qquad -\log\left(\frac{x_0}{x_0+c+10^{-7}}\right)
+    -\sum_{k\ge1}\log\left(\frac{c}{x_k+c+10^{-7}}\right),\qquad c=K/\mathrm{num\_data}$$
+
+    The teacher's side is the same with its embedding and student_memory, and the loss is the sum of the two. If Z is not
+    yet set, it becomes mean(exp)·num_data over the kept examples. Afterwards memory[index] ← unit(m·memory[index] +
+    (1−m)·embedding).
+
+    Args:
+        student: `[batch, dim]`, normalised here.
+        teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
+            the teacher's features.
+        index: `[batch]`, the samples' places in the data set; one outside `0 .. num_data - 1` is an error.
+        negatives: `[batch, num_negatives]`, places in the same range, from `crcd_negatives`, or of other classes alone;
+            the example's own place may be among them.
+        state: from `crd_init` or the step before; constant to the gradient.
+        temperature: τ > 0; a tensor has a gradient.
+        momentum: m in [0, 1]; a constant.
+        where: `[batch]`, False for examples that are left out and not remembered.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        group: the process group that the batch is spread over.
+        sharded_memory: whether each device holds its own rows of the two memories, the same number on each, in the
+            order of the devices. Only the rows that the batch needs are then sent.
+        update: False leaves the state as it was, for every micro-batch of a step but the last.
+
+    Returns:
+        The loss and the next state. If two examples have the same index, the later one is remembered. A row that would
+        become zero stays as it was, and a batch that is not finite leaves the whole state as it was. A normaliser that
+        the dtype cannot hold stays unset, and is computed anew in the next step.
+
+    Raises:
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
+            precision, an unknown reduction.
+        IndexError: an index or a negative outside `0 .. num_data - 1`.
+        TypeError: a shape or dtype that does not fit.
+
+    Tian, Krishnan, Isola, *Contrastive Representation Distillation*, ICLR 2020, https://arxiv.org/abs/1910.10699. As in
+    the released code, Z is set once, from the first batch, and the sum over the negatives is a sum, not a mean. That code
+    builds a tensor `[batch, K + 1, dim]` of remembered rows for each side, which is never made here.
+
+    >>> import torch
+    >>> from kdtorch import crd_init, crd_loss
+    >>> s = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> t = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> state = crd_init(None, 5, 2)
+    >>> index, negatives = torch.tensor([0, 3]), torch.tensor([[1, 2], [4, 2]])
+    >>> loss, state = crd_loss(s, t, index, negatives, state)
+    >>> bool(loss > 0), bool(state.student_normalizer > 0)
+    (True, True)
+    """
+
+    def side(
+        embedding: Tensor, remembered: Remembered, normalizer: Tensor, temperature: Tensor, num_data: int
+    ) -> tuple[Tensor, Tensor]:
+        known = _Known(remembered.bank, remembered.at, remembered.valid, remembered.kept, num_data)
+        number = _log_pairs(known)
+        return one_side(_contrast, _total, embedding, temperature, normalizer, number, known, group)
+
+    held = isinstance(state, HeldCRDState)
+    settings = held, temperature, momentum, where, reduction, group, sharded_memory, update
+    loss, after = contrasted(side, student, teacher, index, negatives, state, *settings)
+    return loss, CRDState(*after) if update else state
+
+
+class _Known(NamedTuple):
+    """What the examples of one side are compared with.
+
+    Attributes:
+        bank: `[number, dim]`, remembered rows.
+        at: `[batch, K + 1]`, where each example's places stand in the bank.
+        valid: `[whole batch]`, False for examples that count for nothing.
+        kept: `[batch]`, the same of this rank's.
+        num_data: the number of samples in the data set.
+    """
+
+    bank: Tensor
+    at: Tensor
+    valid: Tensor
+    kept: Tensor
+    num_data: int
+
+
+_KNOWN = "Tensor bank, Tensor at, Tensor valid, Tensor kept, SymInt num_data"
+
+
+@custom_op(
+    f"(Tensor embedding, Tensor temperature, Tensor unset, {_KNOWN}) -> Tensor",
+    lambda embedding, temperature, *_: temperature.new_empty(2),
+)
+def _total(
+    embedding: Tensor,
+    temperature: Tensor,
+    unset: Tensor,
+    bank: Tensor,
+    at: Tensor,
+    valid: Tensor,
+    kept: Tensor,
+    num_data: int,
+) -> Tensor:
+    """What `_sum_of` says of this rank's examples, if the normaliser is unset."""
+    known = _Known(bank, at, valid, kept, num_data)
+    if not unset:
+        return temperature.new_zeros(2)
+    return _sum_of(_scores(unit_rows(embedding, known), known), temperature, known)
+
+
+# An operator with gradients written by hand: the memories, which are written into before the backward pass, and the scores
+# of their rows are needed in the forward pass alone.
+@functools.partial(with_gradients, learns=2)
+@custom_op(
+    f"(Tensor embedding, Tensor temperature, Tensor normalizer, Tensor? total, {_KNOWN}, bool of_embedding,"
+    " bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda embedding, temperature, *_: (
+        (value := temperature.new_empty(embedding.shape[0])),
+        temperature.new_empty(embedding.shape),
+        torch.empty_like(value),
+        temperature.new_empty(2),
+    ),
+)
+def _contrast(
+    embedding: Tensor,
+    temperature: Tensor,
+    normalizer: Tensor,
+    total: Tensor | None,
+    bank: Tensor,
+    at: Tensor,
+    valid: Tensor,
+    kept: Tensor,
+    num_data: int,
+    of_embedding: bool,
+    of_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The value of each example; its gradients; and what `_sum_of` says of all examples.
+
+    `total` is that of all ranks; None on a single rank, where it comes from the same scores as the values. It is not asked
+    for where the normaliser is set.
+    """
+    known = _Known(bank, at, valid, kept, num_data)
+    v, unset = unit_rows(embedding, known), bool(normalizer == 0)
+    scores = _scores(v, known)
+    if total is None:
+        total = _sum_of(scores, temperature, known) if unset else temperature.new_zeros(2)
+    log_z, middle = normalizer.log().to(v.dtype), v.new_zeros(())
+    if unset:
+        log_z, middle = total[0] - _log_pairs(known) + math.log(num_data), total[1]
+
+    others = at.shape[1] - 1
+    noise = others / num_data
+    log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
+    drawn = (scores / temperature).sub_(log_z + log_shifted)
+    drawn[:, 0].neg_()  # it is pulled where negatives are pushed
+    value = functional.softplus(drawn, threshold=40).sum(-1) + shift * others
+    cooling, gradient = torch.zeros_like(value), torch.zeros_like(v)
+    if of_embedding or of_temperature:
+        slope = drawn.sigmoid_()
+        slope[:, 0].neg_()
+        if of_temperature:  # an unset normaliser moves with it too
+            cooling = torch.linalg.vecdot(slope, scores) - middle * slope.sum(-1)
+        if of_embedding:
+            gradient = unit_pull(promoted(embedding, known), _pulled(slope, known) / temperature)
+    return value, gradient, -cooling / temperature**2, total.clone()
+
+
+def _scores(embedding: Tensor, known: _Known) -> Tensor:
+    """v.w of every example and each of its places, `[batch, K + 1]`.
+
+    It is how a sum of rows, `_pulled`, depends on their weights, for which PyTorch has an operator that makes no array of
+    rows.
+    """
+    examples, places = known.at.shape
+    first = torch.arange(0, examples * places, places, device=known.at.device)
+    example = torch.arange(examples, device=known.at.device).repeat_interleave(places)
+    operator = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return operator(embedding, known.bank, known.at.flatten(), first, example, 0).view(examples, places)
+
+
+def _pulled(slope: Tensor, known: _Known) -> Tensor:
+    """sum_k slope_k w_k, from sums of 256, whose rounding is smaller."""
+    parts = zip(known.at.split(256, 1), slope.split(256, 1), strict=True)
+    bag = functools.partial(functional.embedding_bag, weight=known.bank, mode="sum")
+    return torch.stack([bag(at.contiguous(), per_sample_weights=weights.contiguous()) for at, weights in parts]).sum(0)
+
+
+def _sum_of(scores: Tensor, temperature: Tensor, known: _Known) -> Tensor:
+    """log sum exp(v.w / T) over the places of kept examples, and the mean of v.w by these weights."""
+    logits = scores[known.kept] / temperature
+    log = logits.flatten().logsumexp(0) if logits.numel() else logits.new_full((), -math.inf)
+    return torch.stack([log, ((logits - log).exp_() * scores[known.kept]).sum()])
+
+
+def _log_pairs(known: _Known) -> Tensor:
+    return count(known.valid, known.bank.dtype).log() + math.log(known.at.shape[1])
