@@ -102,6 +102,29 @@ def largest_entry(x: Array) -> jax.Array:
     return jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest)
 
 
+def power_of_two(x: Array) -> jax.Array:
+    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    return jnp.where(jnp.isinf(x), x, x / (2 * jnp.frexp(x)[0]))
+
+
+def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
+    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+
+    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
+    scale = power_of_two(jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest))
+    x = x / scale
+    square = jnp.sum(x * x, -1, keepdims=True)
+    length = jnp.sqrt(jnp.where(square == 0, 1, square))
+    return x / length, length * scale
+
+
+def across(direction: Array, length: Array, gradient: Array) -> jax.Array:
+    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    return (gradient - (gradient * direction).sum(-1, keepdims=True) * direction) / length
+
+
 def signed_power(x: Array, p: float) -> jax.Array:
     """|x|^(p - 1) sign(x), and 0 at 0: times x it is |x|^p, and times p the derivative of that."""
     if p == int(p):
@@ -109,3 +132,11 @@ def signed_power(x: Array, p: float) -> jax.Array:
         return power * jnp.sign(x) if p % 2 else power
     zero = x == 0
     return jnp.abs(jnp.where(zero, 1, x)) ** (p - 1) * jnp.sign(x)
+
+
+def unless_equal(difference: Array, x: Array, y: Array) -> jax.Array:
+    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
+    if x.shape != y.shape:
+        return jnp.asarray(difference)
+    equal = (x == y).reshape(len(x), -1).all(-1)[:, None]
+    return difference - jax.lax.stop_gradient(jnp.where(equal, difference, 0))

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import unit, unit_pull
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import (
+    across,
     at_least_one,
     check_maps,
     largest_entry,
@@ -21,6 +21,8 @@ from kdjax.features._maps import (
     signed_power,
     smaller,
     spread,
+    unit_and_length,
+    unless_equal,
 )
 
 
@@ -86,8 +88,9 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
     f, g = f / scale, g / largest_entry(g)
     slope = signed_power(f, p)
     a, b = ((z * power).mean(-1).reshape(len(z), -1) for z, power in ((f, slope), (g, signed_power(g, p))))
-    difference = unit(a) - unit(b)
-    pull = unit_pull(a, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
+    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
     gradient = pull * slope * (p / f.shape[-1]) / scale
     return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
 

@@ -7,19 +7,22 @@ from collections.abc import Callable
 
 import jax
 
-from kdjax._numerics import unit, unit_pull
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import (
+    across,
     at_least_one,
     check_channel_axis,
     largest_entry,
     ordered,
     pooled,
+    power_of_two,
     signed_power,
     smaller,
     spread,
+    unit_and_length,
+    unless_equal,
 )
 from kdlosses.settings import whole
 
@@ -96,13 +99,16 @@ def factor_transfer_and_gradient(
     """The mean of |a/|a| - b/|b||^p2, a and b made of x^p1 and y^p1, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
-    scale = largest_entry(f)
-    f, g = f / scale, g / largest_entry(g)
+    scale, other_scale = largest_entry(f), largest_entry(g)
+    if p1 < 32:  # the powers of entries below 2 are within float32
+        scale, other_scale = power_of_two(scale), power_of_two(other_scale)
+    f, g = f / scale, g / other_scale
     a, b = (z.mean(-1, keepdims=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, a, b = a.shape, a.reshape(len(a), -1), b.reshape(len(b), -1)
-    difference = unit(a) - unit(b)
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
     slope = signed_power(difference, p2)
-    pull = unit_pull(a, slope * (p2 / a.shape[-1])).reshape(shape)
+    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[-1] if channel_mean else 1)) / scale
     return (slope * difference).mean(-1), spread(gradient, *x.shape[1:3])
 

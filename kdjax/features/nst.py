@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import HIGHEST, unit, unit_pull
+from kdjax._numerics import HIGHEST
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.features._maps import check_maps, ordered, pooled, smaller, spread
+from kdjax.features._maps import across, check_maps, ordered, pooled, smaller, spread, unit_and_length
 
 
 @checked
@@ -68,9 +68,10 @@ def nst_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
     height, width = smaller(x, y)
     f, g = (jnp.moveaxis(pooled(z, height, width).reshape(len(z), height * width, -1), 2, 1) for z in (x, y))
+    (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)
     root = math.sqrt(f.shape[1])
-    value, pull = _products(unit(f) / root, unit(g) / math.sqrt(g.shape[1]))
-    gradient = jnp.moveaxis(unit_pull(f, pull * (4 / root)), 1, 2).reshape(len(f), height, width, -1)
+    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]))
+    gradient = jnp.moveaxis(across(direction, length, pull * (4 / root)), 1, 2).reshape(len(f), height, width, -1)
     return value, spread(gradient, *x.shape[1:3])
 
 

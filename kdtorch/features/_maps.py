@@ -97,6 +97,29 @@ def largest_entry(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest)
 
 
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    return torch.where(x.isinf(), x, x / (2 * torch.frexp(x).mantissa))
+
+
+def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+
+    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    scale = power_of_two(torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest))
+    x = x / scale
+    square = (x * x).sum(-1, keepdim=True)
+    length = torch.where(square == 0, 1, square).sqrt()
+    return x / length, length * scale
+
+
+def across(direction: Tensor, length: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    return (gradient - (gradient * direction).sum(-1, keepdim=True) * direction) / length
+
+
 def signed_power(x: Tensor, p: float) -> Tensor:
     """|x|^(p - 1) sign(x), and 0 at 0: times x it is |x|^p, and times p the derivative of that."""
     if p == int(p):
@@ -104,3 +127,11 @@ def signed_power(x: Tensor, p: float) -> Tensor:
         return power * x.sign() if p % 2 else power
     zero = x == 0
     return torch.where(zero, 1, x).abs() ** (p - 1) * x.sign()
+
+
+def unless_equal(difference: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
+    if x.shape != y.shape:
+        return difference
+    equal = (x == y).flatten(1).all(-1)[:, None]
+    return difference - torch.where(equal, difference, 0).detach()

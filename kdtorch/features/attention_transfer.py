@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import unit, unit_pull
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import (
+    across,
     at_least_one,
     check_maps,
     largest_entry,
@@ -20,6 +20,8 @@ from kdtorch.features._maps import (
     signed_power,
     smaller,
     spread,
+    unit_and_length,
+    unless_equal,
 )
 
 
@@ -86,8 +88,9 @@ def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Ten
     f, g = f / scale, g / largest_entry(g)
     slope = signed_power(f, p)
     a, b = ((z * power).mean(1).flatten(1) for z, power in ((f, slope), (g, signed_power(g, p))))
-    difference = unit(a) - unit(b)
-    pull = unit_pull(a, difference * (2 / a.shape[-1])).reshape(len(f), 1, height, width)
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
+    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), 1, height, width)
     gradient = pull * slope * (p / f.shape[1]) / scale
     return difference.square().mean(-1), spread(gradient, *x.shape[2:])
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdlosses.settings import whole
-from kdtorch._numerics import unit, unit_pull
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import (
+    across,
     at_least_one,
     check_channel_axis,
     largest_entry,
     ordered,
     pooled,
+    power_of_two,
     signed_power,
     smaller,
     spread,
+    unit_and_length,
+    unless_equal,
 )
 
 
@@ -92,13 +95,16 @@ def factor_transfer_and_gradient(x: Tensor, y: Tensor, p1: int, p2: float, chann
     """The mean of |a/|a| - b/|b||^p2, a and b made of x^p1 and y^p1, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
-    scale = largest_entry(f)
-    f, g = f / scale, g / largest_entry(g)
+    scale, other_scale = largest_entry(f), largest_entry(g)
+    if p1 < 32:  # the powers of entries below 2 are within float32
+        scale, other_scale = power_of_two(scale), power_of_two(other_scale)
+    f, g = f / scale, g / other_scale
     a, b = (z.mean(1, keepdim=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
-    difference = unit(a) - unit(b)
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
     slope = signed_power(difference, p2)
-    pull = unit_pull(a, slope * (p2 / a.shape[-1])).reshape(shape)
+    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[1] if channel_mean else 1)) / scale
     return (slope * difference).mean(-1), spread(gradient, *x.shape[2:])
 

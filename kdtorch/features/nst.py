@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import unit, unit_pull
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
-from kdtorch.features._maps import check_maps, ordered, pooled, smaller, spread
+from kdtorch.features._maps import across, check_maps, ordered, pooled, smaller, spread, unit_and_length
 
 
 @checked
@@ -68,9 +67,10 @@ def nst_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
     height, width = smaller(x, y)
     f, g = (pooled(z, height, width).flatten(2) for z in (x, y))
+    (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)
     root = math.sqrt(f.shape[1])
-    value, pull = _products(unit(f) / root, unit(g) / math.sqrt(g.shape[1]))
-    gradient = unit_pull(f, pull * (4 / root)).unflatten(2, (height, width))
+    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]))
+    gradient = across(direction, length, pull * (4 / root)).unflatten(2, (height, width))
     return value, spread(gradient, *x.shape[2:])
 
 

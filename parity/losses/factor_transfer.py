@@ -21,8 +21,9 @@ def _one_map(student, teacher, p1, p2, channel_mean):
 
 
 def _factor(x, p1, channel_mean):
-    """Of unit length; x is divided by a constant, on which the loss does not depend."""
-    powers = (x / (np.abs(constant(x)).max() or 1)) ** p1
+    """Of unit length; x is divided by a power of two, on which the loss does not depend, and which rounds nothing."""
+    _, exponent = np.frexp(np.abs(constant(x)).max())
+    powers = (x / np.ldexp(np.longdouble(1), exponent)) ** p1
     return unit((powers.sum(0) / len(powers) if channel_mean else powers).ravel())
 
 
