@@ -72,7 +72,7 @@ def ab_loss(
 
 def ab_and_gradient(x: jax.Array, y: jax.Array, margin: Scalar) -> tuple[jax.Array, jax.Array]:
     """The sum of max(0, margin - sign x)^2, where the sign is 1 for y > 0 and else -1, and its gradient."""
-    sign = jnp.where(jnp.isnan(y), y, jnp.where(y > 0, 1, -1))
+    sign = jnp.where(y > 0, 1, jnp.where(jnp.isnan(y), y, -1))
     missing = margin - sign * x
     missing = jnp.where(missing <= 0, 0, missing)
     return jnp.square(missing).sum((1, 2, 3)), -2 * sign * missing
