@@ -58,8 +58,8 @@ def ab_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import ab_loss
-    >>> s, t = jnp.array([0.5, 0.5, 2.0, -2.0]), jnp.array([1.0, -1.0, 1.0, -1.0])
-    >>> print(f"{ab_loss([s.reshape(1, 2, 2, 1)], [t.reshape(1, 2, 2, 1)]):.4f}")
+    >>> s, t = jnp.array([[[[0.5], [0.5]]]]), jnp.array([[[[2.0], [-2.0]]]])
+    >>> print(f"{ab_loss([s], [t]):.4f}")
     2.5000
     """
     check_maps(student_maps, teacher_maps, channel_axis)

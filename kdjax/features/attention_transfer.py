@@ -69,7 +69,7 @@ def attention_transfer_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import attention_transfer_loss
-    >>> s, t = jnp.ones((1, 1, 2, 3)), jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> s, t = jnp.ones((1, 1, 2, 3)), jnp.array([[[[1.0], [0.0]]]])
     >>> print(f"{attention_transfer_loss([s], [t]):.4f}")
     0.2929
     """

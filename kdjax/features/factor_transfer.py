@@ -77,8 +77,8 @@ def factor_transfer_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import factor_transfer_loss
-    >>> s, t = jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])
-    >>> print(f"{factor_transfer_loss(s.reshape(1, 1, 2, 1), t.reshape(1, 1, 2, 1)):.4f}")
+    >>> s, t = jnp.array([[[[3.0], [4.0]]]]), jnp.array([[[[1.0], [0.0]]]])
+    >>> print(f"{factor_transfer_loss(s, t):.4f}")
     0.6000
     """
     check_channel_axis(channel_axis)

@@ -65,8 +65,8 @@ def nst_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import nst_loss
-    >>> s, t = jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0])
-    >>> print(f"{nst_loss([s.reshape(1, 1, 2, 1)], [t.reshape(1, 1, 2, 1)]):.4f}")
+    >>> s, t = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [3.0]]]])
+    >>> print(f"{nst_loss([s], [t]):.4f}")
     2.0000
     """
     check_maps(student_maps, teacher_maps, channel_axis)

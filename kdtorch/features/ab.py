@@ -58,8 +58,8 @@ def ab_loss(
 
     >>> import torch
     >>> from kdtorch import ab_loss
-    >>> s, t = torch.tensor([0.5, 0.5, 2.0, -2.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    >>> print(f"{ab_loss([s.reshape(1, 1, 2, 2)], [t.reshape(1, 1, 2, 2)]):.4f}")
+    >>> s, t = torch.tensor([[[[0.5, 0.5]]]]), torch.tensor([[[[2.0, -2.0]]]])
+    >>> print(f"{ab_loss([s], [t]):.4f}")
     2.5000
     """
     check_maps(student_maps, teacher_maps, channel_axis)

@@ -68,7 +68,7 @@ def attention_transfer_loss(
 
     >>> import torch
     >>> from kdtorch import attention_transfer_loss
-    >>> s, t = torch.ones((1, 3, 1, 2)), torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> s, t = torch.ones((1, 3, 1, 2)), torch.tensor([[[[1.0, 0.0]]]])
     >>> print(f"{attention_transfer_loss([s], [t]):.4f}")
     0.2929
     """

@@ -73,8 +73,8 @@ def factor_transfer_loss(
 
     >>> import torch
     >>> from kdtorch import factor_transfer_loss
-    >>> s, t = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
-    >>> print(f"{factor_transfer_loss(s.reshape(1, 1, 1, 2), t.reshape(1, 1, 1, 2)):.4f}")
+    >>> s, t = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    >>> print(f"{factor_transfer_loss(s, t):.4f}")
     0.6000
     """
     check_channel_axis(channel_axis)

@@ -64,8 +64,8 @@ def nst_loss(
 
     >>> import torch
     >>> from kdtorch import nst_loss
-    >>> s, t = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
-    >>> print(f"{nst_loss([s.reshape(1, 1, 1, 2)], [t.reshape(1, 1, 1, 2)]):.4f}")
+    >>> s, t = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 3.0]]]])
+    >>> print(f"{nst_loss([s], [t]):.4f}")
     2.0000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
