@@ -55,8 +55,12 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdjax needs {error.name}: pip install 'kdlosses[jax]'", name=error.name) from error
 
+from kdjax.features.ab import ab_loss
+from kdjax.features.attention_transfer import attention_transfer_loss
 from kdjax.features.dcn import dcn_loss
+from kdjax.features.factor_transfer import factor_transfer_loss
 from kdjax.features.hcl import hcl_loss
+from kdjax.features.nst import nst_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
@@ -92,7 +96,9 @@ __all__ = [
     "CRCDState",
     "CRDState",
     "DINOState",
+    "ab_loss",
     "alpha_beta_loss",
+    "attention_transfer_loss",
     "bce_loss",
     "correlation_loss",
     "crcd_init",
@@ -108,6 +114,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "euclidean_mse_loss",
+    "factor_transfer_loss",
     "hcl_loss",
     "instance_graph_loss",
     "jsd_loss",
@@ -118,6 +125,7 @@ __all__ = [
     "minilm_loss",
     "mse_loss",
     "nkd_loss",
+    "nst_loss",
     "pkt_loss",
     "reverse_kl_loss",
     "rkd_loss",

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from kdlosses.formulas import unicode
 
-_PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
+_PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: and [A-Z]\w+| et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
 # what each package needs, and what brings it
 _NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("torch",), "kdlosses[torch]")}
 
@@ -230,7 +230,7 @@ def _table(
     table.add_column("loss", no_wrap=True)
     table.add_column("what it compares")
     table.add_column("needs", no_wrap=True)
-    table.add_column("paper", min_width=17)
+    table.add_column("paper", min_width=13 if packages else 17)
     if packages:
         table.add_column("in", no_wrap=True)
     for _, folder in itertools.groupby(sorted(losses, key=lambda x: x.folder), lambda x: x.folder):

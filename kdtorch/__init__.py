@@ -55,8 +55,12 @@ except ModuleNotFoundError as error:
 
 from kdlosses import __version__ as __version__
 from kdtorch._rowwise import fuse
+from kdtorch.features.ab import ab_loss
+from kdtorch.features.attention_transfer import attention_transfer_loss
 from kdtorch.features.dcn import dcn_loss
+from kdtorch.features.factor_transfer import factor_transfer_loss
 from kdtorch.features.hcl import hcl_loss
+from kdtorch.features.nst import nst_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
@@ -91,7 +95,9 @@ __all__ = [
     "CRCDState",
     "CRDState",
     "DINOState",
+    "ab_loss",
     "alpha_beta_loss",
+    "attention_transfer_loss",
     "bce_loss",
     "correlation_loss",
     "crcd_init",
@@ -107,6 +113,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "euclidean_mse_loss",
+    "factor_transfer_loss",
     "fuse",
     "hcl_loss",
     "instance_graph_loss",
@@ -118,6 +125,7 @@ __all__ = [
     "minilm_loss",
     "mse_loss",
     "nkd_loss",
+    "nst_loss",
     "pkt_loss",
     "reverse_kl_loss",
     "rkd_loss",

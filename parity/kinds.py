@@ -149,6 +149,7 @@ KINDS: dict[str, Kind] = {
     ),
     "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True, fit=_moderate),
     "maps": Kind(_maps, numbers=True),
+    "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
@@ -157,3 +158,5 @@ KINDS: dict[str, Kind] = {
     "CRDState": Kind(_crd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }
+
+MAPS = frozenset({"maps", "map"})  # of arrays whose channels come first here and last in kdjax

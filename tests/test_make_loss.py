@@ -378,7 +378,7 @@ FOUNDING = [
 def numeric_settings(name):
     """The settings of a name that are numbers."""
     term = {**by_function(kdjax, PUBLISHED, {}), **PUBLISHED}[name]
-    return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float)]
+    return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float) or p.annotation == "float"]
 
 
 @pytest.mark.parametrize("name", [*FOUNDING, *PUBLIC])
@@ -396,7 +396,8 @@ def test_every_setting_is_checked_where_the_loss_is_built(name):
                 said.append(str(raised.value))
             assert said[0] == said[1]
         for f in BOTH:
-            for right in (0.5, np.float32(0.5)):
+            least = 1.5 if setting in ("p", "p2") else 0.5  # powers are at least 1
+            for right in (least, np.float32(least)):
                 f.kd.make_loss(configuration(f"kd-{name}", KD_LOSS_ARGS={name: {setting: right}}), CLASSES, 20)
 
 
@@ -407,6 +408,7 @@ def given_by_name(f):
     feat["indices"] = f.array(order[:, :3].copy())
     feat["values"] = f.array(np.take_along_axis(f.numpy(feat["score_tea"]), order[:, :3], -1), "float32")
     rest = np.take_along_axis(f.numpy(feat["score_tea"]), order[:, 3:], -1)
+    feat["student_map"], feat["teacher_map"] = feat["feats_stu"][-1], feat["feats_tea"][-1]
     feat["rest"] = f.array(np.log(np.exp(rest).sum(-1)), "float32")
     rng = np.random.default_rng(1)
     feat |= {
