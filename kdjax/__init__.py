@@ -54,6 +54,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdjax needs {error.name}: pip install 'kdlosses[jax]'", name=error.name) from error
 
+from kdjax.features.cosine import cosine_loss
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -82,6 +83,7 @@ __all__ = [
     "DINOState",
     "alpha_beta_loss",
     "bce_loss",
+    "cosine_loss",
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",

@@ -54,6 +54,7 @@ except ModuleNotFoundError as error:
 
 from kdlosses import __version__ as __version__
 from kdtorch._rowwise import fuse
+from kdtorch.features.cosine import cosine_loss
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -81,6 +82,7 @@ __all__ = [
     "DINOState",
     "alpha_beta_loss",
     "bce_loss",
+    "cosine_loss",
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
