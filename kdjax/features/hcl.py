@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kdjax._numerics import HIGHEST, promote
 from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
+from kdjax.features._maps import check_maps, check_shapes, pooling
+
+_CONNECTORS = "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 @checked
@@ -56,30 +58,13 @@ def hcl_loss(
     >>> print(f"{hcl_loss([s], [t]):.4f}")
     1.0000
     """
-    if not student_maps or len(student_maps) != len(teacher_maps):
-        raise ValueError(
-            "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
-            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
-        )
-    if channel_axis not in (-3, -2, -1, 1, 2, 3):
-        raise ValueError(f"`channel_axis` must be one of -3, -2, -1, 1, 2, 3, got {channel_axis}")
-    for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
-                f"and {list(teacher.shape)}; {_mend(student, teacher)}"
-            )
+    check_maps(student_maps, teacher_maps, channel_axis)
+    check_shapes(student_maps, teacher_maps, _CONNECTORS)
     maps = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student, teacher = zero_masked(where, *promote(student, teacher))
         maps.append(_one_map(student, teacher, channel_axis))
     return reduce(jnp.stack(maps).sum(0), where, reduction, axis_name)
-
-
-def _mend(student: jax.Array, teacher: jax.Array) -> str:
-    if sorted(student.shape) == sorted(teacher.shape):
-        return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
-    return "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.Array:
@@ -106,14 +91,5 @@ def _pool(x: jax.Array, size: int) -> jax.Array:
     batch, height, width, channels = x.shape
     if _fits(x, size):
         return x.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
-    rows, columns = _pooling(size, height, x.dtype), _pooling(size, width, x.dtype)
+    rows, columns = pooling(size, height, x.dtype), pooling(size, width, x.dtype)
     return jnp.einsum("rh,bhwc,qw->brqc", rows, x, columns, precision=HIGHEST)
-
-
-def _pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
-    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
-    start = np.arange(bins) * length // bins
-    stop = -(-(np.arange(bins) + 1) * length // bins)
-    position = np.arange(length)
-    inside = (position >= start[:, None]) & (position < stop[:, None])
-    return (inside / inside.sum(1, keepdims=True)).astype(dtype)

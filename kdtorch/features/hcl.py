@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdtorch._numerics import widest
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
-from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked, sizes
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch.features._maps import check_maps, check_shapes, pooling
+
+_CONNECTORS = "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 @checked
@@ -58,27 +60,10 @@ def hcl_loss(
     >>> print(f"{hcl_loss([s], [t]):.4f}")
     1.0000
     """
-    if not student_maps or len(student_maps) != len(teacher_maps):
-        raise ValueError(
-            "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
-            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
-        )
-    if channel_axis not in (-3, -2, -1, 1, 2, 3):
-        raise ValueError(f"`channel_axis` must be one of -3, -2, -1, 1, 2, 3, got {channel_axis}")
-    for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {sizes(student)} "
-                f"and {sizes(teacher)}; {_mend(student, teacher)}"
-            )
+    check_maps(student_maps, teacher_maps, channel_axis)
+    check_shapes(student_maps, teacher_maps, _CONNECTORS)
     maps = [_one_map(*both, channel_axis, where) for both in zip(student_maps, teacher_maps, strict=True)]
     return reduce(torch.stack(maps).sum(0), where, reduction, group)
-
-
-def _mend(student: Tensor, teacher: Tensor) -> str:
-    if sorted(sizes(student)) == sorted(sizes(teacher)):
-        return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
-    return "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
 
 
 def _one_map(student: Tensor, teacher: Tensor, channel_axis: int, where: Tensor | None) -> Tensor:
@@ -112,13 +97,7 @@ def _pools(like: Tensor) -> Tensor:
     scaled = [
         math.sqrt(0.5**level * height * width)
         / size
-        * torch.kron(_pooling(size, height, like), _pooling(size, width, like))
+        * torch.kron(pooling(size, height, like), pooling(size, width, like))
         for level, size in enumerate(_sizes(height), 1)
     ]
     return torch.cat([like.new_empty(0, height * width), *scaled])
-
-
-def _pooling(bins: int, length: int, like: Tensor) -> Tensor:
-    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
-    eye = torch.eye(length, dtype=like.dtype, device=like.device)
-    return functional.adaptive_avg_pool1d(eye, bins).T

@@ -1,0 +1,79 @@
+"""What the losses of feature maps share: the check of the lists, and maps of different sizes pooled alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax._numerics import HIGHEST
+from kdjax._typing import Array
+
+
+def check_channel_axis(channel_axis: int) -> None:
+    if channel_axis not in (-3, -2, -1, 1, 2, 3):
+        raise ValueError(f"`channel_axis` must be one of -3, -2, -1, 1, 2, 3, got {channel_axis}")
+
+
+def check_maps(student_maps: Sequence[Array], teacher_maps: Sequence[Array], channel_axis: int) -> None:
+    """Refuse no maps, lists of different lengths and an axis that cannot be the channels'."""
+    if not student_maps or len(student_maps) != len(teacher_maps):
+        raise ValueError(
+            "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
+            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
+        )
+    check_channel_axis(channel_axis)
+
+
+def check_shapes(student_maps: Sequence[Array], teacher_maps: Sequence[Array], projection: str) -> None:
+    """Refuse maps whose shapes differ; `projection` says what brings one to the other's."""
+    for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
+                f"and {list(teacher.shape)}; {mend(student, teacher, projection)}"
+            )
+
+
+def mend(student: Array, teacher: Array, projection: str) -> str:
+    if sorted(student.shape) == sorted(teacher.shape):
+        return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
+    return projection
+
+
+def pooled_alike(student_map: Array, teacher_map: Array, channel_axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Both as `[batch, height, width, channels]`, averaged to the smaller height and to the smaller width."""
+    student, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (student_map, teacher_map))
+    height, width = map(min, student.shape[1:3], teacher.shape[1:3])
+    return pooled(student, height, width), pooled(teacher, height, width)
+
+
+def pooled(x: Array, height: int, width: int) -> jax.Array:
+    """A map `[batch, height, width, channels]` averaged to a height and a width."""
+    if x.shape[1] != height:
+        x = jnp.einsum("rh,bhwc->brwc", pooling(height, x.shape[1], x.dtype), x, precision=HIGHEST)
+    if x.shape[2] != width:
+        x = jnp.einsum("qw,bhwc->bhqc", pooling(width, x.shape[2], x.dtype), x, precision=HIGHEST)
+    return jnp.asarray(x)
+
+
+def spread(gradient: Array, height: int, width: int) -> jax.Array:
+    """The gradient with respect to a map of a height and a width, given that with respect to the pooled map."""
+    if gradient.shape[1] != height:
+        rows = pooling(gradient.shape[1], height, gradient.dtype)
+        gradient = jnp.einsum("rh,brwc->bhwc", rows, gradient, precision=HIGHEST)
+    if gradient.shape[2] != width:
+        columns = pooling(gradient.shape[2], width, gradient.dtype)
+        gradient = jnp.einsum("qw,bhqc->bhwc", columns, gradient, precision=HIGHEST)
+    return jnp.asarray(gradient)
+
+
+def pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
+    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
+    start = np.arange(bins) * length // bins
+    stop = -(-(np.arange(bins) + 1) * length // bins)
+    position = np.arange(length)
+    inside = (position >= start[:, None]) & (position < stop[:, None])
+    return (inside / inside.sum(1, keepdims=True)).astype(dtype)
