@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.workloads import Workload
 from parity.arrays import each_array
+from parity.kinds import MAPS
 from parity.row import Loss
 
 FORMS = ("direct", "direct-compiled", "torch", "compiled", "jax")
@@ -84,9 +85,9 @@ def _jax(workload: Workload) -> Form:
     import kdjax
 
     loss = workload.loss
-    maps = [k for k, kind in loss.inputs.items() if kind == "maps"]
+    maps = [k for k, kind in loss.inputs.items() if kind in MAPS]
     drawn = workload.inputs()
-    drawn |= {k: [np.ascontiguousarray(np.moveaxis(x, 1, -1)) for x in drawn[k]] for k in maps}
+    drawn |= each_array({k: drawn[k] for k in maps}, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, -1)))
     dtype = workload.benchmark.dtype
     arrays = each_array(drawn, lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None))
     inputs = _with_state(kdjax, loss, arrays)

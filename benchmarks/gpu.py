@@ -268,6 +268,7 @@ def _jax_step(job: Job) -> Callable[[], tuple[Any, list[Any]]]:
     import jax.numpy as jnp
 
     import kdjax
+    from parity.kinds import MAPS
 
     def array(x: Any) -> Any:
         return jax.dlpack.from_dlpack((x.int() if str(x.dtype) == "torch.int64" else x).detach().contiguous())
@@ -278,7 +279,7 @@ def _jax_step(job: Job) -> Callable[[], tuple[Any, list[Any]]]:
         if name == job.loss.state:
             inputs[name] = getattr(kdjax, kind)(**{k: array(v) for k, v in value._asdict().items()})
         else:
-            inputs[name] = _each(value, lambda x, maps=kind == "maps": array(x.movedim(1, -1) if maps else x))
+            inputs[name] = _each(value, lambda x, maps=kind in MAPS: array(x.movedim(1, -1) if maps else x))
     learned = {k: inputs[k] for k in job.loss.learns}
     fixed = {k: v for k, v in inputs.items() if k not in learned}
 
@@ -291,7 +292,7 @@ def _jax_step(job: Job) -> Callable[[], tuple[Any, list[Any]]]:
 
     def step() -> tuple[Any, list[Any]]:
         value, slopes = jax.block_until_ready(program(learned, fixed))
-        maps = {k for k in job.loss.learns if job.loss.inputs[k] == "maps"}
+        maps = {k for k in job.loss.learns if job.loss.inputs[k] in MAPS}
         return value, [jnp.moveaxis(x, -1, 1) if k in maps else x for k in job.loss.learns for x in _list(slopes[k])]
 
     analysis = program.memory_analysis()

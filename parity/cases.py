@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from parity.arrays import each_array
-from parity.kinds import KINDS, Sizes
+from parity.kinds import KINDS, MAPS, Sizes
 from parity.losses import LOSSES
 from parity.perturbations import PERTURBATIONS
 from parity.row import Loss
@@ -23,6 +23,7 @@ from parity.row import Loss
 __all__ = [
     "KINDS",
     "LOSSES",
+    "MAPS",
     "PERTURBATIONS",
     "Case",
     "Loss",
@@ -149,6 +150,10 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
         yield _bounded(two, "two-classes")
     prime = Sizes((7,), 13, 11, 3, 1, ((2, 11, 7),), 29, 5)
     yield Case(loss, "prime-sizes", draw(loss, prime, seed), loss.options[0], seed=seed)
+    if loss.other_maps:
+        (student,), (teacher,) = (draw(loss, Sizes(maps=maps), seed) for maps in (Sizes().maps, loss.other_maps))
+        apart = {k: v if k in loss.learns else teacher[k] for k, v in student.items()}
+        yield Case(loss, "other-sizes", (apart,), loss.options[0], seed=seed)
     if loss.leading:
         leading = Case(loss, "leading-axes", draw(loss, Sizes(batch=(2, 3)), seed), loss.options[0], seed=seed)
         where = np.array([[True, False, True], [True, True, False]])

@@ -110,6 +110,7 @@ KINDS: dict[str, Kind] = {
     "distribution": Kind(_distribution),
     "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
     "maps": Kind(_maps, numbers=True),
+    "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
@@ -117,3 +118,5 @@ KINDS: dict[str, Kind] = {
     "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }
+
+MAPS = frozenset({"maps", "map"})  # of arrays whose channels come first here and last in kdjax

@@ -128,6 +128,7 @@ class Loss:
         divergence: whether it is 0 at student == teacher and never below.
         padding: whether a class at -inf in all logits adds nothing.
         infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
+        other_maps: sizes of the teacher's maps, as in `Sizes`, of a case in which they are not the student's.
         jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so that rounding may tell which.
         partly_constant: whether a part that moves with the student is constant to the gradient.
         second_derivative: whether kdtorch has one, or refuses; kdjax always has.
@@ -161,6 +162,7 @@ class Loss:
     divergence: bool = False
     padding: bool = False
     infinite: bool = False
+    other_maps: tuple[tuple[int, int, int], ...] = ()
     jumps: bool = False
     partly_constant: bool = False
     second_derivative: bool = True

@@ -14,7 +14,7 @@ import numpy as np
 from kdlosses.trees import numpy_dtype
 from parity.arrays import is_float, jax_array, rounded, to_numpy, torch_tensor
 from parity.calls import per_example, weighted
-from parity.cases import KINDS, Case, each_array
+from parity.cases import KINDS, MAPS, Case, each_array
 
 FRAMEWORKS = ("jax", "torch", "torch-compiled")
 
@@ -81,7 +81,7 @@ def _jax(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     learns = case.loss.learns + case.loss.constant
     order, options = tuple(case.loss.inputs), tuple(case.settings.items())
     evaluate = _jax_program(per_example(package, case.loss), order, options, case.reduction, gradients)
-    maps = {k for k, kind in case.loss.inputs.items() if kind == "maps"}
+    maps = {k for k, kind in case.loss.inputs.items() if kind in MAPS}
 
     def step(inputs: dict[str, Any], state: Any) -> tuple[Any, Any, Any]:
         inputs = {k: each_array(v, lambda x: np.moveaxis(x, 1, -1)) if k in maps else v for k, v in inputs.items()}

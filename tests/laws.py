@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from parity import scales
 from parity.arrays import HALVES, jax_array, numpy_dtype, to_numpy, torch_tensor
 from parity.calls import per_example
-from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, along, draw, each_array
+from parity.cases import KINDS, LOSSES, MAPS, Case, Loss, Sizes, along, draw, each_array
 from parity.run import run, upstream
 
 PACKAGES = {"jax": JAX, "torch": TORCH}
@@ -253,7 +253,7 @@ def outcome(name: str, loss: Loss, result: tuple[Any, ...]) -> Outcome:
     values, total, mean, gradients, state = result
 
     def array(key: str, x: Any) -> np.ndarray:
-        return np.moveaxis(to_numpy(x), -1, -3) if name == "jax" and loss.inputs[key] == "maps" else to_numpy(x)
+        return np.moveaxis(to_numpy(x), -1, -3) if name == "jax" and loss.inputs[key] in MAPS else to_numpy(x)
 
     return Outcome(
         to_numpy(values),
@@ -281,7 +281,7 @@ def _arguments(loss: Loss, given: Example, kd: Any, array: Callable) -> dict[str
 
 
 def jax_arguments(loss: Loss, given: Example) -> tuple[Any, ...]:
-    maps = [k for k, kind in loss.inputs.items() if kind == "maps"]
+    maps = [k for k, kind in loss.inputs.items() if kind in MAPS]
     last = {k: each_array(given.inputs[k], lambda x: np.moveaxis(x, 1, -1)) for k in maps}
     arrays = _arguments(loss, dataclasses.replace(given, inputs=given.inputs | last), JAX.kd, jax_array)
     wide = "float64" if given.dtype == "float64" else "float32"

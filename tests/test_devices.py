@@ -15,7 +15,7 @@ from tiers import first, one_of_a_kind, slow
 
 import kdjax
 from parity.calls import per_example
-from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
+from parity.cases import KINDS, LOSSES, MAPS, Sizes, draw, each_array
 from parity.compare import ulps
 
 LAYOUTS = {kind: P(*[None] * k.axis, "batch") if k.axis is not None else P() for kind, k in KINDS.items()}
@@ -30,7 +30,7 @@ def mesh(*shape):
 
 def given(loss, where=None):
     """The inputs of each step, in JAX, with NaN under the mask; the state apart."""
-    maps = {k for k, kind in loss.inputs.items() if kind == "maps"}
+    maps = {k for k, kind in loss.inputs.items() if kind in MAPS}
 
     def array(x):
         return jnp.asarray(x, "int32" if x.dtype.kind == "i" else None)

@@ -9,7 +9,7 @@ from tiers import first
 
 import kdjax
 from parity.calls import per_example
-from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
+from parity.cases import KINDS, LOSSES, MAPS, Sizes, draw, each_array
 from parity.compare import ulps
 
 FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")  # they go by blocks of the batch
@@ -23,8 +23,8 @@ WIDE = {"logits": "c", "distribution": "c", "features": "d", "fractions": "d", "
 def drawn(loss, sizes):
     """The inputs of a loss in kdjax, channels last, and a mask."""
     (inputs,) = draw(loss, sizes, 0)
-    if "maps" in loss.inputs.values():
-        inputs = {name: [np.moveaxis(x, 1, -1) for x in maps] for name, maps in inputs.items()}
+    maps = {name: x for name, x in inputs.items() if loss.inputs[name] in MAPS}
+    inputs |= each_array(maps, lambda x: np.moveaxis(x, 1, -1))
     arrays = {name: each_array(x, lambda x: JAX.array(x, "float32")) for name, x in inputs.items()}
     if loss.state:
         arrays[loss.state] = getattr(kdjax, loss.inputs[loss.state])(**arrays[loss.state])

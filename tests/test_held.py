@@ -12,7 +12,7 @@ from tiers import first, only
 
 from kdtorch._numerics import pack
 from parity.calls import per_example
-from parity.cases import LOSSES, Case, Sizes, draw
+from parity.cases import LOSSES, MAPS, Case, Sizes, draw, each_array
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(Case(loss, "", ())).rstrip("-"))
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -29,8 +29,8 @@ def leaves(x):
 def given(f, loss, dtype, masked):
     """The inputs that learn, and a function of them."""
     (inputs,) = draw(loss, SIZES, 0)
-    maps = [k for k, kind in loss.inputs.items() if kind == "maps" and f is JAX]
-    inputs |= {k: [np.moveaxis(x, 1, -1) for x in inputs[k]] for k in maps}
+    maps = {k: inputs[k] for k, kind in loss.inputs.items() if kind in MAPS and f is JAX}
+    inputs |= each_array(maps, lambda x: np.moveaxis(x, 1, -1))
     state = inputs.pop(loss.state, None)
     inputs = f.arrays(inputs, dtype)
     if state:

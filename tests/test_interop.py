@@ -32,7 +32,7 @@ import kdtorch.interop
 import kdtorch.nn
 from kdlosses.trees import each_leaf, leaves
 from parity.calls import per_example
-from parity.cases import LOSSES, Sizes, draw
+from parity.cases import LOSSES, MAPS, Sizes, draw
 from parity.compare import ulps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -399,7 +399,7 @@ def in_jax(loss, function, inputs):
 def test_every_loss_crosses(name, loss):
     """A loss of one package, called from the other, gives the value, the gradients and the state of kdtorch's own."""
     (inputs,) = draw(loss, Sizes(), 0)
-    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     theirs = functools.partial(per_example(kdtorch, loss), **options)
     value, slopes, state = in_torch(loss, theirs, inputs)
     if name == "jax_loss":

@@ -14,7 +14,7 @@ from frameworks import BOTH, JAX, TORCH
 from tiers import first, one_of_a_kind, slow
 
 from parity.calls import per_example
-from parity.cases import KINDS, LOSSES, Case, Loss, Sizes, along, cases, draw
+from parity.cases import KINDS, LOSSES, MAPS, Case, Loss, Sizes, along, cases, draw
 from parity.check import check
 from parity.compare import ulps
 from parity.run import run
@@ -72,7 +72,7 @@ def called(f, loss, dtype="float64", sizes=None, seed=0):
     """A function of the first learned input alone, and that input."""
     (inputs,) = draw(loss, sizes or Sizes(), seed)
     inputs = f.arrays(inputs, dtype)
-    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     if loss.state:
         later = f.arrays({k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()})
         inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**inputs[loss.state] | later)
@@ -181,7 +181,7 @@ def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
 def test_second_call_compiles_nothing(loss):
     """With other inputs, mask and settings, and the state that the first call returned; the gradient too."""
     *both, state = calls(JAX, loss)
-    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     learns = loss.learns[0]
     place = list(loss.inputs).index(learns)
     traces = []
@@ -231,7 +231,7 @@ def test_chunks_of_a_sum_are_the_whole(f, loss):
     (inputs,) = draw(loss, sizes, 0)
     state = inputs.pop(loss.state, None)
     state = [getattr(f.kd, loss.inputs[loss.state])(**f.arrays(state))] if state else []
-    options = {"channel_axis": 1} if "maps" in loss.inputs.values() else {}
+    options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     kept = np.arange(6).reshape(sizes.batch) != 4
     learns = loss.learns
 

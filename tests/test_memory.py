@@ -15,7 +15,7 @@ import kdjax
 import kdtorch
 from kdlosses.trees import leaves
 from parity.calls import per_example
-from parity.cases import LOSSES, draw, each_array
+from parity.cases import LOSSES, MAPS, draw, each_array
 from parity.row import MEMORY_SIZES
 
 
@@ -50,10 +50,10 @@ every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 
 @every
 def test_jax(loss):
-    maps = [k for k, kind in loss.inputs.items() if kind == "maps"]
+    maps = [k for k, kind in loss.inputs.items() if kind in MAPS]
     with jax.enable_x64(False):
         inputs = given(loss, kdjax, jnp.asarray)
-        inputs |= {k: [jnp.moveaxis(x, 1, -1) for x in inputs[k]] for k in maps}
+        inputs |= each_array({k: inputs[k] for k in maps}, lambda x: jnp.moveaxis(x, 1, -1))
         free = {k: inputs.pop(k) for k in loss.learns}
         step = jax.value_and_grad(lambda free, fixed: value(loss, kdjax, {**free, **fixed}))
         program = jax.jit(step).lower(free, inputs).compile()
