@@ -55,9 +55,11 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdjax needs {error.name}: pip install 'kdlosses[jax]'", name=error.name) from error
 
 from kdjax.features.cosine import cosine_loss
+from kdjax.features.cwd import cwd_loss
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdjax.features.vid import vid_loss
 from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
@@ -87,6 +89,7 @@ __all__ = [
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
+    "cwd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -111,4 +114,5 @@ __all__ = [
     "tvd_loss",
     "uld_loss",
     "uskd_loss",
+    "vid_loss",
 ]

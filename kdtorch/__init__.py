@@ -55,9 +55,11 @@ except ModuleNotFoundError as error:
 from kdlosses import __version__ as __version__
 from kdtorch._rowwise import fuse
 from kdtorch.features.cosine import cosine_loss
+from kdtorch.features.cwd import cwd_loss
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdtorch.features.vid import vid_loss
 from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dkd import dkd_loss
@@ -86,6 +88,7 @@ __all__ = [
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
+    "cwd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -111,4 +114,5 @@ __all__ = [
     "tvd_loss",
     "uld_loss",
     "uskd_loss",
+    "vid_loss",
 ]

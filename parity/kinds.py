@@ -110,6 +110,7 @@ KINDS: dict[str, Kind] = {
     "distribution": Kind(_distribution),
     "centers": Kind(lambda rng, n: rng.normal(size=(n.classes, n.dim)), None, numbers=True),
     "maps": Kind(_maps, numbers=True),
+    "channels": Kind(lambda rng, n: rng.normal(size=n.maps[0][0]), None, numbers=True),  # one number each
     "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),

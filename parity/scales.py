@@ -58,3 +58,12 @@ def of_unit_rows(given: Given) -> tuple[float, float]:
     rows = [np.abs(given.inputs[name]).max(-1).ravel() for name in ("student", "centers") if name in given.inputs]
     lengths = [float(x) for x in np.concatenate(rows) if x >= given.tiny]
     return 1.0, 1 / min(lengths, default=1.0)
+
+
+def of_variances(given: Given) -> tuple[float, float]:
+    """Of squares divided by a variance, which is at least log(1 + e^a) + eps of the smallest a."""
+    least = float(np.logaddexp(np.min(given.inputs["log_scale"]), 0) + given.options.get("eps", 1e-5))
+    with np.errstate(over="ignore"):
+        ratio = np.float64(given.largest) / least
+        square = ratio * given.largest
+        return float(min(square, 1e300)), float(min(max(ratio, square / least), 1e300))

@@ -56,12 +56,11 @@ def cosine_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arra
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
     u, v = unit(x), unit(y)
     length, other = (u * x).sum(-1, keepdims=True), (v * y).sum(-1, keepdims=True)
-    zero = [n == 0 for n in (length, other)]
-    length = jnp.where(zero[0], jnp.inf, length)
+    zero = ((length == 0).astype(u.dtype) + (other == 0).astype(u.dtype)) / 2
+    length = jnp.where(length == 0, jnp.inf, length)
     difference = _difference(x, y, u, v, length, other / length)
-    value = (jnp.square(difference).sum(-1, keepdims=True) + zero[0] + zero[1]) / 2
-    gradient = (difference - value * u) / jnp.where(zero[1], jnp.inf, length)
-    return value.squeeze(-1), gradient
+    value = jnp.square(difference).sum(-1, keepdims=True) / 2 + zero
+    return value.squeeze(-1), (difference - value * u) / jnp.where(zero > 0, jnp.inf, length)
 
 
 def _difference(

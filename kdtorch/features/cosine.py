@@ -58,12 +58,11 @@ def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
     u, v = unit(x), unit(y)
     length, other = (u * x).sum(-1, keepdim=True), (v * y).sum(-1, keepdim=True)
-    zero = [n == 0 for n in (length, other)]
-    length = torch.where(zero[0], math.inf, length)
+    zero = ((length == 0).to(u.dtype) + (other == 0).to(u.dtype)) / 2
+    length = torch.where(length == 0, math.inf, length)
     difference = _difference(x, y, u, v, length, other / length)
-    value = (difference.square().sum(-1, keepdim=True) + zero[0] + zero[1]) / 2
-    gradient = (difference - value * u) / torch.where(zero[1], math.inf, length)
-    return value.squeeze(-1), gradient
+    value = difference.square().sum(-1, keepdim=True) / 2 + zero
+    return value.squeeze(-1), (difference - value * u) / torch.where(zero > 0, math.inf, length)
 
 
 def _difference(x: Tensor, y: Tensor, u: Tensor, v: Tensor, length: Tensor, ratio: Tensor) -> Tensor:
