@@ -57,6 +57,7 @@ except ModuleNotFoundError as error:
 from kdjax.features.cosine import cosine_loss
 from kdjax.features.cwd import cwd_loss
 from kdjax.features.dcn import dcn_loss
+from kdjax.features.fsp import fsp_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdjax.features.vid import vid_loss
@@ -97,6 +98,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "fsp_loss",
     "hcl_loss",
     "jsd_loss",
     "kl_loss",

@@ -57,6 +57,7 @@ from kdtorch._rowwise import fuse
 from kdtorch.features.cosine import cosine_loss
 from kdtorch.features.cwd import cwd_loss
 from kdtorch.features.dcn import dcn_loss
+from kdtorch.features.fsp import fsp_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdtorch.features.vid import vid_loss
@@ -96,6 +97,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "fsp_loss",
     "fuse",
     "hcl_loss",
     "jsd_loss",

@@ -67,3 +67,9 @@ def of_variances(given: Given) -> tuple[float, float]:
         ratio = np.float64(given.largest) / least
         square = ratio * given.largest
         return float(min(square, 1e300)), float(min(max(ratio, square / least), 1e300))
+
+
+def of_products(given: Given) -> tuple[float, float]:
+    """Of squares of the products of two maps."""
+    size = min(given.largest, 1e75)
+    return size**4, size**3

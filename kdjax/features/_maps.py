@@ -11,7 +11,9 @@ import numpy as np
 from kdjax._numerics import HIGHEST
 from kdjax._typing import Array
 
-PROJECTOR = "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+PROJECTOR = (
+    "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+)
 
 
 def check_channel_axis(channel_axis: int) -> None:
@@ -53,7 +55,7 @@ def mend(student: Array, teacher: Array, projection: str) -> str:
 def by_channels(x: Array, channel_axis: int) -> jax.Array:
     """A map as `[batch, channels, positions]`."""
     x = jnp.moveaxis(x, channel_axis, 1)
-    return x.reshape(*x.shape[:2], -1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 def pooled_alike(student_map: Array, teacher_map: Array, channel_axis: int = -1) -> tuple[jax.Array, jax.Array]:

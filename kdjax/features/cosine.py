@@ -59,8 +59,8 @@ def cosine_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arra
     zero = ((length == 0).astype(u.dtype) + (other == 0).astype(u.dtype)) / 2
     length = jnp.where(length == 0, jnp.inf, length)
     difference = _difference(x, y, u, v, length, other / length)
-    value = jnp.square(difference).sum(-1, keepdims=True) / 2 + zero
-    return value.squeeze(-1), (difference - value * u) / jnp.where(zero > 0, jnp.inf, length)
+    value = jnp.square(difference).sum(-1) / 2 + zero.squeeze(-1)
+    return value, (difference - value[..., None] * u) / jnp.where(zero > 0, jnp.inf, length)
 
 
 def _difference(

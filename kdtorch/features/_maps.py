@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from kdtorch._typing import sizes
 
-PROJECTOR = "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+PROJECTOR = (
+    "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+)
 
 
 def check_channel_axis(channel_axis: int) -> None:

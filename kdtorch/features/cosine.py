@@ -61,8 +61,8 @@ def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     zero = ((length == 0).to(u.dtype) + (other == 0).to(u.dtype)) / 2
     length = torch.where(length == 0, math.inf, length)
     difference = _difference(x, y, u, v, length, other / length)
-    value = difference.square().sum(-1, keepdim=True) / 2 + zero
-    return value.squeeze(-1), (difference - value * u) / torch.where(zero > 0, math.inf, length)
+    value = difference.square().sum(-1) / 2 + zero.squeeze(-1)
+    return value, (difference - value.unsqueeze(-1) * u) / torch.where(zero > 0, math.inf, length)
 
 
 def _difference(x: Tensor, y: Tensor, u: Tensor, v: Tensor, length: Tensor, ratio: Tensor) -> Tensor:

@@ -33,6 +33,6 @@ ROWS = (
         leading=False,
         second_derivative=False,
         rounding=scales.of_variances,
-        memory=Memory(jax=2, torch=6),
+        memory=Memory(jax=3, torch=6),
     ),
 )
