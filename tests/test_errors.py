@@ -220,7 +220,7 @@ MISTAKES = {
         "got 2 and 1; take the teacher's maps that",
     ),
     "channels of maps to multiply": (
-        call("fsp_loss", [MAP, MAP], [MAP, MAP[..., :2]]),
+        call("fsp_loss", [MAP, MAP], [MAP, MAP[..., :2]], channel_axis=-1),
         ValueError,
         r"`student_maps\[1\]` and `teacher_maps\[1\]` must have the same number of channels, got 3 and 2; `Projector` in `nn`",
     ),
@@ -246,12 +246,12 @@ MISTAKES = {
         r"`predicted_mean` and `teacher_map` must have the same shape, got \[2, 8, 8, 3\] and \[2, 4, 8, 3\]; `Projector`",
     ),
     "number of scales": (
-        lambda f, wrap=as_it_is: call("vid_loss", MAP, MAP, np.zeros(2), channel_axis=-1)(f, wrap),
+        call("vid_loss", MAP, MAP, np.zeros(2), channel_axis=-1),
         ValueError,
         "`log_scale` must have one entry a channel, 3 in all, got 2",
     ),
     "least variance": (
-        lambda f, wrap=as_it_is: call("vid_loss", MAP, MAP, np.zeros(3), channel_axis=-1, eps=0.0)(f, wrap),
+        call("vid_loss", MAP, MAP, np.zeros(3), channel_axis=-1, eps=0.0),
         ValueError,
         "`eps` must be finite and greater than 0, got 0.0",
     ),
@@ -678,7 +678,11 @@ def test_mistakes_with_modules(f, build, message):
         ),
         (module("Projector", 8, 4), [LOGITS], r"`x` must be Float\[Array, '\*batch 8'\], got float32\[4, 10\]"),
         (module("Projector", 5, 4), [MAP], r"`x` must be Float\[Array, 'batch .*5.*'\], got float32\[2, 8, 8, 3\]"),
-        (module("VIDLoss", 5, 4, 3), [MAP, MAP], r"`student_map` must be Float\[Array, 'batch .*5.*'\], got float32\[2, 8"),
+        (
+            module("VIDLoss", 5, 4, 3),
+            [MAP, MAP],
+            r"`student_map` must be Float\[Array, 'batch .*5.*'\], got float32\[2, 8",
+        ),
         (module("VIDLoss", 10, 4, 3), [LOGITS, MAP], r"`student_map` must be .*'batch .*10.*'\], got float32\[4, 10\]"),
         (module("CRCDLoss", 10, 10, 4, 9), [LOGITS, LOGITS, None], "`index` must be Integer.*got None"),
         (lambda f: f.kd.nn.DINOLoss(6), [None, None], r"`student` must be an array \[views \* batch, dim\], got None"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -75,65 +74,67 @@ def fsp_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
-    (student, ours), (teacher, theirs) = (_joined(x, channel_axis) for x in (student_maps, teacher_maps))
-    flow = rowwise(functools.partial(flow_and_gradient, ours=ours, theirs=theirs))
-    return reduce(flow(student, teacher, where=where), where, reduction, axis_name)
+    (student, teacher) = ([jnp.moveaxis(x, channel_axis, -1) for x in maps] for maps in (student_maps, teacher_maps))
+    pairs = [_flow(*student[i : i + 2], *teacher[i : i + 2], where) for i in range(len(student) - 1)]
+    return reduce(jnp.stack(pairs).sum(0), where, reduction, axis_name)
 
 
-Shapes = tuple[tuple[int, ...], ...]
+def flow_and_gradients(
+    f: jax.Array, g: jax.Array, h: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The mean square of G(f, g) - G(h, k), and its gradients by f and g.
 
-
-def _joined(maps: Sequence[Array], channel_axis: int) -> tuple[jax.Array, Shapes]:
-    """All maps of a network as one array `[batch, entries]`, and the shape of each."""
-    maps = [jnp.moveaxis(x, channel_axis, -1) for x in (maps if len({x.dtype for x in maps}) == 1 else promote(*maps))]
-    shapes = tuple(x.shape[1:] for x in maps)
-    return jnp.concatenate([x.reshape(len(x), math.prod(x.shape[1:])) for x in maps], 1), shapes
-
-
-def _split(x: jax.Array, shapes: Shapes) -> list[jax.Array]:
-    maps, place = [], 0
-    for a, b, c in shapes:
-        maps.append(x[:, place : place + a * b * c].reshape(len(x), a, b, c))
-        place += a * b * c
-    return maps
-
-
-def flow_and_gradient(x: jax.Array, y: jax.Array, ours: Shapes, theirs: Shapes) -> tuple[jax.Array, jax.Array]:
-    """The sum of the mean squares of G(f, g) - G(h, k), f and g neighbouring maps in x, h and k in y, and its gradient.
-
-    The maps are divided by their largest entries, by which the result is multiplied step by step, so that nothing on the
-    way is beyond the largest number unless the result is.
+    The maps are divided by their largest entries, by which the results are multiplied step by step, so that nothing on
+    the way is beyond the largest number unless the result is.
     """
-    student, teacher = _split(x, ours), _split(y, theirs)
-    scales = [_largest(f, h) for f, h in zip(student, teacher, strict=True)]
-    apart = [f - h for f, h in zip(student, teacher, strict=True)] if ours == theirs else []
-    student, teacher, apart = (
-        [f / size for f, size in zip(maps, scales, strict=False)] for maps in (student, teacher, apart)
-    )
-    value, gradients = jnp.zeros(len(x), x.dtype), [jnp.zeros_like(f) for f in student]
-    for i in range(len(student) - 1):
-        f, g = pooled_alike(student[i], student[i + 1])
-        if apart:  # G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), so that close maps keep their digits
-            difference = _products(apart[i], student[i + 1]) + _products(teacher[i], apart[i + 1])
-        else:
-            difference = _products(*student[i : i + 2]) - _products(*teacher[i : i + 2])
-        one, other = scales[i], scales[i + 1]
-        value = value + jnp.square(difference * one[..., 0] * other[..., 0]).mean((1, 2))
-        weight = difference * (2 / (difference.shape[1] * difference.shape[2] * f.shape[1] * f.shape[2]))
-        of_f = jnp.einsum("bcd,bhwd->bhwc", weight, g, precision=HIGHEST) * other * one * other
-        of_g = jnp.einsum("bcd,bhwc->bhwd", weight, f, precision=HIGHEST) * one * other * one
-        gradients[i] += spread(of_f, *student[i].shape[1:3])
-        gradients[i + 1] += spread(of_g, *student[i + 1].shape[1:3])
-    return value, jnp.concatenate([slope.reshape(len(x), math.prod(slope.shape[1:])) for slope in gradients], 1)
+    one, other = _scale(f, h), _scale(g, k)
+    first, second = f, -k
+    if (f.shape, g.shape) == (h.shape, k.shape):
+        # of close maps G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), which keeps their digits
+        near = (_largest(f - h) < one / 2) & (_largest(g - k) < other / 2)
+        first, second = jnp.where(near, f - h, f), jnp.where(near, g - k, -k)
+    f, g, h = f / one, g / other, h / one
+    difference = _products(first / one, g) + _products(h, second / other)
+    small, narrow = pooled_alike(f, g)
+    weight = difference * (2 / math.prod((*difference.shape[1:], *small.shape[1:3])))
+    of_f = spread(jnp.einsum("bcd,bhwd->bhwc", weight, narrow, precision=HIGHEST), *f.shape[1:3])
+    of_g = spread(jnp.einsum("bcd,bhwc->bhwd", weight, small, precision=HIGHEST), *g.shape[1:3])
+    value = jnp.square(difference * one[..., 0] * other[..., 0]).mean((1, 2))
+    return value, of_f * other * one * other, of_g * one * other * one
 
 
-def _largest(f: jax.Array, h: jax.Array) -> jax.Array:
+def _scale(f: jax.Array, h: jax.Array) -> jax.Array:
     """The largest entry of two maps of an example, as a constant; 1 where both are zero."""
-    largest = jnp.maximum(*(jnp.abs(x).max((1, 2, 3), keepdims=True) for x in (f, h)))
-    return jax.lax.stop_gradient(jnp.where(largest < jnp.finfo(f.dtype).tiny, 1, largest))
+    largest = jnp.maximum(_largest(f), _largest(h))
+    return jnp.where(largest < jnp.finfo(largest.dtype).tiny, 1, largest)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(jnp.abs(x).max((1, 2, 3), keepdims=True))
 
 
 def _products(f: jax.Array, g: jax.Array) -> jax.Array:
     """G(f, g): the mean over positions of the products of all channels, `[batch, channels, channels]`."""
     f, g = pooled_alike(f, g)
     return jnp.einsum("bhwc,bhwd->bcd", f, g, precision=HIGHEST) / (f.shape[1] * f.shape[2])
+
+
+def _flow(f: Array, g: Array, h: Array, k: Array, where: Array | None) -> jax.Array:
+    """The value, with that gradient: as a function of rows that hold both maps of a network side by side."""
+    shapes = [x.shape[1:] for x in (f, g, h, k)]
+
+    def of_rows(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, *slopes = flow_and_gradients(*_split(x, shapes[:2]), *_split(y, shapes[2:]))
+        return value, _joined(*slopes)
+
+    return rowwise(of_rows)(_joined(f, g), _joined(h, k), where=where)
+
+
+def _joined(f: Array, g: Array) -> jax.Array:
+    f, g = (f, g) if f.dtype == g.dtype else promote(f, g)
+    return jnp.concatenate([x.reshape(len(x), math.prod(x.shape[1:])) for x in (f, g)], 1)
+
+
+def _split(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    parts = jnp.split(x, [math.prod(shapes[0])], 1)
+    return [part.reshape(len(x), *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -48,8 +48,8 @@ def cwd_loss(
         TypeError: a map that is no floating-point tensor of four axes.
 
     Shu et al., *Channel-wise Knowledge Distillation for Dense Prediction*, ICCV 2021, https://arxiv.org/abs/2011.13256.
-    The authors' code takes the logarithm of the student's softmax, which is NaN where a channel of float32 spans more
-    than 103 T; mmrazor's leaves the teacher its gradient.
+    The authors' code takes the logarithm of the student's softmax, and is inf or NaN where a channel of float32 spans
+    more than 103 T; mmrazor's leaves the teacher its gradient.
 
     >>> import torch
     >>> from kdtorch import cwd_loss

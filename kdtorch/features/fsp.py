@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kdtorch._reduce import reduce
-from kdtorch._rowwise import rowwise
+from kdtorch._numerics import promote, with_gradients
+from kdtorch._reduce import reduce, zeroed
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import check_maps, pooled_alike, spread
 
@@ -72,60 +73,41 @@ def fsp_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
-    (student, ours), (teacher, theirs) = (_joined(x, channel_axis) for x in (student_maps, teacher_maps))
-    return reduce(_flow(student, teacher, ours, theirs, where=where), where, reduction, group)
+    (student, teacher) = ([x.movedim(channel_axis, 1) for x in maps] for maps in (student_maps, teacher_maps))
+    pairs = [_flow(*student[i : i + 2], *teacher[i : i + 2], where) for i in range(len(student) - 1)]
+    return reduce(torch.stack(pairs).sum(0), where, reduction, group)
 
 
-Shapes = tuple[tuple[int, ...], ...]
+def flow_and_gradients(f: Tensor, g: Tensor, h: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean square of G(f, g) - G(h, k), and its gradients by f and g.
 
-
-def _joined(maps: Sequence[Tensor], channel_axis: int) -> tuple[Tensor, Shapes]:
-    """All maps of a network as one array `[batch, entries]`, and the shape of each."""
-    maps = [x.movedim(channel_axis, 1) for x in maps]
-    return torch.cat([x.flatten(1) for x in maps], 1), tuple(tuple(x.shape[1:]) for x in maps)
-
-
-def _split(x: Tensor, shapes: Shapes) -> list[Tensor]:
-    maps, place = [], 0
-    for a, b, c in shapes:
-        maps.append(x[:, place : place + a * b * c].reshape(len(x), a, b, c))
-        place += a * b * c
-    return maps
-
-
-def flow_and_gradient(x: Tensor, y: Tensor, ours: Shapes, theirs: Shapes) -> tuple[Tensor, Tensor]:
-    """The sum of the mean squares of G(f, g) - G(h, k), f and g neighbouring maps in x, h and k in y, and its gradient.
-
-    The maps are divided by their largest entries, by which the result is multiplied step by step, so that nothing on the
-    way is beyond the largest number unless the result is.
+    The maps are divided by their largest entries, by which the results are multiplied step by step, so that nothing on
+    the way is beyond the largest number unless the result is.
     """
-    student, teacher = _split(x, ours), _split(y, theirs)
-    scales = [_largest(f, h) for f, h in zip(student, teacher, strict=True)]
-    apart = [f - h for f, h in zip(student, teacher, strict=True)] if ours == theirs else []
-    student, teacher, apart = (
-        [f / size for f, size in zip(maps, scales, strict=False)] for maps in (student, teacher, apart)
-    )
-    value, gradients = x.new_zeros(len(x)), [torch.zeros_like(f) for f in student]
-    for i in range(len(student) - 1):
-        f, g = pooled_alike(student[i], student[i + 1])
-        if apart:  # G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), so that close maps keep their digits
-            difference = _products(apart[i], student[i + 1]) + _products(teacher[i], apart[i + 1])
-        else:
-            difference = _products(*student[i : i + 2]) - _products(*teacher[i : i + 2])
-        one, other = scales[i], scales[i + 1]
-        value = value + (difference * one[..., 0] * other[..., 0]).square().mean((1, 2))
-        weight = difference * (2 / (difference.shape[1] * difference.shape[2] * f.shape[2] * f.shape[3]))
-        of_f = (weight @ g.flatten(2)).view(f.shape) * other * one * other
-        of_g = (weight.mT @ f.flatten(2)).view(g.shape) * one * other * one
-        gradients[i] = gradients[i] + spread(of_f, *student[i].shape[2:])
-        gradients[i + 1] = gradients[i + 1] + spread(of_g, *student[i + 1].shape[2:])
-    return value, torch.cat([slope.flatten(1) for slope in gradients], 1)
+    one, other = _scale(f, h), _scale(g, k)
+    first, second = f, -k
+    if (f.shape, g.shape) == (h.shape, k.shape):
+        # of close maps G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), which keeps their digits
+        near = (_largest(f - h) < one / 2) & (_largest(g - k) < other / 2)
+        first, second = torch.where(near, f - h, f), torch.where(near, g - k, -k)
+    f, g, h = f / one, g / other, h / one
+    difference = _products(first / one, g) + _products(h, second / other)
+    small, narrow = pooled_alike(f, g)
+    weight = difference * (2 / math.prod((*difference.shape[1:], *small.shape[2:])))
+    of_f = spread((weight @ narrow.flatten(2)).view(small.shape), *f.shape[2:])
+    of_g = spread((weight.mT @ small.flatten(2)).view(narrow.shape), *g.shape[2:])
+    value = (difference * one[..., 0] * other[..., 0]).square().mean((1, 2))
+    return value, of_f * other * one * other, of_g * one * other * one
 
 
-def _largest(f: Tensor, h: Tensor) -> Tensor:
+def _scale(f: Tensor, h: Tensor) -> Tensor:
     """The largest entry of two maps of an example, as a constant; 1 where both are zero."""
-    largest = torch.maximum(*(x.detach().abs().amax((1, 2, 3), keepdim=True) for x in (f, h)))
-    return torch.where(largest < torch.finfo(f.dtype).tiny, 1, largest)
+    largest = torch.maximum(_largest(f), _largest(h))
+    return torch.where(largest < torch.finfo(largest.dtype).tiny, 1, largest)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.detach().abs().amax((1, 2, 3), keepdim=True)
 
 
 def _products(f: Tensor, g: Tensor) -> Tensor:
@@ -134,4 +116,19 @@ def _products(f: Tensor, g: Tensor) -> Tensor:
     return f.flatten(2) @ g.flatten(2).mT / (f.shape[2] * f.shape[3])
 
 
-_flow = rowwise(flow_and_gradient)
+def _flow(f: Tensor, g: Tensor, h: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
+    return _with_gradients(f, g, h, k, where)[0]
+
+
+def _of_kept(
+    f: Tensor, g: Tensor, h: Tensor, k: Tensor, where: Tensor | None, *asked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    f, g, h, k = promote(f, g, h, k)
+    if where is None:
+        return flow_and_gradients(f, g, h, k)
+    value, of_f, of_g = zeroed(where, *flow_and_gradients(*zeroed(where, f, g, h, k)))
+    return value, of_f, of_g
+
+
+# By hand, the gradients are all that is held until the backward pass, where autograd would hold maps and products.
+_with_gradients = with_gradients(_of_kept, learns=2)

@@ -51,7 +51,8 @@ ROWS = (
         divergence=True,
         other_maps=((3, 4, 7), (2, 6, 5)),
         rounding=scales.of_products,
-        memory=Memory(jax=4, torch=8),
+        second_derivative=False,
+        memory=Memory(jax=4, torch=8, largest=lambda n: n.batch[0] * (20 * 144 + 21 * 36)),  # both maps side by side
         benchmarks=(Benchmark("32×256×14×14", Sizes((32,), maps=((256, 14, 14),) * 2), torch=10, jax=10, memory=0.05),),
     ),
 )
