@@ -30,6 +30,18 @@ def _last_teacher_maps(inputs: Mapping[str, Any]) -> list[Tensor]:
     return list(inputs["feats_tea"])[-len(inputs["feats_stu"]) :]
 
 
+def _last_student_map(inputs: Mapping[str, Any]) -> Tensor:
+    return _last(inputs["feats_stu"])
+
+
+def _last_teacher_map(inputs: Mapping[str, Any]) -> Tensor:
+    return _last(inputs["feats_tea"])
+
+
+def _last(maps: Any) -> Tensor:
+    return maps[-1] if isinstance(maps, list | tuple) else maps
+
+
 def _kl_over_classes(
     student: Float[Tensor, "*batch classes"],
     teacher: Float[Tensor, "*batch classes"],
@@ -72,6 +84,13 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
     "crcd": PUBLISHED["crcd"]._replace(reads=(*FEATURES, "target")),
 }
 
+# what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
+MAPS = {
+    "teacher_maps": _last_teacher_maps,
+    "student_map": _last_student_map,
+    "teacher_map": _last_teacher_map,
+}
+
 CONVENTIONS = {"published": PUBLISHED, "founding": FOUNDING}
 
 
@@ -109,9 +128,9 @@ def make_loss(
 
     A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
     function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
-    for features, `feats_stu` and `feats_tea` for maps, `target` for labels, and for any other parameter the entry of
-    `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, and `dkd` weighs
-    both its parts by 1 at temperature 1.
+    for features, `feats_stu` and `feats_tea` for maps (a loss of one map takes the last), `target` for labels, and
+    for any other parameter the entry of `feat` that has its name. The founding names keep their meaning: `rkd` is
+    ReviewKD's `hcl_loss`, and `dkd` weighs both its parts by 1 at temperature 1.
 
     >>> import torch
     >>> from kdtorch import make_loss
@@ -124,7 +143,7 @@ def make_loss(
     """
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
-    functions = by_function(kdtorch, PUBLISHED, READS | {"teacher_maps": _last_teacher_maps})
+    functions = by_function(kdtorch, PUBLISHED, READS | MAPS)
     numbers = {"num_classes": num_classes, "num_data": num_data}
     wanted, weights = read(config, CONVENTIONS[conventions], functions, numbers)
     losses: dict[str, Any] = {}

@@ -204,13 +204,14 @@ def top_k(chosen_by, temperature=T, **options):
     return kdtorch.topk_kl_loss(s3, t3.gather(-1, indices), indices, rest, **options)
 
 
-def liger(weights=(0, 1), labels=labels3, student_head=None, **options):
+def liger(weights=(0, 1), labels=labels3, student_head=None, kind="JSD", **options):
     """Liger's loss from hidden states and heads that give the logits above; it adds up in the default dtype."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel import chunked_loss
 
     head = torch.eye(C, dtype=s3.dtype)
     student_head = head if student_head is None else student_head
-    loss = LigerFusedLinearJSDLoss(*weights, compiled=False, **{"beta": BETA, "temperature": T} | options)
+    loss = getattr(chunked_loss, f"LigerFusedLinear{kind}Loss")
+    loss = loss(*weights, compiled=False, **{"beta": BETA, "temperature": T} | options)
     default = torch.get_default_dtype()
     torch.set_default_dtype(s3.dtype)
     try:
@@ -223,6 +224,12 @@ def liger_function(student, teacher, **options):
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     return LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, **options)
+
+
+def liger_cosine(student, teacher, **options):
+    from liger_kernel.chunked_loss.cosine_similarity_loss import LigerFusedLinearCosineSimilarityFunction
+
+    return LigerFusedLinearCosineSimilarityFunction.distillation_loss_fn(student, teacher, **options)
 
 
 def mean_over_kept(values):
@@ -260,6 +267,19 @@ def chunked(loss, *settings, student=s3):
     return getattr(torchtune(), loss)(2, *settings)(*chunks, labels3)
 
 
+SCALES = torch.tensor([-2.0, 0.5, 3.0], dtype=s.dtype)
+
+
+def vid_given():
+    return student_maps[0], teacher_maps[0], SCALES
+
+
+def vid():
+    """As RepDistiller and mdistiller write it, of what the regressor gave."""
+    variance = (torch.log(1.0 + torch.exp(SCALES)) + 1e-5).view(1, -1, 1, 1)
+    return torch.mean(0.5 * ((student_maps[0] - teacher_maps[0]) ** 2 / variance + torch.log(variance)))
+
+
 def released(figure):
     """What a published code gave, and what this library gives for the same."""
     with np.load(FIGURES / f"{figure}.npz") as file:
@@ -284,6 +304,7 @@ MOVES = {
             direct.kl_loss(standardized(s), standardized(t), T),
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
         ),
+        "`vid_loss(regressor, log_scale, fs, ft, eps)`": lambda: (vid(), kdtorch.vid_loss(*vid_given())),
         "FitNet: `mse_loss` of maps": lambda: (
             functional.mse_loss(student_maps[0], teacher_maps[0]),
             kdtorch.mse_loss(student_maps[0], teacher_maps[0]),
@@ -292,6 +313,11 @@ MOVES = {
     "repdistiller": {
         "`DistillKL(T)(ys, yt)`": lambda: (T**2 * functional.kl_div(log_p, q, reduction="sum") / len(s), kl()),
         "`HintLoss()(fs, ft)`": lambda: (functional.mse_loss(s, t), kdtorch.mse_loss(s, t)),
+        "`VIDLoss(…)(fs, ft)`, its regressor of maps of one size": lambda: (vid(), kdtorch.vid_loss(*vid_given())),
+        "`FSP(…)(fs, ft)`, summed": lambda: (
+            direct.fsp_loss(student_maps, teacher_maps),
+            kdtorch.fsp_loss(student_maps, teacher_maps),
+        ),
         "`CRCDLoss(opt)`, of the fork Lechatelia/CRCD": lambda: (
             direct.crcd_loss(s, t, index, negatives, state)[0],
             kdtorch.crcd_loss(s, t, index, negatives, state)[0],
@@ -336,6 +362,13 @@ MOVES = {
             ),
             kdtorch.hcl_loss(student_maps, teacher_maps),
         ),
+        "`VIDLoss` of one pair, weight 1": lambda: (
+            mid_level.VIDLoss({"pair": {side: {"path": "logits", "io": "output"} for side in ("student", "teacher")}})(
+                {"logits": {"output": (student_maps[0], (1 + SCALES.exp()).log().reshape(1, -1, 1, 1) + 1e-5)}},
+                {"logits": {"output": teacher_maps[0]}},
+            ),
+            kdtorch.vid_loss(*vid_given()),
+        ),
         "`MSELoss` in a `SimpleLossWrapper`": lambda: (
             distilled(mid_level.SimpleLossWrapper(torch.nn.MSELoss(), **WRAPPED), s, t),
             kdtorch.mse_loss(s, t),
@@ -376,6 +409,10 @@ MOVES = {
         "`huber_loss(s, t, delta=δ).mean()`": lambda: (
             optax.losses.huber_loss(S, TEACHER, delta=DELTA).mean(),
             kdjax.smooth_l1_loss(S, TEACHER, beta=DELTA),
+        ),
+        "`cosine_distance(s, t, epsilon=ε).mean()`": lambda: (
+            optax.losses.cosine_distance(S, TEACHER, epsilon=1e-12).mean(),
+            kdjax.cosine_loss(S, TEACHER),
         ),
         "`cosine_distance(s, centers[y]).mean()`, students the longer": lambda: (
             optax.losses.cosine_distance(longer(), CENTERS[LABELS]).mean(),
@@ -457,6 +494,14 @@ MOVES = {
         "`LigerFusedLinearJSDFunction.distillation_loss_fn(s, t, beta=b)`": lambda: (
             liger_function(s3 / T, t3 / T, beta=BETA),
             jsd(where=None, reduction="sum"),
+        ),
+        "`LigerFusedLinearCosineSimilarityLoss(0, 1, beta=b, temperature=T)(h, W, g, V, labels)`": lambda: (
+            liger(kind="CosineSimilarity", beta=0.8),
+            kdtorch.cosine_loss(s3, t3, where=kept3),
+        ),
+        "`LigerFusedLinearCosineSimilarityFunction.distillation_loss_fn(s, t, beta=b)`": lambda: (
+            liger_cosine(s3, t3, beta=0.8),
+            kdtorch.cosine_loss(s3, t3, reduction="sum"),
         ),
         "`LigerFusedLinearJSD(b, temperature=T)(h, W, g, V, labels)`, Triton": lambda: (
             mean_over_kept(mixture_divergence(BETA, log_p3, log_q3)),

@@ -187,6 +187,14 @@ def test_reviewkd_jax(run):
     assert all(abs(connector.norm1.mean[...]).max() > 0.01 for connector in names["model"].review.connectors)
 
 
+@pytest.mark.parametrize("name", ["features_nnx", "features_linen", "features_torch"])
+def test_features(name, run):
+    names = run(name)
+    for term in ("attention", "cwd", "mse"):
+        falls([terms[term] for terms in names["losses"]], 0.7)
+    assert names["accuracy"] > 0.85
+
+
 def norm(trees, others):
     return sum(float(((np.asarray(x) - np.asarray(y)) ** 2).sum()) for x, y in zip(trees, others, strict=True)) ** 0.5
 

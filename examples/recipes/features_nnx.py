@@ -1,0 +1,78 @@
+"""Feature maps of Flax NNX models that cannot be edited: a layer that sows what it puts out, in the place of another.
+
+    python examples/recipes/features_nnx.py
+
+Attention transfer compares maps of any channels. CWD and the squared error need the teacher's channels, to which a
+`Projector` brings the student's maps; it learns with the student and is thrown away after it.
+"""
+
+import optax
+from _digits import SETTING, batches, teacher, test
+from _digits_jax import Net
+from flax import nnx
+
+from kdjax import attention_transfer_loss, cwd_loss, mse_loss
+from kdjax.nn import Projector
+
+
+class Tap(nnx.Module):
+    """A part of a model that also keeps what it puts out, until `nnx.pop` takes it away."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __call__(self, x):
+        output = self.part(x)
+        self.sow(nnx.Intermediate, "output", output)
+        return output
+
+
+def tap(model, *names):
+    for name in names:
+        setattr(model, name, Tap(getattr(model, name)))
+
+
+def maps_of(model, images):
+    """The logits, and the maps that the model's parts have sown."""
+    logits = model(images).logits
+    sown = nnx.pop(model, nnx.Intermediate)
+    return logits, [nnx.relu(sown[name]["output"][0]) for name in ("conv1", "conv2")]  # sown before the activation
+
+
+taught = teacher("jax")  # maps of 8 and 16 channels
+rngs = nnx.Rngs(0)
+model = nnx.Dict(
+    student=Net((4, 6), 20, 10, rngs=rngs),  # somebody's network; its convolutions have 4 and 6 channels
+    project=nnx.List(Projector(a, b, rngs=rngs) for a, b in zip((4, 6), SETTING.teacher[0], strict=True)),
+)
+tap(taught, "conv1", "conv2")
+tap(model.student, "conv1", "conv2")
+optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+
+@nnx.jit
+def step(model, optimizer, images, labels, theirs):
+    def objective(model):
+        logits, ours = maps_of(model.student, images)
+        hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        terms = {
+            "attention": 1000 * attention_transfer_loss(ours, theirs),
+            "cwd": cwd_loss(model.project[1](ours[1]), theirs[1], temperature=2.0),
+            "mse": mse_loss(model.project[0](ours[0]), theirs[0]),
+        }
+        return hard + sum(terms.values()), terms
+
+    (_, terms), gradients = nnx.value_and_grad(objective, has_aux=True)(model)
+    optimizer.update(model, gradients)
+    return terms
+
+
+ask = nnx.jit(lambda taught, images: maps_of(taught, images)[1])
+losses = []
+for images, labels in batches(steps=100):
+    losses.append(step(model, optimizer, images, labels, ask(taught, images)))
+
+images, labels = test()
+accuracy = float((nnx.jit(maps_of)(model.student, images)[0].argmax(-1) == labels).mean())
+print(", ".join(f"{name} {losses[0][name]:.3f} -> {losses[-1][name]:.3f}" for name in losses[0]))
+print(f"the student is right on {accuracy:.1%} of the test images")
