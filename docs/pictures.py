@@ -264,6 +264,27 @@ def hcl(loss: Loss) -> None:
         axes.set(title=title, xticks=[], yticks=[])
 
 
+def feature_maps(loss: Loss) -> None:
+    """Two channels, a bump in each: the student's, the teacher's elsewhere, and the pull on the student's, summed."""
+    y, x = np.mgrid[:12, :12]
+
+    def bumps(*places: tuple[int, int]) -> Tensor:
+        noise = 0.1 * np.random.default_rng(len(places)).normal(size=(len(places), 12, 12))
+        return torch.tensor(noise + [1.5 * np.exp(-((x - i) ** 2 + (y - j) ** 2) / 8) for i, j in places])[None]
+
+    student, teacher = bumps((3, 4), (5, 7)), bumps((8, 4), (7, 7))
+    function = getattr(kdtorch, loss.name)
+    listed = "student_maps" in inspect.signature(function).parameters
+    pull = -slope(lambda s: function([s], [teacher]) if listed else function(s, teacher), student)[1]
+    images = {"student": student, "teacher": teacher, "pull on the student": pull}
+    _, panels = plt.subplots(1, 3, figsize=(5.6, 2.2))
+    for axes, (title, image) in zip(panels, images.items(), strict=True):
+        summed = image[0].sum(0)
+        limit = summed.abs().max()
+        axes.imshow(summed, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.set(title=title, xticks=[], yticks=[])
+
+
 def panels(images: dict[str, Tensor], cmap: str) -> None:
     """Small matrices beside each other, each with 0 in the middle of its colours if they go both ways."""
     _, axes = plt.subplots(1, len(images), figsize=(5.6, 2.2))
@@ -389,6 +410,7 @@ DRAW: tuple[Callable[..., None], ...] = (
     cwd,
     vid,
     fsp,
+    feature_maps,
     symmetric_kl,
     standardize,
     topk_kl,

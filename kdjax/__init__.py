@@ -54,11 +54,15 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"kdjax needs {error.name}: pip install 'kdlosses[jax]'", name=error.name) from error
 
+from kdjax.features.ab import ab_loss
+from kdjax.features.attention_transfer import attention_transfer_loss
 from kdjax.features.cosine import cosine_loss
 from kdjax.features.cwd import cwd_loss
 from kdjax.features.dcn import dcn_loss
+from kdjax.features.factor_transfer import factor_transfer_loss
 from kdjax.features.fsp import fsp_loss
 from kdjax.features.hcl import hcl_loss
+from kdjax.features.nst import nst_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdjax.features.vid import vid_loss
 from kdjax.logits.alpha_beta import alpha_beta_loss
@@ -84,7 +88,9 @@ from kdlosses import __version__ as __version__
 __all__ = [
     "CRCDState",
     "DINOState",
+    "ab_loss",
     "alpha_beta_loss",
+    "attention_transfer_loss",
     "bce_loss",
     "cosine_loss",
     "crcd_init",
@@ -98,6 +104,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "factor_transfer_loss",
     "fsp_loss",
     "hcl_loss",
     "jsd_loss",
@@ -105,6 +112,7 @@ __all__ = [
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "nst_loss",
     "reverse_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",

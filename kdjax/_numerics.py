@@ -303,3 +303,15 @@ def unit(x: Array) -> Array:
     x = x / jnp.where(zero, 1, scale)
     square = jnp.sum(x * x, -1, keepdims=True)
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def unit_pull(x: Array, gradient: Array) -> Array:
+    """The gradient with respect to x, given that with respect to `unit(x)`."""
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
+    zero = scale < jnp.finfo(x.dtype).tiny
+    scaled = x / jnp.where(zero, jnp.inf, scale)
+    square = jnp.sum(scaled * scaled, -1, keepdims=True)
+    length = jnp.where(zero, jnp.inf, jnp.sqrt(jnp.where(zero, 1, square)))
+    direction = scaled / length
+    across = gradient - (gradient * direction).sum(-1, keepdims=True) * direction
+    return across / length / jnp.where(zero, 1, scale)

@@ -54,11 +54,15 @@ except ModuleNotFoundError as error:
 
 from kdlosses import __version__ as __version__
 from kdtorch._rowwise import fuse
+from kdtorch.features.ab import ab_loss
+from kdtorch.features.attention_transfer import attention_transfer_loss
 from kdtorch.features.cosine import cosine_loss
 from kdtorch.features.cwd import cwd_loss
 from kdtorch.features.dcn import dcn_loss
+from kdtorch.features.factor_transfer import factor_transfer_loss
 from kdtorch.features.fsp import fsp_loss
 from kdtorch.features.hcl import hcl_loss
+from kdtorch.features.nst import nst_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
 from kdtorch.features.vid import vid_loss
 from kdtorch.logits.alpha_beta import alpha_beta_loss
@@ -83,7 +87,9 @@ from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_te
 __all__ = [
     "CRCDState",
     "DINOState",
+    "ab_loss",
     "alpha_beta_loss",
+    "attention_transfer_loss",
     "bce_loss",
     "cosine_loss",
     "crcd_init",
@@ -97,6 +103,7 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "factor_transfer_loss",
     "fsp_loss",
     "fuse",
     "hcl_loss",
@@ -105,6 +112,7 @@ __all__ = [
     "make_loss",
     "mse_loss",
     "nkd_loss",
+    "nst_loss",
     "reverse_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",

@@ -73,3 +73,23 @@ def of_products(given: Given) -> tuple[float, float]:
     """Of squares of the products of two maps."""
     size = min(given.largest, 1e75)
     return size**4, size**3
+
+
+def of_unit_maps(given: Given) -> tuple[float, float]:
+    """Of maps that are divided by their largest entry: the gradient is the greater the smaller a map of the student was."""
+    maps = given.inputs.get("student_maps") or [given.inputs["student_map"]]
+    largest = np.concatenate([np.abs(x).reshape(len(x), -1).max(-1) for x in maps])
+    power = max(given.options.get(k, 1.0) for k in ("p", "p1", "p2"))
+    return 1.0, power / min((float(x) for x in largest if x >= given.tiny), default=1.0)
+
+
+def of_unit_channels(given: Given) -> tuple[float, float]:
+    """The same of maps whose channels are divided by their lengths, over the number of channels."""
+    largest = [(float(c), x.shape[1]) for x in given.inputs["student_maps"] for c in np.abs(x).max((2, 3)).ravel()]
+    return 1.0, max((1 / (c * n) for c, n in largest if c >= given.tiny), default=1.0)
+
+
+def of_margins(given: Given) -> tuple[float, float]:
+    """Of the squares of what is left of a margin when an entry is taken off, and of that itself."""
+    size = given.largest + given.options.get("margin", 1.0)
+    return size * min(size, 1e150), size

@@ -32,7 +32,7 @@ PAGES = pathlib.Path(__file__).parent.parent / "docs" / "moving"
 FIGURES = pathlib.Path(__file__).parent / "golden"
 T, C, N, DELTA = 4.0, 7, 4, 0.5
 FACTORS = {"1": 1, "½": 0.5, "δ": DELTA, "1 / C": 1 / C, "1 / T²": 1 / T**2, "1 / (C T²)": 1 / (C * T**2)}
-FACTORS |= {"N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
+FACTORS |= {"3 / 1000": 3 / 1000, "N": N, "α": 0.5, "β": 0.8}  # α and β are those of the figures
 
 rng = np.random.default_rng(0)
 S, TEACHER = rng.normal(size=(2, 5, C))
@@ -63,6 +63,19 @@ WRAPPED = {
     "input": {"is_from_teacher": False, "module_path": "logits", "io": "output"},
     "target": {"is_from_teacher": True, "module_path": "logits", "io": "output"},
 }
+
+
+PAIR = [{side: {"io": "output", "path": str(i)} for side in ("student", "teacher")} for i in range(2)]
+
+
+def boundaries(x, y):
+    """The sum over entries of a map as RepDistiller writes it, mean over the batch, at margin 1."""
+    inactive = (x + 1) ** 2 * ((x > -1) & (y <= 0))
+    return (inactive + (x - 1) ** 2 * ((x <= 1) & (y > 0))).sum() / len(x)
+
+
+def factor(x):
+    return functional.normalize(x.pow(2).mean(1).flatten(1))
 
 
 def distilled(loss, student, teacher, targets=None):
@@ -305,6 +318,14 @@ MOVES = {
             kdtorch.kl_loss(*map(kdtorch.standardize_logits, (s, t)), temperature=T),
         ),
         "`vid_loss(regressor, log_scale, fs, ft, eps)`": lambda: (vid(), kdtorch.vid_loss(*vid_given())),
+        "`at_loss(fs, ft, p)`, p even": lambda: (
+            direct.attention_transfer_loss(student_maps, teacher_maps, p=4),
+            kdtorch.attention_transfer_loss(student_maps, teacher_maps, p=4),
+        ),
+        "`nst_loss(fs, ft)`": lambda: (
+            direct.nst_loss(student_maps, teacher_maps),
+            kdtorch.nst_loss(student_maps, teacher_maps),
+        ),
         "FitNet: `mse_loss` of maps": lambda: (
             functional.mse_loss(student_maps[0], teacher_maps[0]),
             kdtorch.mse_loss(student_maps[0], teacher_maps[0]),
@@ -317,6 +338,24 @@ MOVES = {
         "`FSP(…)(fs, ft)`, summed": lambda: (
             direct.fsp_loss(student_maps, teacher_maps),
             kdtorch.fsp_loss(student_maps, teacher_maps),
+        ),
+        "`sum(Attention(p)(fs, ft))`, p even": lambda: (
+            direct.attention_transfer_loss(student_maps, teacher_maps, p=4),
+            kdtorch.attention_transfer_loss(student_maps, teacher_maps, p=4),
+        ),
+        "`sum(NSTLoss()(fs, ft))`": lambda: (
+            direct.nst_loss(student_maps, teacher_maps),
+            kdtorch.nst_loss(student_maps, teacher_maps),
+        ),
+        "`sum(ABLoss(n)(fs, ft))`": lambda: (
+            3
+            / 1000
+            * sum(w * boundaries(x, y) for w, x, y in zip((0.5, 1.0), student_maps, teacher_maps, strict=True)),
+            kdtorch.ab_loss(student_maps, teacher_maps),
+        ),
+        "`FactorTransfer(p1, p2)(fs, ft)`, p2 1 or even": lambda: (
+            (factor(student_maps[0]) - factor(teacher_maps[0])).abs().mean(),
+            kdtorch.factor_transfer_loss(student_maps[0], teacher_maps[0], p1=2, channel_mean=True),
         ),
         "`CRCDLoss(opt)`, of the fork Lechatelia/CRCD": lambda: (
             direct.crcd_loss(s, t, index, negatives, state)[0],
@@ -368,6 +407,18 @@ MOVES = {
                 {"logits": {"output": teacher_maps[0]}},
             ),
             kdtorch.vid_loss(*vid_given()),
+        ),
+        '`ATLoss`, mode `"code"`, weights 1': lambda: (
+            mid_level.ATLoss({str(i): PAIR[i] for i in range(2)})(
+                *({str(i): {"output": x} for i, x in enumerate(maps)} for maps in (student_maps, teacher_maps))
+            ),
+            kdtorch.attention_transfer_loss(student_maps, teacher_maps),
+        ),
+        "`FTLoss`, p = 1": lambda: (
+            mid_level.FTLoss()(
+                *({name: {"output": x[0]}} for name, x in (("translator", student_maps), ("paraphraser", teacher_maps)))
+            ),
+            kdtorch.factor_transfer_loss(student_maps[0], teacher_maps[0]),
         ),
         "`MSELoss` in a `SimpleLossWrapper`": lambda: (
             distilled(mid_level.SimpleLossWrapper(torch.nn.MSELoss(), **WRAPPED), s, t),

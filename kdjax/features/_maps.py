@@ -58,11 +58,28 @@ def by_channels(x: Array, channel_axis: int) -> jax.Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
+def at_least_one(name: str, value: float) -> float:
+    """A power, which chooses how a loss is computed, and is no array."""
+    if not 1 <= value < np.inf:
+        raise ValueError(f"`{name}` must be finite and at least 1, got {value}")
+    return float(value)
+
+
+def ordered(channel_axis: int, *maps: Array) -> tuple[jax.Array, ...]:
+    """Maps as `[batch, height, width, channels]`."""
+    return tuple(jnp.moveaxis(x, channel_axis, -1) for x in maps)
+
+
+def smaller(x: Array, y: Array) -> tuple[int, int]:
+    """The smaller height and the smaller width of two maps `[batch, height, width, channels]`."""
+    return min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2])
+
+
 def pooled_alike(student_map: Array, teacher_map: Array, channel_axis: int = -1) -> tuple[jax.Array, jax.Array]:
     """Both as `[batch, height, width, channels]`, averaged to the smaller height and to the smaller width."""
-    student, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (student_map, teacher_map))
-    height, width = map(min, student.shape[1:3], teacher.shape[1:3])
-    return pooled(student, height, width), pooled(teacher, height, width)
+    student, teacher = ordered(channel_axis, student_map, teacher_map)
+    size = smaller(student, teacher)
+    return pooled(student, *size), pooled(teacher, *size)
 
 
 def pooled(x: Array, height: int, width: int) -> jax.Array:
@@ -92,3 +109,49 @@ def pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
     position = np.arange(length)
     inside = (position >= start[:, None]) & (position < stop[:, None])
     return (inside / inside.sum(1, keepdims=True)).astype(dtype)
+
+
+def largest_entry(x: Array) -> jax.Array:
+    """Of each example, to divide it by; a constant. Infinite for a map of zeros (or subnormals), which zeros remain of."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2, 3), keepdims=True))
+    return jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest)
+
+
+def power_of_two(x: Array) -> jax.Array:
+    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    return jnp.where(jnp.isinf(x), x, x / (2 * jnp.frexp(x)[0]))
+
+
+def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
+    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+
+    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
+    scale = power_of_two(jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest))
+    x = x / scale
+    square = jnp.sum(x * x, -1, keepdims=True)
+    length = jnp.sqrt(jnp.where(square == 0, 1, square))
+    return x / length, length * scale
+
+
+def across(direction: Array, length: Array, gradient: Array) -> jax.Array:
+    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    return (gradient - (gradient * direction).sum(-1, keepdims=True) * direction) / length
+
+
+def signed_power(x: Array, p: float) -> jax.Array:
+    """|x|^(p - 1) sign(x), and 0 at 0: times x it is |x|^p, and times p the derivative of that."""
+    if p == int(p):
+        power = x ** (int(p) - 1)
+        return power * jnp.sign(x) if p % 2 else power
+    zero = x == 0
+    return jnp.abs(jnp.where(zero, 1, x)) ** (p - 1) * jnp.sign(x)
+
+
+def unless_equal(difference: Array, x: Array, y: Array) -> jax.Array:
+    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
+    if x.shape != y.shape:
+        return jnp.asarray(difference)
+    equal = (x == y).reshape(len(x), -1).all(-1)[:, None]
+    return difference - jax.lax.stop_gradient(jnp.where(equal, difference, 0))

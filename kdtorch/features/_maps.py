@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,11 +57,28 @@ def by_channels(x: Tensor, channel_axis: int) -> Tensor:
     return x.movedim(channel_axis, 1).flatten(2)
 
 
+def at_least_one(name: str, value: float) -> float:
+    """A power, which chooses how a loss is computed, and is no array."""
+    if not 1 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and at least 1, got {value}")
+    return float(value)
+
+
+def ordered(channel_axis: int, *maps: Tensor) -> tuple[Tensor, ...]:
+    """Maps as `[batch, channels, height, width]`."""
+    return tuple(x.movedim(channel_axis, 1) for x in maps)
+
+
+def smaller(x: Tensor, y: Tensor) -> tuple[int, int]:
+    """The smaller height and the smaller width of two maps `[batch, channels, height, width]`."""
+    return min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3])
+
+
 def pooled_alike(student_map: Tensor, teacher_map: Tensor, channel_axis: int = 1) -> tuple[Tensor, Tensor]:
     """Both as `[batch, channels, height, width]`, averaged to the smaller height and to the smaller width."""
-    student, teacher = (x.movedim(channel_axis, 1) for x in (student_map, teacher_map))
-    height, width = map(min, student.shape[2:], teacher.shape[2:])
-    return pooled(student, height, width), pooled(teacher, height, width)
+    student, teacher = ordered(channel_axis, student_map, teacher_map)
+    size = smaller(student, teacher)
+    return pooled(student, *size), pooled(teacher, *size)
 
 
 def pooled(x: Tensor, height: int, width: int) -> Tensor:
@@ -85,3 +103,49 @@ def pooling(bins: int, length: int, like: Tensor) -> Tensor:
     """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
     eye = torch.eye(length, dtype=like.dtype, device=like.device)
     return functional.adaptive_avg_pool1d(eye, bins).T
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """Of each example, to divide it by; a constant. Infinite for a map of zeros (or subnormals), which zeros remain of."""
+    largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
+    return torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    return torch.where(x.isinf(), x, x / (2 * torch.frexp(x).mantissa))
+
+
+def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+
+    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    scale = power_of_two(torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest))
+    x = x / scale
+    square = (x * x).sum(-1, keepdim=True)
+    length = torch.where(square == 0, 1, square).sqrt()
+    return x / length, length * scale
+
+
+def across(direction: Tensor, length: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    return (gradient - (gradient * direction).sum(-1, keepdim=True) * direction) / length
+
+
+def signed_power(x: Tensor, p: float) -> Tensor:
+    """|x|^(p - 1) sign(x), and 0 at 0: times x it is |x|^p, and times p the derivative of that."""
+    if p == int(p):
+        power = x ** (int(p) - 1) if p > 2 else x if p == 2 else torch.ones_like(x)
+        return power * x.sign() if p % 2 else power
+    zero = x == 0
+    return torch.where(zero, 1, x).abs() ** (p - 1) * x.sign()
+
+
+def unless_equal(difference: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
+    if x.shape != y.shape:
+        return difference
+    equal = (x == y).flatten(1).all(-1)[:, None]
+    return difference - torch.where(equal, difference, 0).detach()

@@ -90,3 +90,33 @@ def unit(x: Any) -> Any:
     """x / |x|, or x where that is 0."""
     length = norm(x)
     return np.array([v / length for v in x]) if np.real(length) > 0 else np.array(constant(x))
+
+
+def signed(x: Any, number: Any) -> Any:
+    """A number with the sign of x; 0 where x is 0."""
+    return np.sign(np.real(x)) * number
+
+
+def magnitude(x: Any) -> Any:
+    """|x|, with derivative 0 at 0."""
+    return signed(x, x)
+
+
+def pooled_alike(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two maps [channels, height, width], each averaged to the smaller height and to the smaller width."""
+    rows, columns = min(one.shape[1], other.shape[1]), min(one.shape[2], other.shape[2])
+    return _pooled(one, rows, columns), _pooled(other, rows, columns)
+
+
+def _pooled(x: Any, rows: int, columns: int) -> Any:
+    channels, height, width = x.shape
+    result = np.zeros((channels, rows, columns), x.dtype)
+    for r in range(rows):
+        for q in range(columns):
+            window = x[
+                :,
+                r * height // rows : -(-(r + 1) * height // rows),
+                q * width // columns : -(-(q + 1) * width // columns),
+            ]
+            result[:, r, q] = window.sum((1, 2)) / (window.shape[1] * window.shape[2])
+    return result

@@ -1,0 +1,100 @@
+"""Attention transfer: where in a map the activations are large."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._reduce import reduce
+from kdjax._rowwise import rowwise
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
+from kdjax.features._maps import (
+    across,
+    at_least_one,
+    check_maps,
+    largest_entry,
+    ordered,
+    pooled,
+    signed_power,
+    smaller,
+    spread,
+    unit_and_length,
+    unless_equal,
+)
+
+
+@checked
+def attention_transfer_loss(
+    student_maps: Sequence[Float[Array, "batch _ _ _"]],
+    teacher_maps: Sequence[Float[Array, "batch _ _ _"]],
+    *,
+    p: float = 2,
+    channel_axis: int = -1,
+    where: Bool[Array, "batch"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+) -> jax.Array:
+    r"""Attention transfer: where the student's activations are large, compared with where the teacher's are.
+
+    $$\sum_{\text{maps}}\frac1{HW}\sum_x\big(\hat a_x-\hat b_x\big)^2,\qquad
+    a_x=\frac1C\sum_c|f_{cx}|^p,\quad\hat a=\frac a{\lVert a\rVert}$$
+
+    f is a map of the student, b is made of the teacher's map in the same way. Of a map of zeros â is 0.
+
+    Args:
+        student_maps: maps `[batch, height, width, channels]`, any number of them, of any sizes.
+        teacher_maps: as many, of any sizes and numbers of channels; constant. Two maps of different sizes are averaged
+            first, to the smaller height and to the smaller width.
+        p: p ≥ 1, the power: the larger it is, the more the largest activations count. It chooses how the loss is
+            computed, so it is a number and no array.
+        channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
+        where: `[batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+
+    Returns:
+        A scalar, or `[batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: no maps, numbers of maps that differ, p below 1 or not finite, a channel axis other than 1, 2, 3 or
+            its negative, an unknown reduction.
+        TypeError: maps that are not a list of four-axis floating-point arrays.
+
+    Zagoruyko and Komodakis, *Paying More Attention to Attention*, ICLR 2017, https://arxiv.org/abs/1612.03928. The paper
+    has the norm of the difference, the authors' code the mean of squares, as here.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import attention_transfer_loss
+    >>> s, t = jnp.ones((1, 1, 2, 3)), jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> print(f"{attention_transfer_loss([s], [t]):.4f}")
+    0.2929
+    """
+    check_maps(student_maps, teacher_maps, channel_axis)
+    compare = _attention_transfer(at_least_one("p", p))
+    maps = [
+        compare(*ordered(channel_axis, *both), where=where) for both in zip(student_maps, teacher_maps, strict=True)
+    ]
+    return reduce(jnp.stack(maps).sum(0), where, reduction, axis_name)
+
+
+def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tuple[jax.Array, jax.Array]:
+    """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
+    height, width = smaller(x, y)
+    f, g = pooled(x, height, width), pooled(y, height, width)
+    scale = largest_entry(f)
+    f, g = f / scale, g / largest_entry(g)
+    slope = signed_power(f, p)
+    a, b = ((z * power).mean(-1).reshape(len(z), -1) for z, power in ((f, slope), (g, signed_power(g, p))))
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
+    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
+    gradient = pull * slope * (p / f.shape[-1]) / scale
+    return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
+
+
+@functools.cache
+def _attention_transfer(p: float) -> Callable[..., jax.Array]:
+    return rowwise(functools.partial(attention_transfer_and_gradient, p=p), axes=3)

@@ -1,0 +1,112 @@
+"""Factor transfer: what two networks have made of their maps, compared once both have unit length."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdlosses.settings import whole
+from kdtorch._reduce import reduce
+from kdtorch._rowwise import rowwise
+from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch.features._maps import (
+    across,
+    at_least_one,
+    check_channel_axis,
+    largest_entry,
+    ordered,
+    pooled,
+    power_of_two,
+    signed_power,
+    smaller,
+    spread,
+    unit_and_length,
+    unless_equal,
+)
+
+
+@checked
+def factor_transfer_loss(
+    student_map: Float[Tensor, "batch _ _ _"],
+    teacher_map: Float[Tensor, "batch _ _ _"],
+    *,
+    p1: int = 1,
+    p2: float = 1,
+    channel_mean: bool = False,
+    channel_axis: int = 1,
+    where: Bool[Tensor, "batch"] | None = None,
+    reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""Factor transfer: the student's factor against the teacher's, both of unit length.
+
+    $$\frac1n\sum_k\big|\varphi(s)_k-\varphi(t)_k\big|^{p_2},\qquad
+    \varphi(f)=\frac{f^{p_1}}{\lVert f^{p_1}\rVert}$$
+
+    The power is that of each entry, and the norm that of the whole map of an example, of n entries. With `channel_mean`
+    the mean of the powers over channels takes the place of $f^{p_1}$, and n is the number of positions. Of a map of zeros
+    φ is 0.
+
+    Args:
+        student_map: `[batch, channels, height, width]`, the student's factor: its last map, after a translator.
+        teacher_map: `[batch, channels, height, width]`, the teacher's factor: its last map, after a paraphraser; constant.
+            Maps of different sizes are averaged first, to the smaller height and to the smaller width.
+        p1: a whole number of at least 1, the power of the entries; an odd one keeps their signs. It chooses how the loss
+            is computed, so it is a number and no array.
+        p2: p2 ≥ 1, the power of the differences, whose absolute values count; a number and no array.
+        channel_mean: whether the channels are averaged, whose numbers may then differ.
+        channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
+        where: `[batch]`, False for examples that are left out.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        group: the process group that the batch is spread over.
+
+    Returns:
+        A scalar, or `[batch]` with `reduction="none"`.
+
+    Raises:
+        ValueError: numbers of channels that differ without `channel_mean`, p1 or p2 below 1, a channel axis other than 1,
+            2, 3 or its negative, an unknown reduction.
+        TypeError: maps that are not four-axis floating-point tensors.
+
+    Kim et al., *Paraphrasing Complex Network: Network Compression via Factor Transfer*, NeurIPS 2018,
+    https://arxiv.org/abs/1802.04977. The paraphraser and the translator are networks of your own.
+
+    >>> import torch
+    >>> from kdtorch import factor_transfer_loss
+    >>> s, t = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
+    >>> print(f"{factor_transfer_loss(s.reshape(1, 1, 1, 2), t.reshape(1, 1, 1, 2)):.4f}")
+    0.6000
+    """
+    check_channel_axis(channel_axis)
+    whole(1, p1=p1)
+    student_map, teacher_map = ordered(channel_axis, student_map, teacher_map)
+    channels = student_map.shape[1], teacher_map.shape[1]
+    if channels[0] != channels[1] and not channel_mean:
+        raise ValueError(
+            "`student_map` and `teacher_map` must have the same number of channels, got "
+            f"{channels[0]} and {channels[1]}; project the student's map, as a 1×1 convolution does, or compare the means over channels by "
+            "`channel_mean=True`"
+        )
+    settings = p1, at_least_one("p2", p2), channel_mean
+    values = _factor_transfer(student_map, teacher_map, *settings, where=where)
+    return reduce(values, where, reduction, group)
+
+
+def factor_transfer_and_gradient(x: Tensor, y: Tensor, p1: int, p2: float, channel_mean: bool) -> tuple[Tensor, Tensor]:
+    """The mean of |a/|a| - b/|b||^p2, a and b made of x^p1 and y^p1, and its gradient."""
+    height, width = smaller(x, y)
+    f, g = pooled(x, height, width), pooled(y, height, width)
+    scale, other_scale = largest_entry(f), largest_entry(g)
+    if p1 < 32:  # the powers of entries below 2 are within float32
+        scale, other_scale = power_of_two(scale), power_of_two(other_scale)
+    f, g = f / scale, g / other_scale
+    a, b = (z.mean(1, keepdim=True) if channel_mean else z for z in (f**p1, g**p1))
+    shape, a, b = a.shape, a.flatten(1), b.flatten(1)
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless_equal(direction - other, x, y)
+    slope = signed_power(difference, p2)
+    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
+    gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[1] if channel_mean else 1)) / scale
+    return (slope * difference).mean(-1), spread(gradient, *x.shape[2:])
+
+
+_factor_transfer = rowwise(factor_transfer_and_gradient, axes=3)
