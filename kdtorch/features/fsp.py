@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kdtorch._numerics import promote, with_gradients
 from kdtorch._reduce import reduce, zeroed
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
-from kdtorch.features._maps import check_maps, pooled_alike, spread
+from kdtorch.features._maps import check_maps, smaller, spread
 
 
 @checked
@@ -92,7 +93,7 @@ def flow_and_gradients(f: Tensor, g: Tensor, h: Tensor, k: Tensor) -> tuple[Tens
         first, second = torch.where(near, f - h, f), torch.where(near, g - k, -k)
     f, g, h = f / one, g / other, h / one
     difference = _products(first / one, g) + _products(h, second / other)
-    small, narrow = pooled_alike(f, g)
+    small, narrow = _pooled_alike(f, g)
     weight = difference * (2 / math.prod((*difference.shape[1:], *small.shape[2:])))
     of_f = spread((weight @ narrow.flatten(2)).view(small.shape), *f.shape[2:])
     of_g = spread((weight.mT @ small.flatten(2)).view(narrow.shape), *g.shape[2:])
@@ -112,8 +113,15 @@ def _largest(x: Tensor) -> Tensor:
 
 def _products(f: Tensor, g: Tensor) -> Tensor:
     """G(f, g): the mean over positions of the products of all channels, `[batch, channels, channels]`."""
-    f, g = pooled_alike(f, g)
+    f, g = _pooled_alike(f, g)
     return f.flatten(2) @ g.flatten(2).mT / (f.shape[2] * f.shape[3])
+
+
+def _pooled_alike(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """As `pooled_alike`, by sums that are divided once: large entries of either sign leave nothing where they cancel."""
+    size = smaller(f, g)
+    f, g = (x if x.shape[2:] == size else functional.adaptive_avg_pool2d(x, size) for x in (f, g))
+    return f, g
 
 
 def _flow(f: Tensor, g: Tensor, h: Tensor, k: Tensor, where: Tensor | None) -> Tensor:
