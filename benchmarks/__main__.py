@@ -102,10 +102,15 @@ def tables(rows: list[dict[str, Any]], forms: Sequence[str], width: int) -> list
     times, memories = (
         Table(title=x, title_justify="left", show_lines=narrow, padding=(0, int(not narrow))) for x in titles
     )
+    longest = max(len(word) for row in rows for word in row["workload"].split())
     for table, headings in ((times, ("workload", "floor", *forms)), (memories, ("workload", *forms))):
         for heading in headings:
+            first = heading == "workload"
             table.add_column(
-                heading.replace("-", " "), justify="left" if heading == "workload" else "right", overflow="fold"
+                heading.replace("-", " "),
+                justify="left" if first else "right",
+                overflow="fold",
+                min_width=longest if first else None,
             )
     for row in rows:
         seconds, memory = row["seconds"], row.get("memory", {})

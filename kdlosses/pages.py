@@ -28,7 +28,7 @@ from rich.text import Text
 
 from kdlosses.formulas import unicode
 
-_PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
+_PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: and [A-Z]\w+| et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
 # what each package needs, and what brings it
 _NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("torch",), "kdlosses[torch]")}
 
@@ -75,8 +75,8 @@ class Public(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether it begins with the student."""
-        return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith("student")
+        """Whether it begins with the student, or with what is predicted from it."""
+        return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith(("student", "predicted"))
 
 
 def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None = None) -> int:
@@ -180,7 +180,7 @@ def _missing(package: str) -> str:
 
 
 def losses(package: ModuleType) -> dict[str, Callable[..., Any]]:
-    """The losses among the public names: what begins with the student."""
+    """The losses among the public names: what begins with the student, or with what is predicted from it."""
     return {name: getattr(package, name) for name, x in public(package.__name__).items() if x.is_loss}
 
 
@@ -229,7 +229,7 @@ def _table(
     table.add_column("loss", no_wrap=True)
     table.add_column("what it compares")
     table.add_column("needs", no_wrap=True)
-    table.add_column("paper", min_width=17)
+    table.add_column("paper", min_width=13 if packages else 17)
     if packages:
         table.add_column("in", no_wrap=True)
     for _, folder in itertools.groupby(sorted(losses, key=lambda x: x.folder), lambda x: x.folder):

@@ -199,6 +199,43 @@ MISTAKES = {
         r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; bring both to one order of the axes, and say where the "
         "channels are by `channel_axis`$",
     ),
+    "shapes of maps that need a projection": (
+        call("ab_loss", [MAP], [MAP[..., :2]]),
+        ValueError,
+        r"`student_maps\[0\]` and `teacher_maps\[0\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; "
+        "project the student's maps to the teacher's shapes, as a 1×1 convolution does for channels$",
+    ),
+    "channels of factors": (
+        call("factor_transfer_loss", MAP, MAP[..., :2], channel_axis=-1),
+        ValueError,
+        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; project the student's map, "
+        "as a 1×1 convolution does, or compare the means over channels by `channel_mean=True`$",
+    ),
+    "a list of maps for one": (
+        call("factor_transfer_loss", [MAP], [MAP]),
+        TypeError,
+        "`student_map` must be Float",
+    ),
+    "a power below 1": (
+        call("attention_transfer_loss", [MAP], [MAP], p=0.5),
+        ValueError,
+        "`p` must be finite and at least 1, got 0.5$",
+    ),
+    "a power of 0": (
+        call("factor_transfer_loss", MAP, MAP, p1=0),
+        ValueError,
+        "`p1` must be a whole number of at least 1, got 0$",
+    ),
+    "an infinite power": (
+        call("factor_transfer_loss", MAP, MAP, p2=float("inf")),
+        ValueError,
+        "`p2` must be finite and at least 1, got inf$",
+    ),
+    "no margin": (
+        call("ab_loss", [MAP], [MAP], margin=0.0),
+        ValueError,
+        "`margin` must be finite and greater than 0, got 0.0$",
+    ),
     "a flat map": (
         call("hcl_loss", [LOGITS], [LOGITS]),
         TypeError,

@@ -376,7 +376,7 @@ FOUNDING = [
 def numeric_settings(name):
     """The settings of a name that are numbers."""
     term = {**by_function(kdjax, PUBLISHED, {}), **PUBLISHED}[name]
-    return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float)]
+    return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float) or p.annotation == "float"]
 
 
 @pytest.mark.parametrize("name", [*FOUNDING, *PUBLIC])
@@ -394,7 +394,8 @@ def test_every_setting_is_checked_where_the_loss_is_built(name):
                 said.append(str(raised.value))
             assert said[0] == said[1]
         for f in BOTH:
-            for right in (0.5, np.float32(0.5)):
+            least = 1.5 if setting in ("p", "p2") else 0.5  # powers are at least 1
+            for right in (least, np.float32(least)):
                 f.kd.make_loss(configuration(f"kd-{name}", KD_LOSS_ARGS={name: {setting: right}}), CLASSES, 20)
 
 

@@ -149,9 +149,12 @@ def signed_power(x: Array, p: float) -> jax.Array:
     return jnp.abs(jnp.where(zero, 1, x)) ** (p - 1) * jnp.sign(x)
 
 
-def unless_equal(difference: Array, x: Array, y: Array) -> jax.Array:
-    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
-    if x.shape != y.shape:
-        return jnp.asarray(difference)
-    equal = (x == y).reshape(len(x), -1).all(-1)[:, None]
+def are_equal(x: Array, y: Array) -> jax.Array:
+    """`[batch]`: whether the maps of an example are the same."""
+    return (x == y).all((1, 2, 3)) if x.shape == y.shape else jnp.zeros(len(x), bool)
+
+
+def unless(equal: Array, difference: Array) -> jax.Array:
+    """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))
     return difference - jax.lax.stop_gradient(jnp.where(equal, difference, 0))

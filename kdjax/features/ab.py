@@ -56,8 +56,8 @@ def ab_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import ab_loss
-    >>> s, t = jnp.array([0.5, 0.5, 2.0, -2.0]), jnp.array([1.0, -1.0, 1.0, -1.0])
-    >>> print(f"{ab_loss([s.reshape(1, 2, 2, 1)], [t.reshape(1, 2, 2, 1)]):.4f}")
+    >>> s, t = jnp.array([[[[0.5], [0.5]]]]), jnp.array([[[[2.0], [-2.0]]]])
+    >>> print(f"{ab_loss([s], [t]):.4f}")
     2.5000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
@@ -70,7 +70,7 @@ def ab_loss(
 
 def ab_and_gradient(x: jax.Array, y: jax.Array, margin: Scalar) -> tuple[jax.Array, jax.Array]:
     """The sum of max(0, margin - sign x)^2, where the sign is 1 for y > 0 and else -1, and its gradient."""
-    sign = jnp.where(jnp.isnan(y), y, jnp.where(y > 0, 1, -1))
+    sign = jnp.where(y > 0, 1, jnp.where(jnp.isnan(y), y, -1))
     missing = margin - sign * x
     missing = jnp.where(missing <= 0, 0, missing)
     return jnp.square(missing).sum((1, 2, 3)), -2 * sign * missing

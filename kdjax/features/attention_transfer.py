@@ -13,6 +13,7 @@ from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import (
     across,
+    are_equal,
     at_least_one,
     check_maps,
     largest_entry,
@@ -22,7 +23,7 @@ from kdjax.features._maps import (
     smaller,
     spread,
     unit_and_length,
-    unless_equal,
+    unless,
 )
 
 
@@ -68,7 +69,7 @@ def attention_transfer_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import attention_transfer_loss
-    >>> s, t = jnp.ones((1, 1, 2, 3)), jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1)
+    >>> s, t = jnp.ones((1, 1, 2, 3)), jnp.array([[[[1.0], [0.0]]]])
     >>> print(f"{attention_transfer_loss([s], [t]):.4f}")
     0.2929
     """
@@ -87,9 +88,9 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
     scale = largest_entry(f)
     f, g = f / scale, g / largest_entry(g)
     slope = signed_power(f, p)
-    a, b = ((z * power).mean(-1).reshape(len(z), -1) for z, power in ((f, slope), (g, signed_power(g, p))))
+    a, b = ((z * power).mean(-1).reshape(len(z), height * width) for z, power in ((f, slope), (g, signed_power(g, p))))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless_equal(direction - other, x, y)
+    difference = unless(are_equal(x, y), direction - other)
     pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
     gradient = pull * slope * (p / f.shape[-1]) / scale
     return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import (
     across,
+    are_equal,
     at_least_one,
     check_channel_axis,
     largest_entry,
@@ -22,7 +24,7 @@ from kdjax.features._maps import (
     smaller,
     spread,
     unit_and_length,
-    unless_equal,
+    unless,
 )
 from kdlosses.settings import whole
 
@@ -75,8 +77,8 @@ def factor_transfer_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import factor_transfer_loss
-    >>> s, t = jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])
-    >>> print(f"{factor_transfer_loss(s.reshape(1, 1, 2, 1), t.reshape(1, 1, 2, 1)):.4f}")
+    >>> s, t = jnp.array([[[[3.0], [4.0]]]]), jnp.array([[[[1.0], [0.0]]]])
+    >>> print(f"{factor_transfer_loss(s, t):.4f}")
     0.6000
     """
     check_channel_axis(channel_axis)
@@ -104,9 +106,10 @@ def factor_transfer_and_gradient(
         scale, other_scale = power_of_two(scale), power_of_two(other_scale)
     f, g = f / scale, g / other_scale
     a, b = (z.mean(-1, keepdims=True) if channel_mean else z for z in (f**p1, g**p1))
-    shape, a, b = a.shape, a.reshape(len(a), -1), b.reshape(len(b), -1)
+    shape, number = a.shape, math.prod(a.shape[1:])
+    a, b = (z.reshape(len(z), number) for z in (a, b))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless_equal(direction - other, x, y)
+    difference = unless(are_equal(x, y), direction - other)
     slope = signed_power(difference, p2)
     pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[-1] if channel_mean else 1)) / scale

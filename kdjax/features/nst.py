@@ -12,7 +12,17 @@ from kdjax._numerics import HIGHEST
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.features._maps import across, check_maps, ordered, pooled, smaller, spread, unit_and_length
+from kdjax.features._maps import (
+    across,
+    are_equal,
+    check_maps,
+    ordered,
+    pooled,
+    smaller,
+    spread,
+    unit_and_length,
+    unless,
+)
 
 
 @checked
@@ -55,8 +65,8 @@ def nst_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import nst_loss
-    >>> s, t = jnp.array([1.0, 0.0]), jnp.array([0.0, 3.0])
-    >>> print(f"{nst_loss([s.reshape(1, 1, 2, 1)], [t.reshape(1, 1, 2, 1)]):.4f}")
+    >>> s, t = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [3.0]]]])
+    >>> print(f"{nst_loss([s], [t]):.4f}")
     2.0000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
@@ -67,15 +77,17 @@ def nst_loss(
 def nst_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
     height, width = smaller(x, y)
-    f, g = (jnp.moveaxis(pooled(z, height, width).reshape(len(z), height * width, -1), 2, 1) for z in (x, y))
+    f, g = (jnp.moveaxis(pooled(z, height, width).reshape(len(z), height * width, z.shape[-1]), 2, 1) for z in (x, y))
     (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)
     root = math.sqrt(f.shape[1])
-    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]))
-    gradient = jnp.moveaxis(across(direction, length, pull * (4 / root)), 1, 2).reshape(len(f), height, width, -1)
+    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]), are_equal(x, y))
+    gradient = jnp.moveaxis(across(direction, length, pull * (4 / root)), 1, 2).reshape(
+        len(f), height, width, f.shape[1]
+    )
     return value, spread(gradient, *x.shape[1:3])
 
 
-def _products(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _products(u: jax.Array, v: jax.Array, equal: jax.Array) -> tuple[jax.Array, jax.Array]:
     """|M|^2 and M u, where M = u' u - v' v, for u and v `[batch, channels, positions]`.
 
     A block of rows of M at a time, of which each is about as large as u where positions are many.
@@ -90,7 +102,7 @@ def _products(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         m, less = (
             jnp.einsum("bcr,bcn->brn", part, x, precision=HIGHEST) for part, x in zip(parts, (u, v), strict=True)
         )
-        m = m - less
+        m = unless(equal, m - less)
         return jnp.square(m).sum((1, 2)), jnp.einsum("brn,bcn->bcr", m, u, precision=HIGHEST)
 
     long_u, long_v = (jnp.pad(x, ((0, 0), (0, 0), (0, number * size - positions))) for x in (u, v))

@@ -143,9 +143,12 @@ def signed_power(x: Tensor, p: float) -> Tensor:
     return torch.where(zero, 1, x).abs() ** (p - 1) * x.sign()
 
 
-def unless_equal(difference: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The difference of what was made of two maps, `[batch, n]`: 0 where these are equal, whose rounding may be another."""
-    if x.shape != y.shape:
-        return difference
-    equal = (x == y).flatten(1).all(-1)[:, None]
+def are_equal(x: Tensor, y: Tensor) -> Tensor:
+    """`[batch]`: whether the maps of an example are the same."""
+    return (x == y).flatten(1).all(1) if x.shape == y.shape else x.new_zeros(len(x), dtype=torch.bool)
+
+
+def unless(equal: Tensor, difference: Tensor) -> Tensor:
+    """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))
     return difference - torch.where(equal, difference, 0).detach()

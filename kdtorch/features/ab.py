@@ -56,8 +56,8 @@ def ab_loss(
 
     >>> import torch
     >>> from kdtorch import ab_loss
-    >>> s, t = torch.tensor([0.5, 0.5, 2.0, -2.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    >>> print(f"{ab_loss([s.reshape(1, 1, 2, 2)], [t.reshape(1, 1, 2, 2)]):.4f}")
+    >>> s, t = torch.tensor([[[[0.5, 0.5]]]]), torch.tensor([[[[2.0, -2.0]]]])
+    >>> print(f"{ab_loss([s], [t]):.4f}")
     2.5000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
@@ -70,7 +70,7 @@ def ab_loss(
 
 def ab_and_gradient(x: Tensor, y: Tensor, margin: Scalar) -> tuple[Tensor, Tensor]:
     """The sum of max(0, margin - sign x)^2, where the sign is 1 for y > 0 and else -1, and its gradient."""
-    sign = torch.where(y.isnan(), y, torch.where(y > 0, 1, -1))
+    sign = torch.where(y > 0, 1, torch.where(y.isnan(), y, -1))
     missing = margin - sign * x
     missing = torch.where(missing <= 0, 0, missing)
     return missing.square().sum((1, 2, 3)), -2 * sign * missing

@@ -12,6 +12,7 @@ from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import (
     across,
+    are_equal,
     at_least_one,
     check_maps,
     largest_entry,
@@ -21,7 +22,7 @@ from kdtorch.features._maps import (
     smaller,
     spread,
     unit_and_length,
-    unless_equal,
+    unless,
 )
 
 
@@ -67,7 +68,7 @@ def attention_transfer_loss(
 
     >>> import torch
     >>> from kdtorch import attention_transfer_loss
-    >>> s, t = torch.ones((1, 3, 1, 2)), torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> s, t = torch.ones((1, 3, 1, 2)), torch.tensor([[[[1.0, 0.0]]]])
     >>> print(f"{attention_transfer_loss([s], [t]):.4f}")
     0.2929
     """
@@ -89,7 +90,7 @@ def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Ten
     slope = signed_power(f, p)
     a, b = ((z * power).mean(1).flatten(1) for z, power in ((f, slope), (g, signed_power(g, p))))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless_equal(direction - other, x, y)
+    difference = unless(are_equal(x, y), direction - other)
     pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), 1, height, width)
     gradient = pull * slope * (p / f.shape[1]) / scale
     return difference.square().mean(-1), spread(gradient, *x.shape[2:])

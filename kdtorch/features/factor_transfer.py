@@ -10,6 +10,7 @@ from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import (
     across,
+    are_equal,
     at_least_one,
     check_channel_axis,
     largest_entry,
@@ -20,7 +21,7 @@ from kdtorch.features._maps import (
     smaller,
     spread,
     unit_and_length,
-    unless_equal,
+    unless,
 )
 
 
@@ -72,8 +73,8 @@ def factor_transfer_loss(
 
     >>> import torch
     >>> from kdtorch import factor_transfer_loss
-    >>> s, t = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
-    >>> print(f"{factor_transfer_loss(s.reshape(1, 1, 1, 2), t.reshape(1, 1, 1, 2)):.4f}")
+    >>> s, t = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    >>> print(f"{factor_transfer_loss(s, t):.4f}")
     0.6000
     """
     check_channel_axis(channel_axis)
@@ -102,7 +103,7 @@ def factor_transfer_and_gradient(x: Tensor, y: Tensor, p1: int, p2: float, chann
     a, b = (z.mean(1, keepdim=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless_equal(direction - other, x, y)
+    difference = unless(are_equal(x, y), direction - other)
     slope = signed_power(difference, p2)
     pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[1] if channel_mean else 1)) / scale

@@ -11,7 +11,17 @@ from torch import Tensor
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
-from kdtorch.features._maps import across, check_maps, ordered, pooled, smaller, spread, unit_and_length
+from kdtorch.features._maps import (
+    across,
+    are_equal,
+    check_maps,
+    ordered,
+    pooled,
+    smaller,
+    spread,
+    unit_and_length,
+    unless,
+)
 
 
 @checked
@@ -54,8 +64,8 @@ def nst_loss(
 
     >>> import torch
     >>> from kdtorch import nst_loss
-    >>> s, t = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])
-    >>> print(f"{nst_loss([s.reshape(1, 1, 1, 2)], [t.reshape(1, 1, 1, 2)]):.4f}")
+    >>> s, t = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 3.0]]]])
+    >>> print(f"{nst_loss([s], [t]):.4f}")
     2.0000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
@@ -69,12 +79,12 @@ def nst_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     f, g = (pooled(z, height, width).flatten(2) for z in (x, y))
     (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)
     root = math.sqrt(f.shape[1])
-    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]))
+    value, pull = _products(direction / root, other / math.sqrt(g.shape[1]), are_equal(x, y))
     gradient = across(direction, length, pull * (4 / root)).unflatten(2, (height, width))
     return value, spread(gradient, *x.shape[2:])
 
 
-def _products(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _products(u: Tensor, v: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
     """|M|^2 and M u, where M = u' u - v' v, for u and v `[batch, channels, positions]`.
 
     A block of rows of M at a time, of which each is about as large as u where positions are many.
@@ -85,7 +95,7 @@ def _products(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     def block(start: int) -> tuple[Tensor, Tensor]:
         m, less = (x[:, :, start : start + size].mT @ x for x in (u, v))
-        m = m - less
+        m = unless(equal, m - less)
         return m.square().sum((1, 2)), u @ m.mT
 
     values, parts = zip(*(block(i * size) for i in range(number)), strict=True)

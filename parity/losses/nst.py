@@ -36,7 +36,7 @@ ROWS = (
         divergence=True,
         other_maps=((4, 7, 3), (3, 2, 4)),
         rounding=scales.of_unit_channels,
-        memory=Memory(jax=4, torch=8),
+        memory=Memory(jax=6, torch=8, sizes={"maps": ((64, 12, 12),)}),
         benchmarks=(Benchmark("32x256x14x14", Sizes((32,), maps=((256, 14, 14),)), torch=10.0, jax=10.0, memory=0.05),),
     ),
 )
