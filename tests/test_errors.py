@@ -203,13 +203,13 @@ MISTAKES = {
         call("ab_loss", [MAP], [MAP[..., :2]]),
         ValueError,
         r"`student_maps\[0\]` and `teacher_maps\[0\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; "
-        "project the student's maps to the teacher's shapes, as a 1×1 convolution does for channels$",
+        "`Projector` in `nn` brings a student.s map to the teacher.s channels; resize it to the same height and width$",
     ),
     "channels of factors": (
         call("factor_transfer_loss", MAP, MAP[..., :2], channel_axis=-1),
         ValueError,
         "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; project the student's map, "
-        "as a 1×1 convolution does, or compare the means over channels by `channel_mean=True`$",
+        "by `Projector` in `nn`, or compare the means over channels by `channel_mean=True`$",
     ),
     "a list of maps for one": (
         call("factor_transfer_loss", [MAP], [MAP]),
