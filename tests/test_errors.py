@@ -208,7 +208,7 @@ MISTAKES = {
     "channels of factors": (
         call("factor_transfer_loss", MAP, MAP[..., :2], channel_axis=-1),
         ValueError,
-        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; project the student's map, "
+        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; bring the student's map to the teacher's channels "
         "by `Projector` in `nn`, or compare the means over channels by `channel_mean=True`$",
     ),
     "a list of maps for one": (
