@@ -54,8 +54,8 @@ def cwd_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import cwd_loss
-    >>> s, t = jnp.arange(8.0).reshape(1, 2, 2, 2), jnp.ones((1, 2, 2, 2))
-    >>> print(f"{cwd_loss(s, t, temperature=2.0):.4f}")
+    >>> s = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    >>> print(f"{cwd_loss(s, jnp.ones_like(s), temperature=2.0):.4f}")
     2.2153
     """
     check_channel_axis(channel_axis)

@@ -53,8 +53,8 @@ def cwd_loss(
 
     >>> import torch
     >>> from kdtorch import cwd_loss
-    >>> s, t = torch.arange(8.0).reshape(1, 2, 2, 2).movedim(-1, 1), torch.ones((1, 2, 2, 2))
-    >>> print(f"{cwd_loss(s, t, temperature=2.0):.4f}")
+    >>> s = torch.arange(8.0).reshape(1, 2, 2, 2).movedim(-1, 1)
+    >>> print(f"{cwd_loss(s, torch.ones_like(s), temperature=2.0):.4f}")
     2.2153
     """
     check_channel_axis(channel_axis)

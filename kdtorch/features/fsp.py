@@ -57,8 +57,8 @@ def fsp_loss(
 
     >>> import torch
     >>> from kdtorch import fsp_loss
-    >>> s, t = [torch.ones((1, 2, 4, 4)), torch.ones((1, 3, 2, 2))], [torch.zeros((1, 2, 4, 4)), torch.zeros((1, 3, 2, 2))]
-    >>> print(f"{fsp_loss(s, t):.4f}")
+    >>> s = [torch.ones((1, 2, 4, 4)), torch.ones((1, 3, 2, 2))]
+    >>> print(f"{fsp_loss(s, [0 * x for x in s]):.4f}")
     1.0000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
@@ -74,7 +74,7 @@ def fsp_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
-    (student, teacher) = ([x.movedim(channel_axis, 1) for x in maps] for maps in (student_maps, teacher_maps))
+    student, teacher = ([x.movedim(channel_axis, 1) for x in maps] for maps in (student_maps, teacher_maps))
     pairs = [_flow(*student[i : i + 2], *teacher[i : i + 2], where) for i in range(len(student) - 1)]
     return reduce(torch.stack(pairs).sum(0), where, reduction, group)
 
