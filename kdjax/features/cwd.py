@@ -56,7 +56,7 @@ def cwd_loss(
     >>> from kdjax import cwd_loss
     >>> s = jnp.arange(8.0).reshape(1, 2, 2, 2)
     >>> print(f"{cwd_loss(s, jnp.ones_like(s), temperature=2.0):.4f}")
-    2.2153
+    2.2156
     """
     check_channel_axis(channel_axis)
     check_shape("student_map", student_map, "teacher_map", teacher_map, PROJECTOR)
