@@ -1,4 +1,4 @@
-"""Feature maps of Flax NNX models that cannot be edited: a layer that sows what it puts out, in the place of another.
+"""Feature maps of Flax NNX models that cannot be edited: `nnx.capture` sows the outputs of all methods.
 
     python examples/recipes/features_nnx.py
 
@@ -15,28 +15,10 @@ from kdjax import attention_transfer_loss, cwd_loss, mse_loss
 from kdjax.nn import Projector
 
 
-class Tap(nnx.Module):
-    """A part of a model that also keeps what it puts out, until `nnx.pop` takes it away."""
-
-    def __init__(self, part):
-        self.part = part
-
-    def __call__(self, x):
-        output = self.part(x)
-        self.sow(nnx.Intermediate, "output", output)
-        return output
-
-
-def tap(model, *names):
-    for name in names:
-        setattr(model, name, Tap(getattr(model, name)))
-
-
 def maps_of(model, images):
-    """The logits, and the maps that the model's parts have sown."""
-    logits = model(images).logits
-    sown = nnx.pop(model, nnx.Intermediate)
-    return logits, [nnx.relu(sown[name]["output"][0]) for name in ("conv1", "conv2")]  # sown before the activation
+    """The logits, and the maps that the model's layers put out, here before the activation."""
+    output, sown = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(images)
+    return output.logits, [nnx.relu(sown[name]["__call__"][0]) for name in ("conv1", "conv2")]
 
 
 taught = teacher("jax")  # maps of 8 and 16 channels
@@ -45,8 +27,6 @@ model = nnx.Dict(
     student=Net((4, 6), 20, 10, rngs=rngs),  # somebody's network; its convolutions have 4 and 6 channels
     project=nnx.List(Projector(a, b, rngs=rngs) for a, b in zip((4, 6), SETTING.teacher[0], strict=True)),
 )
-tap(taught, "conv1", "conv2")
-tap(model.student, "conv1", "conv2")
 optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
 

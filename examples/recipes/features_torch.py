@@ -32,7 +32,7 @@ def cut(model, *names):
     """A model of the same weights that returns what these nodes of its graph compute, and nothing beyond."""
     traced = fx.symbolic_trace(model)  # print(traced.graph) shows the names
     nodes = {node.name: node for node in traced.graph.nodes}
-    traced.graph.erase_node(nodes["output"])
+    traced.graph.erase_node(next(node for node in traced.graph.nodes if node.op == "output"))
     traced.graph.output([nodes[name] for name in names])
     traced.graph.eliminate_dead_code()
     traced.recompile()
