@@ -21,7 +21,7 @@ from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
 from kdjax.nn import CombinedLoss, CRCDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, USKDLoss
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
-from kdlosses.config import READS, Term, by_function, example, parameters, read, refused
+from kdlosses.config import READS, Source, Term, by_function, example, parameters, read, refused
 
 
 def _teacher_class(inputs: Mapping[str, Any]) -> Array:
@@ -87,7 +87,7 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
 }
 
 # what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
-MAPS = {
+MAPS: dict[str, Source] = {
     "teacher_maps": _last_teacher_maps,
     "student_map": _last_student_map,
     "teacher_map": _last_teacher_map,
@@ -145,7 +145,7 @@ def make_loss(
     """
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
-    functions = by_function(kdjax, PUBLISHED, READS | MAPS)
+    functions = by_function(kdjax, PUBLISHED, {**READS, **MAPS})
     numbers = {"num_classes": num_classes, "num_data": num_data}
     wanted, weights = read(config, CONVENTIONS[conventions], functions, numbers)
     rngs = nnx.Rngs(0) if rngs is None else rngs

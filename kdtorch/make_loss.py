@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kdtorch
-from kdlosses.config import READS, Term, by_function, example, parameters, read, refused
+from kdlosses.config import READS, Source, Term, by_function, example, parameters, read, refused
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
@@ -85,7 +85,7 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
 }
 
 # what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
-MAPS = {
+MAPS: dict[str, Source] = {
     "teacher_maps": _last_teacher_maps,
     "student_map": _last_student_map,
     "teacher_map": _last_teacher_map,
@@ -143,7 +143,7 @@ def make_loss(
     """
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
-    functions = by_function(kdtorch, PUBLISHED, READS | MAPS)
+    functions = by_function(kdtorch, PUBLISHED, {**READS, **MAPS})
     numbers = {"num_classes": num_classes, "num_data": num_data}
     wanted, weights = read(config, CONVENTIONS[conventions], functions, numbers)
     losses: dict[str, Any] = {}

@@ -50,7 +50,7 @@ def objective(weights, images, labels, theirs):
     first, second = nnx.merge(graph, weights["project"])
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     terms = {
-        "attention": 1000 * attention_transfer_loss(ours, theirs),
+        "attention": 100 * attention_transfer_loss(ours, theirs),
         "cwd": cwd_loss(second(ours[1]), theirs[1], temperature=2.0),
         "mse": mse_loss(first(ours[0]), theirs[0]),
     }

@@ -36,7 +36,7 @@ def step(model, optimizer, images, labels, theirs):
         logits, ours = maps_of(model.student, images)
         hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         terms = {
-            "attention": 1000 * attention_transfer_loss(ours, theirs),
+            "attention": 100 * attention_transfer_loss(ours, theirs),
             "cwd": cwd_loss(model.project[1](ours[1]), theirs[1], temperature=2.0),
             "mse": mse_loss(model.project[0](ours[0]), theirs[0]),
         }

@@ -55,7 +55,7 @@ for _ in range(6):
         logits = student(images).logits
         ours = [maps[name].relu() for name in ("conv1", "conv2")]  # a hook sees what is before the activation
         terms = {
-            "attention": 1000 * attention_transfer_loss(ours, theirs),
+            "attention": 100 * attention_transfer_loss(ours, theirs),
             "cwd": cwd_loss(project[1](ours[1]), theirs[1], temperature=2.0),
             "mse": mse_loss(project[0](ours[0]).movedim(1, -1), theirs[0].movedim(1, -1)),
         }

@@ -12,7 +12,7 @@ from kdjax._numerics import HIGHEST, promote
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
-from kdjax.features._maps import check_maps, pooled_alike, spread
+from kdjax.features._maps import check_maps, ordered, pooled_alike, spread
 
 
 @checked
@@ -74,8 +74,8 @@ def fsp_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
-    student, teacher = ([jnp.moveaxis(x, channel_axis, -1) for x in maps] for maps in (student_maps, teacher_maps))
-    pairs = [_flow(*student[i : i + 2], *teacher[i : i + 2], where) for i in range(len(student) - 1)]
+    s, t = (ordered(channel_axis, *maps) for maps in (student_maps, teacher_maps))
+    pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where) for i in range(len(s) - 1)]
     return reduce(jnp.stack(pairs).sum(0), where, reduction, axis_name)
 
 
@@ -99,7 +99,9 @@ def flow_and_gradients(
     weight = difference * (2 / math.prod((*difference.shape[1:], *small.shape[1:3])))
     of_f = spread(jnp.einsum("bcd,bhwd->bhwc", weight, narrow, precision=HIGHEST), *f.shape[1:3])
     of_g = spread(jnp.einsum("bcd,bhwc->bhwd", weight, small, precision=HIGHEST), *g.shape[1:3])
-    value = jnp.square(difference * one[..., 0] * other[..., 0]).mean((1, 2))
+    value = jnp.square(difference).mean((1, 2))
+    for size in (one, other, one, other):
+        value = value * size[:, 0, 0, 0]
     return value, of_f * other * one * other, of_g * one * other * one
 
 
@@ -132,9 +134,9 @@ def _flow(f: Array, g: Array, h: Array, k: Array, where: Array | None) -> jax.Ar
 
 def _joined(f: Array, g: Array) -> jax.Array:
     f, g = (f, g) if f.dtype == g.dtype else promote(f, g)
-    return jnp.concatenate([x.reshape(len(x), math.prod(x.shape[1:])) for x in (f, g)], 1)
+    return jnp.concatenate([x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in (f, g)], 1)
 
 
 def _split(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     parts = jnp.split(x, [math.prod(shapes[0])], 1)
-    return [part.reshape(len(x), *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [part.reshape(x.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True)]

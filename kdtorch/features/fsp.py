@@ -12,7 +12,7 @@ from torch.nn import functional
 from kdtorch._numerics import promote, with_gradients
 from kdtorch._reduce import reduce, zeroed
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
-from kdtorch.features._maps import check_maps, smaller, spread
+from kdtorch.features._maps import check_maps, ordered, smaller, spread
 
 
 @checked
@@ -74,8 +74,8 @@ def fsp_loss(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
-    student, teacher = ([x.movedim(channel_axis, 1) for x in maps] for maps in (student_maps, teacher_maps))
-    pairs = [_flow(*student[i : i + 2], *teacher[i : i + 2], where) for i in range(len(student) - 1)]
+    s, t = (ordered(channel_axis, *maps) for maps in (student_maps, teacher_maps))
+    pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where) for i in range(len(s) - 1)]
     return reduce(torch.stack(pairs).sum(0), where, reduction, group)
 
 
@@ -97,7 +97,9 @@ def flow_and_gradients(f: Tensor, g: Tensor, h: Tensor, k: Tensor) -> tuple[Tens
     weight = difference * (2 / math.prod((*difference.shape[1:], *small.shape[2:])))
     of_f = spread((weight @ narrow.flatten(2)).view(small.shape), *f.shape[2:])
     of_g = spread((weight.mT @ small.flatten(2)).view(narrow.shape), *g.shape[2:])
-    value = (difference * one[..., 0] * other[..., 0]).square().mean((1, 2))
+    value = difference.square().mean((1, 2))
+    for size in (one, other, one, other):
+        value = value * size[:, 0, 0, 0]
     return value, of_f * other * one * other, of_g * one * other * one
 
 

@@ -19,6 +19,7 @@ ROWS = (
         learns=("student",),
         constant=("teacher",),
         scale=2.0**-10,  # of directions that nearly agree though the lengths do not
+        gradient_scale=2.0**-8,
         rounding=scales.of_unit_rows,
         memory=Memory(jax=6, torch=12),
     ),

@@ -24,8 +24,8 @@ ROWS = (
         divergence=True,
         memory=Memory(jax=5, torch=7),
         benchmarks=(
-            Benchmark("8×19×64×128", Sizes((8,), maps=((19, 64, 128),)), torch=1.2, jax=2.0),
-            Benchmark("32×256×14×14", Sizes((32,), maps=((256, 14, 14),)), torch=1.2, jax=2.0),
+            Benchmark("8×19×64×128", Sizes((8,), maps=((19, 64, 128),)), torch=1.2),
+            Benchmark("32×256×14×14", Sizes((32,), maps=((256, 14, 14),)), torch=1.2),
         ),
     ),
 )
