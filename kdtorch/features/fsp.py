@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import promote, with_gradients
+from kdtorch._numerics import own, promote, with_gradients
 from kdtorch._reduce import reduce, zeroed
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import check_maps, ordered, smaller, spread
@@ -136,6 +136,7 @@ def _of_kept(
     f, g, h, k = promote(f, g, h, k)
     if where is None:
         return flow_and_gradients(f, g, h, k)
+    where = own(where)
     value, of_f, of_g = zeroed(where, *flow_and_gradients(*zeroed(where, f, g, h, k)))
     return value, of_f, of_g
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtorch._numerics import positive, promote, with_gradients
+from kdtorch._numerics import own, positive, promote, with_gradients
 from kdtorch._reduce import reduce, zeroed
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 from kdtorch.features._maps import PROJECTOR, by_channels, check_channel_axis, check_shape
@@ -77,6 +77,7 @@ def likelihood_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Half the mean of (mean - teacher)^2 / v + log v, v = log(1 + e^scale) + eps, and its gradients by mean and scale."""
     x, y, scale = promote(mean, teacher, scale)
+    where = None if where is None else own(where)
     x, y = (x, y) if where is None else zeroed(where, x, y)
     variance = (eps - functional.logsigmoid(-scale)).unsqueeze(-1)
     root = variance.sqrt()
