@@ -58,17 +58,17 @@ def cosine_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arra
     length, other = (u * x).sum(-1, keepdims=True), (v * y).sum(-1, keepdims=True)
     zero = ((length == 0).astype(u.dtype) + (other == 0).astype(u.dtype)) / 2
     length = jnp.where(length == 0, jnp.inf, length)
-    difference = _difference(x, y, u, v, length, other / length)
+    difference = _difference(x, y, u, v, length, other)
     value = jnp.square(difference).sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value[..., None] * u) / jnp.where(zero > 0, jnp.inf, length)
 
 
 def _difference(
-    x: jax.Array, y: jax.Array, u: jax.Array, v: jax.Array, length: jax.Array, ratio: jax.Array
+    x: jax.Array, y: jax.Array, u: jax.Array, v: jax.Array, length: jax.Array, other: jax.Array
 ) -> jax.Array:
-    """u - v; from x - y where the lengths, of this ratio, are alike, so that close rows keep their digits."""
-    near = (ratio > 0.5) & (ratio < 2)
-    ratio = jnp.where(near, ratio, 1)
+    """u - v; from x - y where the lengths of x and y are alike, so that close rows keep their digits."""
+    near = (other > length / 2) & (other < 2 * length)
+    ratio = jnp.where(near, other, 1) / jnp.where(near, length, 1)
     step = jnp.where(near, x - y, 0) / length
     longer = (step * (u + ratio * v)).sum(-1, keepdims=True) / (1 + ratio)  # 1 - ratio
     return jnp.where(near, step - longer * v, u - v)

@@ -60,15 +60,15 @@ def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     length, other = (u * x).sum(-1, keepdim=True), (v * y).sum(-1, keepdim=True)
     zero = ((length == 0).to(u.dtype) + (other == 0).to(u.dtype)) / 2
     length = torch.where(length == 0, math.inf, length)
-    difference = _difference(x, y, u, v, length, other / length)
+    difference = _difference(x, y, u, v, length, other)
     value = difference.square().sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value.unsqueeze(-1) * u) / torch.where(zero > 0, math.inf, length)
 
 
-def _difference(x: Tensor, y: Tensor, u: Tensor, v: Tensor, length: Tensor, ratio: Tensor) -> Tensor:
-    """u - v; from x - y where the lengths, of this ratio, are alike, so that close rows keep their digits."""
-    near = (ratio > 0.5) & (ratio < 2)
-    ratio = torch.where(near, ratio, 1)
+def _difference(x: Tensor, y: Tensor, u: Tensor, v: Tensor, length: Tensor, other: Tensor) -> Tensor:
+    """u - v; from x - y where the lengths of x and y are alike, so that close rows keep their digits."""
+    near = (other > length / 2) & (other < 2 * length)
+    ratio = torch.where(near, other, 1) / torch.where(near, length, 1)
     step = torch.where(near, x - y, 0) / length
     longer = (step * (u + ratio * v)).sum(-1, keepdim=True) / (1 + ratio)  # 1 - ratio
     return torch.where(near, step - longer * v, u - v)
