@@ -104,7 +104,7 @@ def test_one_position(f):
     np.testing.assert_allclose(value, np.abs(wholes[0] - wholes[1]).mean(1))
     value, slope = evaluated(f, "factor_transfer_loss", student, teacher, channel_mean=True)
     opposite = np.sign(student.mean((1, 2, 3))) != np.sign(teacher.mean((1, 2, 3)))
-    np.testing.assert_allclose(value, 2.0 * opposite)
+    np.testing.assert_allclose(value, 2.0 * opposite, atol=1e-15)
     np.testing.assert_allclose(slope, 0, atol=1e-15)
 
 

@@ -117,6 +117,11 @@ def largest_entry(x: Array) -> jax.Array:
     return jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest)
 
 
+def scaled(x: Array, scale: Array) -> jax.Array:
+    """x over its largest entry, and 0 of zeros. XLA makes (x x) / (s s) of x / s times x / s, but for what is between."""
+    return jnp.where(jnp.isinf(scale), 0, x / scale)
+
+
 def power_of_two(x: Array) -> jax.Array:
     """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
     return jnp.where(jnp.isinf(x), x, x / (2 * jnp.frexp(x)[0]))
@@ -129,7 +134,7 @@ def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
     scale = power_of_two(jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest))
-    x = x / scale
+    x = scaled(x, scale)
     square = jnp.sum(x * x, -1, keepdims=True)
     length = jnp.sqrt(jnp.where(square == 0, 1, square))
     return x / length, length * scale
@@ -149,12 +154,14 @@ def signed_power(x: Array, p: float) -> jax.Array:
     return jnp.abs(jnp.where(zero, 1, x)) ** (p - 1) * jnp.sign(x)
 
 
-def are_equal(x: Array, y: Array) -> jax.Array:
-    """`[batch]`: whether the maps of an example are the same."""
-    return (x == y).all((1, 2, 3)) if x.shape == y.shape else jnp.zeros(len(x), bool)
+def are_equal(x: Array, y: Array) -> jax.Array | None:
+    """`[batch]`: whether the maps of an example are the same; None where none can be."""
+    return (x == y).all((1, 2, 3)) if x.shape == y.shape else None
 
 
-def unless(equal: Array, difference: Array) -> jax.Array:
+def unless(equal: Array | None, difference: Array) -> jax.Array:
     """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    if equal is None:
+        return jnp.asarray(difference)
     equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))
     return difference - jax.lax.stop_gradient(jnp.where(equal, difference, 0))

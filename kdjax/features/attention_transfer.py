@@ -19,6 +19,7 @@ from kdjax.features._maps import (
     largest_entry,
     ordered,
     pooled,
+    scaled,
     signed_power,
     smaller,
     spread,
@@ -86,13 +87,13 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
     scale = largest_entry(f)
-    f, g = f / scale, g / largest_entry(g)
+    f, g = scaled(f, scale), scaled(g, largest_entry(g))
     slope = signed_power(f, p)
     a, b = ((z * power).mean(-1).reshape(len(z), height * width) for z, power in ((f, slope), (g, signed_power(g, p))))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
     difference = unless(are_equal(x, y), direction - other)
     pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
-    gradient = pull * slope * (p / f.shape[-1]) / scale
+    gradient = pull * (p / f.shape[-1]) / scale * slope
     return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
 
 

@@ -20,6 +20,7 @@ from kdjax.features._maps import (
     ordered,
     pooled,
     power_of_two,
+    scaled,
     signed_power,
     smaller,
     spread,
@@ -104,19 +105,19 @@ def factor_transfer_and_gradient(
     scale, other_scale = largest_entry(f), largest_entry(g)
     if p1 < 32:  # the powers of entries below 2 are within float32
         scale, other_scale = power_of_two(scale), power_of_two(other_scale)
-    f, g = f / scale, g / other_scale
+    f, g = scaled(f, scale), scaled(g, other_scale)
     a, b = (z.mean(-1, keepdims=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, number = a.shape, math.prod(a.shape[1:])
     a, b = (z.reshape(len(z), number) for z in (a, b))
-    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless(are_equal(x, y), direction - other)
+    # in one array, so that a compiler rounds both lengths in one way: the slope jumps where entries are equal
+    directions, lengths = unit_and_length(jnp.stack([a, b]))
+    difference = unless(are_equal(x, y), directions[0] - directions[1])
     slope = signed_power(difference, p2)
-    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
+    pull = across(directions[0], lengths[0], slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[-1] if channel_mean else 1)) / scale
     return (slope * difference).mean(-1), spread(gradient, *x.shape[1:3])
 
 
 @functools.cache
 def _factor_transfer(p1: int, p2: float, channel_mean: bool) -> Callable[..., jax.Array]:
-    settings = {"p1": p1, "p2": p2, "channel_mean": channel_mean}
-    return rowwise(functools.partial(factor_transfer_and_gradient, **settings), axes=3)
+    return rowwise(functools.partial(factor_transfer_and_gradient, p1=p1, p2=p2, channel_mean=channel_mean), axes=3)

@@ -87,7 +87,7 @@ def nst_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, spread(gradient, *x.shape[1:3])
 
 
-def _products(u: jax.Array, v: jax.Array, equal: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _products(u: jax.Array, v: jax.Array, equal: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """|M|^2 and M u, where M = u' u - v' v, for u and v `[batch, channels, positions]`.
 
     A block of rows of M at a time, of which each is about as large as u where positions are many.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdtorch._numerics import eager_on_cpu
 from kdtorch._typing import sizes
 
 PROJECTOR = (
@@ -107,8 +108,21 @@ def pooling(bins: int, length: int, like: Tensor) -> Tensor:
 
 def largest_entry(x: Tensor) -> Tensor:
     """Of each example, to divide it by; a constant. Infinite for a map of zeros (or subnormals), which zeros remain of."""
-    largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
+    flat = x.detach().flatten(1)  # in two passes, which take less time than that of `abs`
+    largest = torch.maximum(flat.amax(1), -flat.amin(1)).reshape(-1, 1, 1, 1)
     return torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x over its largest entry, and 0 of zeros. XLA makes (x x) / (s s) of x / s times x / s, but for what is between."""
+    return torch.where(scale.isinf(), 0, x / scale)
+
+
+def are_moderate(p: float, *scales: Tensor) -> bool:
+    """Whether powers of maps of such largest entries need no division before, in eager PyTorch on a CPU."""
+    return eager_on_cpu(*scales) and all(
+        bool(((scale > 1e-12 ** (1 / p)) & (scale < 1e12 ** (1 / p))).all()) for scale in scales
+    )
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = x.detach().abs().amax(-1, keepdim=True)
     scale = power_of_two(torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest))
-    x = x / scale
+    x = scaled(x, scale)
     square = (x * x).sum(-1, keepdim=True)
     length = torch.where(square == 0, 1, square).sqrt()
     return x / length, length * scale
@@ -143,12 +157,16 @@ def signed_power(x: Tensor, p: float) -> Tensor:
     return torch.where(zero, 1, x).abs() ** (p - 1) * x.sign()
 
 
-def are_equal(x: Tensor, y: Tensor) -> Tensor:
-    """`[batch]`: whether the maps of an example are the same."""
-    return (x == y).flatten(1).all(1) if x.shape == y.shape else x.new_zeros(len(x), dtype=torch.bool)
+def are_equal(x: Tensor, y: Tensor) -> Tensor | None:
+    """`[batch]`: whether the maps of an example are the same; None where none can be."""
+    if x.shape != y.shape or (eager_on_cpu(x, y) and not bool((x[:, 0, 0, 0] == y[:, 0, 0, 0]).any())):
+        return None
+    return (x == y).flatten(1).all(1)
 
 
-def unless(equal: Tensor, difference: Tensor) -> Tensor:
+def unless(equal: Tensor | None, difference: Tensor) -> Tensor:
     """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    if equal is None:
+        return difference
     equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))
     return difference - torch.where(equal, difference, 0).detach()

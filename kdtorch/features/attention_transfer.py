@@ -13,11 +13,13 @@ from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import (
     across,
     are_equal,
+    are_moderate,
     at_least_one,
     check_maps,
     largest_entry,
     ordered,
     pooled,
+    scaled,
     signed_power,
     smaller,
     spread,
@@ -85,14 +87,17 @@ def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Ten
     """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
-    scale = largest_entry(f)
-    f, g = f / scale, g / largest_entry(g)
+    scale, other_scale = largest_entry(f), largest_entry(g)
+    if are_moderate(p, scale, other_scale):
+        scale = torch.ones_like(scale)
+    else:
+        f, g = scaled(f, scale), scaled(g, other_scale)
     slope = signed_power(f, p)
     a, b = ((z * power).mean(1).flatten(1) for z, power in ((f, slope), (g, signed_power(g, p))))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
     difference = unless(are_equal(x, y), direction - other)
     pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), 1, height, width)
-    gradient = pull * slope * (p / f.shape[1]) / scale
+    gradient = pull * (p / f.shape[1]) / scale * slope
     return difference.square().mean(-1), spread(gradient, *x.shape[2:])
 
 

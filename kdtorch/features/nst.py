@@ -84,7 +84,7 @@ def nst_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return value, spread(gradient, *x.shape[2:])
 
 
-def _products(u: Tensor, v: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
+def _products(u: Tensor, v: Tensor, equal: Tensor | None) -> tuple[Tensor, Tensor]:
     """|M|^2 and M u, where M = u' u - v' v, for u and v `[batch, channels, positions]`.
 
     A block of rows of M at a time, of which each is about as large as u where positions are many.
