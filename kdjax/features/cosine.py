@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import unit
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
+from kdjax.features._maps import unit_and_length
 
 
 @checked
@@ -54,10 +54,8 @@ def cosine_loss(
 
 def cosine_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
-    u, v = unit(x), unit(y)
-    length, other = (u * x).sum(-1, keepdims=True), (v * y).sum(-1, keepdims=True)
-    zero = ((length == 0).astype(u.dtype) + (other == 0).astype(u.dtype)) / 2
-    length = jnp.where(length == 0, jnp.inf, length)
+    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)  # infinite of a zero row
+    zero = (jnp.isinf(length).astype(u.dtype) + jnp.isinf(other).astype(u.dtype)) / 2
     difference = _difference(x, y, u, v, length, other)
     value = jnp.square(difference).sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value[..., None] * u) / jnp.where(zero > 0, jnp.inf, length)

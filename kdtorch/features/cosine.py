@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from kdtorch._numerics import unit
 from kdtorch._reduce import reduce
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
+from kdtorch.features._maps import unit_and_length
 
 
-@checked(dtensor="any")
+@checked
 def cosine_loss(
     student: Float[Tensor, "*batch features"],
     teacher: Float[Tensor, "*batch features"],
@@ -56,10 +56,8 @@ def cosine_loss(
 
 def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
-    u, v = unit(x), unit(y)
-    length, other = (u * x).sum(-1, keepdim=True), (v * y).sum(-1, keepdim=True)
-    zero = ((length == 0).to(u.dtype) + (other == 0).to(u.dtype)) / 2
-    length = torch.where(length == 0, math.inf, length)
+    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)  # infinite of a zero row
+    zero = (length.isinf().to(u.dtype) + other.isinf().to(u.dtype)) / 2
     difference = _difference(x, y, u, v, length, other)
     value = difference.square().sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value.unsqueeze(-1) * u) / torch.where(zero > 0, math.inf, length)
