@@ -54,8 +54,8 @@ def cosine_loss(
 
 def cosine_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
-    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)  # infinite of a zero row
-    zero = (jnp.isinf(length).astype(u.dtype) + jnp.isinf(other).astype(u.dtype)) / 2
+    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)
+    zero = ((u == 0).all(-1, keepdims=True).astype(u.dtype) + (v == 0).all(-1, keepdims=True).astype(u.dtype)) / 2
     difference = _difference(x, y, u, v, length, other)
     value = jnp.square(difference).sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value[..., None] * u) / jnp.where(zero > 0, jnp.inf, length)

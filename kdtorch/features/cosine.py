@@ -56,8 +56,8 @@ def cosine_loss(
 
 def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
-    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)  # infinite of a zero row
-    zero = (length.isinf().to(u.dtype) + other.isinf().to(u.dtype)) / 2
+    (u, length), (v, other) = unit_and_length(x), unit_and_length(y)
+    zero = ((u == 0).all(-1, keepdim=True).to(u.dtype) + (v == 0).all(-1, keepdim=True).to(u.dtype)) / 2
     difference = _difference(x, y, u, v, length, other)
     value = difference.square().sum(-1) / 2 + zero.squeeze(-1)
     return value, (difference - value.unsqueeze(-1) * u) / torch.where(zero > 0, math.inf, length)
