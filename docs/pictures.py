@@ -331,6 +331,74 @@ def feature_maps(loss: Loss) -> None:
         axes.set(title=title, xticks=[], yticks=[])
 
 
+def panels(images: dict[str, Tensor], cmap: str) -> None:
+    """Small matrices beside each other, each with 0 in the middle of its colours if they go both ways."""
+    _, axes = plt.subplots(1, len(images), figsize=(5.6, 2.2))
+    for panel, (title, image) in zip(axes, images.items(), strict=True):
+        limit = float(image.abs().max())
+        both = bool((image < 0).any())
+        panel.imshow(image, cmap="RdBu_r" if both else cmap, vmin=-limit if both else 0, vmax=limit)
+        panel.set(title=title, xticks=[], yticks=[])
+
+
+def cosine(loss: Loss) -> None:
+    aim = torch.tensor([0.9, 0.3])
+
+    def value(x: Tensor) -> Tensor:
+        return kdtorch.cosine_loss(x, aim.expand_as(x), reduction="none")
+
+    left, right = draw_plane(value, aim)
+    left.plot(*zip((0, 0), 2.6 * aim, strict=True), color=GREEN)
+    degrees, start = torch.linspace(-180, 180, 181), float(torch.atan2(aim[1], aim[0]).rad2deg())
+    for length in (0.5, 1.0, 2.0):
+        points = length * torch.cat([circle(start + float(x)) for x in degrees])
+        right.plot(degrees, slope(value, points)[1].norm(dim=1), label=f"norm {length:g}")
+    right.set(title="size of the gradient", xlabel="degrees from the teacher")
+    right.figure.legend(loc="outside upper right", ncols=4)
+
+
+def cwd(loss: Loss) -> None:
+    """One channel of the student and of the teacher, and the pull on the student's."""
+    y, x = np.mgrid[:16, :16]
+
+    def bump(row: float, column: float) -> Tensor:
+        return torch.tensor(4 * np.exp(-((x - column) ** 2 + (y - row) ** 2) / 12))[None, None]
+
+    student, teacher = bump(9, 10) + bump(3, 4) / 2, bump(5, 5)
+    against = -slope(lambda s: kdtorch.cwd_loss(s, teacher), student)[1]
+    images = {"the student": student, "the teacher": teacher}
+    shares = {name: z.flatten(2).softmax(-1).reshape(16, 16) for name, z in images.items()}
+    panels(shares | {"pull": against[0, 0]}, "Greys")
+
+
+def vid(loss: Loss) -> None:
+    def value(error: Tensor, variance: Tensor) -> Tensor:
+        return ((error**2 / variance) + variance.log()) / 2
+
+    error, variance = torch.linspace(-3, 3, 121), torch.linspace(0.05, 4, 200)
+    figure, (left, right) = plt.subplots(1, 2)
+    for v in (0.25, 1.0, 4.0):
+        left.plot(error, value(error, torch.tensor(v)), label=f"variance {v:g}")
+    left.set(title="value", xlabel="μ − t")
+    for e in (0.5, 1.0, 1.5):
+        right.plot(variance, value(torch.tensor(e), variance), linestyle="--", label=f"error {e:g}")
+    right.set(title="value", xlabel="variance", ylim=(-1.5, 3))
+    figure.legend(loc="outside upper center", ncols=3)
+
+
+def fsp(loss: Loss) -> None:
+    """The products of six channels and eight, of two networks, and their difference."""
+    rng = np.random.default_rng(0)
+
+    def flow(seen: np.ndarray) -> Tensor:
+        maps = [np.maximum(seen @ rng.normal(size=(5, n)), 0) for n in (6, 8)]
+        return torch.tensor(maps[0].T @ maps[1] / len(seen))
+
+    seen = rng.normal(size=(64, 5))
+    ours, theirs = flow(seen), flow(seen)
+    panels({"the student": ours, "the teacher": theirs, "difference": ours - theirs}, "Greys")
+
+
 def symmetric_kl(loss: Loss) -> None:
     def forward(s: Tensor) -> Tensor:
         return kdtorch.kl_loss(s, LOGITS[:1].expand_as(s), reduction="none")
@@ -405,6 +473,10 @@ DRAW: tuple[Callable[..., None], ...] = (
     minilm,
     dino,
     hcl,
+    cosine,
+    cwd,
+    vid,
+    fsp,
     feature_maps,
     symmetric_kl,
     standardize,

@@ -57,11 +57,15 @@ except ModuleNotFoundError as error:
 
 from kdjax.features.ab import ab_loss
 from kdjax.features.attention_transfer import attention_transfer_loss
+from kdjax.features.cosine import cosine_loss
+from kdjax.features.cwd import cwd_loss
 from kdjax.features.dcn import dcn_loss
 from kdjax.features.factor_transfer import factor_transfer_loss
+from kdjax.features.fsp import fsp_loss
 from kdjax.features.hcl import hcl_loss
 from kdjax.features.nst import nst_loss
 from kdjax.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdjax.features.vid import vid_loss
 from kdjax.logits.alpha_beta import alpha_beta_loss
 from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dist import dist_loss
@@ -101,11 +105,13 @@ __all__ = [
     "attention_transfer_loss",
     "bce_loss",
     "correlation_loss",
+    "cosine_loss",
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
     "crd_init",
     "crd_loss",
+    "cwd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -115,6 +121,7 @@ __all__ = [
     "dkd_loss",
     "euclidean_mse_loss",
     "factor_transfer_loss",
+    "fsp_loss",
     "hcl_loss",
     "instance_graph_loss",
     "jsd_loss",
@@ -141,4 +148,5 @@ __all__ = [
     "tvd_loss",
     "uld_loss",
     "uskd_loss",
+    "vid_loss",
 ]

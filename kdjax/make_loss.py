@@ -22,7 +22,7 @@ from kdjax.logits.nkd import nkd_loss
 from kdjax.nn import CombinedLoss, CRCDLoss, CRDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, USKDLoss
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.relations.minilm import minilm_loss
-from kdlosses.config import READS, Term, by_function, example, parameters, read, refused
+from kdlosses.config import READS, Source, Term, by_function, example, parameters, read, refused
 
 
 def _teacher_class(inputs: Mapping[str, Any]) -> Array:
@@ -31,6 +31,18 @@ def _teacher_class(inputs: Mapping[str, Any]) -> Array:
 
 def _last_teacher_maps(inputs: Mapping[str, Any]) -> list[Array]:
     return list(inputs["feats_tea"])[-len(inputs["feats_stu"]) :]
+
+
+def _last_student_map(inputs: Mapping[str, Any]) -> Array:
+    return _last(inputs["feats_stu"])
+
+
+def _last_teacher_map(inputs: Mapping[str, Any]) -> Array:
+    return _last(inputs["feats_tea"])
+
+
+def _last(maps: Any) -> Array:
+    return maps[-1] if isinstance(maps, list | tuple) else maps
 
 
 def _kl_over_classes(
@@ -81,6 +93,13 @@ OTHERS: dict[str, Term] = {
     "minilm": Term(minilm_loss, ("tokens_stu", "tokens_tea")),
 }
 
+# what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
+MAPS: dict[str, Source] = {
+    "teacher_maps": _last_teacher_maps,
+    "student_map": _last_student_map,
+    "teacher_map": _last_teacher_map,
+}
+
 CONVENTIONS = {"published": PUBLISHED, "founding": FOUNDING}
 
 
@@ -118,9 +137,10 @@ def make_loss(
 
     A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
     function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
-    for features, `feats_stu` and `feats_tea` for maps, `tokens_stu` and `tokens_tea` for tokens (`minilm`), `target` for
-    labels, and for any other parameter the entry of `feat` that has its name. The founding names keep their meaning:
-    `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs both its parts by 1 at temperature 1.
+    for features, `feats_stu` and `feats_tea` for maps (a loss of one map takes the last), `tokens_stu` and `tokens_tea`
+    for tokens (`minilm`), `target` for labels, and for any other parameter the entry of `feat` that has its name. The
+    founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs both its parts
+    by 1 at temperature 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss
@@ -133,7 +153,7 @@ def make_loss(
     """
     if conventions not in CONVENTIONS:
         raise ValueError(f"`conventions` must be one of {list(CONVENTIONS)}, got {conventions!r}")
-    functions = by_function(kdjax, PUBLISHED, READS | {"teacher_maps": _last_teacher_maps})
+    functions = by_function(kdjax, PUBLISHED, {**READS, **MAPS})
     functions |= {f"{name}{end}": term for name, term in OTHERS.items() for end in ("", "_loss")}
     numbers = {"num_classes": num_classes, "num_data": num_data}
     wanted, weights = read(config, CONVENTIONS[conventions], functions, numbers)

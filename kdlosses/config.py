@@ -145,7 +145,7 @@ def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str]
 
 def _example(hint: Any, array: Callable[[tuple[int, ...], str], Any]) -> Any:
     if get_origin(hint) is Sequence:
-        return [_example(get_args(hint)[0], array)]
+        return [_example(get_args(hint)[0], array)] * 2  # of which some losses need as many
     while get_args(hint):  # one of several kinds of array
         hint = get_args(hint)[0]
     if not hasattr(hint, "dim_str"):

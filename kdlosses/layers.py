@@ -208,6 +208,12 @@ BUILT_WITH: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "fuse": "attention.weight" in w,
     },
     "ReviewKD": _review,
+    "VIDLoss": lambda w: {
+        "in_channels": w["regressor.0.weight"].shape[1],
+        "mid_channels": w["regressor.0.weight"].shape[0],
+        "out_channels": len(w["log_scale"]),
+    },
+    "Projector": lambda w: dict(zip(("out_channels", "in_channels"), w["linear.weight"].shape, strict=True)),
 }
 
 

@@ -75,8 +75,8 @@ class Public(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether it begins with the student."""
-        return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith("student")
+        """Whether it begins with the student, or with what is predicted from it."""
+        return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith(("student", "predicted"))
 
 
 def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +181,7 @@ def _missing(package: str) -> str:
 
 
 def losses(package: ModuleType) -> dict[str, Callable[..., Any]]:
-    """The losses among the public names: what begins with the student."""
+    """The losses among the public names: what begins with the student, or with what is predicted from it."""
     return {name: getattr(package, name) for name, x in public(package.__name__).items() if x.is_loss}
 
 

@@ -57,11 +57,15 @@ from kdlosses import __version__ as __version__
 from kdtorch._rowwise import fuse
 from kdtorch.features.ab import ab_loss
 from kdtorch.features.attention_transfer import attention_transfer_loss
+from kdtorch.features.cosine import cosine_loss
+from kdtorch.features.cwd import cwd_loss
 from kdtorch.features.dcn import dcn_loss
 from kdtorch.features.factor_transfer import factor_transfer_loss
+from kdtorch.features.fsp import fsp_loss
 from kdtorch.features.hcl import hcl_loss
 from kdtorch.features.nst import nst_loss
 from kdtorch.features.regression import bce_loss, mse_loss, smooth_l1_loss
+from kdtorch.features.vid import vid_loss
 from kdtorch.logits.alpha_beta import alpha_beta_loss
 from kdtorch.logits.difference_kl import difference_kl_loss
 from kdtorch.logits.dist import dist_loss
@@ -100,11 +104,13 @@ __all__ = [
     "attention_transfer_loss",
     "bce_loss",
     "correlation_loss",
+    "cosine_loss",
     "crcd_init",
     "crcd_loss",
     "crcd_negatives",
     "crd_init",
     "crd_loss",
+    "cwd_loss",
     "dcn_loss",
     "difference_kl_loss",
     "dino_init",
@@ -114,6 +120,7 @@ __all__ = [
     "dkd_loss",
     "euclidean_mse_loss",
     "factor_transfer_loss",
+    "fsp_loss",
     "fuse",
     "hcl_loss",
     "instance_graph_loss",
@@ -141,4 +148,5 @@ __all__ = [
     "tvd_loss",
     "uld_loss",
     "uskd_loss",
+    "vid_loss",
 ]

@@ -93,6 +93,13 @@ def _maps(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
     return [rng.normal(size=(*n.batch, *shape)) for shape in n.maps]
 
 
+def _neighbours(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
+    """The same, of at least two maps."""
+    channels, height, width = n.maps[-1]
+    deeper = (channels + 1, (height + 1) // 2, (width + 1) // 2)
+    return _maps(rng, dataclasses.replace(n, maps=n.maps if len(n.maps) > 1 else (*n.maps, deeper)))
+
+
 def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
     """The classes of each example in an order of its own."""
     return rng.random((*n.batch, n.classes)).argsort(-1)
@@ -149,6 +156,8 @@ KINDS: dict[str, Kind] = {
     ),
     "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True, fit=_moderate),
     "maps": Kind(_maps, numbers=True),
+    "neighbours": Kind(_neighbours, numbers=True),
+    "channels": Kind(lambda rng, n: rng.normal(size=n.maps[0][0]), None, numbers=True),  # one number each
     "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
@@ -159,4 +168,4 @@ KINDS: dict[str, Kind] = {
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }
 
-MAPS = frozenset({"maps", "map"})  # of arrays whose channels come first here and last in kdjax
+MAPS = frozenset({"maps", "neighbours", "map"})  # of arrays whose channels come first here and last in kdjax

@@ -75,6 +75,21 @@ def of_near_rows(given: Given) -> tuple[float, float]:
     return weight, weight / float(min(apart[apart >= given.tiny], default=1.0))
 
 
+def of_variances(given: Given) -> tuple[float, float]:
+    """Of squares divided by a variance, which is at least log(1 + e^a) + eps of the smallest a."""
+    least = float(np.logaddexp(np.min(given.inputs["log_scale"]), 0) + given.options.get("eps", 1e-5))
+    with np.errstate(over="ignore"):
+        ratio = np.float64(given.largest) / least
+        square = ratio * given.largest
+        return float(min(square, 1e300)), float(min(max(ratio, square / least), 1e300))
+
+
+def of_products(given: Given) -> tuple[float, float]:
+    """Of squares of the products of two maps."""
+    size = min(given.largest, 1e75)
+    return size**4, size**3
+
+
 def of_unit_maps(given: Given) -> tuple[float, float]:
     """Of maps that are divided by their largest entry: the gradient is the greater the smaller a map of the student was."""
     maps = given.inputs.get("student_maps") or [given.inputs["student_map"]]

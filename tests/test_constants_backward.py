@@ -41,7 +41,7 @@ def weighted(loss, learned, constants, reduction):
 
 def value_and_slopes(loss, learned, constants, reduction, before_backward=lambda constants: None):
     learned = {k: [x.clone().requires_grad_() for x in leaves(v)] for k, v in learned.items()}
-    inputs = {k: v if loss.inputs[k] == "maps" else v[0] for k, v in learned.items()}
+    inputs = {k: v if loss.inputs[k] in ("maps", "neighbours") else v[0] for k, v in learned.items()}
     value = weighted(loss, inputs, constants, reduction)
     before_backward(constants)
     value.backward()
@@ -116,7 +116,7 @@ def test_second_derivative_of_what_was_written_into(loss):
     for before in (lambda constants: None, write):
         learned, constants = given(loss, "float64", masked=True)
         learned = {k: [x.clone().requires_grad_() for x in leaves(v)] for k, v in learned.items()}
-        inputs = {k: v if loss.inputs[k] == "maps" else v[0] for k, v in learned.items()}
+        inputs = {k: v if loss.inputs[k] in ("maps", "neighbours") else v[0] for k, v in learned.items()}
         value = weighted(loss, inputs, constants, "mean")
         before(constants)
         tensors = [x for v in learned.values() for x in v]
@@ -143,7 +143,7 @@ def test_compiled(loss, inference):
     want = value_and_slopes(loss, *given(loss, "float32", masked=True), "mean")[1:]
     learned, constants = given(loss, "float32", masked=True, inference=inference)
     learned = {k: [x.clone().requires_grad_() for x in leaves(v)] for k, v in learned.items()}
-    inputs = {k: v if loss.inputs[k] == "maps" else v[0] for k, v in learned.items()}
+    inputs = {k: v if loss.inputs[k] in ("maps", "neighbours") else v[0] for k, v in learned.items()}
     torch._dynamo.reset()
 
     def value(inputs, constants):

@@ -213,13 +213,13 @@ MISTAKES = {
         call("ab_loss", [MAP], [MAP[..., :2]]),
         ValueError,
         r"`student_maps\[0\]` and `teacher_maps\[0\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; "
-        "project the student's maps to the teacher's shapes, as a 1×1 convolution does for channels$",
+        "`Projector` in `nn` brings a student.s map to the teacher.s channels; resize it to the same height and width$",
     ),
     "channels of factors": (
         call("factor_transfer_loss", MAP, MAP[..., :2], channel_axis=-1),
         ValueError,
-        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; project the student's map, "
-        "as a 1×1 convolution does, or compare the means over channels by `channel_mean=True`$",
+        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; bring the student's map to the teacher's channels "
+        "by `Projector` in `nn`, or compare the means over channels by `channel_mean=True`$",
     ),
     "a list of maps for one": (
         call("factor_transfer_loss", [MAP], [MAP]),
@@ -255,6 +255,52 @@ MISTAKES = {
         call("hcl_loss", MAP, MAP),
         TypeError,
         r"`student_maps` must be Seq.*; give \[student_maps\]$",
+    ),
+    "one map to multiply": (
+        call("fsp_loss", [MAP], [MAP]),
+        ValueError,
+        "must hold at least 2 maps, because each is multiplied by the next, got 1; add a map of another layer",
+    ),
+    "numbers of maps to multiply": (
+        call("fsp_loss", [MAP, MAP], [MAP]),
+        ValueError,
+        "got 2 and 1; take the teacher's maps that",
+    ),
+    "channels of maps to multiply": (
+        call("fsp_loss", [MAP, MAP], [MAP, MAP[..., :2]], channel_axis=-1),
+        ValueError,
+        r"`student_maps\[1\]` and `teacher_maps\[1\]` must have the same number of channels, got 3 and 2; `Projector` in `nn`",
+    ),
+    "shapes of two maps": (
+        call("cwd_loss", MAP, MAP[..., :2]),
+        ValueError,
+        r"`student_map` and `teacher_map` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; `Projector` in `nn` "
+        "brings a student's map to the teacher's channels",
+    ),
+    "a list for one map": (
+        call("cwd_loss", [MAP], [MAP]),
+        TypeError,
+        r"`student_map` must be Float.*got list; give one array, such as student_map\[0\]",
+    ),
+    "channel axis of one map": (
+        call("cwd_loss", MAP, MAP, channel_axis=4),
+        ValueError,
+        "`channel_axis` must be one of .*got 4",
+    ),
+    "shapes of a predicted map": (
+        call("vid_loss", MAP, MAP[:, :4], np.zeros(3)),
+        ValueError,
+        r"`predicted_mean` and `teacher_map` must have the same shape, got \[2, 8, 8, 3\] and \[2, 4, 8, 3\]; `Projector`",
+    ),
+    "number of scales": (
+        call("vid_loss", MAP, MAP, np.zeros(2), channel_axis=-1),
+        ValueError,
+        "`log_scale` must have one entry a channel, 3 in all, got 2",
+    ),
+    "least variance": (
+        call("vid_loss", MAP, MAP, np.zeros(3), channel_axis=-1, eps=0.0),
+        ValueError,
+        "`eps` must be finite and greater than 0, got 0.0",
     ),
     "channel axis": (
         call("hcl_loss", [MAP], [MAP], channel_axis=0),
@@ -745,6 +791,11 @@ def module(name, *arguments, **options):
             r'`student_dim` must equal `dim` \(=4\) with embed="none", got 5',
         ),
         (module("CRDLoss", 4, 4, 4, 9, temperature=0), "`temperature` must be finite and greater than 0, got 0"),
+        (module("VIDLoss", 4, 4, 4, eps=0), "`eps` must be finite and greater than 0, got 0"),
+        (
+            module("VIDLoss", 4, 4, 4, initial_variance=1e-6),
+            r"`initial_variance` must be greater than `eps` \(=1e-05\), got 1e-06",
+        ),
         (module("USKDLoss", 4, 4, mu=-1.0), "`mu` must be finite and at least 0, got -1.0"),
     ],
 )
@@ -763,6 +814,14 @@ def test_mistakes_with_modules(f, build, message):
             [LOGITS, LOGITS, LABELS],
             r"`teacher` must be .*batch 8'\], got float32\[4, 10\]",
         ),
+        (module("Projector", 8, 4), [LOGITS], r"`x` must be Float\[Array, '\*batch 8'\], got float32\[4, 10\]"),
+        (module("Projector", 5, 4), [MAP], r"`x` must be Float\[Array, 'batch .*5.*'\], got float32\[2, 8, 8, 3\]"),
+        (
+            module("VIDLoss", 5, 4, 3),
+            [MAP, MAP],
+            r"`student_map` must be Float\[Array, 'batch .*5.*'\], got float32\[2, 8",
+        ),
+        (module("VIDLoss", 10, 4, 3), [LOGITS, MAP], r"`student_map` must be .*'batch .*10.*'\], got float32\[4, 10\]"),
         (module("CRCDLoss", 10, 10, 4, 9), [LOGITS, LOGITS, None], "`index` must be Integer.*got None"),
         (lambda f: f.kd.nn.DINOLoss(6), [None, None], r"`student` must be an array \[views \* batch, dim\], got None"),
     ],

@@ -545,6 +545,9 @@ MODULES = {
     "review, resized": lambda: ours(
         "ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6, out_shapes=[7, (3, 2)]
     ),
+    "vid": lambda: ours("VIDLoss", in_channels=3, mid_channels=6, out_channels=5, initial_variance=2.0, eps=1e-3),
+    "projector": lambda: ours("Projector", in_channels=3, out_channels=5),
+    "projector, normalised": lambda: ours("Projector", in_channels=3, out_channels=5, batch_norm=True),
     "mixture": lambda: kdjax.make_loss(
         configuration(ALL, KD_LOSS_ARGS={"dkd": {"beta": 3.0}}), CLASSES, 20, conventions="founding"
     ),
@@ -778,6 +781,14 @@ RUNS = {
     "review": (
         lambda: ours("ReviewKD", in_channels=[3, 4], out_channels=[5, 7], mid_channels=6),
         lambda student, loss, b: package(loss).hcl_loss(loss(b["feats_stu"]), b["feats_tea"]) + student(b["x"]).mean(),
+    ),
+    "vid": (
+        lambda: ours("VIDLoss", in_channels=4, mid_channels=6, out_channels=7),
+        lambda student, loss, b: loss(b["feats_stu"][1], b["feats_tea"][1]) + student(b["x"]).mean(),
+    ),
+    "projector": (
+        lambda: ours("Projector", in_channels=4, out_channels=7, batch_norm=True),
+        lambda student, loss, b: ((loss(b["feats_stu"][1]) - b["feats_tea"][1]) ** 2).mean() + student(b["x"]).mean(),
     ),
     **{names: (lambda names=names: kdjax.make_loss(configuration(names), CLASSES, 20), mixed) for names in MIXTURES},
 }

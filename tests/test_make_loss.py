@@ -408,7 +408,8 @@ def given_by_name(f):
     feat["indices"] = f.array(order[:, :3].copy())
     feat["values"] = f.array(np.take_along_axis(f.numpy(feat["score_tea"]), order[:, :3], -1), "float32")
     rest = np.take_along_axis(f.numpy(feat["score_tea"]), order[:, 3:], -1)
-    feat["student_map"], feat["teacher_map"] = feat["feats_stu"][-1], feat["feats_tea"][-1]
+    feat["predicted_mean"] = feat["feats_stu"][-1]
+    feat["log_scale"] = f.array(np.zeros(feat["feats_stu"][-1].shape[-1 if f is JAX else 1]), "float32")
     feat["rest"] = f.array(np.log(np.exp(rest).sum(-1)), "float32")
     rng = np.random.default_rng(1)
     feat |= {
@@ -424,6 +425,7 @@ def test_every_loss_by_its_function(f):
     """With `_loss` and without: the function with its own settings, of inputs that its parameters' names say."""
     feat, target = given_by_name(f)
     maps = {"student_maps": feat["feats_stu"], "teacher_maps": feat["feats_tea"][-2:]}
+    maps |= {"student_map": feat["feats_stu"][-1], "teacher_map": feat["feats_tea"][-1]}
     known = {"student": feat["stu"], "teacher": feat["tea"], "labels": target, **maps, **feat}
     known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
     plain = [name for name in PUBLIC if name.removesuffix("_loss") not in MODULES]

@@ -27,6 +27,8 @@ WITHOUT_GENERATOR = {
     "USKDLoss",
     "ABF",
     "ReviewKD",
+    "VIDLoss",
+    "Projector",
 }  # PyTorch's own layers draw from its global one
 
 

@@ -41,6 +41,8 @@ def build(f, name):
         return nn.ReviewKD([2, 3], [4, 5], 4, out_shapes=[7, (3, 2)], **rngs)
     if name == "connector":
         return nn.ABF(2, 4, 5, False, **rngs)
+    if name == "projector":
+        return nn.Projector(2, 4, batch_norm=True, **rngs)
     return f.kd.make_loss(
         {"MODEL": {"METRIC_LOSS_TYPE": "kd-dino-crcd-dcn-dkd", "KD_LOSS_WEIGHT": [1.0, halved, 1.0, 2], "FEAT_DIM": 4}},
         3,
@@ -62,13 +64,15 @@ def caller(f, name):
             return sum((y * y).mean() for y in module([x[0, 0] * y for y in maps]))
         if name == "connector":
             return (module(x[0, 0] * maps[0])[0] ** 2).mean()
+        if name == "projector":
+            return (module(x[0, 0] * maps[0]) ** 4).mean()
         feat = {"stu": x, "tea": 2 * x, "index": index, "score_stu": x[:, :3], "score_tea": x[:, 1:]}
         return module(feat=feat, target=classes, epoch=3)
 
     return call
 
 
-NAMES = ["dino", "crcd", "crd", "review", "connector", "mixture"]
+NAMES = ["dino", "crcd", "crd", "review", "connector", "projector", "mixture"]
 all_modules = pytest.mark.parametrize("name", NAMES)
 X = {"jax": JAX.array(ROWS, "float32"), "torch": TORCH.array(ROWS, "float32")}
 

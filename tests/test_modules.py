@@ -180,6 +180,99 @@ def test_wrong_sizes(f, given, message):
         module.ABF(3, 4, 5, False, out_shapes=2.5, **rngs)
 
 
+def last(x):
+    return jnp.asarray(np.moveaxis(x, 1, -1))
+
+
+def test_vid():
+    """The value and all gradients, with a mask, from the same weights."""
+    ours, theirs = kdjax.nn.VIDLoss(3, 6, 4, rngs=nnx.Rngs(0)), kdtorch.nn.VIDLoss(3, 6, 4)
+    assert ours.log_scale[...] == pytest.approx(np.log(np.expm1(5 - 1e-5)))
+    copy_weights(ours, theirs)
+    student, teacher = RNG.normal(size=(5, 3, 4, 5)), RNG.normal(size=(5, 4, 4, 5))
+    where = np.array([True, True, False, True, False])
+
+    def objective(module, x):
+        return module(x, last(teacher), where=where)
+
+    value, (of_module, of_map) = nnx.jit(nnx.value_and_grad(objective, argnums=(0, 1)))(ours, last(student))
+    x = torch.from_numpy(student).requires_grad_()
+    got = theirs(x, torch.from_numpy(teacher), where=torch.from_numpy(where))
+    got.backward()
+    assert ulps(got.detach().numpy(), np.asarray(value), "float64") <= 64
+    assert ulps(x.grad.numpy(), np.moveaxis(np.asarray(of_map), -1, 1), "float64") <= 256
+    slopes = {tuple(k for k in path if k != "layers"): v[...] for path, v in nnx.to_flat_state(of_module)}
+    assert ulps(theirs.log_scale.grad.numpy(), np.asarray(slopes["log_scale",]), "float64") <= 256
+    for i in (0, 2, 4):
+        kernel = np.asarray(slopes["regressor", i, "kernel"])[0, 0].T
+        assert ulps(theirs.regressor[i].weight.grad.numpy()[..., 0, 0], kernel, "float64") <= 4096
+
+
+@pytest.mark.parametrize(("batch_norm", "training"), [(False, True), (True, True), (True, False)])
+def test_projector(batch_norm, training):
+    """Of a map it makes a 1×1 convolution, of features a linear layer, with the same weights in both packages."""
+    ours = kdjax.nn.Projector(3, 4, batch_norm=batch_norm, rngs=nnx.Rngs(0))
+    theirs = kdtorch.nn.Projector(3, 4, batch_norm=batch_norm)
+    copy_weights(ours, theirs)
+    for module in (ours, theirs):
+        module.train() if training else module.eval()
+    weight, bias = theirs.linear.weight, theirs.linear.bias
+    maps, tokens, rows = RNG.normal(size=(2, 3, 4, 5)), RNG.normal(size=(2, 6, 3)), RNG.normal(size=(7, 3))
+    step = nnx.jit(lambda module, x: module(x))
+    with jax.numpy_dtype_promotion("standard"):  # Flax's batch norm asks for a type of float64 and float32
+        got = [np.moveaxis(np.asarray(step(ours, last(maps))), -1, 1)]
+        got += [np.asarray(step(ours, jnp.asarray(x))) for x in (tokens, rows)]
+    outputs = [theirs(torch.from_numpy(x)) for x in (maps, tokens, rows)]
+    plain = [functional.conv2d(torch.from_numpy(maps), weight[..., None, None], bias)]
+    plain += [functional.linear(torch.from_numpy(x), weight, bias) for x in (tokens, rows)]
+    for i, (a, b, c) in enumerate(zip(got, outputs, plain, strict=True)):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-9, atol=1e-11)
+        if batch_norm and training:
+            norm = torch.nn.BatchNorm2d(4).double()
+            flat = c if i == 0 else c.movedim(-1, 1) if c.ndim == 3 else c
+            c = norm(flat.reshape(*flat.shape[:2], -1, 1)).reshape(flat.shape)
+            c = c.movedim(1, -1) if i == 1 else c
+        elif batch_norm:
+            c = c / np.sqrt(1 + 1e-5)
+        np.testing.assert_allclose(b.detach().numpy(), c.detach().numpy(), rtol=1e-9, atol=1e-11)
+    if batch_norm:
+        np.testing.assert_allclose(theirs.norm.running_var.numpy(), ours.norm.var[...], rtol=1e-9)
+        assert bool((theirs.norm.running_mean != 0).any()) == training
+
+
+MASKED = {  # the arguments, of which the first passes a head
+    "VIDLoss": ((3, 6, 4), [RNG.normal(size=(4, 3, 2, 2)), RNG.normal(size=(4, 4, 2, 2))]),
+    "USKDLoss": ((5, 6), [RNG.normal(size=(4, 5)), RNG.normal(size=(4, 6)), np.arange(4)]),
+    "CRCDLoss": ((5, 6, 4, 9), [RNG.normal(size=(4, 5)), RNG.normal(size=(4, 6)), np.arange(4), np.ones((4, 3), int)]),
+}
+
+
+@pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_examples_before_a_head_may_hold_nan(f, name):
+    """Their NaN reaches no weight, though 0 times NaN is NaN."""
+    sizes, inputs = MASKED[name]
+    where = np.array([True, False, True, True])
+    spoilt = [np.where(where.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan) if x.dtype == float else x for x in inputs]
+    slopes = []
+    for given in (inputs, spoilt):
+        if f is TORCH:
+            torch.manual_seed(0)
+            module = kdtorch.nn.__dict__[name](*sizes)
+            arrays = [torch.from_numpy(x).float() if x.dtype == float else torch.from_numpy(x) for x in given]
+            module(*arrays, where=torch.from_numpy(where)).backward()
+            slopes.append([x.grad.numpy() for x in module.parameters() if x.grad is not None])
+        else:
+            module = kdjax.nn.__dict__[name](*sizes, rngs=nnx.Rngs(0))
+            arrays = [last(x) if x.ndim == 4 else jnp.asarray(x) for x in given]
+            arrays = [x.astype("float32") if x.dtype == float else x for x in arrays]
+            step = nnx.jit(nnx.grad(lambda module, *arrays: module(*arrays, where=where)))
+            slopes.append(list(map(np.asarray, jax.tree.leaves(step(module, *arrays)))))
+    assert len(slopes[0]) > 0
+    for a, b in zip(*slopes, strict=True):
+        assert np.array_equal(a, b)
+
+
 @slow
 @pytest.mark.parametrize(
     ("name", "embed"),

@@ -243,13 +243,14 @@ def top_k(chosen_by, temperature=T, **options):
     return kdtorch.topk_kl_loss(s3, t3.gather(-1, indices), indices, rest, **options)
 
 
-def liger(weights=(0, 1), labels=labels3, student_head=None, **options):
+def liger(weights=(0, 1), labels=labels3, student_head=None, kind="JSD", **options):
     """Liger's loss from hidden states and heads that give the logits above; it adds up in the default dtype."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel import chunked_loss
 
     head = torch.eye(C, dtype=s3.dtype)
     student_head = head if student_head is None else student_head
-    loss = LigerFusedLinearJSDLoss(*weights, compiled=False, **{"beta": BETA, "temperature": T} | options)
+    loss = getattr(chunked_loss, f"LigerFusedLinear{kind}Loss")
+    loss = loss(*weights, compiled=False, **{"beta": BETA, "temperature": T} | options)
     default = torch.get_default_dtype()
     torch.set_default_dtype(s3.dtype)
     try:
@@ -262,6 +263,12 @@ def liger_function(student, teacher, **options):
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     return LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher, **options)
+
+
+def liger_cosine(student, teacher, **options):
+    from liger_kernel.chunked_loss.cosine_similarity_loss import LigerFusedLinearCosineSimilarityFunction
+
+    return LigerFusedLinearCosineSimilarityFunction.distillation_loss_fn(student, teacher, **options)
 
 
 def mean_over_kept(values):
@@ -299,6 +306,19 @@ def chunked(loss, *settings, student=s3):
     return getattr(torchtune(), loss)(2, *settings)(*chunks, labels3)
 
 
+SCALES = torch.tensor([-2.0, 0.5, 3.0], dtype=s.dtype)
+
+
+def vid_given():
+    return student_maps[0], teacher_maps[0], SCALES
+
+
+def vid():
+    """As RepDistiller and mdistiller write it, of what the regressor gave."""
+    variance = (torch.log(1.0 + torch.exp(SCALES)) + 1e-5).view(1, -1, 1, 1)
+    return torch.mean(0.5 * ((student_maps[0] - teacher_maps[0]) ** 2 / variance + torch.log(variance)))
+
+
 def released(figure):
     """What a published code gave, and what this library gives for the same."""
     with np.load(FIGURES / f"{figure}.npz") as file:
@@ -330,6 +350,7 @@ MOVES = {
             direct.crd_loss(s, t, index, negatives, crd_state)[0],
             kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
         ),
+        "`vid_loss(regressor, log_scale, fs, ft, eps)`": lambda: (vid(), kdtorch.vid_loss(*vid_given())),
         "`at_loss(fs, ft, p)`, p even": lambda: (
             direct.attention_transfer_loss(student_maps, teacher_maps, p=4),
             kdtorch.attention_transfer_loss(student_maps, teacher_maps, p=4),
@@ -355,6 +376,11 @@ MOVES = {
         "`CRDLoss(opt)`": lambda: (
             direct.crd_loss(s, t, index, negatives, crd_state)[0],
             kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
+        ),
+        "`VIDLoss(…)(fs, ft)`, its regressor of maps of one size": lambda: (vid(), kdtorch.vid_loss(*vid_given())),
+        "`FSP(…)(fs, ft)`, summed": lambda: (
+            direct.fsp_loss(student_maps, teacher_maps),
+            kdtorch.fsp_loss(student_maps, teacher_maps),
         ),
         "`sum(Attention(p)(fs, ft))`, p even": lambda: (
             direct.attention_transfer_loss(student_maps, teacher_maps, p=4),
@@ -439,6 +465,13 @@ MOVES = {
             crd(),
             kdtorch.crd_loss(s, t, index, negatives, crd_state)[0],
         ),
+        "`VIDLoss` of one pair, weight 1": lambda: (
+            mid_level.VIDLoss({"pair": {side: {"path": "logits", "io": "output"} for side in ("student", "teacher")}})(
+                {"logits": {"output": (student_maps[0], (1 + SCALES.exp()).log().reshape(1, -1, 1, 1) + 1e-5)}},
+                {"logits": {"output": teacher_maps[0]}},
+            ),
+            kdtorch.vid_loss(*vid_given()),
+        ),
         '`ATLoss`, mode `"code"`, weights 1': lambda: (
             mid_level.ATLoss({str(i): PAIR[i] for i in range(2)})(
                 *({str(i): {"output": x} for i, x in enumerate(maps)} for maps in (student_maps, teacher_maps))
@@ -491,6 +524,10 @@ MOVES = {
         "`huber_loss(s, t, delta=δ).mean()`": lambda: (
             optax.losses.huber_loss(S, TEACHER, delta=DELTA).mean(),
             kdjax.smooth_l1_loss(S, TEACHER, beta=DELTA),
+        ),
+        "`cosine_distance(s, t, epsilon=ε).mean()`": lambda: (
+            optax.losses.cosine_distance(S, TEACHER, epsilon=1e-12).mean(),
+            kdjax.cosine_loss(S, TEACHER),
         ),
         "`cosine_distance(s, centers[y]).mean()`, students the longer": lambda: (
             optax.losses.cosine_distance(longer(), CENTERS[LABELS]).mean(),
@@ -572,6 +609,14 @@ MOVES = {
         "`LigerFusedLinearJSDFunction.distillation_loss_fn(s, t, beta=b)`": lambda: (
             liger_function(s3 / T, t3 / T, beta=BETA),
             jsd(where=None, reduction="sum"),
+        ),
+        "`LigerFusedLinearCosineSimilarityLoss(0, 1, beta=b, temperature=T)(h, W, g, V, labels)`": lambda: (
+            liger(kind="CosineSimilarity", beta=0.8),
+            kdtorch.cosine_loss(s3, t3, where=kept3),
+        ),
+        "`LigerFusedLinearCosineSimilarityFunction.distillation_loss_fn(s, t, beta=b)`": lambda: (
+            liger_cosine(s3, t3, beta=0.8),
+            kdtorch.cosine_loss(s3, t3, reduction="sum"),
         ),
         "`LigerFusedLinearJSD(b, temperature=T)(h, W, g, V, labels)`, Triton": lambda: (
             mean_over_kept(mixture_divergence(BETA, log_p3, log_q3)),

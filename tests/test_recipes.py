@@ -203,6 +203,7 @@ def test_on_policy(framework, run):
         assert off < 1e-3 if gradient == "score" or estimator == "k2" else off > 0.5, (estimator, gradient)
 
 
+@pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_minilm(framework, run):
     names = run(f"minilm_{framework}")
     falls(names["lessons"], to=0.6)
@@ -216,6 +217,14 @@ def test_relations(framework, run):
     for losses, accuracy in results.values():
         falls(losses, to=0.5)
         assert accuracy > 0.88
+
+
+@pytest.mark.parametrize("name", ["features_nnx", "features_linen", "features_torch"])
+def test_features(name, run):
+    names = run(name)
+    for term in ("attention", "cwd", "mse"):
+        falls([terms[term] for terms in names["losses"]], 0.7)
+    assert names["accuracy"] > 0.85
 
 
 def norm(trees, others):

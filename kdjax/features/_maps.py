@@ -11,6 +11,10 @@ import numpy as np
 from kdjax._numerics import HIGHEST
 from kdjax._typing import Array
 
+PROJECTOR = (
+    "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+)
+
 
 def check_channel_axis(channel_axis: int) -> None:
     if channel_axis not in (-3, -2, -1, 1, 2, 3):
@@ -30,17 +34,28 @@ def check_maps(student_maps: Sequence[Array], teacher_maps: Sequence[Array], cha
 def check_shapes(student_maps: Sequence[Array], teacher_maps: Sequence[Array], projection: str) -> None:
     """Refuse maps whose shapes differ; `projection` says what brings one to the other's."""
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {list(student.shape)} "
-                f"and {list(teacher.shape)}; {mend(student, teacher, projection)}"
-            )
+        check_shape(f"student_maps[{i}]", student, f"teacher_maps[{i}]", teacher, projection)
+
+
+def check_shape(student_name: str, student: Array, teacher_name: str, teacher: Array, projection: str) -> None:
+    """The same of one map."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"`{student_name}` and `{teacher_name}` must have the same shape, got {list(student.shape)} "
+            f"and {list(teacher.shape)}; {mend(student, teacher, projection)}"
+        )
 
 
 def mend(student: Array, teacher: Array, projection: str) -> str:
     if sorted(student.shape) == sorted(teacher.shape):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
     return projection
+
+
+def by_channels(x: Array, channel_axis: int) -> jax.Array:
+    """A map as `[batch, channels, positions]`."""
+    x = jnp.moveaxis(x, channel_axis, 1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 def at_least_one(name: str, value: float) -> float:

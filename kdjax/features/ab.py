@@ -11,9 +11,7 @@ from kdjax._numerics import positive
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
-from kdjax.features._maps import check_maps, check_shapes
-
-_PROJECTION = "project the student's maps to the teacher's shapes, as a 1×1 convolution does for channels"
+from kdjax.features._maps import PROJECTOR, check_maps, check_shapes
 
 
 @checked
@@ -63,7 +61,7 @@ def ab_loss(
     2.5000
     """
     check_maps(student_maps, teacher_maps, channel_axis)
-    check_shapes(student_maps, teacher_maps, _PROJECTION)
+    check_shapes(student_maps, teacher_maps, PROJECTOR)
     margin = positive("margin", margin, *student_maps, *teacher_maps, constant=True)
     maps = [_ab(*both, margin, where=where) for both in zip(student_maps, teacher_maps, strict=True)]
     weighted = [value * 2.0 ** (1 + i - len(maps)) for i, value in enumerate(maps)]

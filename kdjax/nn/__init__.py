@@ -15,8 +15,10 @@ from kdjax.nn.crd import CRDLoss
 from kdjax.nn.dcn import DynamicCenterNormLoss
 from kdjax.nn.dino import DINOLoss
 from kdjax.nn.function import FunctionLoss
+from kdjax.nn.projector import Projector
 from kdjax.nn.reviewkd import ABF, ReviewKD
 from kdjax.nn.uskd import USKDLoss
+from kdjax.nn.vid import VIDLoss
 
 __all__ = [
     "ABF",
@@ -27,6 +29,8 @@ __all__ = [
     "DynamicCenterNormLoss",
     "FunctionLoss",
     "LossState",
+    "Projector",
     "ReviewKD",
     "USKDLoss",
+    "VIDLoss",
 ]

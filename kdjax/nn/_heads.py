@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from kdjax._numerics import promote
+from kdjax._reduce import zero_masked
 from kdjax._typing import Array, describe
+from kdjax.nn._state import movable
 
 
-def through(head: Callable, name: str, x: Array, dim: int, constant: bool = False) -> jax.Array:
-    """What a head makes of features of its width."""
-    if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1:] == (dim,)):
-        raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
+def through(
+    head: Callable,
+    name: str,
+    x: Array,
+    dim: int,
+    constant: bool = False,
+    maps: bool = False,
+    where: Array | None = None,
+) -> jax.Array:
+    """What a head makes of features of its width, or of maps of its channels; masked ones are 0 before it."""
+    return head(prepared(name, x, dim, constant, maps, where))
+
+
+def prepared(
+    name: str, x: Array, dim: int, constant: bool = False, maps: bool = False, where: Array | None = None
+) -> jax.Array:
+    """Features of a width, in float32 or wider; the mask is left alone where it does not fit, which the loss will say."""
+    fits = isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1:] == (dim,)
+    if not fits or (maps and x.ndim != 4):
+        axes = f"batch height width {dim}" if maps else f"*batch {dim}"
+        raise TypeError(f"`{name}` must be Float[Array, {axes!r}], got {describe(x)}")
     (x,) = promote(jax.lax.stop_gradient(x) if constant else x)
-    return head(x)
+    if isinstance(where, Array) and where.dtype == bool and where.shape == x.shape[: where.ndim]:
+        (x,) = zero_masked(where, x)  # 0 times NaN, in the gradient of the head, would be NaN
+    return x
+
+
+class BatchNorm(nnx.BatchNorm):
+    """With PyTorch's running variance, that of a sample, so that what is trained here goes on there."""
+
+    def __call__(self, x: Array, *args: Any, **options: Any) -> jax.Array:
+        if not self.use_running_average:
+            for name in ("mean", "var"):
+                movable(self, name)
+        kept = self.momentum * self.var[...]
+        normalised = super().__call__(x, *args, **options)
+        if not self.use_running_average:
+            number = x.size // x.shape[-1]
+            self.var[...] = kept + (self.var[...] - kept) * (number / max(number - 1, 1))
+        return normalised

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kdjax._typing import Array
-from kdjax.nn._state import movable
+from kdjax.nn._heads import BatchNorm
 from kdlosses.settings import map_size, map_sizes
 
 _CONV_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-
-
-class _BatchNorm(nnx.BatchNorm):
-    """With PyTorch's running variance, that of a sample, so that what is trained here goes on there."""
-
-    def __call__(self, x: Array, *args: Any, **options: Any) -> jax.Array:
-        if not self.use_running_average:
-            for name in ("mean", "var"):
-                movable(self, name)
-        kept = self.momentum * self.var[...]
-        normalised = super().__call__(x, *args, **options)
-        if not self.use_running_average:
-            number = x.size // x.shape[-1]
-            self.var[...] = kept + (self.var[...] - kept) * (number / max(number - 1, 1))
-        return normalised
 
 
 class ABF(nnx.Module):
@@ -65,9 +49,9 @@ class ABF(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.conv1 = nnx.Conv(in_channels, mid_channels, (1, 1), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
-        self.norm1 = _BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
+        self.norm1 = BatchNorm(mid_channels, momentum=0.9, rngs=rngs)
         self.conv2 = nnx.Conv(mid_channels, out_channels, (3, 3), use_bias=False, kernel_init=_CONV_INIT, rngs=rngs)
-        self.norm2 = _BatchNorm(out_channels, momentum=0.9, rngs=rngs)
+        self.norm2 = BatchNorm(out_channels, momentum=0.9, rngs=rngs)
         self.attention = nnx.Conv(2 * mid_channels, 2, (1, 1), rngs=rngs) if fuse else None
         self.out_shapes = map_size(out_shapes)
 

@@ -74,7 +74,7 @@ class USKDLoss(nnx.Module):
             ValueError: what `uskd_loss` refuses.
             TypeError: a shape or dtype that does not fit.
         """
-        weak_logits = through(self.head, "features", features, self.feature_dim)
+        weak_logits = through(self.head, "features", features, self.feature_dim, where=where)
         return uskd_loss(
             student_logits,
             weak_logits,

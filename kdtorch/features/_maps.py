@@ -12,6 +12,10 @@ from torch.nn import functional
 from kdtorch._numerics import eager_on_cpu
 from kdtorch._typing import sizes
 
+PROJECTOR = (
+    "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
+)
+
 
 def check_channel_axis(channel_axis: int) -> None:
     if channel_axis not in (-3, -2, -1, 1, 2, 3):
@@ -31,17 +35,27 @@ def check_maps(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], c
 def check_shapes(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], projection: str) -> None:
     """Refuse maps whose shapes differ; `projection` says what brings one to the other's."""
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same shape, got {sizes(student)} "
-                f"and {sizes(teacher)}; {mend(student, teacher, projection)}"
-            )
+        check_shape(f"student_maps[{i}]", student, f"teacher_maps[{i}]", teacher, projection)
+
+
+def check_shape(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor, projection: str) -> None:
+    """The same of one map."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"`{student_name}` and `{teacher_name}` must have the same shape, got {sizes(student)} "
+            f"and {sizes(teacher)}; {mend(student, teacher, projection)}"
+        )
 
 
 def mend(student: Tensor, teacher: Tensor, projection: str) -> str:
     if sorted(sizes(student)) == sorted(sizes(teacher)):
         return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
     return projection
+
+
+def by_channels(x: Tensor, channel_axis: int) -> Tensor:
+    """A map as `[batch, channels, positions]`."""
+    return x.movedim(channel_axis, 1).flatten(2)
 
 
 def at_least_one(name: str, value: float) -> float:

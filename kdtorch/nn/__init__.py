@@ -13,8 +13,10 @@ from kdtorch.nn.crd import CRDLoss
 from kdtorch.nn.dcn import DynamicCenterNormLoss
 from kdtorch.nn.dino import DINOLoss
 from kdtorch.nn.function import FunctionLoss
+from kdtorch.nn.projector import Projector
 from kdtorch.nn.reviewkd import ABF, ReviewKD
 from kdtorch.nn.uskd import USKDLoss
+from kdtorch.nn.vid import VIDLoss
 
 __all__ = [
     "ABF",
@@ -24,6 +26,8 @@ __all__ = [
     "DINOLoss",
     "DynamicCenterNormLoss",
     "FunctionLoss",
+    "Projector",
     "ReviewKD",
     "USKDLoss",
+    "VIDLoss",
 ]

@@ -84,8 +84,8 @@ class Contrast(Stateful):
             IndexError: an index outside `0 .. num_data - 1`.
             TypeError: a shape or dtype that does not fit.
         """
-        student = through(self.student_head, "student", student, self.student_dim)
-        teacher = through(self.teacher_head, "teacher", teacher, self.teacher_dim, constant=True)
+        student = through(self.student_head, "student", student, self.student_dim, where=where)
+        teacher = through(self.teacher_head, "teacher", teacher, self.teacher_dim, constant=True, where=where)
         if negatives is None:
             negatives = crcd_negatives(self.generator, len(student), self.num_negatives, self.num_data)
             negatives = negatives.to(student.device)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kdtorch._numerics import promote
+from kdtorch._reduce import zero_masked
 from kdtorch._typing import describe
 
 
-def through(head: nn.Module, name: str, x: Tensor, dim: int, constant: bool = False) -> Tensor:
-    """What a head makes, in the precision of its weights, of features of its width."""
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1:] == (dim,)):
-        raise TypeError(f"`{name}` must be Float[Array, '*batch {dim}'], got {describe(x)}")
+def through(
+    head: nn.Module,
+    name: str,
+    x: Tensor,
+    dim: int,
+    constant: bool = False,
+    maps: bool = False,
+    where: Tensor | None = None,
+) -> Tensor:
+    """What a head makes of features of its width, or of maps of its channels; masked ones are 0 before it."""
+    return head(prepared(head, name, x, dim, constant, maps, where))
+
+
+def prepared(
+    head: nn.Module,
+    name: str,
+    x: Tensor,
+    dim: int,
+    constant: bool = False,
+    maps: bool = False,
+    where: Tensor | None = None,
+) -> Tensor:
+    """Features of a width, in the precision of a head's weights; the mask is left alone where it does not fit, which the
+    loss will say."""
+    fits = isinstance(x, Tensor) and x.is_floating_point() and x.shape[1 if maps else -1 :][:1] == (dim,)
+    if not fits or (maps and x.ndim != 4):
+        axes = f"batch {dim} height width" if maps else f"*batch {dim}"
+        raise TypeError(f"`{name}` must be Float[Array, {axes!r}], got {describe(x)}")
     (x,) = promote(x.detach() if constant else x)
+    if isinstance(where, Tensor) and where.dtype == torch.bool and where.shape == x.shape[: where.ndim]:
+        (x,) = zero_masked(where, x)  # 0 times NaN, in the gradient of the head, would be NaN
     # not `parameters()`, of which FSDP and DataParallel leave a part of theirs none
     weights = (getattr(part, "weight", None) for part in head.modules())
-    return head(x.to(next((weight.dtype for weight in weights if weight is not None), x.dtype)))
+    return x.to(next((weight.dtype for weight in weights if weight is not None), x.dtype))

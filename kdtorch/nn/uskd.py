@@ -72,7 +72,7 @@ class USKDLoss(nn.Module):
             IndexError: a label outside `0 .. num_classes - 1`.
             TypeError: a shape or dtype that does not fit.
         """
-        weak_logits = through(self.head, "features", features, self.feature_dim)
+        weak_logits = through(self.head, "features", features, self.feature_dim, where=where)
         return uskd_loss(
             student_logits,
             weak_logits,
