@@ -75,6 +75,7 @@ from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdjax.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 from kdlosses import __version__ as __version__
 
 __all__ = [
@@ -99,6 +100,7 @@ __all__ = [
     "mse_loss",
     "nkd_loss",
     "reverse_kl_loss",
+    "sinkhorn_knopp",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "smooth_l1_loss",
