@@ -75,6 +75,8 @@ from kdjax.make_loss import make_loss
 from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdjax.selfsupervised.gram import gram_loss
+from kdjax.selfsupervised.koleo import koleo_loss
 from kdjax.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 from kdlosses import __version__ as __version__
 
@@ -93,9 +95,11 @@ __all__ = [
     "dino_teacher_temperature",
     "dkd_loss",
     "euclidean_mse_loss",
+    "gram_loss",
     "hcl_loss",
     "jsd_loss",
     "kl_loss",
+    "koleo_loss",
     "make_loss",
     "mse_loss",
     "nkd_loss",

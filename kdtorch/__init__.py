@@ -75,6 +75,8 @@ from kdtorch.make_loss import make_loss
 from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdtorch.selfsupervised.gram import gram_loss
+from kdtorch.selfsupervised.koleo import koleo_loss
 from kdtorch.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 
 __all__ = [
@@ -93,9 +95,11 @@ __all__ = [
     "dkd_loss",
     "euclidean_mse_loss",
     "fuse",
+    "gram_loss",
     "hcl_loss",
     "jsd_loss",
     "kl_loss",
+    "koleo_loss",
     "make_loss",
     "mse_loss",
     "nkd_loss",

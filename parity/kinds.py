@@ -24,6 +24,7 @@ class Sizes:
         negatives: samples beside its own that an example is compared with.
         kept: of a teacher's classes, those that were recorded; None for half of them.
         teacher_dim: of the teacher's features where they need not be as wide as the student's; None for `dim + 2`.
+        patches: of an image.
     """
 
     batch: tuple[int, ...] = (5,)
@@ -36,6 +37,7 @@ class Sizes:
     negatives: int = 4
     kept: int | None = None
     teacher_dim: int | None = None
+    patches: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,13 @@ def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
     return rng.random((*n.batch, n.classes)).argsort(-1)
 
 
+def _patch_mask(rng: np.random.Generator, n: Sizes) -> np.ndarray:
+    """Which patches of an image are masked; of every third image none is."""
+    mask = rng.random((*n.batch, n.patches)) < 0.6
+    mask[1::3] = False
+    return mask
+
+
 def _kept(n: Sizes) -> int:
     return n.kept or max(1, n.classes // 2)
 
@@ -112,8 +121,14 @@ KINDS: dict[str, Kind] = {
     "maps": Kind(_maps, numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
+    "patches": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.patches, n.dim)), axes=2, numbers=True),
+    "wide_patches": Kind(
+        lambda rng, n: rng.normal(size=(*n.batch, n.patches, n.teacher_dim or n.dim + 2)), axes=2, numbers=True
+    ),
+    "patch_mask": Kind(_patch_mask, axes=1),
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
     "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
+    "IBOTState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
     "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }

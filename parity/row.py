@@ -14,7 +14,7 @@ from parity import scales
 from parity.kinds import Sizes
 
 # the sizes at which `Memory` counts, unless it says otherwise
-MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64)
+MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64, patches=12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Loss:
     Attributes:
         formula: in plain loops, under the loss's own name; `parity.losses` says how it is written.
         inputs: what each of its inputs is, a key of `parity.kinds.KINDS`, by name, in order.
-        learns: the inputs that have a gradient.
+        learns: the inputs that have a gradient; none, where the result is constant.
         constant: the inputs of which the gradient must be exactly 0.
         options: settings worth a case each; the first is the ordinary one.
         ranges: from where to where random draws take each setting that may be a number or an array.
@@ -194,7 +194,12 @@ class Loss:
     def of(self, package: Any) -> Callable[..., Any]:
         """The function in kdjax or kdtorch, with the settings that it cannot do without."""
         function = getattr(package, self.name)
-        return functools.partial(function, **self.required) if self.required else function
+        return _with(function, tuple(self.required.items()))
+
+    @property
+    def first(self) -> str:
+        """The first input: the student's, where there is one."""
+        return next(iter(self.inputs))
 
     @property
     def title(self) -> str:
@@ -204,3 +209,9 @@ class Loss:
     @property
     def state(self) -> str | None:
         return next((name for name, kind in self.inputs.items() if kind.endswith("State")), None)
+
+
+@functools.cache
+def _with(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The same function for the same settings, so that what is compiled of it is not compiled again."""
+    return functools.partial(function, **dict(settings)) if settings else function

@@ -40,12 +40,12 @@ class Student(nn.Module):
     def __init__(self, loss: Loss, inputs: dict) -> None:
         super().__init__()
         self.loss = loss
-        first = inputs[loss.learns[0]]
+        first = inputs[loss.first]
         self.scale = nn.ParameterList(torch.ones(x.shape[-1], dtype=x.dtype) for x in as_list(first))
         self.others = nn.ParameterDict({k: inputs[k].clone() for k in loss.learns[1:] if not spread(loss, k)})
 
     def forward(self, inputs: dict, **options):
-        first = self.loss.learns[0]
+        first = self.loss.first
         scaled = []
         for scale, x in zip(self.scale, as_list(inputs[first]), strict=True):
             number = x.nan_to_num()  # NaN under the mask reaches the loss, not the scale

@@ -57,7 +57,7 @@ def sinkhorn_knopp(
     temperature = positive("temperature", temperature, x, constant=True)
     if where is not None:
         x = jnp.where(where[:, None], x, -jnp.inf)
-    peak = jnp.maximum(all_max(x.max(0, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
+    peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
     below = (x - peak) / temperature
     mass = all_sum(_total(jnp.exp(below)), axis_name)
     log_mass = jnp.log(jnp.where(mass == 0, 1, mass))
@@ -77,4 +77,4 @@ def check_iterations(iterations: int) -> None:
 
 def _total(x: jax.Array) -> jax.Array:
     """The sums of the columns. XLA on a CPU takes sixty times as long for a sum over a leading axis."""
-    return jnp.matmul(jnp.ones(len(x), x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(jnp.ones((1, len(x)), x.dtype), x, precision=jax.lax.Precision.HIGHEST)

@@ -13,7 +13,7 @@ from kdtorch._numerics import BLOCK, check_classes, eager_on_cpu, positive, soft
 from kdtorch._typing import Bool, Float, ProcessGroup, Scalar, checked
 
 
-@checked
+@checked(learns=("teacher_logits",))
 def sinkhorn_knopp(
     teacher_logits: Float[Tensor, "batch prototypes"],
     *,

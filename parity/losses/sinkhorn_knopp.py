@@ -36,10 +36,10 @@ ROWS = (
         value="array",
         leading=False,
         batch_coupled=True,
-        shift_invariant=False,
         padding=True,
         scale=1.0,  # of the entries, whose weighted sum may nearly cancel
         rounding=_rounding,
+        collectives=("all-reduce",) * 4,
         memory=Memory(jax=5, torch=8),
     ),
 )
