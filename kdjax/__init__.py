@@ -76,6 +76,7 @@ from kdjax.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negatives
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 from kdjax.selfsupervised.gram import gram_loss
+from kdjax.selfsupervised.ibot import IBOTState, ibot_init, ibot_loss
 from kdjax.selfsupervised.koleo import koleo_loss
 from kdjax.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 from kdlosses import __version__ as __version__
@@ -83,6 +84,7 @@ from kdlosses import __version__ as __version__
 __all__ = [
     "CRCDState",
     "DINOState",
+    "IBOTState",
     "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
@@ -97,6 +99,8 @@ __all__ = [
     "euclidean_mse_loss",
     "gram_loss",
     "hcl_loss",
+    "ibot_init",
+    "ibot_loss",
     "jsd_loss",
     "kl_loss",
     "koleo_loss",

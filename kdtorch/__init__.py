@@ -76,12 +76,14 @@ from kdtorch.relations.crcd import CRCDState, crcd_init, crcd_loss, crcd_negativ
 from kdtorch.relations.euclidean_mse import euclidean_mse_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
 from kdtorch.selfsupervised.gram import gram_loss
+from kdtorch.selfsupervised.ibot import IBOTState, ibot_init, ibot_loss
 from kdtorch.selfsupervised.koleo import koleo_loss
 from kdtorch.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 
 __all__ = [
     "CRCDState",
     "DINOState",
+    "IBOTState",
     "alpha_beta_loss",
     "bce_loss",
     "crcd_init",
@@ -97,6 +99,8 @@ __all__ = [
     "fuse",
     "gram_loss",
     "hcl_loss",
+    "ibot_init",
+    "ibot_loss",
     "jsd_loss",
     "kl_loss",
     "koleo_loss",

@@ -56,7 +56,7 @@ def value_and_slopes(loss, options):
         result = per_example(kdjax, loss)(*inputs, where=where, **options)
         return result[0] if loss.state else result
 
-    return jax.jit(jax.value_and_grad(value, learned))
+    return jax.jit(jax.value_and_grad(value, learned) if learned else value)
 
 
 def check(loss, options, exported, sizes):

@@ -26,6 +26,7 @@ def named(loss):
 
 every = pytest.mark.parametrize("loss", LOSSES, ids=named)
 learning = pytest.mark.parametrize("loss", [x for x in LOSSES if x.learns], ids=named)
+learning_kind = pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if x.learns), ids=named)
 every_kind = pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=named)
 framework = pytest.mark.parametrize("name", ["jax", "torch"])
 
@@ -91,7 +92,7 @@ def close(a, b, limit=256):
         assert ulps(x, y, "float64") <= limit
 
 
-@every_kind
+@learning_kind
 def test_second_derivative(loss):
     """That of kdjax is right; kdtorch's is the same, or refused. Where a part that moves is held constant, they agree."""
     function, x = called(JAX, loss)
@@ -265,7 +266,7 @@ def test_chunks_of_a_sum_are_the_whole(f, loss):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
-@every_kind
+@learning_kind
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile(backend, loss):
     function, x = called(TORCH, loss)

@@ -87,11 +87,11 @@ def check_iterations(iterations: int) -> None:
 
 def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
     """Of as many rows at once as a CPU's caches hold, elsewhere of all: which are kept, and the rows, -inf where they are not."""
-    size = max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else max(len(x), 1)
-    for start in range(0, max(len(x), 1), size):
-        block = slice(start, start + size)
-        kept = None if where is None else where[block]
-        part = x[block].to(widest(x))
+    size = max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else None
+    parts = (x,) if size is None else x.split(size)
+    masks = [where] * len(parts) if where is None or size is None else where.split(size)
+    for part, kept in zip(parts, masks, strict=True):
+        part = part.to(widest(x))
         yield kept, part if kept is None else torch.where(kept.unsqueeze(-1), part, -math.inf)
 
 
