@@ -129,6 +129,7 @@ class Loss:
         padding: whether a class at -inf in all logits adds nothing.
         infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
         jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so that rounding may tell which.
+        first_of_ties: whether the order of the examples tells which of two equal ones is taken.
         partly_constant: whether a part that moves with the student is constant to the gradient.
         second_derivative: whether kdtorch has one, or refuses; kdjax always has.
         laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
@@ -162,6 +163,7 @@ class Loss:
     padding: bool = False
     infinite: bool = False
     jumps: bool = False
+    first_of_ties: bool = False
     partly_constant: bool = False
     second_derivative: bool = True
     laws: tuple[str, ...] = ()

@@ -519,6 +519,8 @@ def mask_is_drop(trial: Trial) -> None:
 
 def permutation(trial: Trial) -> None:
     """Examples in another order give the same values in that order, and the same next state."""
+    if trial.loss.first_of_ties and trial.recipe.student != "ordinary":
+        return
     given, want = trial.whole
     order = np.random.default_rng(trial.recipe.seed).permutation(4)
     moved = along(trial.loss, given.inputs, lambda x, axis: np.take(x, order, axis))
@@ -608,8 +610,10 @@ def split(trial: Trial) -> None:
         for parts in zip(want.gradients[k], *(x.gradients[k] for _, x in halves), strict=True):
             whole, *pieces = parts
             close(sum(pieces) if axis is None else np.concatenate(pieces, axis), whole, "float64", GRADIENT, gradient)
-    for k, v in want.state.items():
-        middle = sum(x.state[k] / 2 for _, x in halves)
+    masks = [k for k, kind in loss.inputs.items() if kind == "patch_mask"]  # a mean of so many patches, not of examples
+    shares = np.array([x.inputs[masks[0]].sum() if masks else 2 for x, _ in halves], float)
+    for k, v in want.state.items() if shares.all() else ():
+        middle = sum(x.state[k] * share for (_, x), share in zip(halves, shares / shares.sum(), strict=True))
         close(middle, v, "float64", VALUE, loss.state_rounding(_given(loss, given), v))
 
 

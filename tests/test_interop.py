@@ -526,12 +526,13 @@ STEPS = 20
 
 
 def ours(name, **arguments):
-    rngs = {} if name == "DINOLoss" else {"rngs": nnx.Rngs(0)}
+    rngs = {} if name in ("DINOLoss", "IBOTLoss") else {"rngs": nnx.Rngs(0)}
     return getattr(kdjax.nn, name)(**arguments, **rngs)
 
 
 MODULES = {
     "dino": lambda: ours("DINOLoss", dim=4, views=3, student_temperature=0.3),
+    "ibot": lambda: ours("IBOTLoss", dim=4, student_temperature=0.3),
     "dcn": lambda: ours("DynamicCenterNormLoss", num_classes=5, dim=4),
     "uskd": lambda: ours("USKDLoss", feature_dim=6, num_classes=5, beta=0.3),
     "crcd": lambda: ours("CRCDLoss", student_dim=5, teacher_dim=6, dim=4, num_data=9, num_negatives=7, momentum=0.3),
@@ -756,6 +757,14 @@ RUNS = {
     "dino": (
         lambda: ours("DINOLoss", dim=8, warmup_temperature=0.02, warmup_epochs=9),
         lambda student, loss, b: loss(parts(student(b["x"]))["stu"], b["tea"], b["epoch"]),
+    ),
+    "ibot": (
+        lambda: ours("IBOTLoss", dim=4, warmup_temperature=0.02, warmup_epochs=9),
+        lambda student, loss, b: loss(
+            *(x.reshape(-1, 2, 4) for x in (parts(student(b["x"]))["stu"], b["tea"])),
+            (b["tea"] > 0).reshape(-1, 2, 4)[:, :, 0],
+            b["epoch"],
+        ),
     ),
     "dcn": (
         lambda: ours("DynamicCenterNormLoss", num_classes=CLASSES, dim=8),

@@ -353,6 +353,7 @@ def test_both_packages_say_the_same():
         assert said[0] == said[1]
 
 
+MODULES = ("dino", "ibot", "dcn", "crcd", "uskd")
 PUBLIC = [name for name in kdjax.__all__ if name.endswith("_loss") and name != "make_loss"]
 FOUNDING = [
     "dino",
@@ -406,6 +407,8 @@ def given_by_name(f):
     feat["values"] = f.array(np.take_along_axis(f.numpy(feat["score_tea"]), order[:, :3], -1), "float32")
     rest = np.take_along_axis(f.numpy(feat["score_tea"]), order[:, 3:], -1)
     feat["rest"] = f.array(np.log(np.exp(rest).sum(-1)), "float32")
+    for side in ("stu", "tea"):
+        feat[f"patches_{side}"] = f.array(np.stack(3 * [f.numpy(feat[side])], 1) * np.arange(1, 4)[:, None], "float32")
     return feat, target
 
 
@@ -416,7 +419,7 @@ def test_every_loss_by_its_function(f):
     maps = {"student_maps": feat["feats_stu"], "teacher_maps": feat["feats_tea"][-2:]}
     known = {"student": feat["stu"], "teacher": feat["tea"], "labels": target, **maps, **feat}
     known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
-    plain = [name for name in PUBLIC if name.removesuffix("_loss") not in ("dino", "dcn", "crcd", "uskd")]
+    plain = [name for name in PUBLIC if name.removesuffix("_loss") not in MODULES]
     shorts = [name.removesuffix("_loss") for name in plain if name.removesuffix("_loss") not in FOUNDING]
     given = {"taid_loss": {"interpolation": 0.4}}  # which has no default
     given |= {name.removesuffix("_loss"): settings for name, settings in given.items()}
@@ -429,6 +432,8 @@ def test_every_loss_by_its_function(f):
         for name in plain:
             function = getattr(f.kd, name)
             inputs = [p.name for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
+            if name == "gram_loss":
+                inputs = ["patches_stu", "patches_tea"]
             values[name] = function(*(known[key] for key in inputs), **given.get(name, {}))
         return values
 
@@ -440,7 +445,7 @@ def test_every_loss_by_its_function(f):
 @both
 @pytest.mark.parametrize("conventions", ["published", "founding"])
 def test_modules_by_the_functions_that_they_hold(f, conventions):
-    for name in ("dino", "dcn", "crcd", "uskd"):
+    for name in MODULES:
         losses = f.kd.make_loss(configuration(f"kd-{name}_loss"), CLASSES, 20, conventions=conventions).losses
         assert type(losses[f"{name}_loss"]).__name__.lower().startswith(("dynamic", name))
     feat, target = batch(f)

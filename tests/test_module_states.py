@@ -35,6 +35,8 @@ def build(f, name):
     torch.manual_seed(0)
     if name == "dino":
         return nn.DINOLoss(4)
+    if name == "ibot":
+        return nn.IBOTLoss(2)
     if name == "crcd":
         return nn.CRCDLoss(4, 4, 4, 20, num_negatives=5, **rngs)
     if name == "review":
@@ -56,6 +58,9 @@ def caller(f, name):
     def call(module, x):
         if name == "dino":
             return module(x, 2 * x, epoch=3)
+        if name == "ibot":
+            patches = x.reshape(-1, 2, 2)
+            return module(patches, 2 * patches, patches[:, :, 0] > -1, epoch=3)
         if name == "crcd":
             return module(x, 2 * x, index, negatives)
         if name == "review":
@@ -68,7 +73,7 @@ def caller(f, name):
     return call
 
 
-NAMES = ["dino", "crcd", "review", "connector", "mixture"]
+NAMES = ["dino", "ibot", "crcd", "review", "connector", "mixture"]
 all_modules = pytest.mark.parametrize("name", NAMES)
 X = {"jax": JAX.array(ROWS, "float32"), "torch": TORCH.array(ROWS, "float32")}
 

@@ -14,6 +14,7 @@ from kdjax.nn.crcd import CRCDLoss
 from kdjax.nn.dcn import DynamicCenterNormLoss
 from kdjax.nn.dino import DINOLoss
 from kdjax.nn.function import FunctionLoss
+from kdjax.nn.ibot import IBOTLoss
 from kdjax.nn.reviewkd import ABF, ReviewKD
 from kdjax.nn.uskd import USKDLoss
 
@@ -24,6 +25,7 @@ __all__ = [
     "DINOLoss",
     "DynamicCenterNormLoss",
     "FunctionLoss",
+    "IBOTLoss",
     "LossState",
     "ReviewKD",
     "USKDLoss",

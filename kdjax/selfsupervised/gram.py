@@ -123,8 +123,9 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _gap(ours: jax.Array, theirs: jax.Array, clip_negative: Clip) -> tuple[jax.Array, jax.Array]:
     """The student's products less the teacher's, and the same where they have a gradient, else 0."""
-    theirs = theirs if clip_negative == "none" else jnp.where(theirs > 0, theirs, 0)
+    theirs = theirs if clip_negative == "none" else jnp.where(theirs <= 0, 0, theirs)
     if clip_negative != "both":
         return (gap := ours - theirs), gap
-    gap = jnp.where(ours > 0, ours, 0) - theirs
-    return gap, jnp.where(ours > 0, gap, 0)
+    clipped = ours <= 0
+    gap = jnp.where(clipped, 0, ours) - theirs
+    return gap, jnp.where(clipped, 0, gap)

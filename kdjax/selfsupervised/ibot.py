@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kdjax._collectives import all_sum
 from kdjax._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
-from kdjax._reduce import reduce
+from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 from kdjax.selfsupervised.dino import dino_init, moved_center
@@ -121,6 +121,7 @@ def ibot_loss(
     else:
         center = jnp.broadcast_to(state.center.astype(dtype), teacher.shape)
         values = _patches(student, teacher, center, teacher_temperature, student_temperature, where=mask)
+    (values,) = zero_masked(mask, values)
     loss = reduce(values.sum(1) / jnp.maximum(mask.sum(1, dtype=values.dtype), 1), where, reduction, axis_name)
     if teacher_targets is not None or not update:
         return loss, state

@@ -84,8 +84,8 @@ def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax
     product = jnp.matmul(local(centered), centered.T, precision=HIGHEST)
     square = jnp.where(partners, local(length)[:, None] + length[None] - 2 * product, jnp.inf)
     found, least, largest = square.argmin(1), square.min(1), length.max()
-    rivals = (square <= least[:, None] + 16 * digits * largest).sum(1)
-    is_open = partners.any(1) & ((rivals > 1) | ~(least * 64 > largest))
+    rival = jnp.where(jnp.arange(len(x))[None] == found[:, None], jnp.inf, square).min(1)
+    is_open = partners.any(1) & ((rival <= least + 16 * digits * largest) | ~(least * 64 > largest))
 
     def by_row(row: tuple[jax.Array, ...]) -> jax.Array:
         is_open, found, ours, own_zero, partners = row

@@ -12,6 +12,7 @@ from kdtorch.nn.crcd import CRCDLoss
 from kdtorch.nn.dcn import DynamicCenterNormLoss
 from kdtorch.nn.dino import DINOLoss
 from kdtorch.nn.function import FunctionLoss
+from kdtorch.nn.ibot import IBOTLoss
 from kdtorch.nn.reviewkd import ABF, ReviewKD
 from kdtorch.nn.uskd import USKDLoss
 
@@ -22,6 +23,7 @@ __all__ = [
     "DINOLoss",
     "DynamicCenterNormLoss",
     "FunctionLoss",
+    "IBOTLoss",
     "ReviewKD",
     "USKDLoss",
 ]

@@ -149,4 +149,4 @@ def _gap(a: Tensor, b: Tensor, theirs: Tensor, clip_negative: Clip) -> tuple[Ten
         return gap, gap
     ours = a @ b.mT
     gap = ours.clamp(min=0) - theirs
-    return gap, torch.where(ours > 0, gap, 0)
+    return gap, torch.where(ours <= 0, 0, gap)

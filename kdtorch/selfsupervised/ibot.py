@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdtorch._collectives import all_sum
 from kdtorch._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
-from kdtorch._reduce import reduce
+from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, Scalar, checked
 from kdtorch.selfsupervised.dino import dino_init, moved_center
@@ -121,6 +121,7 @@ def ibot_loss(
     else:
         center = old.to(widest(student, teacher)).expand(teacher.shape)
         values = _patches(student, teacher, center, teacher_temperature, student_temperature, where=mask)
+    (values,) = zero_masked(mask, values)
     loss = reduce(values.sum(1) / mask.sum(1, dtype=values.dtype).clamp(min=1), where, reduction, group)
     if teacher_targets is not None or not update:
         return loss, state

@@ -122,13 +122,15 @@ def _nearest(x: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
         if masked is not None:
             square.masked_fill_(masked, math.inf)
         least, places = square.min(1)
-        rivals = (square <= (least + 16 * digits * largest).unsqueeze(1)).sum(1)
-        is_open = ((rivals > 1) | ~(least * 64 > largest)) & (least != math.inf)
+        rival = square.scatter_(1, places.unsqueeze(1), math.inf).amin(1)
+        is_open = ((rival <= least + 16 * digits * largest) | ~(least * 64 > largest)) & (least != math.inf)
         if kept is not None:
             is_open &= kept[part]
         for i in is_open.nonzero().flatten().tolist():
             exact = (x[part.start + i] - x).square().sum(-1) + zero + zero[part.start + i]
-            exact.masked_fill_(square[i] == math.inf, math.inf)
+            exact[part.start + i] = math.inf
+            if masked is not None:
+                exact.masked_fill_(masked, math.inf)
             places[i] = (exact <= exact.amin() * (1 + 8 * digits)).int().argmax()
         found[part.start - rows.start : part.stop - rows.start] = places
     return found

@@ -52,7 +52,7 @@ ROWS = (
         second_derivative=False,
         scale=0.1,  # the square of a difference of products
         rounding=_rounding,
-        memory=Memory(jax=5, torch=6),
+        memory=Memory(jax=5, torch=9),
         depends_on_threads=True,
     ),
 )

@@ -9,7 +9,7 @@ def ibot_loss(student, teacher, mask, state, teacher_temperature=0.04, student_t
     teacher, center = constant(teacher), state["center"]
     values, masked = [], []
     for i in range(len(student)):
-        total, number = 0.0 * student[i, 0, 0] if not mask[i].any() else 0.0, 0
+        total, number = 0.0, 0
         for j in np.flatnonzero(mask[i]):
             q = softmax(over(teacher[i, j] - center, teacher_temperature))
             log_p = log_softmax(over(student[i, j], student_temperature))
@@ -34,7 +34,7 @@ ROWS = (
         shift_invariant=True,
         rounding=DINO[0].rounding,
         state_rounding=DINO[0].state_rounding,
-        memory=Memory(jax=3, torch=4),
+        memory=Memory(jax=4, torch=4),
         collectives=("all-reduce",),
     ),
 )

@@ -1,8 +1,7 @@
 import numpy as np
 
-from parity import scales
 from parity.losses._plain import norm, unit
-from parity.row import NEAR_ROWS, Loss, Memory
+from parity.row import NEAR_ROWS, IllConditioned, Loss, Memory
 
 
 def koleo_loss(student):
@@ -20,6 +19,18 @@ def koleo_loss(student):
     return values
 
 
+def _rounding(given):
+    """Of rows of unit length: the gradient is the greater the shorter a row was, and the nearer its neighbour is."""
+    x = np.nan_to_num(given.inputs["student"])
+    largest = np.abs(x).max(-1, keepdims=True)
+    x = x / np.where(largest < given.tiny, np.inf, largest)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    x = x / np.where(length == 0, 1, length)
+    gaps = [np.linalg.norm(a - b) for i, a in enumerate(x) for b in x[:i]]
+    shortest = min((float(a) for a in largest.ravel() if a >= given.tiny), default=1.0)
+    return 1.0, 1 / (min(gaps, default=1.0) + 1e-8) / shortest
+
+
 ROWS = (
     Loss(
         formula=koleo_loss,
@@ -29,8 +40,12 @@ ROWS = (
         batch_coupled=True,
         second_derivative=False,
         scale=1.0,  # of a logarithm, which may be 0
-        rounding=scales.of_unit_rows,
-        ill_conditioned={"near-rows": NEAR_ROWS},
+        rounding=_rounding,
+        first_of_ties=True,
+        ill_conditioned={
+            "near-rows": NEAR_ROWS,
+            "equal-rows": IllConditioned({}, "the terms of two equal rows, of 1 / ε each, cancel", 1e8),
+        },
         memory=Memory(jax=5, torch=6, largest=lambda n: n.batch[0] ** 2),
         collectives=("all-gather", "reduce-scatter"),
         depends_on_threads=True,
