@@ -46,8 +46,8 @@ def koleo_loss(
         TypeError: a shape or dtype that does not fit.
 
     Sablayrolles et al., *Spreading Vectors for Similarity Search*, ICLR 2019, https://arxiv.org/abs/1806.03198, as in
-    DINOv2, whose code gives a row a cosine of -1 with itself. Two opposite rows are then their own neighbours, which gives
-    17 instead of -0.69. Here no row is its own neighbour. Distances are taken from differences; the neighbour comes
+    DINOv2, whose code gives a row a cosine of -1 with itself. Of two opposite rows the first is then its own neighbour,
+    and the loss 8.4 instead of -0.69. Here no row is its own neighbour. Distances are taken from differences; the neighbour comes
     from one matrix product, and where that leaves it open, from differences too.
 
     >>> import torch
