@@ -594,25 +594,25 @@ FLAT = MASK.flatten(1)
 
 
 def dino(**options):
-    return kdtorch.dino_loss(VIEWS, VIEWS[:2].flip(-1), kdtorch.DINOState(CENTER), teacher_temperature=0.07, **options)[0]
+    return kdtorch.dino_loss(VIEWS, VIEWS[:2].flip(-1), kdtorch.DINOState(CENTER), teacher_temperature=0.0625, **options)[0]
 
 
 def ibot(**options):
     state = kdtorch.IBOTState(CENTER)
-    return kdtorch.ibot_loss(*PATCHES, FLAT, state, teacher_temperature=0.07, **options)[0]
+    return kdtorch.ibot_loss(*PATCHES, FLAT, state, teacher_temperature=0.0625, **options)[0]
 
 
 def lightly_dino():
     loss = lightly("dino_loss").DINOLoss(C).double()
     loss.center.copy_(CENTER)
-    return loss([*VIEWS[:2].flip(-1)], [*VIEWS], teacher_temp=0.07)
+    return loss([*VIEWS[:2].flip(-1)], [*VIEWS], teacher_temp=0.0625)
 
 
 def lightly_ibot():
     loss = lightly("ibot_loss").IBOTPatchLoss(C).double()
     loss.center.center = CENTER[None]
     student, teacher = (x[FLAT] for x in PATCHES)
-    return loss(teacher, student, MASK, teacher_temp=0.07)
+    return loss(teacher, student, MASK, teacher_temp=0.0625)
 
 
 def lightly_targets():
@@ -627,7 +627,7 @@ def weighed(assignments):
 
 def dinov2_dino():
     """Of pairs of different views, as its training loop adds them up: of each of the local views, and of the exchanged global ones."""
-    q = functional.softmax((VIEWS[:2].flip(-1) - CENTER) / 0.07, -1)
+    q = functional.softmax((VIEWS[:2].flip(-1) - CENTER) / 0.0625, -1)
     log_p = functional.log_softmax(VIEWS / 0.1, -1)
     local = -sum((a * b).sum(-1).mean() for a in q for b in log_p[2:])
     exchanged = -sum((a * b).sum(-1).mean() for a, b in zip(q.flip(0), log_p[:2], strict=True))
@@ -636,7 +636,7 @@ def dinov2_dino():
 
 def dinov2_ibot():
     student, teacher = (x[FLAT] for x in PATCHES)
-    q = functional.softmax((teacher - CENTER) / 0.07, -1)
+    q = functional.softmax((teacher - CENTER) / 0.0625, -1)
     values = (q * functional.log_softmax(student / 0.1, -1)).sum(-1)
     weights = (1 / FLAT.sum(-1).clamp(min=1.0)).unsqueeze(-1).expand_as(FLAT)[FLAT]
     return -(values * weights).sum() / len(FLAT)

@@ -77,4 +77,4 @@ def check_iterations(iterations: int) -> None:
 
 def _total(x: jax.Array) -> jax.Array:
     """The sums of the columns. XLA on a CPU takes sixty times as long for a sum over a leading axis."""
-    return jnp.matmul(jnp.ones((1, len(x)), x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(jnp.ones((1, x.shape[0]), x.dtype), x, precision=jax.lax.Precision.HIGHEST)
