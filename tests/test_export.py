@@ -12,7 +12,13 @@ from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, Sizes, draw, each_array
 from parity.compare import ulps
 
-FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss")  # they go by blocks of the batch
+FIXED = (
+    "difference_kl_loss",
+    "euclidean_mse_loss",
+    "crcd_loss",
+    "gram_loss",
+    "koleo_loss",
+)  # they go by blocks of the batch
 CASES = [
     pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
 ]

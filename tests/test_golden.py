@@ -196,7 +196,9 @@ def test_oracle(call, dtype):
     options = {k: v for k, v in call.options.items() if k != "reduction"}
     if call.loss.value == "array":
         (x,) = given.values()
-        compared(call, dtype, sides, ("value", array_of(call.function, x, options, call.where).astype(dtype), call.value))
+        compared(
+            call, dtype, sides, ("value", array_of(call.function, x, options, call.where).astype(dtype), call.value)
+        )
         return
     reduction = call.options.get("reduction", "mean")
     got = run("oracle", Case(call.loss, "", (inputs,), options, call.where, reduction), dtype, gradients=False)

@@ -594,7 +594,9 @@ FLAT = MASK.flatten(1)
 
 
 def dino(**options):
-    return kdtorch.dino_loss(VIEWS, VIEWS[:2].flip(-1), kdtorch.DINOState(CENTER), teacher_temperature=0.0625, **options)[0]
+    return kdtorch.dino_loss(
+        VIEWS, VIEWS[:2].flip(-1), kdtorch.DINOState(CENTER), teacher_temperature=0.0625, **options
+    )[0]
 
 
 def ibot(**options):

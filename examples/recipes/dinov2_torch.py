@@ -92,4 +92,6 @@ nets["centre"], losses = learn(assignments=False)
 nets["assignments"], other_losses = learn(assignments=True)
 accuracies = {name: accuracy(net.eval()) for name, net in nets.items()}
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; with Sinkhorn-Knopp {other_losses[0]:.2f} -> {other_losses[-1]:.2f}")
-print("20 labels: untrained {untrained:.1%}; centred {centre:.1%}; Sinkhorn-Knopp {assignments:.1%}".format(**accuracies))
+print(
+    "20 labels: untrained {untrained:.1%}; centred {centre:.1%}; Sinkhorn-Knopp {assignments:.1%}".format(**accuracies)
+)

@@ -164,9 +164,7 @@ def dino_loss(
         pairs = _pairs_of_targets(views_of, targets, student_temperature, where=where)
         return reduce(pairs, where, reduction, axis_name), state
     center = jnp.broadcast_to(state.center.astype(dtype), (teacher.shape[1], 1, teacher.shape[2]))  # for every example
-    pairs = _pairs(
-        views_of, teacher.swapaxes(0, 1), center, teacher_temperature, student_temperature, where=where
-    )
+    pairs = _pairs(views_of, teacher.swapaxes(0, 1), center, teacher_temperature, student_temperature, where=where)
     loss = reduce(pairs, where, reduction, axis_name)
     if not update:
         return loss, state

@@ -97,9 +97,7 @@ def _images(normalize: bool, clip_negative: Clip) -> Callable[..., jax.Array]:
     return rowwise(functools.partial(image_and_gradient, normalize, clip_negative), axes=2)
 
 
-def image_and_gradient(
-    normalize: bool, clip_negative: Clip, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def image_and_gradient(normalize: bool, clip_negative: Clip, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of images `[*batch, patches, dim]`, so many at a time as have `BLOCK` products. By hand: three products, not six."""
 
     def of_image(image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

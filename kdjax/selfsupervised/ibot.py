@@ -131,7 +131,6 @@ def ibot_loss(
     return loss, IBOTState(moved_center(state.center, total, number, momentum))
 
 
-
 def patch_and_gradient(
     x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:

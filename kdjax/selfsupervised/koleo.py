@@ -57,15 +57,18 @@ def koleo_loss(
     -0.6931
     """
     check_fixed("koleo_loss", batch=student.shape[0])
-    # once: equal rows that are made twice, by programs that round otherwise, are no longer equal
-    ours = jax.lax.optimization_barrier(unit(zero_masked(where, *promote(student))[0]))
-    local = functools.partial(local_rows, rows=len(ours), axis_name=axis_name)
-    x = all_gather(ours, axis_name)
+    (rows,) = zero_masked(where, *promote(student))
+    local = functools.partial(local_rows, rows=len(rows), axis_name=axis_name)
+    every = all_gather(rows, axis_name)
+    x = unit(every)
     kept = jnp.ones(len(x), bool) if where is None else all_gather_constant(where, axis_name)
     place = jnp.arange(len(x))
     partners = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
     nearest = _nearest(jax.lax.stop_gradient(x), partners, local)
-    square = jnp.square(ours - x[nearest] + EPSILON).sum(-1)
+    gap = unit(rows) - x[nearest]
+    equal = (rows == every[nearest]).all(-1, keepdims=True)  # whose rounded unit rows need not be
+    gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
+    square = jnp.square(gap + EPSILON).sum(-1)
     apart = ~(square <= 0)
     distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1)), 0)
     return reduce(jnp.where(partners.any(1), -jnp.log(distance + EPSILON), 0), where, reduction, axis_name)

@@ -132,7 +132,6 @@ def ibot_loss(
     return loss, IBOTState(moved_center(old, total, number, momentum))
 
 
-
 def patch_and_gradient(
     x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,8 @@ def _evaluate(
     every = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept
     paired = every[rows] & (every.sum() > 1)
     nearest = _nearest(x, kept, rows)
-    gap = (x[rows] - x[nearest]).add_(EPSILON)
+    equal = (student[rows] == student[nearest]).all(-1, keepdim=True)  # whose rounded unit rows need not be
+    gap = (x[rows] - x[nearest]).masked_fill_(equal, 0).add_(EPSILON)
     distance = torch.linalg.vector_norm(gap, dim=-1)
     value = torch.where(paired, (distance + EPSILON).log().neg_(), 0)
     gradient = x.new_zeros(x.shape if asked else 0)

@@ -1,8 +1,8 @@
 import numpy as np
 
-from parity import scales
+from parity.kinds import Sizes
 from parity.losses._plain import constant, unit
-from parity.row import Loss, Memory
+from parity.row import Benchmark, Loss, Memory
 
 
 def gram_loss(student, teacher, normalize=True, image_level=True, clip_negative="none"):
@@ -54,5 +54,6 @@ ROWS = (
         rounding=_rounding,
         memory=Memory(jax=5, torch=9),
         depends_on_threads=True,
+        benchmarks=(Benchmark("64×196×384", Sizes((64,), dim=384, teacher_dim=384, patches=196), torch=1.2, jax=2),),
     ),
 )

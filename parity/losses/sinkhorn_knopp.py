@@ -2,7 +2,8 @@ import numpy as np
 
 from parity import scales
 from parity.losses._plain import constant, is_left_out
-from parity.row import Loss, Memory
+from parity.kinds import Sizes
+from parity.row import Benchmark, Loss, Memory
 
 
 def _log_sum(x):
@@ -40,6 +41,16 @@ ROWS = (
         scale=1.0,  # of the entries, whose weighted sum may nearly cancel
         rounding=_rounding,
         collectives=("all-reduce",) * 4,
+        benchmarks=(
+            Benchmark(
+                "1,024×65,536",
+                Sizes((1024,), 65_536),
+                torch=1.2,
+                jax=1.2,
+                options={"temperature": 0.05, "iterations": 3},
+                factor=0.2,
+            ),
+        ),
         memory=Memory(jax=5, torch=8),
     ),
 )
