@@ -69,7 +69,7 @@ def steps_of(loss: Loss, where: np.ndarray | None, group, wrap: Callable[[Studen
     steps = [tensors(own(loss, inputs, rank, ranks)) for inputs in drawn(loss, where)]
     mask = None if where is None else torch.from_numpy(np.split(where, ranks)[rank])
     state = getattr(kdtorch, loss.inputs[loss.state])(**steps[0].pop(loss.state)) if loss.state else None
-    module = wrap(Student(loss, steps[0]))
+    module = wrap(Student(loss, steps[0])) if loss.learns else Student(loss, steps[0])
     results = []
     for inputs in steps:
         learned = [x.requires_grad_() for k in loss.learns if spread(loss, k) for x in as_list(inputs[k])]
@@ -77,12 +77,13 @@ def steps_of(loss: Loss, where: np.ndarray | None, group, wrap: Callable[[Studen
         value = module(given, where=mask, group=group)
         value, state = value if loss.state else (value, None)
         module.zero_grad()
-        value.backward()
+        if loss.learns:
+            value.backward()
         results.append(
             {
                 "value": value.detach().clone(),
                 "inputs": [x.grad for x in learned],
-                "parameters": [x.grad.clone() for x in module.parameters()],
+                "parameters": [x.grad.clone() for x in module.parameters() if loss.learns],
                 "state": list(state or ()),
             }
         )

@@ -80,7 +80,7 @@ def gram_loss(
 
     @jax.checkpoint
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
-        gap, _ = _gap(*(_product(a, b) for a, b in zip(image, every, strict=True)), clip_negative)
+        gap, _ = _gap(*(_product(a, b) for a, b in zip(image, every, strict=True)), normalize, clip_negative)
         return jnp.square(gap).sum()
 
     value = jax.lax.map(of_image, (x, y)) / (jnp.maximum(number, 1) * patches**2).astype(x.dtype)
@@ -105,7 +105,7 @@ def image_and_gradient(normalize: bool, clip_negative: Clip, x: jax.Array, y: ja
         if normalize:
             y = unit(y)
             x, pull = jax.vjp(unit, x)
-        gap, felt = _gap(_product(x, x), _product(y, y), clip_negative)
+        gap, felt = _gap(_product(x, x), _product(y, y), normalize, clip_negative)
         gradient = jnp.matmul(felt, x, precision=HIGHEST) * (4 / len(x) ** 2)
         return jnp.square(gap).mean(), pull(gradient)[0] if normalize else gradient
 
@@ -119,11 +119,16 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b.T, precision=HIGHEST)
 
 
-def _gap(ours: jax.Array, theirs: jax.Array, clip_negative: Clip) -> tuple[jax.Array, jax.Array]:
-    """The student's products less the teacher's, and the same where they have a gradient, else 0."""
+def _gap(
+    ours: jax.Array, theirs: jax.Array, normalize: bool, clip_negative: Clip
+) -> tuple[jax.Array, jax.Array]:
+    """The student's products less the teacher's, and the same where they have a gradient, else 0.
+
+    Of rows of unit length a product that is 0 but for rounding is clipped too.
+    """
     theirs = theirs if clip_negative == "none" else jnp.where(theirs <= 0, 0, theirs)
     if clip_negative != "both":
         return (gap := ours - theirs), gap
-    clipped = ours <= 0
+    clipped = ours <= (8 * jnp.finfo(ours.dtype).eps if normalize else 0)
     gap = jnp.where(clipped, 0, ours) - theirs
     return gap, jnp.where(clipped, 0, gap)

@@ -65,7 +65,7 @@ def koleo_loss(
     place = jnp.arange(len(x))
     partners = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
     nearest = _nearest(jax.lax.stop_gradient(x), partners, local)
-    gap = unit(rows) - x[nearest]
+    gap = local(x) - x[nearest]
     equal = (rows == every[nearest]).all(-1, keepdims=True)  # whose rounded unit rows need not be
     gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
     square = jnp.square(gap + EPSILON).sum(-1)

@@ -121,7 +121,7 @@ def _evaluate(
         b, d = a, c
         if not image_level:
             a, b, c, d = (z.reshape(1, -1, z.shape[2]) for z in (a, x, c, y))
-        gap, felt = _gap(a, b, c @ d.mT, clip_negative)
+        gap, felt = _gap(a, b, c @ d.mT, normalize, clip_negative)
         value[here] = torch.linalg.vector_norm(gap.view(part.stop - part.start, -1), dim=1).square_()
         if asked:
             if weights is not None:
@@ -140,13 +140,17 @@ def _evaluate(
 _squares = coupled(_evaluate, learns=1)
 
 
-def _gap(a: Tensor, b: Tensor, theirs: Tensor, clip_negative: Clip) -> tuple[Tensor, Tensor]:
-    """The student's products less the teacher's, and the same where they have a gradient, else 0."""
+def _gap(a: Tensor, b: Tensor, theirs: Tensor, normalize: bool, clip_negative: Clip) -> tuple[Tensor, Tensor]:
+    """The student's products less the teacher's, and the same where they have a gradient, else 0.
+
+    Of rows of unit length a product that is 0 but for rounding is clipped too.
+    """
     if clip_negative != "none":
         theirs = theirs.clamp_(min=0)
     if clip_negative != "both":
         gap = torch.baddbmm(theirs, a, b.mT, beta=-1)
         return gap, gap
     ours = a @ b.mT
-    gap = ours.clamp(min=0) - theirs
-    return gap, torch.where(ours <= 0, 0, gap)
+    clipped = ours <= (8 * torch.finfo(ours.dtype).eps if normalize else 0)
+    gap = ours.masked_fill(clipped, 0) - theirs
+    return gap, gap.masked_fill(clipped, 0)

@@ -93,8 +93,14 @@ def _evaluate(
     if asked:
         scale = torch.where(paired & (distance != 0), (distance * (distance + EPSILON)).reciprocal_(), 0)
         gap.mul_((scale if weights is None else scale * weights).unsqueeze(-1))
-        gradient.index_add_(0, nearest, gap)
-        gradient[rows] -= gap
+        # what two rows that are each other's nearest give each other comes first: near ones nearly cancel
+        back = nearest - start
+        here = (back >= 0) & (back < stop - start)
+        back = torch.where(here, back, 0)
+        place = torch.arange(start, stop, device=x.device)
+        mutual = (here & (nearest[back] == place)).unsqueeze(-1)
+        gradient[rows] = torch.where(mutual, gap[back], 0) - gap
+        gradient.index_add_(0, nearest, gap.masked_fill_(mutual, 0))
         (gradient,) = zero_masked(kept, unit_pull(student, gradient))
     return value, gradient
 

@@ -8,9 +8,11 @@ from parity.row import Benchmark, Loss, Memory
 def gram_loss(student, teacher, normalize=True, image_level=True, clip_negative="none"):
     x, y = ([[unit(p) if normalize else p for p in image] for image in z] for z in (student, constant(teacher)))
 
+    edge = 1e-16 if normalize else 0.0  # rounding
+
     def product(a, b, clipped):
         value = sum(v * w for v, w in zip(a, b, strict=True))
-        return 0.0 * value if clipped and np.real(value) <= 0 else value
+        return 0.0 * value if clipped and np.real(value) <= edge else value
 
     values = []
     for i in range(len(x)):

@@ -1,7 +1,8 @@
 import numpy as np
 
-from parity.losses._plain import norm, unit
+from parity.arrays import HALVES
 from parity.kinds import Sizes
+from parity.losses._plain import norm, unit
 from parity.row import NEAR_ROWS, Benchmark, IllConditioned, Loss, Memory
 
 
@@ -44,7 +45,7 @@ ROWS = (
         rounding=_rounding,
         first_of_ties=True,
         ill_conditioned={
-            "near-rows": NEAR_ROWS,
+            "near-rows": IllConditioned(NEAR_ROWS.bounds | dict.fromkeys(HALVES, (128, 2, 64)), NEAR_ROWS.why),
             "equal-rows": IllConditioned({}, "the terms of two equal rows, of 1 / ε each, cancel", 1e8),
         },
         memory=Memory(jax=5, torch=6, largest=lambda n: n.batch[0] ** 2),

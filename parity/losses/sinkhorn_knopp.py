@@ -1,8 +1,8 @@
 import numpy as np
 
 from parity import scales
-from parity.losses._plain import constant, is_left_out
 from parity.kinds import Sizes
+from parity.losses._plain import constant, is_left_out
 from parity.row import Benchmark, Loss, Memory
 
 
