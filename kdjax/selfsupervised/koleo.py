@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdjax._collectives import all_gather, all_gather_constant, local_rows
+from kdjax._collectives import all_gather, all_gather_constant, local_rows, rank
 from kdjax._numerics import HIGHEST, check_fixed, promote, unit
 from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
@@ -66,6 +66,12 @@ def koleo_loss(
     partners = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
     nearest = _nearest(jax.lax.stop_gradient(x), partners, local)
     gap = local(x) - x[nearest]
+    # of two rows that are each other's nearest the later takes its gap from the other, so that gradients meet there: near
+    # ones nearly cancel
+    back = nearest - rank(axis_name) * len(rows)
+    here = (back >= 0) & (back < len(rows)) & (nearest < local(place))
+    back = jnp.where(here, back, 0)
+    gap = jnp.where((here & (nearest[back] == local(place)))[:, None], -gap[back], gap)
     equal = (rows == every[nearest]).all(-1, keepdims=True)  # whose rounded unit rows need not be
     gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
     square = jnp.square(gap + EPSILON).sum(-1)

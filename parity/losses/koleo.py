@@ -30,7 +30,8 @@ def _rounding(given):
     x = x / np.where(length == 0, 1, length)
     gaps = [np.linalg.norm(a - b) for i, a in enumerate(x) for b in x[:i]]
     shortest = min((float(a) for a in largest.ravel() if a >= given.tiny), default=1.0)
-    return 1.0, 1 / (min(gaps, default=1.0) + 1e-8) / shortest
+    nearness = 1 / (min(gaps, default=1.0) + 1e-8)
+    return nearness, nearness / shortest
 
 
 ROWS = (
