@@ -80,7 +80,8 @@ def gram_loss(
 
     @jax.checkpoint
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
-        gap, _ = _gap(*(_product(a, b) for a, b in zip(image, every, strict=True)), normalize, clip_negative)
+        ours, theirs = (_product(a, b) for a, b in zip(image, every, strict=True))
+        gap, _ = _gap(ours, theirs, normalize, clip_negative)
         return jnp.square(gap).sum()
 
     value = jax.lax.map(of_image, (x, y)) / (jnp.maximum(number, 1) * patches**2).astype(x.dtype)
@@ -119,9 +120,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b.T, precision=HIGHEST)
 
 
-def _gap(
-    ours: jax.Array, theirs: jax.Array, normalize: bool, clip_negative: Clip
-) -> tuple[jax.Array, jax.Array]:
+def _gap(ours: jax.Array, theirs: jax.Array, normalize: bool, clip_negative: Clip) -> tuple[jax.Array, jax.Array]:
     """The student's products less the teacher's, and the same where they have a gradient, else 0.
 
     Of rows of unit length a product that is 0 but for rounding is clipped too.

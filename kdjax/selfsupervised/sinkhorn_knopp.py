@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_max, all_sum
-from kdjax._numerics import check_classes, positive, promote, softmax
+from kdjax._numerics import HIGHEST, check_classes, positive, promote, softmax
 from kdjax._typing import Array, AxisName, Bool, Float, Scalar, checked
 
 
@@ -43,7 +43,8 @@ def sinkhorn_knopp(
 
     Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
     https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
-    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here all is in logarithms.
+    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
+    40.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import sinkhorn_knopp
@@ -59,6 +60,33 @@ def sinkhorn_knopp(
         x = jnp.where(where[:, None], x, -jnp.inf)
     peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
     below = (x - peak) / temperature
+    if axis_name is not None:
+        return _by_softmaxes(x, below, where, iterations, axis_name)
+    kept = jnp.ones((x.shape[0], 1), bool) if where is None else where[:, None]
+    near = (below > -SPAN) | ~kept
+    return jax.lax.cond(
+        near.all(),
+        lambda: _by_products(jnp.where(near, below, 0), kept, iterations),
+        lambda: _by_softmaxes(x, below, where, iterations, axis_name),
+    )
+
+
+SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+
+
+def _by_products(below: jax.Array, kept: jax.Array, iterations: int) -> jax.Array:
+    """By products of a matrix and vectors, where exponentials reach so far."""
+    weight, rows = jnp.where(kept, jnp.exp(below), 0), jnp.where(kept, jnp.ones((), below.dtype), 0)
+    for _ in range(iterations):
+        columns = 1 / jnp.maximum(_product(rows.T, weight), jnp.finfo(weight.dtype).tiny)
+        rows = jnp.where(kept, 1 / jnp.where(kept, _product(weight, columns.T), 1), 0)
+    return weight * columns * rows
+
+
+def _by_softmaxes(
+    x: jax.Array, below: jax.Array, where: Array | None, iterations: int, axis_name: AxisName | None
+) -> jax.Array:
+    """In logarithms."""
     mass = all_sum(_total(jnp.exp(below)), axis_name)
     log_mass = jnp.log(jnp.where(mass == 0, 1, mass))
     for _ in range(iterations - 1):
@@ -77,4 +105,8 @@ def check_iterations(iterations: int) -> None:
 
 def _total(x: jax.Array) -> jax.Array:
     """The sums of the columns. XLA on a CPU takes sixty times as long for a sum over a leading axis."""
-    return jnp.matmul(jnp.ones((1, x.shape[0]), x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+    return _product(jnp.ones((1, x.shape[0]), x.dtype), x)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)

@@ -109,15 +109,19 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """The value of this rank's images, and the gradient of their weighted sum."""
     student, teacher = zero_masked(kept, *promote(student, teacher))
-    x, y = (unit(student), unit(teacher)) if normalize else (student, teacher)
+    x, y = (unit(student), unit(teacher)) if normalize and not image_level else (student, teacher)
     value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
     patches, whole = x.shape[1], weights is None and stop - start == len(x)
     pairs = patches * (patches if image_level else patches * len(x))
+    number = patches**2 if image_level else patches**2 * (len(x) if kept is None else count(kept, x.dtype))
+    number = max(number, 1) if isinstance(number, int) else number
     block = max((BLOCK if x.is_cpu else 2**24) // max(pairs, 1), 1)
     for first in range(start, stop, block):
         part = slice(first, min(first + block, stop))
         here = slice(part.start - start, part.stop - start)
         a, c = x[part], y[part]
+        if image_level and normalize:  # here, where a CPU's caches hold them
+            a, c = unit(a), unit(c)
         b, d = a, c
         if not image_level:
             a, b, c, d = (z.reshape(1, -1, z.shape[2]) for z in (a, x, c, y))
@@ -126,14 +130,13 @@ def _evaluate(
         if asked:
             if weights is not None:
                 felt.view(part.stop - part.start, -1).mul_(weights[here, None])
-            gradient[part] += (felt @ b).mul_(4 if image_level or whole else 2).view_as(x[part])
+            pull = (felt @ b).mul_((4 if image_level or whole else 2) / number).view_as(x[part])
+            gradient[part] += unit_pull(student[part], pull) if normalize and image_level else pull
             if not (image_level or whole):
-                gradient += (felt.mT @ a).mul_(2).view_as(x)
-    number = patches**2 if image_level else patches**2 * (len(x) if kept is None else count(kept, x.dtype))
-    number = max(number, 1) if isinstance(number, int) else number
+                gradient += (felt.mT @ a).mul_(2 / number).view_as(x)
     if asked:
-        gradient.div_(number)
-        (gradient,) = zero_masked(kept, unit_pull(student, gradient) if normalize else gradient)
+        gradient = unit_pull(student, gradient) if normalize and not image_level else gradient
+        (gradient,) = zero_masked(kept, gradient)
     return value.div_(number), gradient
 
 

@@ -118,26 +118,40 @@ def _nearest(x: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
     centered = x - x.mean(0)  # what is common to all rows only costs digits
     length = torch.linalg.vecdot(centered, centered) + zero
     masked = None if kept is None else ~kept
-    found = torch.zeros(rows.stop - rows.start, dtype=torch.int64, device=x.device)
-    if not len(x):
-        return found
-    largest, number = length.amax(), max(BLOCK // len(x), 1) if x.is_cpu else len(x)
+    whole = rows.stop - rows.start == len(x)
+    # of all rows: the least square, its place, and the least of the others
+    far = torch.full_like(length, math.inf)
+    best = far, torch.zeros_like(length, dtype=torch.int64), far.clone()
+    number = max(BLOCK // max(len(x), 1), 1) if x.is_cpu else max(len(x), 1)
     for first in range(rows.start, rows.stop, number):
         part = slice(first, min(first + number, rows.stop))
-        square = torch.addmm(length, centered[part], centered.T, alpha=-2).add_(length[part, None])
-        square.diagonal(part.start).fill_(math.inf)
+        columns = slice(first if whole else 0, len(x))  # each pair once, where all rows are here
+        square = torch.addmm(length[columns], centered[part], centered[columns].T, alpha=-2).add_(length[part, None])
+        square.diagonal(part.start - columns.start).fill_(math.inf)
+        if masked is not None:
+            square.masked_fill_(masked[columns] | masked[part, None], math.inf)
+        if whole and part.stop < len(x):
+            _merge(best, slice(part.stop, len(x)), square[:, part.stop - first :].clone(), 0, first)
+        _merge(best, part, square, 1, columns.start)
+    least, found, rival = (z[rows] for z in best)
+    largest = length.amax() if len(x) else length.new_zeros(())
+    is_open = ((rival <= least + 16 * digits * largest) | ~(least * 64 > largest)) & (least != math.inf)
+    for i in is_open.nonzero().flatten().tolist():
+        place = rows.start + i
+        square = (x[place] - x).square().sum(-1) + zero + zero[place]
+        square[place] = math.inf
         if masked is not None:
             square.masked_fill_(masked, math.inf)
-        least, places = square.min(1)
-        rival = square.scatter_(1, places.unsqueeze(1), math.inf).amin(1)
-        is_open = ((rival <= least + 16 * digits * largest) | ~(least * 64 > largest)) & (least != math.inf)
-        if kept is not None:
-            is_open &= kept[part]
-        for i in is_open.nonzero().flatten().tolist():
-            exact = (x[part.start + i] - x).square().sum(-1) + zero + zero[part.start + i]
-            exact[part.start + i] = math.inf
-            if masked is not None:
-                exact.masked_fill_(masked, math.inf)
-            places[i] = (exact <= exact.amin() * (1 + 8 * digits)).int().argmax()
-        found[part.start - rows.start : part.stop - rows.start] = places
+        found[i] = (square <= square.amin() * (1 + 8 * digits)).int().argmax()
     return found
+
+
+def _merge(best: tuple[Tensor, Tensor, Tensor], rows: slice, square: Tensor, axis: int, first: int) -> None:
+    """Take the two least of a block along an axis into what was found for some rows; the block is written into."""
+    least, place = square.min(axis)
+    rival = square.scatter_(axis, place.unsqueeze(axis), math.inf).amin(axis)
+    known, found, other = (z[rows] for z in best)
+    rival = torch.minimum(torch.maximum(known, least), torch.minimum(other, rival))
+    found.copy_(torch.where(least < known, place + first, found))
+    known.copy_(torch.minimum(known, least))
+    other.copy_(rival)

@@ -46,7 +46,8 @@ def sinkhorn_knopp(
 
     Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
     https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
-    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here all is in logarithms.
+    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
+    40.
 
     >>> import torch
     >>> from kdtorch import sinkhorn_knopp
@@ -62,6 +63,9 @@ def sinkhorn_knopp(
     for _, part in _blocks(x, where):
         peak = torch.maximum(peak, part.amax(0)) if len(part) else peak
     peak = all_max(peak, group).clamp(min=torch.finfo(dtype).min)
+    quick = _by_products(x, peak, where, temperature, iterations, group)
+    if quick is not None:
+        return quick
     mass = torch.zeros_like(peak)
     for _, part in _blocks(x, where):
         mass = mass + ((part - peak) / temperature).exp().sum(0)
@@ -83,6 +87,37 @@ def sinkhorn_knopp(
 def check_iterations(iterations: int) -> None:
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}")
+
+
+SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+
+
+def _by_products(
+    x: Tensor, peak: Tensor, where: Tensor | None, temperature: Scalar, iterations: int, group: ProcessGroup | None
+) -> Tensor | None:
+    """The same by products of a matrix and vectors, in eager PyTorch on a CPU; None where exponentials do not reach so far."""
+    if group is not None or not eager_on_cpu(x, temperature) or not len(x):
+        return None
+    if where is not None and not where.any():
+        return None
+    weight, size = x.new_empty(x.shape, dtype=peak.dtype), max(BLOCK // x.shape[1], 1)
+    masks = [None] * len(x) if where is None else where.split(size)
+    for block, part, kept in zip(weight.split(size), x.split(size), masks, strict=False):
+        torch.sub(part, peak, out=block).div_(temperature)
+        if kept is not None:
+            block.masked_fill_(~kept.unsqueeze(-1), 0)
+        if not bool(block.amin() > -SPAN):
+            return None
+        block.exp_()
+    rows = weight.new_ones(len(x)) if where is None else where.to(weight.dtype)
+    for _ in range(iterations):
+        columns = (rows @ weight).reciprocal_()
+        rows = (weight @ columns).reciprocal_()
+        if where is not None:
+            rows.masked_fill_(~where, 0)
+    for block, row in zip(weight.split(size), rows.split(size), strict=True):
+        block.mul_(columns).mul_(row.unsqueeze(-1))
+    return weight
 
 
 def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:

@@ -48,7 +48,7 @@ ROWS = (
                 torch=1.2,
                 jax=1.2,
                 options={"temperature": 0.05, "iterations": 3},
-                factor=0.2,
+                factor=0.05,
             ),
         ),
         memory=Memory(jax=5, torch=8),
