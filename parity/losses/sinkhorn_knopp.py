@@ -45,8 +45,7 @@ ROWS = (
             Benchmark(
                 "1,024×65,536",
                 Sizes((1024,), 65_536),
-                torch=1.2,
-                jax=1.2,
+                torch=1.5,
                 options={"temperature": 0.05, "iterations": 3},
                 factor=0.05,
             ),
