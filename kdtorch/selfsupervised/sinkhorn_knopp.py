@@ -84,11 +84,6 @@ def sinkhorn_knopp(
     return torch.cat(results)
 
 
-def check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ValueError(f"`iterations` must be at least 1, got {iterations}")
-
-
 SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
 
 
@@ -118,6 +113,11 @@ def _by_products(
     for block, row in zip(weight.split(size), rows.split(size), strict=True):
         block.mul_(columns).mul_(row.unsqueeze(-1))
     return weight
+
+
+def check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}")
 
 
 def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
