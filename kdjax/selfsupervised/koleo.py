@@ -68,7 +68,7 @@ def koleo_loss(
     gap = local(x) - x[nearest]
     # of two rows that are each other's nearest the later takes its gap from the other, so that gradients meet there: near
     # ones nearly cancel
-    back = nearest - rank(axis_name) * len(rows)
+    back = nearest - jnp.asarray(rank(axis_name) * len(rows), nearest.dtype)
     here = (back >= 0) & (back < len(rows)) & (nearest < local(place))
     back = jnp.where(here, back, 0)
     gap = jnp.where((here & (nearest[back] == local(place)))[:, None], -gap[back], gap)
