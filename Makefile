@@ -46,5 +46,5 @@ check: .venv/installed
 # runs them
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
-	$(INSTALL) --no-deps torchdistill liger-kernel torchtune trl
+	$(INSTALL) --no-deps torchdistill liger-kernel torchtune trl lightly
 	touch $@ .venv/demo

@@ -58,7 +58,7 @@ def _torch(workload: Workload, name: str) -> Form:
     def step() -> Any:
         value = function(*inputs.values(), **options)
         value = value[0] if isinstance(value, tuple) else value
-        return value.detach(), torch.autograd.grad(value, learned)
+        return value.detach(), torch.autograd.grad(value, learned) if learned else ()
 
     def outcome(result: Any) -> Outcome:
         slopes = iter(x.float().numpy() for x in result[1])
@@ -100,7 +100,9 @@ def _jax(workload: Workload) -> Form:
 
     learned = {k: x for k, x in inputs.items() if k in loss.learns}
     fixed = {k: x for k, x in inputs.items() if k not in loss.learns}
-    program = jax.jit(jax.value_and_grad(objective, has_aux=True)).lower(learned, fixed).compile()
+    differentiated = jax.value_and_grad(objective, has_aux=True)
+    function = differentiated if learned else lambda learned, fixed: (objective(learned, fixed), {})
+    program = jax.jit(function).lower(learned, fixed).compile()
 
     def step() -> Any:
         return jax.block_until_ready(program(learned, fixed))

@@ -438,7 +438,7 @@ def workloads(report: Report, device: str, small: bool, forms: Sequence[str]) ->
 
     tiny = Sizes((6,), 11, 9, 10, 2, ((2, 8, 8), (3, 4, 4)), 20, 5, kept=3)
     references: dict[str, dict[str, Any]] = {}
-    chosen = [x for x in WORKLOADS if x.benchmark.dtype == "float32" and not x.benchmark.masked]
+    chosen = [x for x in WORKLOADS if x.loss.learns and x.benchmark.dtype == "float32" and not x.benchmark.masked]
     for form in forms:
         for workload in chosen:
             benchmark = workload.benchmark

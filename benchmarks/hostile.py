@@ -44,7 +44,8 @@ def _first_row(x: np.ndarray, axis: int, factor: float, of: int) -> np.ndarray:
 
 
 def _equal(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
-    student, teacher = loss.learns[0], (*loss.constant, *loss.learns[1:])[0]
+    student = loss.first
+    teacher = next(iter((*loss.constant, *loss.learns[1:])), student)
     return inputs | ({teacher: inputs[student]} if loss.inputs[student] == loss.inputs[teacher] else {})
 
 
@@ -111,7 +112,7 @@ def _tensors(x: Any) -> Any:
 def count(draws: int) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """For each loss that has a direct form, how many draws of each kind fail: of the direct form, of kdtorch."""
     rows = []
-    chosen = [x for x in LOSSES if hasattr(direct, x.name) and x.title == x.name]
+    chosen = [x for x in LOSSES if x.learns and hasattr(direct, x.name) and x.title == x.name]
     for loss in track(chosen, "losses", console=Console(stderr=True)):
         counts = {}
         for kind, change in HOSTILE.items():

@@ -289,6 +289,85 @@ def dino(loss: Loss) -> None:
     left.legend()
 
 
+def ibot(loss: Loss) -> None:
+    """A patch of the student against a fixed one of the teacher, and the centre when few or no patches are masked."""
+    _, (left, right) = plt.subplots(1, 2)
+    moving, masked = torch.linspace(-0.4, 0.8, 121), torch.ones(121, 1, dtype=torch.bool)
+    student, teacher = torch.zeros(121, 1, 3), torch.tensor([0.15, 0.05, 0.0]).expand(121, 1, 3)
+    student[:, 0, 0] = moving
+    for temperature in (0.04, 0.07, 0.2):
+        value, _ = kdtorch.ibot_loss(
+            student, teacher, masked, kdtorch.ibot_init(3), teacher_temperature=temperature, reduction="none"
+        )
+        left.plot(moving, value, label=f"τ = {temperature}")
+    left.set(title="value", xlabel="the student's output")
+    left.legend()
+    patches = torch.tensor([0.3, 0.0, 0.1]) + 0.3 * torch.randn(60, 8, 6, 3, generator=torch.Generator().manual_seed(0))
+    for number, name in ((6, "all masked"), (1, "one in six masked")):
+        state, centers = kdtorch.ibot_init(3), []
+        for step, x in enumerate(patches):
+            centers.append(state.center)
+            mask = (torch.arange(6) < number * (not 20 <= step < 30)).expand(8, 6)
+            _, state = kdtorch.ibot_loss(x, x, mask, state)
+        right.plot(torch.stack(centers)[:, 0], label=name)
+    right.axhline(0.3, color=GREY, linestyle=":", label="the teacher's mean")
+    right.axvspan(20, 30, color=GREY, alpha=0.2, label="none masked")
+    right.set(title="the centre of output 1", xlabel="steps")
+    right.legend()
+
+
+def koleo(loss: Loss) -> None:
+    """Where features on the circle are pushed, and the value against the distance of two."""
+    features = circle(10.0, 30.0, 100.0, 140.0, 160.0, 280.0)
+    _, (left, right) = plt.subplots(1, 2)
+    round_axes(left, "away from the nearest")
+    left.plot(*features.T, "o", color=BLUE)
+    pull(left, kdtorch.koleo_loss, features, 4)
+    degrees = torch.linspace(1, 180, 180)
+    pairs = [circle(0.0, float(x)) for x in degrees]
+    distances = [float((a - b).norm()) for a, b in pairs]
+    right.plot(distances, [kdtorch.koleo_loss(x) for x in pairs], label="value")
+    right.axhline(0, color=GREY, linewidth=0.5)
+    right.set(title="two features", xlabel="distance")
+
+
+def gram(loss: Loss) -> None:
+    """The cosines of eight patches, of which the teacher has two kinds."""
+    rng = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([[1.0, 0.0, 0.3]] * 3 + [[0.0, 1.0, 0.3]] * 5)
+    teacher = (kinds + 0.2 * torch.randn(8, 3, generator=rng))[None]
+    student = (torch.tensor([0.6, 0.6, 0.3]) + 0.35 * torch.randn(8, 3, generator=rng))[None]
+
+    def cosines(x: Tensor) -> Tensor:
+        x = torch.nn.functional.normalize(x[0], dim=-1)
+        return x @ x.T
+
+    images = {"teacher": cosines(teacher), "student": cosines(student)}
+    images["pull on the student's"] = images["teacher"] - images["student"]
+    _, panels = plt.subplots(1, 3, figsize=(5.6, 2.2))
+    for axes, (title, image) in zip(panels, images.items(), strict=True):
+        axes.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set(title=title, xticks=[], yticks=[])
+
+
+def sinkhorn(loss: Loss) -> None:
+    """How often each prototype is used by a teacher that prefers one."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(0.3 * rng.normal(size=(64, 6)) + np.array([0.5, 0.0, 0.1, -0.1, 0.0, 0.2]))
+    _, (left, right) = plt.subplots(1, 2)
+    shares = {"softmax": (logits / 0.1).softmax(-1), "Sinkhorn-Knopp": kdtorch.sinkhorn_knopp(logits, temperature=0.1)}
+    for offset, (name, q) in zip((-0.2, 0.2), shares.items(), strict=True):
+        left.bar(np.arange(1, 7) + offset, q.mean(0), 0.4, label=name)
+    left.set(title="mean assignment", xlabel="prototype")
+    left.legend()
+    steps = range(1, 9)
+    for temperature in (0.05, 0.1, 0.2):
+        most = [kdtorch.sinkhorn_knopp(logits, temperature=temperature, iterations=n).mean(0).max() for n in steps]
+        right.semilogy(steps, [6 * float(x) - 1 for x in most], label=f"T = {temperature}")
+    right.set(title="the most used above 1 / K, times K", xlabel="iterations")
+    right.legend()
+
+
 def hcl(loss: Loss) -> None:
     """A difference of two maps, and the pull of the whole maps and of the pooled ones."""
     rng = np.random.default_rng(1)
@@ -472,6 +551,10 @@ DRAW: tuple[Callable[..., None], ...] = (
     crd,
     minilm,
     dino,
+    gram,
+    ibot,
+    koleo,
+    sinkhorn,
     hcl,
     cosine,
     cwd,

@@ -94,12 +94,17 @@ from kdjax.relations.pkt import pkt_loss
 from kdjax.relations.rkd import rkd_loss
 from kdjax.relations.similarity import similarity_loss
 from kdjax.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdjax.selfsupervised.gram import gram_loss
+from kdjax.selfsupervised.ibot import IBOTState, ibot_init, ibot_loss
+from kdjax.selfsupervised.koleo import koleo_loss
+from kdjax.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 from kdlosses import __version__ as __version__
 
 __all__ = [
     "CRCDState",
     "CRDState",
     "DINOState",
+    "IBOTState",
     "ab_loss",
     "alpha_beta_loss",
     "attention_transfer_loss",
@@ -122,10 +127,14 @@ __all__ = [
     "euclidean_mse_loss",
     "factor_transfer_loss",
     "fsp_loss",
+    "gram_loss",
     "hcl_loss",
+    "ibot_init",
+    "ibot_loss",
     "instance_graph_loss",
     "jsd_loss",
     "kl_loss",
+    "koleo_loss",
     "linear_jsd_loss",
     "linear_kl_loss",
     "make_loss",
@@ -138,6 +147,7 @@ __all__ = [
     "rkd_loss",
     "sampled_kl_loss",
     "similarity_loss",
+    "sinkhorn_knopp",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "smooth_l1_loss",

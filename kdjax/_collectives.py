@@ -37,6 +37,11 @@ def all_sum(x: Any, axis_name: AxisName | None) -> Any:
     return x if axis_name is None else jax.lax.psum(x, _bound(axis_name))
 
 
+def all_max(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The largest entry on any device, the same on all of them; it has no gradient."""
+    return x if axis_name is None else jax.lax.pmax(x, _bound(axis_name))
+
+
 def all_gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True)

@@ -19,9 +19,10 @@ from kdjax.logits.difference_kl import difference_kl_loss
 from kdjax.logits.dkd import dkd_loss
 from kdjax.logits.kl import kl_loss, symmetric_kl_loss
 from kdjax.logits.nkd import nkd_loss
-from kdjax.nn import CombinedLoss, CRCDLoss, CRDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, USKDLoss
+from kdjax.nn import CombinedLoss, CRCDLoss, CRDLoss, DINOLoss, DynamicCenterNormLoss, FunctionLoss, IBOTLoss, USKDLoss
 from kdjax.relations.euclidean_mse import euclidean_mse_loss
 from kdjax.relations.minilm import minilm_loss
+from kdjax.selfsupervised.gram import gram_loss
 from kdlosses.config import READS, Source, Term, by_function, example, parameters, read, refused
 
 
@@ -59,7 +60,7 @@ def _kl_over_classes(
     return value / student.shape[-1]
 
 
-FEATURES, SCORES = ("stu", "tea"), ("score_stu", "score_tea")
+FEATURES, SCORES, PATCHES = ("stu", "tea"), ("score_stu", "score_tea"), ("patches_stu", "patches_tea")
 FEAT_DIM, CLS_FEA_NUM = "MODEL.FEAT_DIM", "MODEL.CLS_FEA_NUM"
 
 PUBLISHED: dict[str, Term] = {
@@ -87,10 +88,12 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
     "crcd": PUBLISHED["crcd"]._replace(reads=(*FEATURES, "target")),
 }
 
-# by their functions' names alone, where a module holds the state, or the inputs are of tokens
+# by their functions' names alone, where a module holds the state, or the inputs are of tokens or patches
 OTHERS: dict[str, Term] = {
     "crd": Term(CRDLoss, (*FEATURES, "index"), arguments=(FEAT_DIM, FEAT_DIM, FEAT_DIM, "num_data")),
     "minilm": Term(minilm_loss, ("tokens_stu", "tokens_tea")),
+    "gram": Term(gram_loss, PATCHES),
+    "ibot": Term(IBOTLoss, (*PATCHES, "mask", "epoch"), arguments=(FEAT_DIM,)),
 }
 
 # what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
@@ -116,9 +119,9 @@ def make_loss(
     Args:
         config: a mapping or an object with attributes: `MODEL.METRIC_LOSS_TYPE`, the prefix `kd` and then names of
             losses, as in `"kd-dino-bce-dkd"`; `MODEL.KD_LOSS_WEIGHT`, for each name a number or a function of the
-            epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]`, for dino, dcn, crcd and crd; `MODEL.CLS_FEA_NUM`, the
-            width of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings by name, as in `{"dkd":
-            {"beta": 8.0}}`, also a mapping or an object.
+            epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]` and of patches, for dino, dcn, crcd, crd, ibot;
+            `MODEL.CLS_FEA_NUM`, the width of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings
+            by name, as in `{"dkd": {"beta": 8.0}}`, also a mapping or an object.
         num_classes: the number of classes.
         num_data: the number of samples in the data set.
         conventions: `"published"` for the formulas of this package; `"founding"` for the founding code's numbers: kld
@@ -138,9 +141,9 @@ def make_loss(
     A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
     function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
     for features, `feats_stu` and `feats_tea` for maps (a loss of one map takes the last), `tokens_stu` and `tokens_tea`
-    for tokens (`minilm`), `target` for labels, and for any other parameter the entry of `feat` that has its name. The
-    founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` weighs both its parts
-    by 1 at temperature 1.
+    for tokens (`minilm`), `patches_stu` and `patches_tea` for patches, `target` for labels, and for any other parameter
+    the entry of `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not
+    `rkd_loss`, and `dkd` weighs both its parts by 1 at temperature 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss

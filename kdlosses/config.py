@@ -26,7 +26,7 @@ READS = {
     "labels": "target",
 }
 # keyword-only parameters that are given at each call, or by the framework, and are no settings
-NO_SETTINGS = ("where", "reduction", "axis_name", "group", "update", "rngs", "generator")
+NO_SETTINGS = ("teacher_targets", "where", "reduction", "axis_name", "group", "update", "rngs", "generator")
 
 
 class Term(NamedTuple):

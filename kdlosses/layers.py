@@ -197,6 +197,7 @@ def _crcd(w: Mapping[str, Any]) -> dict[str, Any]:
 # what the modules of this library were built with, from the shapes of their weights in PyTorch
 BUILT_WITH: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "DINOLoss": lambda w: {"dim": len(w["center"])},
+    "IBOTLoss": lambda w: {"dim": len(w["center"])},
     "DynamicCenterNormLoss": lambda w: dict(zip(("num_classes", "dim"), w["centers"].shape, strict=True)),
     "USKDLoss": lambda w: dict(zip(("num_classes", "feature_dim"), w["head.weight"].shape, strict=True)),
     "CRCDLoss": _crcd,

@@ -94,11 +94,16 @@ from kdtorch.relations.pkt import pkt_loss
 from kdtorch.relations.rkd import rkd_loss
 from kdtorch.relations.similarity import similarity_loss
 from kdtorch.selfsupervised.dino import DINOState, dino_init, dino_loss, dino_teacher_temperature
+from kdtorch.selfsupervised.gram import gram_loss
+from kdtorch.selfsupervised.ibot import IBOTState, ibot_init, ibot_loss
+from kdtorch.selfsupervised.koleo import koleo_loss
+from kdtorch.selfsupervised.sinkhorn_knopp import sinkhorn_knopp
 
 __all__ = [
     "CRCDState",
     "CRDState",
     "DINOState",
+    "IBOTState",
     "ab_loss",
     "alpha_beta_loss",
     "attention_transfer_loss",
@@ -122,10 +127,14 @@ __all__ = [
     "factor_transfer_loss",
     "fsp_loss",
     "fuse",
+    "gram_loss",
     "hcl_loss",
+    "ibot_init",
+    "ibot_loss",
     "instance_graph_loss",
     "jsd_loss",
     "kl_loss",
+    "koleo_loss",
     "linear_jsd_loss",
     "linear_kl_loss",
     "make_loss",
@@ -138,6 +147,7 @@ __all__ = [
     "rkd_loss",
     "sampled_kl_loss",
     "similarity_loss",
+    "sinkhorn_knopp",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "smooth_l1_loss",

@@ -54,6 +54,15 @@ def all_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x
 
 
+def all_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The largest entry on any rank, the same on all of them; constant to the gradient."""
+    x = x.detach()
+    if group is not None:
+        x = x.clone()
+        distributed.all_reduce(x, distributed.ReduceOp.MAX, group=group)
+    return x
+
+
 def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of all ranks, in their order. Gradients flow back to the rank that a row is from."""
     return x if group is None else _Gather.apply(x, group)

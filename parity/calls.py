@@ -58,7 +58,7 @@ def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
 
 @functools.cache
 def _per_example(function: Callable[..., Any], value: str) -> Callable[..., Any]:
-    torch = "torch" in inspect.unwrap(function).__globals__
+    torch = "torch" in inspect.unwrap(getattr(function, "func", function)).__globals__
     numpy = importlib.import_module("torch" if torch else "jax.numpy")
     helpers = importlib.import_module("kdtorch._reduce" if torch else "kdjax._reduce")
     parameters = inspect.signature(function).parameters

@@ -113,11 +113,8 @@ def perturbed(case: Case, name: str) -> Case | None:
     steps = tuple(_float32(inputs) for inputs in changed if inputs is not None)
     if len(steps) < len(changed):
         return None
-    scale = (
-        0.1 * math.prod(max(1.0, x) for x in case.options.values() if not isinstance(x, str))
-        if name == "student-is-teacher"
-        else case.scale
-    )
+    numbers = [x for x in case.options.values() if not isinstance(x, str)]
+    scale = 0.1 * math.prod(max(1.0, x) for x in numbers) if name == "student-is-teacher" else case.scale
     full_name = name if case.name == "ordinary" else f"{case.name}-{name}"
     return _bounded(dataclasses.replace(case, name=full_name, steps=steps, scale=scale), name)
 
@@ -194,6 +191,8 @@ def random_case(loss: Loss, seed: int) -> Case:
         int(rng.integers(7, 40)),
         int(rng.integers(1, 8)),
     )
+    if loss.first_of_ties:  # on a line all rows are equal or opposite
+        sizes = dataclasses.replace(sizes, dim=max(sizes.dim, 2))
     options = {name: float(np.float32(rng.uniform(*ends))) for name, ends in loss.ranges.items()}
     if loss.forms:
         place = int(rng.integers(min(map(len, loss.forms.values()))))

@@ -25,6 +25,7 @@ class Sizes:
         kept: of a teacher's classes, those that were recorded; None for half of them.
         teacher_dim: of the teacher's features where they need not be as wide as the student's; None for `dim + 2`.
         positions: of a sequence.
+        patches: of an image.
     """
 
     batch: tuple[int, ...] = (5,)
@@ -38,6 +39,7 @@ class Sizes:
     kept: int | None = None
     teacher_dim: int | None = None
     positions: int = 4
+    patches: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,14 @@ def _sequences(rng: np.random.Generator, n: Sizes, dim: int) -> np.ndarray:
     return rng.normal(size=(*n.batch, n.positions, 2 * dim))
 
 
+def _patch_mask(rng: np.random.Generator, n: Sizes) -> np.ndarray:
+    """Which patches of an image are masked: the first and others; of every third image none is."""
+    mask = rng.random((*n.batch, n.patches)) < 0.5
+    mask[..., 0] = True
+    mask[2::3] = False
+    return mask
+
+
 def _kept(n: Sizes) -> int:
     return n.kept or max(1, n.classes // 2)
 
@@ -161,8 +171,14 @@ KINDS: dict[str, Kind] = {
     "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
+    "patches": Kind(lambda rng, n: rng.normal(size=(*n.batch, n.patches, n.dim)), axes=2, numbers=True),
+    "wide_patches": Kind(
+        lambda rng, n: rng.normal(size=(*n.batch, n.patches, n.teacher_dim or n.dim + 2)), axes=2, numbers=True
+    ),
+    "patch_mask": Kind(_patch_mask, axes=1),
     "index": Kind(lambda rng, n: rng.choice(n.num_data, n.batch, replace=n.batch[0] > n.num_data)),
     "negatives": Kind(lambda rng, n: rng.integers(n.num_data, size=(*n.batch, n.negatives))),
+    "IBOTState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
     "DINOState": Kind(lambda rng, n: {"center": np.zeros(n.dim)}, None),
     "CRDState": Kind(_crd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),

@@ -39,13 +39,13 @@ def _confident(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
     if "labels" not in loss.inputs.values() or "logits" not in loss.inputs.values():
         return None
     labels = next(name for name, kind in loss.inputs.items() if kind == "labels")
-    largest = inputs[loss.learns[0]].argmax(-1)
+    largest = inputs[loss.first].argmax(-1)
     return _wide(1e4, loss, {**inputs, labels: np.where(inputs[labels] < 0, inputs[labels], largest)})
 
 
 def _padded(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The last class is padding, in all logits, and nobody's label."""
-    if not loss.padding or inputs[loss.learns[0]].shape[-1] < 4:
+    if not loss.padding or inputs[loss.first].shape[-1] < 4:
         return None
     inputs = {k: x % (x.max() or 1) if loss.inputs[k] == "labels" else x for k, x in inputs.items()}
 
@@ -66,11 +66,11 @@ def _equal_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 def _near_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Two of the student's; the teacher's stay apart, so that what separates the two is felt."""
-    if not loss.batch_coupled or loss.inputs[loss.learns[0]] != "features":
+    if not loss.batch_coupled or loss.inputs[loss.first] != "features":
         return None
-    student = inputs[loss.learns[0]].copy()
+    student = inputs[loss.first].copy()
     student[-1] = student[0] + 1e-3 * student[-1]
-    return {**inputs, loss.learns[0]: student}
+    return {**inputs, loss.first: student}
 
 
 def _zero_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -105,9 +105,9 @@ def _near_ties(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _student_is_teacher(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    if not loss.constant or loss.inputs[loss.learns[0]] != loss.inputs[loss.constant[0]]:
+    if not loss.constant or not loss.learns or loss.inputs[loss.first] != loss.inputs[loss.constant[0]]:
         return None
-    return {**inputs, loss.constant[0]: inputs[loss.learns[0]]}
+    return {**inputs, loss.constant[0]: inputs[loss.first]}
 
 
 def _equal_indices(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from parity import scales
 from parity.kinds import Sizes
 
 # the sizes at which `Memory` counts, unless it says otherwise
-MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64)
+MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64, patches=12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Loss:
     Attributes:
         formula: in plain loops, under the loss's own name; `parity.losses` says how it is written.
         inputs: what each of its inputs is, a key of `parity.kinds.KINDS`, by name, in order.
-        learns: the inputs that have a gradient.
+        learns: the inputs that have a gradient; none, where the result is constant.
         constant: the inputs of which the gradient must be exactly 0.
         options: settings worth a case each; the first is the ordinary one.
         ranges: from where to where random draws take each setting that may be a number or an array.
@@ -136,6 +136,7 @@ class Loss:
         infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
         other_maps: sizes of the teacher's maps, as in `Sizes`, of a case in which they are not the student's.
         jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so that rounding may tell which.
+        first_of_ties: whether the order of the examples tells which of two equal ones is taken.
         partly_constant: whether a part that moves with the student is constant to the gradient.
         second_derivative: whether kdtorch has one, or refuses; kdjax always has.
         laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
@@ -170,6 +171,7 @@ class Loss:
     infinite: bool = False
     other_maps: tuple[tuple[int, int, int], ...] = ()
     jumps: bool = False
+    first_of_ties: bool = False
     partly_constant: bool = False
     second_derivative: bool = True
     laws: tuple[str, ...] = ()
@@ -202,7 +204,12 @@ class Loss:
     def of(self, package: Any) -> Callable[..., Any]:
         """The function in kdjax or kdtorch, with the settings that it cannot do without."""
         function = getattr(package, self.name)
-        return _with(function, tuple(self.required.items())) if self.required else function
+        return _with(function, tuple(self.required.items()))
+
+    @property
+    def first(self) -> str:
+        """The first input: the student's, where there is one."""
+        return next(iter(self.inputs))
 
     @property
     def title(self) -> str:
@@ -212,3 +219,9 @@ class Loss:
     @property
     def state(self) -> str | None:
         return next((name for name, kind in self.inputs.items() if kind.endswith("State")), None)
+
+
+@functools.cache
+def _with(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The same function for the same settings, so that what is compiled of it is not compiled again."""
+    return functools.partial(function, **dict(settings)) if settings else function

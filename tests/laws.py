@@ -164,7 +164,7 @@ def _limits(dtype: str) -> Any:
 def _numbers(loss: Loss) -> dict[str, str]:
     """The inputs that a hostile value may be put into, and whose they are."""
     return {
-        name: "student" if name == loss.learns[0] else "teacher"
+        name: "student" if name == loss.first else "teacher"
         for name, kind in loss.inputs.items()
         if KINDS[kind].numbers or KINDS[kind].fit
     }
@@ -206,7 +206,7 @@ def example(loss: Loss, recipe: Recipe, form: Form) -> Example:
 
 
 def _relate(loss: Loss, inputs: dict[str, Any], relation: str, lowest: float) -> None:
-    student = loss.learns[0]
+    student = loss.first
     teacher = next(iter((*loss.constant, *loss.learns[1:])), student)
     if relation == "equal" and loss.inputs[student] == loss.inputs[teacher]:
         inputs[teacher] = inputs[student]
@@ -339,7 +339,8 @@ def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
 
     values, state = call("none")
     weight = torch.as_tensor(given.weights, dtype=values.dtype)
-    slopes = iter(torch.autograd.grad(values, leaves, weight, allow_unused=True))
+    known = values.requires_grad  # not where the result is constant
+    slopes = iter(torch.autograd.grad(values, leaves, weight, allow_unused=True) if known else [None] * len(leaves))
 
     def slope(x: torch.Tensor) -> torch.Tensor:
         found = next(slopes)
@@ -518,6 +519,8 @@ def mask_is_drop(trial: Trial) -> None:
 
 def permutation(trial: Trial) -> None:
     """Examples in another order give the same values in that order, and the same next state."""
+    if trial.loss.first_of_ties and trial.recipe.student != "ordinary":
+        return
     given, want = trial.whole
     order = np.random.default_rng(trial.recipe.seed).permutation(4)
     moved = along(trial.loss, given.inputs, lambda x, axis: np.take(x, order, axis))
@@ -543,7 +546,7 @@ def never_negative(trial: Trial) -> None:
     _, got = trial.own
     assert (got.values >= 0).all()
     loss, (given, _) = trial.loss, trial.own
-    student, teacher = loss.learns[0], loss.constant[0]
+    student, teacher = loss.first, loss.constant[0]
     _, equal = trial.run(given, inputs={**given.inputs, student: given.inputs[teacher]})
     assert (equal.values == 0).all(), equal.values
     scale = _scales(loss, given)[1]
@@ -607,8 +610,10 @@ def split(trial: Trial) -> None:
         for parts in zip(want.gradients[k], *(x.gradients[k] for _, x in halves), strict=True):
             whole, *pieces = parts
             close(sum(pieces) if axis is None else np.concatenate(pieces, axis), whole, "float64", GRADIENT, gradient)
-    for k, v in want.state.items():
-        middle = sum(x.state[k] / 2 for _, x in halves)
+    masks = [k for k, kind in loss.inputs.items() if kind == "patch_mask"]  # a mean of so many patches, not of examples
+    shares = np.array([x.inputs[masks[0]].sum() if masks else 2 for x, _ in halves], float)
+    for k, v in want.state.items() if shares.all() else ():
+        middle = sum(x.state[k] * share for (_, x), share in zip(halves, shares / shares.sum(), strict=True))
         close(middle, v, "float64", VALUE, loss.state_rounding(_given(loss, given), v))
 
 

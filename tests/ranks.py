@@ -42,13 +42,12 @@ class Student(nn.Module):
     def __init__(self, loss: Loss, inputs: dict) -> None:
         super().__init__()
         self.loss = loss
-        first = inputs[loss.learns[0]]
-        rows = KINDS[loss.inputs[loss.learns[0]]].axes
+        first, rows = inputs[loss.first], KINDS[loss.inputs[loss.first]].axes
         self.scale = nn.ParameterList(torch.ones(x.shape[-1:] if rows else (), dtype=x.dtype) for x in as_list(first))
         self.others = nn.ParameterDict({k: inputs[k].clone() for k in loss.learns[1:] if not spread(loss, k)})
 
     def forward(self, inputs: dict, **options):
-        first = self.loss.learns[0]
+        first = self.loss.first
         scaled = []
         for scale, x in zip(self.scale, as_list(inputs[first]), strict=True):
             number = x.nan_to_num()  # NaN under the mask reaches the loss, not the scale
@@ -72,7 +71,7 @@ def steps_of(loss: Loss, where: np.ndarray | None, group, wrap: Callable[[Studen
     steps = [tensors(own(loss, inputs, rank, ranks)) for inputs in drawn(loss, where)]
     mask = None if where is None else torch.from_numpy(np.split(where, ranks)[rank])
     state = getattr(kdtorch, loss.inputs[loss.state])(**steps[0].pop(loss.state)) if loss.state else None
-    module = wrap(Student(loss, steps[0]))
+    module = wrap(Student(loss, steps[0])) if loss.learns else Student(loss, steps[0])
     results = []
     for inputs in steps:
         learned = [x.requires_grad_() for k in loss.learns if spread(loss, k) for x in as_list(inputs[k])]
@@ -80,12 +79,13 @@ def steps_of(loss: Loss, where: np.ndarray | None, group, wrap: Callable[[Studen
         value = module(given, where=mask, group=group)
         value, state = value if loss.state else (value, None)
         module.zero_grad()
-        value.backward()
+        if loss.learns:
+            value.backward()
         results.append(
             {
                 "value": value.detach().clone(),
                 "inputs": [x.grad for x in learned],
-                "parameters": [x.grad.clone() for x in module.parameters()],
+                "parameters": [x.grad.clone() for x in module.parameters() if loss.learns],
                 "state": list(state or ()),
             }
         )

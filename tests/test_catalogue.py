@@ -16,7 +16,7 @@ import kdjax
 import kdtorch
 from docs import catalogue
 from kdlosses.pages import losses
-from kdtorch.make_loss import PUBLISHED
+from kdtorch.make_loss import OF_PATCHES, PUBLISHED
 from parity.cases import LOSSES as ROWS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -121,12 +121,13 @@ def test_the_code_of_a_page_prints_the_numbers_of_its_table(loss, monkeypatch):
 
 def test_the_names_of_a_configuration_and_what_they_read():
     told = {name: reads for loss in PAGES for name, reads in loss.meta.get("config", {}).items()}
-    assert told.keys() == PUBLISHED.keys()
+    assert told.keys() == (PUBLISHED | OF_PATCHES).keys()
     torch.manual_seed(0)
     given = {name: torch.randn(4, 6) for name in ("stu", "tea", "fea_stu")}
     given |= {name: torch.randn(4, 3) for name in ("score_stu", "score_tea")}
     given |= {name: [torch.randn(4, 2, 5, 5)] for name in ("feats_stu", "feats_tea")}
-    given |= {"index": torch.arange(4), "target": torch.arange(4) % 3}
+    given |= {name: torch.randn(4, 3, 6) for name in ("patches_stu", "patches_tea")}
+    given |= {"index": torch.arange(4), "target": torch.arange(4) % 3, "mask": torch.arange(12).view(4, 3) % 2 == 0}
     for name, text in told.items():
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
         loss = kdtorch.make_loss({"MODEL": model}, num_classes=3, num_data=10)

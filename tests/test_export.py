@@ -13,16 +13,9 @@ from parity.cases import KINDS, LOSSES, MAPS, Sizes, draw, each_array
 from parity.compare import ulps
 
 # they go by blocks of the batch, or over its pairs
-FIXED = (
-    "difference_kl_loss",
-    "euclidean_mse_loss",
-    "crcd_loss",
-    "crd_loss",
-    "similarity_loss",
-    "pkt_loss",
-    "correlation_loss",
-)
-FIXED += ("instance_graph_loss", "rkd_loss", "linear_kl_loss", "linear_jsd_loss")
+FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss", "crd_loss", "similarity_loss", "pkt_loss")
+FIXED += ("correlation_loss", "instance_graph_loss", "rkd_loss", "linear_kl_loss", "linear_jsd_loss", "gram_loss")
+FIXED += ("koleo_loss",)
 CASES = [
     pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
 ]
@@ -66,7 +59,7 @@ def value_and_slopes(loss, options):
         result = per_example(kdjax, loss)(*inputs, where=where, **options)
         return result[0] if loss.state else result
 
-    return jax.jit(jax.value_and_grad(value, learned))
+    return jax.jit(jax.value_and_grad(value, learned) if learned else value)
 
 
 def check(loss, options, exported, sizes):

@@ -151,10 +151,14 @@ def compared(call, dtype, sides, *parts):
         assert found.passed, str(found)
 
 
-def array_of(name, x, settings):
-    """What the oracle's function of rows gives of an array with any leading axes."""
+def array_of(name, x, settings, where=None):
+    """What the oracle's function of rows gives of an array with any leading axes, and 0 in masked rows."""
     formula = next(loss.formula for loss in LOSSES if loss.name == name)
-    return np.array(formula(x.astype(np.longdouble).reshape(-1, x.shape[-1]), **settings)).reshape(x.shape)
+    rows = x.astype(np.longdouble).reshape(-1, x.shape[-1])
+    kept = np.ones(len(rows), bool) if where is None else where.reshape(-1)
+    result = np.zeros_like(rows)
+    result[kept] = formula(rows[kept], **settings)
+    return result.reshape(x.shape)
 
 
 FIRST = {call.function: call for call in reversed(CALLS)}
@@ -192,7 +196,9 @@ def test_oracle(call, dtype):
     options = {k: v for k, v in call.options.items() if k != "reduction"}
     if call.loss.value == "array":
         (x,) = given.values()
-        compared(call, dtype, sides, ("value", array_of(call.function, x, options).astype(dtype), call.value))
+        compared(
+            call, dtype, sides, ("value", array_of(call.function, x, options, call.where).astype(dtype), call.value)
+        )
         return
     reduction = call.options.get("reduction", "mean")
     got = run("oracle", Case(call.loss, "", (inputs,), options, call.where, reduction), dtype, gradients=False)

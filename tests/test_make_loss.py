@@ -354,7 +354,7 @@ def test_both_packages_say_the_same():
         assert said[0] == said[1]
 
 
-MODULES = ("dino", "dcn", "crcd", "crd", "uskd")
+MODULES = ("dino", "ibot", "dcn", "crcd", "crd", "uskd")
 PUBLIC = [name for name in kdjax.__all__ if name.endswith("_loss") and name != "make_loss"]
 FOUNDING = [
     "dino",
@@ -417,6 +417,8 @@ def given_by_name(f):
     }
     for side in ("stu", "tea"):
         feat[f"tokens_{side}"] = f.array(np.stack([f.numpy(feat[side])] * 3, 1) * np.arange(1, 4)[:, None], "float32")
+    for side in ("stu", "tea"):
+        feat[f"patches_{side}"] = f.array(np.stack(3 * [f.numpy(feat[side])], 1) * np.arange(1, 4)[:, None], "float32")
     return feat, target
 
 
@@ -441,7 +443,9 @@ def test_every_loss_by_its_function(f):
         for name in plain:
             function = getattr(f.kd, name)
             inputs = [p.name for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
-            inputs = ["tokens_stu", "tokens_tea"] if name == "minilm_loss" else inputs
+            inputs = {"minilm_loss": ["tokens_stu", "tokens_tea"], "gram_loss": ["patches_stu", "patches_tea"]}.get(
+                name, inputs
+            )
             values[name] = function(*(known[key] for key in inputs), **given.get(name, {}))
         return values
 

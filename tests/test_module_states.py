@@ -35,6 +35,8 @@ def build(f, name):
     torch.manual_seed(0)
     if name == "dino":
         return nn.DINOLoss(4)
+    if name == "ibot":
+        return nn.IBOTLoss(2)
     if name in ("crcd", "crd"):
         return getattr(nn, f"{name.upper()}Loss")(4, 4, 4, 20, num_negatives=5, **rngs)
     if name == "review":
@@ -58,6 +60,9 @@ def caller(f, name):
     def call(module, x):
         if name == "dino":
             return module(x, 2 * x, epoch=3)
+        if name == "ibot":
+            patches = x.reshape(-1, 2, 2)
+            return module(patches, 2 * patches, patches[:, :, 0] > -1, epoch=3)
         if name in ("crcd", "crd"):
             return module(x, 2 * x, index, negatives)
         if name == "review":
@@ -72,7 +77,7 @@ def caller(f, name):
     return call
 
 
-NAMES = ["dino", "crcd", "crd", "review", "connector", "projector", "mixture"]
+NAMES = ["dino", "ibot", "crcd", "crd", "review", "connector", "projector", "mixture"]
 all_modules = pytest.mark.parametrize("name", NAMES)
 X = {"jax": JAX.array(ROWS, "float32"), "torch": TORCH.array(ROWS, "float32")}
 

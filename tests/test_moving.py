@@ -126,14 +126,16 @@ kept3 = labels3 != -100
 IGNORED = torch.full_like(labels3, -100)
 log_softmax = functools.partial(functional.log_softmax, dim=-1)
 log_p1, log_q1, log_p3, log_q3 = map(log_softmax, (s3, t3, s3 / T, t3 / T))
-STAND_INS = ("datasets", "pandas", "pyarrow")
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules under the names that TRL's files import at their head and that its losses do not use."""
+    """Empty modules under the names that another library's files import at their head and that its losses do not use."""
+
+    def __init__(self, *names):
+        self.names = names
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in STAND_INS:
+        if name.partition(".")[0] in self.names:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -149,16 +151,26 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__getattr__ = attribute
 
 
-@functools.cache
 def trl(name):
-    """The module of TRL; the stand-ins are there while it is imported, and only where the packages are not installed."""
+    """The module of TRL."""
     import transformers.trainer  # noqa: F401 - which looks for datasets itself, and is not to find them
 
-    stand_ins = StandIns()
+    return imported(f"trl.{name}", "datasets", "pandas", "pyarrow")
+
+
+def lightly(name):
+    """The module of Lightly's losses."""
+    return imported(f"lightly.loss.{name}", "torchvision", "pytorch_lightning", "hydra", "omegaconf", "timm")
+
+
+@functools.cache
+def imported(name, *missing):
+    """A module; the stand-ins are there while it is imported, and only where the packages are not installed."""
+    stand_ins = StandIns(*missing)
     sys.meta_path.append(stand_ins)
     try:
         with warnings.catch_warnings(action="ignore"):  # trl.experimental says that it is
-            return importlib.import_module(f"trl.{name}")
+            return importlib.import_module(name)
     finally:
         sys.meta_path.remove(stand_ins)
         for module in [x for x, y in sys.modules.items() if getattr(y, "__loader__", None) is stand_ins]:
@@ -744,6 +756,114 @@ def of_labels(logits):
     return log_softmax(logits).gather(-1, labels3.clamp(min=0)[..., None])[..., 0]
 
 
+# self-supervision: views, patches of which some are masked, and prototypes
+VIEWS = torch.from_numpy(rng.normal(size=(4, 5, C)))
+PATCHES = torch.from_numpy(rng.normal(size=(2, 5, 6, C)))
+MASK = (torch.arange(6) < torch.tensor([2, 4, 1, 2, 0])[:, None]).view(5, 2, 3)  # theirs round 1 / 3 to float32
+CENTER = torch.from_numpy(0.1 * rng.normal(size=C))
+FLAT = MASK.flatten(1)
+
+
+def dino(**options):
+    return kdtorch.dino_loss(
+        VIEWS, VIEWS[:2].flip(-1), kdtorch.DINOState(CENTER), teacher_temperature=0.0625, **options
+    )[0]
+
+
+def ibot(**options):
+    state = kdtorch.IBOTState(CENTER)
+    return kdtorch.ibot_loss(*PATCHES, FLAT, state, teacher_temperature=0.0625, **options)[0]
+
+
+def lightly_dino():
+    loss = lightly("dino_loss").DINOLoss(C).double()
+    loss.center.copy_(CENTER)
+    return loss([*VIEWS[:2].flip(-1)], [*VIEWS], teacher_temp=0.0625)
+
+
+def lightly_ibot():
+    loss = lightly("ibot_loss").IBOTPatchLoss(C).double()
+    loss.center.center = CENTER[None]
+    student, teacher = (x[FLAT] for x in PATCHES)
+    return loss(teacher, student, MASK, teacher_temp=0.0625)
+
+
+def lightly_targets():
+    rows = VIEWS[:2].flatten(0, 1)
+    return lightly("swav_loss").sinkhorn(rows, epsilon=0.1), kdtorch.sinkhorn_knopp(rows, temperature=0.1)
+
+
+def weighed(assignments):
+    """A number for an array of assignments."""
+    return (assignments * torch.arange(assignments.numel()).cos().view_as(assignments)).sum()
+
+
+def dinov2_dino():
+    """Of pairs of different views, as its training loop adds them up: of each of the local views, and of the exchanged global ones."""
+    q = functional.softmax((VIEWS[:2].flip(-1) - CENTER) / 0.0625, -1)
+    log_p = functional.log_softmax(VIEWS / 0.1, -1)
+    local = -sum((a * b).sum(-1).mean() for a in q for b in log_p[2:])
+    exchanged = -sum((a * b).sum(-1).mean() for a, b in zip(q.flip(0), log_p[:2], strict=True))
+    return (local + exchanged) / 6
+
+
+def dinov2_ibot():
+    student, teacher = (x[FLAT] for x in PATCHES)
+    q = functional.softmax((teacher - CENTER) / 0.0625, -1)
+    values = (q * functional.log_softmax(student / 0.1, -1)).sum(-1)
+    weights = (1 / FLAT.sum(-1).clamp(min=1.0)).unsqueeze(-1).expand_as(FLAT)[FLAT]
+    return -(values * weights).sum() / len(FLAT)
+
+
+def dinov2_koleo():
+    x = functional.normalize(VIEWS[0], eps=1e-8)
+    nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)
+    return -torch.log(torch.nn.PairwiseDistance(2, eps=1e-8)(x, x[nearest]) + 1e-8).mean()
+
+
+def dinov2_assignments():
+    rows = (PATCHES[1][FLAT] / 0.1).exp().t()
+    rows /= rows.sum()
+    for _ in range(3):
+        rows /= rows.sum(1, keepdim=True) * len(rows)
+        rows /= rows.sum(0, keepdim=True) * rows.shape[1]
+    return (rows * rows.shape[1]).t()
+
+
+def our_assignments():
+    return kdtorch.sinkhorn_knopp(PATCHES[1].flatten(0, 1), temperature=0.1, where=FLAT.flatten())
+
+
+def dinov3_gram(**options):
+    s, t = (functional.normalize(x, dim=-1) for x in PATCHES)
+    s, t = s @ s.mT, t @ t.mT
+    return functional.mse_loss(s.clamp(min=0), t.clamp(min=0)) if options else functional.mse_loss(s, t)
+
+
+MOVES |= {
+    "lightly": {
+        "`DINOLoss(dim)(teachers, students, teacher_temp=τ)`": lambda: (lightly_dino(), dino()),
+        "`IBOTPatchLoss(dim)(t[mask], s[mask], mask, teacher_temp=τ)`": lambda: (lightly_ibot(), ibot()),
+        "`KoLeoLoss()(x)`": lambda: (lightly("koleo_loss").KoLeoLoss()(VIEWS[0]), kdtorch.koleo_loss(VIEWS[0])),
+        "`swav_loss.sinkhorn(out, iterations, epsilon)`": lambda: map(weighed, lightly_targets()),
+    },
+    "dinov2": {
+        "`DINOLoss` of local and exchanged global crops, over the number of pairs": lambda: (dinov2_dino(), dino()),
+        "`iBOTPatchLoss.forward_masked(s, q, masks)`": lambda: (dinov2_ibot(), ibot()),
+        "`KoLeoLoss()(x)`": lambda: (dinov2_koleo(), kdtorch.koleo_loss(VIEWS[0])),
+        "`sinkhorn_knopp_teacher(t, temperature)` of the masked patches": lambda: (
+            weighed(dinov2_assignments()),
+            weighed(our_assignments()[FLAT.flatten()]),
+        ),
+        "DINOv3's `GramLoss(remove_neg=False)(s, t)`": lambda: (dinov3_gram(), kdtorch.gram_loss(*PATCHES)),
+        "DINOv3's `GramLoss()(s, t)`": lambda: (
+            dinov3_gram(remove_neg=True),
+            kdtorch.gram_loss(*PATCHES, clip_negative="both"),
+        ),
+    },
+}
+
+
 def table(page):
     """The first cell and the factor of each row of the page's table of losses."""
     text = (PAGES / f"{page}.md").read_text()
@@ -1009,3 +1129,26 @@ def test_trl_leaves_no_stand_ins():
     assert not any(isinstance(getattr(x, "__loader__", None), StandIns) for x in sys.modules.values())
     assert is_datasets_available() == (importlib.util.find_spec("datasets") is not None)
     assert is_pandas_available() == (importlib.util.find_spec("pandas") is not None)
+
+
+def test_lightly_leaves_no_stand_ins():
+    lightly("koleo_loss")
+    assert not any(isinstance(finder, StandIns) for finder in sys.meta_path)
+    assert not any(isinstance(getattr(x, "__loader__", None), StandIns) for x in sys.modules.values())
+
+
+def test_no_masked_patch_in_lightly():
+    """Its centre is NaN from then on; ours stays."""
+    loss = lightly("ibot_loss").IBOTPatchLoss(C).double()
+    nothing = torch.zeros_like(MASK)
+    loss(*(x[nothing.flatten(1)] for x in PATCHES), nothing)
+    assert loss.center.value.isnan().all()
+    _, after = kdtorch.ibot_loss(*PATCHES, nothing.flatten(1), kdtorch.IBOTState(CENTER))
+    assert torch.equal(after.center, CENTER)
+
+
+def test_large_logits_in_lightly():
+    """In float32 its exponentials are infinite from t / T = 88.7 on, and its assignments NaN."""
+    rows = torch.tensor([[3.6, 0.0], [0.0, 1.0]])
+    assert lightly("swav_loss").sinkhorn(rows, epsilon=0.04).isnan().any()
+    assert kdtorch.sinkhorn_knopp(rows, temperature=0.04).sum(1).tolist() == pytest.approx([1, 1])

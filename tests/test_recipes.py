@@ -247,6 +247,17 @@ def test_dino(framework, run):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_dinov2(framework, run):
+    """Features learned without a label are better than those of random weights, centred and balanced."""
+    names = run(f"dinov2_{framework}")
+    for losses in (names["losses"], names["other_losses"]):
+        assert np.isfinite(losses).all()
+        assert np.mean(losses[-5:]) < 0.95 * losses[0]
+    accuracies = names["accuracies"]
+    assert min(accuracies["centre"], accuracies["assignments"]) > accuracies["untrained"] + 0.04
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_make_loss(framework, run, tmp_path):
     names = run(f"make_loss_{framework}")
     assert names["accuracy"] > 0.88

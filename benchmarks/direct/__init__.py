@@ -10,4 +10,4 @@ import pkgutil
 
 for _file in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_file.name}")
-    globals().update({name: x for name, x in vars(_module).items() if name.endswith("_loss")})
+    globals().update({name: x for name, x in vars(_module).items() if name.endswith("_loss") or name == _file.name})

@@ -15,6 +15,7 @@ from kdjax.nn.crd import CRDLoss
 from kdjax.nn.dcn import DynamicCenterNormLoss
 from kdjax.nn.dino import DINOLoss
 from kdjax.nn.function import FunctionLoss
+from kdjax.nn.ibot import IBOTLoss
 from kdjax.nn.projector import Projector
 from kdjax.nn.reviewkd import ABF, ReviewKD
 from kdjax.nn.uskd import USKDLoss
@@ -28,6 +29,7 @@ __all__ = [
     "DINOLoss",
     "DynamicCenterNormLoss",
     "FunctionLoss",
+    "IBOTLoss",
     "LossState",
     "Projector",
     "ReviewKD",

@@ -102,6 +102,7 @@ def dino_loss(
     teacher_temperature: Scalar = 0.04,
     student_temperature: Scalar = 0.1,
     center_momentum: Scalar = 0.9,
+    teacher_targets: Float[Array, "teacher_views batch dim"] | None = None,
     where: Bool[Array, "batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
@@ -122,6 +123,8 @@ def dino_loss(
         teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
         student_temperature: τ_s > 0; an array has a gradient.
         center_momentum: m in [0, 1], a constant.
+        teacher_targets: `[teacher_views, batch, dim]`, probabilities in place of the q of the teacher, as from
+            `sinkhorn_knopp`; constant. `teacher` is then not read, and the centre stays.
         where: `[batch]`, False for examples that are left out, also of the centre.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
@@ -155,34 +158,49 @@ def dino_loss(
     student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, state.center)
 
+    views_of = student.swapaxes(0, 1)
+    if teacher_targets is not None:
+        targets = teacher_targets.swapaxes(0, 1)
+        pairs = _pairs_of_targets(views_of, targets, student_temperature, where=where)
+        return reduce(pairs, where, reduction, axis_name), state
     center = jnp.broadcast_to(state.center.astype(dtype), (teacher.shape[1], 1, teacher.shape[2]))  # for every example
-    examples = student.swapaxes(0, 1), teacher.swapaxes(0, 1)
-    pairs = _pairs(*examples, center, teacher_temperature, student_temperature, where=where)
+    pairs = _pairs(views_of, teacher.swapaxes(0, 1), center, teacher_temperature, student_temperature, where=where)
     loss = reduce(pairs, where, reduction, axis_name)
+    if not update:
+        return loss, state
 
     if where is not None:
         teacher = jnp.where(where[None, :, None], teacher, 0)
     total = teacher.sum((0, 1), dtype=dtype)
     batch = size(axis_name) * teacher.shape[1]
     kept = jnp.asarray(batch, dtype) if where is None else all_sum(where.sum(dtype=dtype), axis_name)
-    mean = (all_sum(total, axis_name) / (jnp.maximum(kept, 1) * teacher_views)).astype(state.center.dtype)
+    return loss, DINOState(moved_center(state.center, all_sum(total, axis_name), kept * teacher_views, momentum))
+
+
+def moved_center(center: jax.Array, total: jax.Array, number: jax.Array, momentum: float | Array) -> jax.Array:
+    """m times the centre plus 1 - m times the mean, or the centre as it was if there is none, or one that is not finite."""
+    mean = (total / jnp.maximum(number, 1)).astype(center.dtype)
     padding = jnp.isneginf(mean)
-    moved = jnp.where(padding, state.center, momentum * state.center + (1 - momentum) * mean)
-    usable = jnp.isfinite(moved).all() & (kept > 0)
-    return loss, DINOState(jnp.where(usable, moved, state.center)) if update else state
+    moved = jnp.where(padding, center, momentum * center + (1 - momentum) * mean)
+    return jnp.where(jnp.isfinite(moved).all() & (number > 0), moved, center)
 
 
 def pairs_and_gradient(
     x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the views of an example, which are the axis before the last.
+    """Of the views of an example, which are the axis before the last, and the teacher's, which are centred."""
+    views = jnp.moveaxis(y - center, -2, 0)
+    return pairs_of_targets_and_gradient(x, jnp.moveaxis(softmax(views, teacher_temperature).p, 0, -2), temperature)
+
+
+def pairs_of_targets_and_gradient(x: jax.Array, q: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+    """Of the student's views and the teacher's probabilities.
 
     By hand, because XLA on a CPU writes out what it is to reduce: sums of products are taken a view at a time, whose arrays
     the caches hold, and the gradient, for which exponentials are taken again, in one go.
     """
-    x, y, center = (jnp.moveaxis(a, -2, 0) for a in (x, y, center))
-    views, teacher_views = len(x), len(y)
-    q = softmax(y - center, teacher_temperature).p
+    x, q = (jnp.moveaxis(a, -2, 0) for a in (x, q))
+    views, teacher_views = len(x), len(q)
     every = sum(q[1:], start=q[0])  # XLA on a CPU takes sixty times as long for a sum over a leading axis
     q, every = jax.lax.optimization_barrier((q, every))  # or it computes the softmaxes anew for every view
     own = jnp.maximum(every[None] - q, 0)  # of the teacher's views, all but the same one
@@ -205,3 +223,4 @@ def pairs_and_gradient(
 
 
 _pairs = rowwise(pairs_and_gradient, axes=2)
+_pairs_of_targets = rowwise(pairs_of_targets_and_gradient, axes=2)

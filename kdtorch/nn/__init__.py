@@ -13,6 +13,7 @@ from kdtorch.nn.crd import CRDLoss
 from kdtorch.nn.dcn import DynamicCenterNormLoss
 from kdtorch.nn.dino import DINOLoss
 from kdtorch.nn.function import FunctionLoss
+from kdtorch.nn.ibot import IBOTLoss
 from kdtorch.nn.projector import Projector
 from kdtorch.nn.reviewkd import ABF, ReviewKD
 from kdtorch.nn.uskd import USKDLoss
@@ -26,6 +27,7 @@ __all__ = [
     "DINOLoss",
     "DynamicCenterNormLoss",
     "FunctionLoss",
+    "IBOTLoss",
     "Projector",
     "ReviewKD",
     "USKDLoss",

@@ -72,6 +72,7 @@ class DINOLoss(Stateful):
         teacher: Tensor,
         epoch: int | Tensor = 0,
         *,
+        teacher_targets: Tensor | None = None,
         where: Tensor | None = None,
         reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
@@ -83,6 +84,8 @@ class DINOLoss(Stateful):
             student: `[views * batch, dim]`.
             teacher: `[teacher_views * batch, dim]`.
             epoch: of the training, for the warm-up.
+            teacher_targets: `[teacher_views * batch, dim]`, probabilities in place of the centred teacher's; the centre
+                stays.
             where: `[batch]`, False for examples that are left out; or `[views * batch]`, stacked as the student's views
                 are: an example is kept if all its views are.
             reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
@@ -99,6 +102,9 @@ class DINOLoss(Stateful):
         temperature = dino_teacher_temperature(
             epoch, warmup=self.warmup_temperature, final=self.teacher_temperature, warmup_epochs=self.warmup_epochs
         )
+        targets = teacher_targets
+        if targets is not None:
+            targets = _unstack("teacher_targets", targets, self.teacher_views)
         loss, state = dino_loss(
             _unstack("student", student, self.views),
             _unstack("teacher", teacher, self.teacher_views),
@@ -106,6 +112,7 @@ class DINOLoss(Stateful):
             teacher_temperature=temperature,
             student_temperature=self.student_temperature,
             center_momentum=self.center_momentum,
+            teacher_targets=targets,
             where=_every_view(where, student, self.views),
             reduction=reduction,
             group=group,

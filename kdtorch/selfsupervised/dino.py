@@ -103,6 +103,7 @@ def dino_loss(
     teacher_temperature: Scalar = 0.04,
     student_temperature: Scalar = 0.1,
     center_momentum: Scalar = 0.9,
+    teacher_targets: Float[Tensor, "teacher_views batch dim"] | None = None,
     where: Bool[Tensor, "batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
@@ -123,6 +124,8 @@ def dino_loss(
         teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
         student_temperature: τ_s > 0; a tensor has a gradient.
         center_momentum: m in [0, 1], a constant.
+        teacher_targets: `[teacher_views, batch, dim]`, probabilities in place of the q of the teacher, as from
+            `sinkhorn_knopp`; constant. `teacher` is then not read, and the centre stays.
         where: `[batch]`, False for examples that are left out, also of the centre.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         group: the process group that the batch is spread over.
@@ -156,10 +159,15 @@ def dino_loss(
     student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, old)
 
+    views_of = student.transpose(0, 1)
+    if teacher_targets is not None:
+        pairs = _pairs_of_targets(views_of, teacher_targets.transpose(0, 1), student_temperature, where=where)
+        return reduce(pairs, where, reduction, group), state
     center = old.to(widest(student, teacher)).expand(teacher.shape[1], 1, -1)  # for every example
-    examples = student.transpose(0, 1), teacher.transpose(0, 1)
-    pairs = _pairs(*examples, center, teacher_temperature, student_temperature, where=where)
+    pairs = _pairs(views_of, teacher.transpose(0, 1), center, teacher_temperature, student_temperature, where=where)
     loss = reduce(pairs, where, reduction, group)
+    if not update:
+        return loss, state
 
     teacher = teacher.detach()
     if where is not None:
@@ -167,22 +175,30 @@ def dino_loss(
     total = teacher.sum((0, 1), dtype=center.dtype)
     batch = size(group) * teacher.shape[1]
     kept = total.new_tensor(batch) if where is None else all_sum(where.sum(dtype=total.dtype), group)
-    mean = (all_sum(total, group) / (kept.clamp(min=1) * teacher_views)).to(old.dtype)
+    return loss, DINOState(moved_center(old, all_sum(total, group), kept * teacher_views, momentum))
+
+
+def moved_center(center: Tensor, total: Tensor, number: Tensor, momentum: Scalar) -> Tensor:
+    """m times the centre plus 1 - m times the mean, or the centre as it was if there is none, or one that is not finite."""
+    mean = (total / number.clamp(min=1)).to(center.dtype)
     padding = torch.isneginf(mean)
-    moved = torch.where(padding, old, momentum * old + (1 - momentum) * mean)
-    usable = torch.isfinite(moved).all() & (kept > 0)
-    return loss, DINOState(torch.where(usable, moved, old)) if update else state
+    moved = torch.where(padding, center, momentum * center + (1 - momentum) * mean)
+    return torch.where(torch.isfinite(moved).all() & (number > 0), moved, center)
 
 
 def pairs_and_gradient(
     x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """Of the views of an example, which are the axis before the last.
+    """Of the views of an example, which are the axis before the last, and the teacher's, which are centred."""
+    return pairs_of_targets_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
+
+
+def pairs_of_targets_and_gradient(x: Tensor, q: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+    """Of the student's views and the teacher's probabilities.
 
     By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
     """
-    views, teacher_views = x.shape[-2], y.shape[-2]
-    q = softmax(y - center, teacher_temperature).p
+    views, teacher_views = x.shape[-2], q.shape[-2]
     every = q.sum(-2, keepdim=True)
     parts = [(x[..., :teacher_views, :], (every - q).clamp(min=0))]  # all of the teacher's views but the same one
     if views > teacher_views:
@@ -193,3 +209,4 @@ def pairs_and_gradient(
 
 
 _pairs = rowwise(pairs_and_gradient, axes=2)
+_pairs_of_targets = rowwise(pairs_of_targets_and_gradient, axes=2)

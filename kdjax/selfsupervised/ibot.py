@@ -1,0 +1,142 @@
+"""iBOT: self-distillation of masked patches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._collectives import all_sum
+from kdjax._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
+from kdjax._reduce import reduce, zero_masked
+from kdjax._rowwise import rowwise
+from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
+from kdjax.selfsupervised.dino import dino_init, moved_center
+
+
+class IBOTState(NamedTuple):
+    """The running centre of the teacher's patches.
+
+    Attributes:
+        center: `[dim]`, subtracted from the teacher's outputs.
+
+    >>> from kdjax import ibot_init
+    >>> ibot_init(3).center.tolist()
+    [0.0, 0.0, 0.0]
+    """
+
+    center: Float[Array, "dim"]
+
+
+def ibot_init(dim: int, dtype: Any = jnp.float32) -> IBOTState:
+    """A centre of zeros.
+
+    Args:
+        dim: the width of the outputs.
+        dtype: of the centre, float32 or wider.
+
+    Returns:
+        The state that `ibot_loss` starts from.
+
+    Raises:
+        ValueError: a `dim` below 1, a dtype narrower than float32.
+
+    >>> from kdjax import ibot_init
+    >>> ibot_init(3).center.shape
+    (3,)
+    """
+    return IBOTState(dino_init(dim, dtype).center)
+
+
+@checked
+def ibot_loss(
+    student: Float[Array, "batch patches dim"],
+    teacher: Float[Array, "batch patches dim"],
+    mask: Bool[Array, "batch patches"],
+    state: IBOTState,
+    *,
+    teacher_temperature: Scalar = 0.04,
+    student_temperature: Scalar = 0.1,
+    center_momentum: Scalar = 0.9,
+    teacher_targets: Float[Array, "batch patches dim"] | None = None,
+    where: Bool[Array, "batch"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    update: bool = True,
+) -> tuple[jax.Array, IBOTState]:
+    r"""iBOT: the student, which sees an image with masked patches, predicts the teacher's output for each of them.
+
+    $$-\frac1{|M|}\sum_{i\in M}\sum_k q_{ik}\log p_{ik},\qquad q_i=\mathrm{softmax}\big((t_i-c)/\tau_t\big),\quad
+    p_i=\mathrm{softmax}(s_i/\tau_s)$$
+
+    over the masked patches M of an image; without any it is 0, and the image counts. The centre c is used first, and
+    then becomes m·c + (1 - m)·mean(t), the mean over the masked patches of all kept images. This is a cross-entropy,
+    which is not 0 at student = teacher.
+
+    Args:
+        student: `[batch, patches, dim]`, of the masked image. Patches that are not masked are not read.
+        teacher: `[batch, patches, dim]`, of the whole image; constant. Patches that are not masked are not read.
+        mask: `[batch, patches]`, True for the patches that were masked in the student's image.
+        state: the centre, from `ibot_init(dim)` or the step before.
+        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
+        student_temperature: τ_s > 0; an array has a gradient.
+        center_momentum: m in [0, 1], a constant.
+        teacher_targets: `[batch, patches, dim]`, probabilities in place of q, as from `sinkhorn_knopp`; constant.
+            `teacher` is then not read, and the centre stays.
+        where: `[batch]`, False for images that are left out, also of the centre.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        update: False leaves the state as it was, for every micro-batch of a step but the last.
+
+    Returns:
+        The loss and the next state, in the state's dtype. A batch that would make the centre non-finite, or one with no
+        masked patch in a kept image, leaves it as it was.
+
+    Raises:
+        ValueError: a temperature that is not positive, a momentum outside [0, 1], a state in half precision, an unknown
+            reduction.
+        TypeError: a shape or dtype that does not fit.
+
+    Zhou et al., *iBOT: Image BERT Pre-Training with Online Tokenizer*, ICLR 2022, https://arxiv.org/abs/2111.07832. The
+    centre is that of the masked patches, as in DINOv2's training loop and in Lightly; iBOT's own code takes all patches.
+    In the released codes a batch without a masked patch makes the centre NaN for good.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import ibot_init, ibot_loss
+    >>> patches = jnp.array([[[2.0, 0.0, -1.0], [1.0, 1.0, -1.0]]])
+    >>> loss, state = ibot_loss(patches, patches, jnp.array([[False, True]]), ibot_init(3))
+    >>> print(f"{loss:.4f}", [round(float(x), 2) for x in state.center])
+    0.6931 [0.1, 0.1, -0.1]
+    """
+    check_state(state)
+    teacher, dtype = jax.lax.stop_gradient(teacher), widest(student, teacher)
+    teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
+    student_temperature = positive("student_temperature", student_temperature, student, teacher)
+    momentum = fraction("center_momentum", center_momentum, state.center)
+
+    mask = mask if where is None else mask & where[:, None]
+    if teacher_targets is not None:
+        values = _patches_of_targets(student, teacher_targets, student_temperature, where=mask)
+    else:
+        center = jnp.broadcast_to(state.center.astype(dtype), teacher.shape)
+        values = _patches(student, teacher, center, teacher_temperature, student_temperature, where=mask)
+    (values,) = zero_masked(mask, values)
+    loss = reduce(values.sum(1) / jnp.maximum(mask.sum(1, dtype=values.dtype), 1), where, reduction, axis_name)
+    if teacher_targets is not None or not update:
+        return loss, state
+
+    total = jnp.where(mask[:, :, None], teacher, 0).sum((0, 1), dtype=dtype)
+    total, number = all_sum((total, mask.sum(dtype=dtype)), axis_name)
+    return loss, IBOTState(moved_center(state.center, total, number, momentum))
+
+
+def patch_and_gradient(
+    x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """Of patches, and the teacher's, which are centred."""
+    return cross_entropy_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
+
+
+_patches = rowwise(patch_and_gradient)
+_patches_of_targets = rowwise(cross_entropy_and_gradient)

@@ -1,0 +1,112 @@
+"""Sinkhorn-Knopp: a teacher's outputs as assignments that use all prototypes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax._collectives import all_max, all_sum
+from kdjax._numerics import HIGHEST, check_classes, positive, promote, softmax
+from kdjax._typing import Array, AxisName, Bool, Float, Scalar, checked
+
+
+@checked
+def sinkhorn_knopp(
+    teacher_logits: Float[Array, "batch prototypes"],
+    *,
+    temperature: Scalar,
+    iterations: int = 3,
+    where: Bool[Array, "batch"] | None = None,
+    axis_name: AxisName | None = None,
+) -> jax.Array:
+    r"""Probabilities of a batch that use all prototypes about equally: the teacher's softmax, balanced over the batch.
+
+    $$Q_{ik}=\frac{r_i\,e^{t_{ik}/T}\,c_k}{\sum_{k'}r_i\,e^{t_{ik'}/T}\,c_{k'}}$$
+
+    where each iteration first makes the mass Σ_i Q_ik of every prototype equal, by c, and then that of every sample 1, by
+    r. After the last step the rows sum to 1, and the prototypes are nearly balanced. This is no loss: the result is what
+    `dino_loss` and `ibot_loss` take as `teacher_targets`, in place of centring.
+
+    Args:
+        teacher_logits: `[batch, prototypes]`, of a teacher; constant.
+        temperature: T > 0, a constant; DINOv2 gives it the warm-up of `dino_teacher_temperature`.
+        iterations: how often prototypes and samples are normalised, at least 1.
+        where: `[batch]`, False for samples that take no part; theirs is 0.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+
+    Returns:
+        `[batch, prototypes]`, in float32 or float64, without a gradient. A prototype at -inf throughout has 0.
+
+    Raises:
+        ValueError: a temperature that is not positive, `iterations` below 1, fewer than 2 prototypes.
+        TypeError: a shape or dtype that does not fit.
+
+    Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
+    https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
+    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
+    40.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import sinkhorn_knopp
+    >>> logits = jnp.array([[2.0, 1.0], [1.0, 0.5]])  # all samples are nearest to the first prototype
+    >>> [[round(x, 2) for x in row] for row in sinkhorn_knopp(logits, temperature=0.5).tolist()]
+    [[0.62, 0.38], [0.38, 0.62]]
+    """
+    check_classes(teacher_logits)
+    check_iterations(iterations)
+    (x,) = promote(jax.lax.stop_gradient(teacher_logits))
+    temperature = positive("temperature", temperature, x, constant=True)
+    if where is not None:
+        x = jnp.where(where[:, None], x, -jnp.inf)
+    peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
+    below = (x - peak) / temperature
+    if axis_name is not None:
+        return _by_softmaxes(x, below, where, iterations, axis_name)
+    kept = jnp.ones((x.shape[0], 1), bool) if where is None else where[:, None]
+    near = (below > -SPAN) | ~kept
+    return jax.lax.cond(
+        near.all(),
+        lambda: _by_products(jnp.where(near, below, 0), kept, iterations),
+        lambda: _by_softmaxes(x, below, where, iterations, axis_name),
+    )
+
+
+SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+
+
+def _by_products(below: jax.Array, kept: jax.Array, iterations: int) -> jax.Array:
+    """By products of a matrix and vectors, where exponentials reach so far."""
+    weight, rows = jnp.where(kept, jnp.exp(below), 0), jnp.where(kept, jnp.ones((), below.dtype), 0)
+    for _ in range(iterations):
+        columns = 1 / jnp.maximum(_product(rows.T, weight), jnp.finfo(weight.dtype).tiny)
+        rows = jnp.where(kept, 1 / jnp.where(kept, _product(weight, columns.T), 1), 0)
+    return weight * columns * rows
+
+
+def _by_softmaxes(
+    x: jax.Array, below: jax.Array, where: Array | None, iterations: int, axis_name: AxisName | None
+) -> jax.Array:
+    """In logarithms."""
+    mass = all_sum(_total(jnp.exp(below)), axis_name)
+    log_mass = jnp.log(jnp.where(mass == 0, 1, mass))
+    for _ in range(iterations - 1):
+        # no entry of a column sums to less than 1 / (batch * prototypes) after the one step, nor to more than batch
+        mass = all_sum(_total(softmax(below - log_mass, may_be_empty=True).p), axis_name)
+        log_mass = log_mass + jnp.log(jnp.where(mass == 0, 1, mass))
+    p = softmax(below - log_mass, may_be_empty=True).p
+    empty = jnp.isneginf(x).all(-1) if where is None else where & jnp.isneginf(x).all(-1)
+    return jnp.where(empty[:, None], jnp.nan, p)
+
+
+def check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}")
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """The sums of the columns. XLA on a CPU takes sixty times as long for a sum over a leading axis."""
+    return _product(jnp.ones((1, x.shape[0]), x.dtype), x)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)

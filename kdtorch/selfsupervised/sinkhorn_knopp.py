@@ -1,0 +1,139 @@
+"""Sinkhorn-Knopp: a teacher's outputs as assignments that use all prototypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kdtorch._collectives import all_max, all_sum
+from kdtorch._numerics import BLOCK, check_classes, eager_on_cpu, positive, softmax, widest
+from kdtorch._typing import Bool, Float, ProcessGroup, Scalar, checked
+
+
+@checked(learns=("teacher_logits",))
+def sinkhorn_knopp(
+    teacher_logits: Float[Tensor, "batch prototypes"],
+    *,
+    temperature: Scalar,
+    iterations: int = 3,
+    where: Bool[Tensor, "batch"] | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""Probabilities of a batch that use all prototypes about equally: the teacher's softmax, balanced over the batch.
+
+    $$Q_{ik}=\frac{r_i\,e^{t_{ik}/T}\,c_k}{\sum_{k'}r_i\,e^{t_{ik'}/T}\,c_{k'}}$$
+
+    where each iteration first makes the mass Σ_i Q_ik of every prototype equal, by c, and then that of every sample 1, by
+    r. After the last step the rows sum to 1, and the prototypes are nearly balanced. This is no loss: the result is what
+    `dino_loss` and `ibot_loss` take as `teacher_targets`, in place of centring.
+
+    Args:
+        teacher_logits: `[batch, prototypes]`, of a teacher; constant.
+        temperature: T > 0, a constant; DINOv2 gives it the warm-up of `dino_teacher_temperature`.
+        iterations: how often prototypes and samples are normalised, at least 1.
+        where: `[batch]`, False for samples that take no part; theirs is 0.
+        group: the process group that the batch is spread over.
+
+    Returns:
+        `[batch, prototypes]`, in float32 or float64, without a gradient. A prototype at -inf throughout has 0.
+
+    Raises:
+        ValueError: a temperature that is not positive, `iterations` below 1, fewer than 2 prototypes.
+        TypeError: a shape or dtype that does not fit.
+
+    Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
+    https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
+    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
+    40.
+
+    >>> import torch
+    >>> from kdtorch import sinkhorn_knopp
+    >>> logits = torch.tensor([[2.0, 1.0], [1.0, 0.5]])  # all samples are nearest to the first prototype
+    >>> [[round(x, 2) for x in row] for row in sinkhorn_knopp(logits, temperature=0.5).tolist()]
+    [[0.62, 0.38], [0.38, 0.62]]
+    """
+    check_classes(teacher_logits)
+    check_iterations(iterations)
+    x, dtype = teacher_logits.detach(), widest(teacher_logits)
+    temperature = positive("temperature", temperature, x, constant=True)
+    peak = x.new_full(x.shape[1:], -math.inf, dtype=dtype)
+    for _, part in _blocks(x, where):
+        peak = torch.maximum(peak, part.amax(0)) if len(part) else peak
+    peak = all_max(peak, group).clamp(min=torch.finfo(dtype).min)
+    quick = _by_products(x, peak, where, temperature, iterations, group)
+    if quick is not None:
+        return quick
+    mass = torch.zeros_like(peak)
+    for _, part in _blocks(x, where):
+        mass = mass + ((part - peak) / temperature).exp().sum(0)
+    log_mass = _log(all_sum(mass, group))
+    for _ in range(iterations - 1):
+        mass = torch.zeros_like(peak)
+        for _, part in _blocks(x, where):
+            mass = mass + _softmax((part - peak) / temperature - log_mass).sum(0)
+        # no column sums to less than 1 / (batch * prototypes) after the one step, nor to more than batch
+        log_mass = log_mass + _log(all_sum(mass, group))
+    results = []
+    for kept, part in _blocks(x, where):
+        p = _softmax((part - peak) / temperature - log_mass)
+        empty = part.isneginf().all(-1)
+        results.append(p.masked_fill_((empty if kept is None else empty & kept).unsqueeze(-1), math.nan))
+    return torch.cat(results)
+
+
+SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+
+
+def _by_products(
+    x: Tensor, peak: Tensor, where: Tensor | None, temperature: Scalar, iterations: int, group: ProcessGroup | None
+) -> Tensor | None:
+    """The same by products of a matrix and vectors, in eager PyTorch on a CPU; None where exponentials do not reach so far."""
+    if group is not None or not eager_on_cpu(x, temperature) or not len(x):
+        return None
+    if where is not None and not where.any():
+        return None
+    weight, size = x.new_empty(x.shape, dtype=peak.dtype), max(BLOCK // x.shape[1], 1)
+    masks = [None] * len(x) if where is None else where.split(size)
+    for block, part, kept in zip(weight.split(size), x.split(size), masks, strict=False):
+        torch.sub(part, peak, out=block).div_(temperature)
+        if kept is not None:
+            block.masked_fill_(~kept.unsqueeze(-1), 0)
+        if not bool(block.amin() > -SPAN):
+            return None
+        block.exp_()
+    rows = weight.new_ones(len(x)) if where is None else where.to(weight.dtype)
+    for _ in range(iterations):
+        columns = (rows @ weight).reciprocal_()
+        rows = (weight @ columns).reciprocal_()
+        if where is not None:
+            rows.masked_fill_(~where, 0)
+    for block, row in zip(weight.split(size), rows.split(size), strict=True):
+        block.mul_(columns).mul_(row.unsqueeze(-1))
+    return weight
+
+
+def check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}")
+
+
+def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Of as many rows at once as a CPU's caches hold, elsewhere of all: which are kept, and the rows, -inf where they are not."""
+    size = max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else None
+    parts = (x,) if size is None else x.split(size)
+    masks = [where] * len(parts) if where is None or size is None else where.split(size)
+    for part, kept in zip(parts, masks, strict=True):
+        part = part.to(widest(x))
+        yield kept, part if kept is None else torch.where(kept.unsqueeze(-1), part, -math.inf)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return softmax(x, may_be_empty=True).p
+
+
+def _log(mass: Tensor) -> Tensor:
+    """0 for a prototype at -inf throughout."""
+    return torch.where(mass == 0, 1, mass).log()
