@@ -131,7 +131,9 @@ def refused(name: str, error: Exception) -> ValueError:
 
 
 def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str], Any]) -> list[Any] | None:
-    """Small inputs of a loss, those that may be absent too, with which it can be asked whether its settings suit it; None if it takes other than arrays.
+    """Small inputs of a loss, with which it can be asked whether its settings suit it; None if it takes other than arrays.
+
+    Inputs that may be absent are there, because a setting may need them.
 
     Args:
         function: the loss, whose annotations say the shapes.
