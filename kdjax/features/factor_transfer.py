@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
