@@ -224,7 +224,7 @@ def test_features(name, run):
     names = run(name)
     for term in ("attention", "cwd", "mse"):
         falls([terms[term] for terms in names["losses"]], 0.7)
-    assert names["accuracy"] > 0.85
+    assert names["accuracy"] > 0.8
 
 
 def norm(trees, others):
