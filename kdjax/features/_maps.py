@@ -118,8 +118,8 @@ def largest_entry(x: Array) -> jax.Array:
 
 
 def scaled(x: Array, scale: Array) -> jax.Array:
-    """x over its largest entry, and 0 of zeros. XLA makes (x x) / (s s) of x / s times x / s, but for what is between."""
-    return jnp.where(jnp.isinf(scale), 0, x / scale)
+    """x over its largest entry, and 0 of zeros. The barrier is there because XLA makes x x / s s of x / s times x / s."""
+    return jax.lax.optimization_barrier(jnp.where(jnp.isinf(scale), 0, x / scale))
 
 
 def power_of_two(x: Array) -> jax.Array:

@@ -114,7 +114,7 @@ def largest_entry(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x over its largest entry, and 0 of zeros. XLA makes (x x) / (s s) of x / s times x / s, but for what is between."""
+    """x over its largest entry, and 0 of zeros."""
     return torch.where(scale.isinf(), 0, x / scale)
 
 

@@ -40,6 +40,6 @@ ROWS = (
         jumps=True,
         other_maps=((3, 7, 3),),
         rounding=scales.of_unit_maps,
-        memory=Memory(jax=3.5, torch=12),
+        memory=Memory(jax=5.5, torch=12),
     ),
 )
