@@ -105,14 +105,15 @@ def relations_and_gradient(x: jax.Array, y: jax.Array, where: jax.Array | None) 
 def _products(x: jax.Array, columns: jax.Array, number: jax.Array | None = None) -> jax.Array:
     """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
 
-    Large numbers are divided by the largest of them first, so that what overflows, to -inf, is below the largest by so much.
+    Rows of large numbers are divided by the largest first, so that what overflows, to -inf, is below the row's largest by so
+    much.
     """
-    scale = jax.lax.stop_gradient(jnp.abs(x).max((-2, -1), keepdims=True, initial=1))
-    x = x / scale
-    product = jnp.where(columns[..., None, :], jnp.matmul(x, x.swapaxes(-1, -2), precision=HIGHEST), -jnp.inf)
+    scale = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True, initial=1))
+    product = jnp.matmul(x / scale, x.swapaxes(-1, -2), precision=HIGHEST)
+    product = jnp.where(columns[..., None, :], product, -jnp.inf)
     below = product - jax.lax.stop_gradient(product.max(-1, keepdims=True, initial=-jnp.inf))
     factor = scale / math.sqrt(x.shape[-1])
-    return below * scale * (factor if number is None else factor / number[..., None, None])
+    return below * (factor if number is None else factor / number[..., None, None])
 
 
 _relations = rowwise(relations_and_gradient, axes=3)

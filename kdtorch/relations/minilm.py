@@ -98,18 +98,18 @@ def relations_and_gradient(x: Tensor, y: Tensor, where: Tensor | None) -> tuple[
 def _products(x: Tensor, columns: Tensor | None, number: Tensor | None = None) -> Tensor:
     """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
 
-    Large numbers are divided by the largest of them first, so that what overflows, to -inf, is below the largest by so much.
+    Rows of large numbers are divided by the largest first, so that what overflows, to -inf, is below the row's largest by so
+    much.
     """
     if not x.numel():
         return x @ x.mT
-    scale = x.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
-    x = x / scale
-    product = x @ x.mT
+    scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1)
+    product = (x / scale) @ x.mT
     if columns is not None:
         product = torch.where(columns[..., None, :], product, -math.inf)
     below = product - product.detach().amax(-1, keepdim=True)
     factor = scale / math.sqrt(x.shape[-1])
-    return below * scale * (factor if number is None else factor / number[..., None, None])
+    return below * (factor if number is None else factor / number[..., None, None])
 
 
 _relations = rowwise(relations_and_gradient, axes=3)
