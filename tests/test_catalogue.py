@@ -16,7 +16,7 @@ import kdjax
 import kdtorch
 from docs import catalogue
 from kdlosses.pages import losses
-from kdtorch.make_loss import OF_PATCHES, PUBLISHED
+from kdtorch.make_loss import OTHERS, PUBLISHED
 from parity.cases import LOSSES as ROWS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_the_code_of_a_page_prints_the_numbers_of_its_table(loss, monkeypatch):
 
 def test_the_names_of_a_configuration_and_what_they_read():
     told = {name: reads for loss in PAGES for name, reads in loss.meta.get("config", {}).items()}
-    assert told.keys() == (PUBLISHED | OF_PATCHES).keys()
+    assert told.keys() == (PUBLISHED | OTHERS).keys()
     torch.manual_seed(0)
     given = {name: torch.randn(4, 6) for name in ("stu", "tea", "fea_stu")}
     given |= {name: torch.randn(4, 3) for name in ("score_stu", "score_tea")}

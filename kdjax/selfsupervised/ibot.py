@@ -105,7 +105,8 @@ def ibot_loss(
     >>> import jax.numpy as jnp
     >>> from kdjax import ibot_init, ibot_loss
     >>> patches = jnp.array([[[2.0, 0.0, -1.0], [1.0, 1.0, -1.0]]])
-    >>> loss, state = ibot_loss(patches, patches, jnp.array([[False, True]]), ibot_init(3))
+    >>> mask = jnp.array([[False, True]])
+    >>> loss, state = ibot_loss(patches, patches, mask, ibot_init(3))
     >>> print(f"{loss:.4f}", [round(float(x), 2) for x in state.center])
     0.6931 [0.1, 0.1, -0.1]
     """

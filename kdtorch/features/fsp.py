@@ -51,7 +51,7 @@ def fsp_loss(
         TypeError: maps that are not a list of four-axis floating-point tensors.
 
     Yim et al., *A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning*, CVPR
-    2017, https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html. RepDistiller makes
+    2017, https://doi.org/10.1109/CVPR.2017.754. RepDistiller makes
     an array of all products at all positions before it averages them, and pools squares by their heights alone.
     torchdistill pools the larger map by its maximum.
 

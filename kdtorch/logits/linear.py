@@ -57,8 +57,9 @@ def linear_kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
 
-    No paper of its own. *Liger Kernel*, Hsu et al., 2024, https://arxiv.org/abs/2410.10989, fuses the head with the
-    divergence in the same way, and fills a smaller student's vocabulary up with logits of 0, which take probability.
+    Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM Training*, 2024, https://arxiv.org/abs/2410.10989, fuses the
+    head with the divergence in the same way, and fills a smaller student's vocabulary up with logits of 0, which take
+    probability.
 
     >>> import torch
     >>> from kdtorch import kl_loss, linear_kl_loss
