@@ -21,12 +21,15 @@ BLOCK = 2**22  # entries of the logits of a block of rows, and of a part of a he
 
 
 class Student(NamedTuple):
-    """What learns: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias, and T."""
+    """What learns: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias or None, and T.
 
-    hidden: Array
-    weight: Array
-    bias: Array | None
-    temperature: Scalar
+    Field by field also their gradients, or whether these are asked for.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    temperature: Any
 
 
 class Fixed(NamedTuple):
@@ -70,8 +73,8 @@ def linear(
             cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         if not summed:
             asked = Student(*(x is not None for x in gradients))
-            gradients = evaluate(*inputs, cotangent, asked)[1]
-            return gradients, None
+            student, fixed = inputs
+            return evaluate(student, fixed, cotangent, asked)[1], None
         return jax.tree.map(lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype), gradients), None
 
     values.defvjp(forward, backward, symbolic_zeros=True)

@@ -104,12 +104,6 @@ NEAR_ROWS = IllConditioned(
 )
 
 
-@functools.cache
-def _with(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """The same one each time, so that what is compiled for it is found again."""
-    return functools.partial(function, **dict(settings))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     """A row of the table. What is left out holds for an ordinary loss of single examples.

@@ -126,7 +126,7 @@ def test_the_names_of_a_configuration_and_what_they_read():
     given = {name: torch.randn(4, 6) for name in ("stu", "tea", "fea_stu")}
     given |= {name: torch.randn(4, 3) for name in ("score_stu", "score_tea")}
     given |= {name: [torch.randn(4, 2, 5, 5)] for name in ("feats_stu", "feats_tea")}
-    given |= {name: torch.randn(4, 3, 6) for name in ("patches_stu", "patches_tea")}
+    given |= {name: torch.randn(4, 3, 6) for name in ("patches_stu", "patches_tea", "tokens_stu", "tokens_tea")}
     given |= {"index": torch.arange(4), "target": torch.arange(4) % 3, "mask": torch.arange(12).view(4, 3) % 2 == 0}
     for name, text in told.items():
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}

@@ -41,10 +41,11 @@ def instance_graph_loss(
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The edge term of Liu et al., *Knowledge Distillation via Instance Relationship Graph*, CVPR 2019; the vertices and the
-    transformations between layers are not here. The authors' Caffe layer holds the largest distance constant. The
-    distances are computed by one matrix product. If some pair is so close that this would lose precision, they are
-    computed from the differences, a row at a time. Under `vmap` both ways are computed.
+    Liu et al., *Knowledge Distillation via Instance Relationship Graph*, CVPR 2019,
+    https://doi.org/10.1109/CVPR.2019.00726: the edge term; the vertices and the transformations between layers are
+    not here. The authors' Caffe layer holds the largest distance constant. The distances are computed by one matrix
+    product. If some pair is so close that this would lose precision, they are computed from the differences, a row
+    at a time. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import instance_graph_loss

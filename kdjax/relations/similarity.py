@@ -43,7 +43,7 @@ def similarity_loss(
         TypeError: a shape or dtype that does not fit.
 
     Tung and Mori, *Similarity-Preserving Knowledge Distillation*, ICCV 2019,
-    [arXiv:1907.09682](https://arxiv.org/abs/1907.09682). The features are divided by the largest entry of the batch
+    https://arxiv.org/abs/1907.09682. The features are divided by the largest entry of the batch
     first, which changes nothing but that small ones keep their digits; released codes divide by norms of at least
     1e-12 instead.
 

@@ -46,7 +46,7 @@ def correlation_loss(
         TypeError: a shape or dtype that does not fit.
 
     Peng et al., *Correlation Congruence for Knowledge Distillation*, ICCV 2019,
-    [arXiv:1904.01802](https://arxiv.org/abs/1904.01802), whose loss is this of kernels; it weighs it by 0.003 for
+    https://arxiv.org/abs/1904.01802, whose loss is this of kernels; it weighs it by 0.003 for
     distillation. What RepDistiller and torchdistill call by its name compares products of differences of neighbours in
     the batch.
 

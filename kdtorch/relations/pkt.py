@@ -46,7 +46,7 @@ def pkt_loss(
         TypeError: a shape or dtype that does not fit.
 
     Passalis and Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, ECCV 2018,
-    [arXiv:1803.10837](https://arxiv.org/abs/1803.10837). As in the authors' code, the mean is over all B² entries, so
+    https://arxiv.org/abs/1803.10837. As in the authors' code, the mean is over all B² entries, so
     that the value is the mean KL of a row divided by B, and i is its own partner, which the paper leaves out; the
     authors' gradient at a zero row is NaN. If two rows are nearly opposite, 1 + cos is computed from the rows' sums, a
     row at a time.

@@ -49,7 +49,7 @@ def rkd_loss(
         ValueError: a negative weight, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Park et al., *Relational Knowledge Distillation*, CVPR 2019, [arXiv:1904.05068](https://arxiv.org/abs/1904.05068). The
+    Park et al., *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068. The
     authors' code keeps distances above 1e-6, so that two equal rows have a gradient of 1e11. The angles are computed one
     vertex i at a time, and again in the backward pass, from the distances of all pairs. If some pair is so close that this
     would lose precision, distances and angles are computed from the differences.
