@@ -130,6 +130,7 @@ def test_the_names_of_a_configuration_and_what_they_read():
     given |= {"index": torch.arange(4), "target": torch.arange(4) % 3, "mask": torch.arange(12).view(4, 3) % 2 == 0}
     for name, text in told.items():
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
+        model["KD_LOSS_ARGS"] = {"minilm": {"relation_heads": 2}} if name == "minilm" else {}
         loss = kdtorch.make_loss({"MODEL": model}, num_classes=3, num_data=10)
         reads = {key: given[key] for key in text.split(", ")}
 
@@ -150,6 +151,7 @@ def test_a_loss_without_a_name_of_its_own_is_configured_by_its_function():
         (name,) = loss.configured
         assert f"`{name}`" in catalogue.api(loss)
         model = {"METRIC_LOSS_TYPE": f"kd-{name}", "KD_LOSS_WEIGHT": [1.0], "FEAT_DIM": 6, "CLS_FEA_NUM": 6}
+        model["KD_LOSS_ARGS"] = {"minilm": {"relation_heads": 2}} if name == "minilm" else {}
         options = inspect.signature(getattr(kdtorch, loss.name)).parameters.values()
         needed = {
             x.name: 1 if x.annotation == "int" else 0.5

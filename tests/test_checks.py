@@ -21,7 +21,7 @@ from frameworks import BOTH, JAX, TORCH
 import kdtorch._typing
 from kdlosses import checks
 from parity import calls
-from parity.calls import per_example
+from parity.calls import masked_axes, per_example
 from parity.cases import LOSSES, Sizes, draw
 
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
@@ -39,7 +39,8 @@ def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
 
 
 def evaluate(f, loss, inputs, **options):
-    function = per_example(f.kd, loss) if loss.value == "array" else loss.of(f.kd)
+    widened = loss.value == "array" or ("where" in options and masked_axes(loss))
+    function = per_example(f.kd, loss) if widened else loss.of(f.kd)
     value = function(*(inputs[name] for name in loss.inputs), **options)
     return value[0] if loss.state else value
 
@@ -105,7 +106,16 @@ def test_every_annotation_is_read(f):
     for loss in LOSSES:
         plan, _ = checks.read(getattr(f.kd, loss.name).__wrapped__)
         free = {a.name for a in plan.arguments if any(form.kind == "any" for form in a.forms)}
-        assert free <= {"reduction", "tail", "divergence", "rest", "estimator", "sampled_from", "gradient"}
+        assert free <= {
+            "reduction",
+            "tail",
+            "divergence",
+            "rest",
+            "estimator",
+            "sampled_from",
+            "gradient",
+            "clip_negative",
+        }
 
 
 @pytest.mark.parametrize(
@@ -315,7 +325,7 @@ def test_a_constant_that_requires_a_gradient(loss, name):
     )
     with pytest.warns(UserWarning, match=text) as caught:
         evaluate(TORCH, loss, inputs(name))
-    assert caught[0].filename == (__file__ if per_example(kdtorch, loss) is loss.of(kdtorch) else calls.__file__)
+    assert caught[0].filename == (calls.__file__ if loss.value == "array" else __file__)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(TORCH, loss, inputs(name))

@@ -254,7 +254,7 @@ with_state = pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if 
 
 
 @slow
-@pytest.mark.parametrize("loss", filter(remembers_rows, LOSSES), ids=lambda loss: loss.title)
+@pytest.mark.parametrize("loss", list(filter(remembers_rows, LOSSES)), ids=lambda loss: loss.title)
 @pytest.mark.parametrize("places", ["uniform", "all of one device"])
 def test_memories_in_shards(loss, places):
     """Each device holds its rows of the memories; the rows of the batch travel, the memories do not."""

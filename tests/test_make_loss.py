@@ -415,6 +415,9 @@ def given_by_name(f):
     feat |= {
         f"{k}_log_probs": f.array(-rng.exponential(size=BATCH), "float32") for k in ("student", "teacher", "behavior")
     }
+    for side, which in (("student", "stu"), ("teacher", "tea")):
+        feat[f"{side}_hidden"], feat[f"{side}_weight"] = feat[which], feat[which]
+        feat[f"{side}_bias"] = f.array(np.zeros(BATCH), "float32")
     for side in ("stu", "tea"):
         feat[f"tokens_{side}"] = f.array(np.stack([f.numpy(feat[side])] * 3, 1) * np.arange(1, 4)[:, None], "float32")
     for side in ("stu", "tea"):

@@ -13,7 +13,7 @@ def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def _flow(first: Tensor, second: Tensor) -> Tensor:
-    size = min(first.shape[2], second.shape[2])
-    first, second = (x if x.shape[2] == size else adaptive_avg_pool2d(x, size) for x in (first, second))
+    size = tuple(map(min, first.shape[2:], second.shape[2:]))
+    first, second = (x if x.shape[2:] == size else adaptive_avg_pool2d(x, size) for x in (first, second))
     # all products of two channels at all positions, then their mean
     return (first.flatten(2).unsqueeze(1) * second.flatten(2).unsqueeze(2)).mean(-1)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
@@ -110,11 +109,10 @@ def factor_transfer_and_gradient(
     a, b = (z.mean(-1, keepdims=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, number = a.shape, math.prod(a.shape[1:])
     a, b = (z.reshape(len(z), number) for z in (a, b))
-    # in one array, so that a compiler rounds both lengths in one way: the slope jumps where entries are equal
-    directions, lengths = unit_and_length(jnp.stack([a, b]))
-    difference = unless(are_equal(x, y), directions[0] - directions[1])
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless(are_equal(x, y), direction - other)
     slope = signed_power(difference, p2)
-    pull = across(directions[0], lengths[0], slope * (p2 / a.shape[-1])).reshape(shape)
+    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[-1] if channel_mean else 1)) / scale
     return (slope * difference).mean(-1), spread(gradient, *x.shape[1:3])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kdlosses.settings import whole
@@ -104,11 +103,10 @@ def factor_transfer_and_gradient(x: Tensor, y: Tensor, p1: int, p2: float, chann
     f, g = scaled(f, scale), scaled(g, other_scale)
     a, b = (z.mean(1, keepdim=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
-    # in one array, so that a compiler rounds both lengths in one way: the slope jumps where entries are equal
-    directions, lengths = unit_and_length(torch.stack([a, b]))
-    difference = unless(are_equal(x, y), directions[0] - directions[1])
+    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+    difference = unless(are_equal(x, y), direction - other)
     slope = signed_power(difference, p2)
-    pull = across(directions[0], lengths[0], slope * (p2 / a.shape[-1])).reshape(shape)
+    pull = across(direction, length, slope * (p2 / a.shape[-1])).reshape(shape)
     gradient = pull * f ** (p1 - 1) * (p1 / (f.shape[1] if channel_mean else 1)) / scale
     return (slope * difference).mean(-1), spread(gradient, *x.shape[2:])
 
