@@ -65,6 +65,7 @@ LOSSES = {
     "alpha_beta": Loss(3.0, LOGITS),
     "taid": Loss(3.0, LOGITS),
     "uld": Loss(1.0, LOGITS),
+    "dist": Loss(3.0, LOGITS),
     "std_kl": Loss(9.0, LOGITS),
     "mse": Loss(10.0, FEATURES),
     "sml": Loss(30.0, FEATURES),

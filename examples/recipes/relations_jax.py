@@ -11,6 +11,7 @@ import optax
 from _digits import teacher, test, train
 from flax import nnx
 
+import kdjax
 from kdjax.nn import CRDLoss
 
 images, labels = map(jnp.asarray, train())
@@ -21,6 +22,8 @@ crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128, rngs=rngs)
 # a module, or None, and a function of it, of the student's features, 32 wide, the teacher's, and the places of the images
 RELATIONS = {
     "crd": (crd, lambda module, student, teacher, index: 0.1 * module(student, teacher, index)),
+    "rkd": (None, lambda module, student, teacher, index: 0.1 * kdjax.rkd_loss(student, teacher)),
+    "similarity": (None, lambda module, student, teacher, index: 100 * kdjax.similarity_loss(student, teacher)),
 }
 
 

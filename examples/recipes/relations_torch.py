@@ -11,6 +11,7 @@ from _digits import teacher, test, train
 from torch import nn
 from torch.nn import functional
 
+import kdtorch
 from kdtorch.nn import CRDLoss
 
 torch.manual_seed(0)
@@ -22,6 +23,8 @@ crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128)
 # of the student's features, 32 wide, the teacher's, and the images' places in the data set
 RELATIONS = {
     "crd": lambda student, teacher, index: 0.1 * crd(student, teacher, index),
+    "rkd": lambda student, teacher, index: 0.1 * kdtorch.rkd_loss(student, teacher),
+    "similarity": lambda student, teacher, index: 100 * kdtorch.similarity_loss(student, teacher),
 }
 
 results = {}
