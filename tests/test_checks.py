@@ -22,7 +22,7 @@ import kdtorch._typing
 from kdlosses import checks
 from parity import calls
 from parity.calls import masked_axes, per_example
-from parity.cases import LOSSES, Sizes, draw
+from parity.cases import LOSSES, MAPS, Sizes, draw, each_array
 
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
@@ -32,7 +32,10 @@ compiled = pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 
 def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
     """The inputs of a loss by name, as the framework's arrays; the state is the package's own."""
-    inputs = f.arrays(draw(loss, sizes, seed)[0], dtype)
+    (inputs,) = draw(loss, sizes, seed)
+    for name in (k for k in inputs if f is JAX and loss.inputs[k] in MAPS):  # channels last
+        inputs[name] = each_array(inputs[name], lambda x: np.moveaxis(x, 1, -1))
+    inputs = f.arrays(inputs, dtype)
     if loss.state:
         inputs[loss.state] = getattr(f.kd, loss.inputs[loss.state])(**inputs[loss.state])
     return inputs
