@@ -43,6 +43,7 @@ ROWS = (
         shift_invariant=True,
         padding=True,
         second_derivative=False,
+        depends_on_threads=True,
         memory=Memory(jax=12, torch=16),
         collectives=("all-reduce",) * 10,
         benchmarks=(

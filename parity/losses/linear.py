@@ -73,6 +73,7 @@ _COMMON: Any = {
     "second_derivative": False,
     "scale": 1.0,  # a divergence of what rounding has made of the logits
     "rounding": _rounding,
+    "depends_on_threads": True,  # products of matrices
     "memory": Memory(jax=12, torch=9, largest=lambda n: n.batch[0] * n.classes),
 }
 
