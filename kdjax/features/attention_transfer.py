@@ -89,10 +89,12 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
     scale = largest_entry(f)
     f, g = scaled(f, scale), scaled(g, largest_entry(g))
     slope = signed_power(f, p)
-    a, b = ((z * power).mean(-1).reshape(len(z), height * width) for z, power in ((f, slope), (g, signed_power(g, p))))
+    a, b = (
+        (z * power).mean(-1).reshape(z.shape[0], height * width) for z, power in ((f, slope), (g, signed_power(g, p)))
+    )
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
     difference = unless(are_equal(x, y), direction - other)
-    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), height, width, 1)
+    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(f.shape[0], height, width, 1)
     gradient = pull * (p / f.shape[-1]) / scale * slope
     return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
 

@@ -108,7 +108,7 @@ def factor_transfer_and_gradient(
     f, g = scaled(f, scale), scaled(g, other_scale)
     a, b = (z.mean(-1, keepdims=True) if channel_mean else z for z in (f**p1, g**p1))
     shape, number = a.shape, math.prod(a.shape[1:])
-    a, b = (z.reshape(len(z), number) for z in (a, b))
+    a, b = (z.reshape(z.shape[0], number) for z in (a, b))
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
     difference = unless(are_equal(x, y), direction - other)
     slope = signed_power(difference, p2)

@@ -77,12 +77,14 @@ def nst_loss(
 def nst_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
     height, width = smaller(x, y)
-    f, g = (jnp.moveaxis(pooled(z, height, width).reshape(len(z), height * width, z.shape[-1]), 2, 1) for z in (x, y))
+    f, g = (
+        jnp.moveaxis(pooled(z, height, width).reshape(z.shape[0], height * width, z.shape[-1]), 2, 1) for z in (x, y)
+    )
     (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)
     root = math.sqrt(f.shape[1])
     value, pull = _products(direction / root, other / math.sqrt(g.shape[1]), are_equal(x, y))
     gradient = jnp.moveaxis(across(direction, length, pull * (4 / root)), 1, 2).reshape(
-        len(f), height, width, f.shape[1]
+        f.shape[0], height, width, f.shape[1]
     )
     return value, spread(gradient, *x.shape[1:3])
 
