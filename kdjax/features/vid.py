@@ -68,8 +68,9 @@ def vid_loss(
     mean, teacher, scale = promote(predicted_mean, teacher_map, log_scale)
     mean, teacher = zero_masked(where, *(jnp.moveaxis(x, channel_axis, -1) for x in (mean, teacher)))
     variance = _variance(scale, eps)[None, None, None]
-    # squared once it is divided: the square alone may be beyond the largest number
-    error = (mean - jax.lax.stop_gradient(teacher)) / jnp.sqrt(variance)
+    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
+    half = mean / 2 - jax.lax.stop_gradient(teacher) / 2
+    error = half * (2 / jnp.sqrt(variance))
     value = (jnp.square(error) + jnp.log(variance)).mean((1, 2, 3)) / 2
     return reduce(value, where, reduction, axis_name)
 

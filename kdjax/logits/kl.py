@@ -114,7 +114,7 @@ def symmetric_kl_loss(
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
     divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
-    return reduce(times_square(temperature, divergence) / 2, where, reduction, axis_name)
+    return reduce(times_square(temperature, divergence / 2), where, reduction, axis_name)
 
 
 def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:

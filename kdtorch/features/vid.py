@@ -81,14 +81,15 @@ def likelihood_and_gradients(
     x, y = (x, y) if where is None else zeroed(where, x, y)
     variance = (eps - functional.logsigmoid(-scale)).unsqueeze(-1)
     root = variance.sqrt()
-    # squared once it is divided: the square alone may be beyond the largest number
-    error = (x - y) / root
+    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
+    half = x / 2 - y / 2
+    error = half * (2 / root)
     value = (error.square() + variance.log()).mean((1, 2)) / 2
     slope, number = scale.sigmoid(), x.shape[1] * x.shape[2]
     of_variance = (1 / variance - error * (error / variance)).sum(-1) / (2 * number)
     of_scale = torch.where(slope == 0, 0, slope * of_variance)
     (of_scale,) = (of_scale,) if where is None else zeroed(where, of_scale)
-    return value, error / (root * number), of_scale
+    return value, half * (2 / (variance * number)), of_scale
 
 
 # By hand, the gradients are all that is held until the backward pass, where autograd would hold the errors and both maps.

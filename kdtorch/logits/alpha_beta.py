@@ -137,9 +137,10 @@ def _of_limits(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: 
 def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor] | None:
     """The same in few, large kernels, as the formula is written; None but in eager PyTorch on a CPU, and where it loses digits.
 
-    With q^α p^β (e^(α r) - 1) = p^(α + β) - q^α p^β a class needs three powers.
+    With q^α p^β (e^(α r) - 1) = p^(α + β) - q^α p^β a class needs three powers, whose difference has few digits where an
+    exponent is small.
     """
-    if not eager_on_cpu(x, y) or not x.numel() or min(alpha, beta) <= 0:
+    if not eager_on_cpu(x, y) or not x.numel() or min(alpha, beta) < 0.1:
         return None
     total = alpha + beta
     log_p, log_q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)

@@ -116,7 +116,7 @@ def symmetric_kl_loss(
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
     divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
-    return reduce(times_square(temperature, divergence) / 2, where, reduction, group)
+    return reduce(times_square(temperature, divergence / 2), where, reduction, group)
 
 
 def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,9 @@ def _evaluate(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its largest entry, and that."""
+    """x over its largest entry, and that; of zeros (or subnormals) x and 1."""
     largest = x.abs().amax()
-    largest = torch.where(largest == 0, 1, largest)
+    largest = torch.where(largest < torch.finfo(x.dtype).tiny, 1, largest)
     return x / largest, largest
 
 
