@@ -232,6 +232,8 @@ def _fuses(x: Tensor, *others: Input) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (x, *others)):
+        return False  # what is asked for the derivative of a derivative
     return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others)
 
 

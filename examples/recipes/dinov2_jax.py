@@ -36,7 +36,7 @@ class ViT(linen.Module):
         if mask is not None:
             patches = jnp.where(mask[..., None], tokens[1], patches)
         x = jnp.concatenate([jnp.broadcast_to(tokens[0], (len(images), 1, WIDTH)), patches], 1)
-        x = x + self.param("places", linen.initializers.normal(0.5), (17, WIDTH))
+        x = x + self.param("places", linen.initializers.normal(0.5), (1, 17, WIDTH))
         for _ in range(2):
             x = x + linen.MultiHeadDotProductAttention(4)(linen.LayerNorm()(x))
             x = x + linen.Dense(WIDTH)(linen.relu(linen.Dense(2 * WIDTH)(linen.LayerNorm()(x))))

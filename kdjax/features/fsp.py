@@ -27,7 +27,7 @@ def fsp_loss(
 ) -> jax.Array:
     r"""Flow of the solution procedure: the products of the channels of neighbouring maps should match the teacher's.
 
-    $$\sum_i\frac1{C_iC_{i+1}}\big\|G(s_i,s_{i+1})-G(t_i,t_{i+1})\big\|^2,\qquad
+    $$\sum_i\frac1{C_iC_{i+1}}\|G(s_i,s_{i+1})-G(t_i,t_{i+1})\|^2,\qquad
     G(f,g)_{cd}=\tfrac1{HW}\sum_xf_{cx}\,g_{dx}$$
 
     $f_{cx}$ is channel c of a map at position x, and i runs over the maps but the last. Of two neighbouring maps of one

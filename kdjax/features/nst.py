@@ -37,7 +37,7 @@ def nst_loss(
 ) -> jax.Array:
     r"""Neuron selectivity transfer: the distribution of the channels over positions, matched with the teacher's.
 
-    $$\sum_{\text{maps}}\Big\lVert\frac{UU^\top}{C_s}-\frac{VV^\top}{C_t}\Big\rVert_F^2$$
+    $$\sum_{\text{maps}}\left\|\frac{UU^\top}{C_s}-\frac{VV^\top}{C_t}\right\|_F^2$$
 
     The columns of U are the student's channels over positions, each of unit length, and those of V the teacher's. It is
     the squared maximum mean discrepancy of the two sets of channels under the kernel $(u\cdot v)^2$. A channel of zeros is

@@ -26,7 +26,7 @@ def koleo_loss(
     r"""Minus the logarithm of the distance to the nearest neighbour in the batch, which spreads features over the sphere.
 
     $$-\log\big(\|u_i-u_j+\varepsilon\|+\varepsilon\big),\qquad u_i=\frac{x_i}{\|x_i\|},\quad
-    j=\arg\max_{k\ne i}u_i\cdot u_k,\quad\varepsilon=10^{-8}$$
+    j=\operatorname{argmax}_{k\ne i}u_i\cdot u_k,\quad\varepsilon=10^{-8}$$
 
     for example i. There is no teacher. The gradient goes to both rows of a pair, and not through the choice of j.
 
