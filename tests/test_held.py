@@ -92,7 +92,7 @@ def test_memory_that_was_not_freed(loss, dtype, masked):
     """What is alive after the loss and was not before, by the allocator: nothing hides in a closure or a context."""
     learned, value = given(TORCH, loss, dtype, masked)
     value(requiring(learned)).backward()  # what is made once and kept is made
-    gc.collect()
+    gc.collect(1)  # the oldest objects, which are many, are not of this test
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = value(learned)
     records = [x.nbytes() for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]

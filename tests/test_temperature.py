@@ -14,7 +14,7 @@ from tiers import first, slow
 
 from kdtorch import _numerics as numerics
 from parity.calls import per_example
-from parity.cases import LOSSES, Loss, Sizes, draw
+from parity.cases import LOSSES, MAPS, Loss, Sizes, draw
 
 # the setting of each loss that has a gradient if it is an array; all others are constants
 LEARNED = {
@@ -58,6 +58,8 @@ class Drawn:
             inputs[self.loss.learns[0]] = inputs[self.loss.constant[0]] + 1e-6 * inputs[self.loss.learns[0]]
         self.inputs = self.f.arrays(inputs)
         self.function = per_example(self.f.kd, self.loss)
+        if self.f is JAX and MAPS & set(self.loss.inputs.values()):
+            self.options = {**self.options, "channel_axis": 1}
         if self.loss.state:
             state = {k: v if v.ndim else v + 5.0 for k, v in self.inputs[self.loss.state].items()}
             self.inputs[self.loss.state] = getattr(self.f.kd, self.loss.inputs[self.loss.state])(**state)
