@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from kdjax._numerics import HIGHEST, dot, widest
 from kdjax._reduce import zero_masked
+from kdjax._rowwise import pack
 from kdjax._typing import Scalar
 
 BLOCK = 2**22  # entries of the logits of a block of rows, and of a part of a head's gradient
@@ -64,7 +65,8 @@ def linear(
         student, fixed = jax.tree.map(lambda v: v.value, (student, fixed))
         value, gradients = evaluate(student, fixed, None, asked if summed else Student(False, False, False, False))
         if summed:
-            return value.sum(), (gradients, None)
+            held = (None if g is None else pack(g, x.dtype, g.ndim) for g, x in zip(gradients, student, strict=True))
+            return value.sum(), (Student(*held), None)
         return value, (Student(*(() if wanted else None for wanted in asked)), (student, fixed))
 
     def backward(summed: bool, held: tuple[Any, Any], cotangent: Any) -> tuple[Student, None]:
@@ -74,8 +76,14 @@ def linear(
         if not summed:
             asked = Student(*(x is not None for x in gradients))
             student, fixed = inputs
-            return evaluate(student, fixed, cotangent, asked)[1], None
-        return jax.tree.map(lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype), gradients), None
+            gradients = evaluate(student, fixed, cotangent, asked)[1]
+            return Student(*map(lambda g, x: None if g is None else g.astype(x.dtype), gradients, student)), None
+
+        def scaled(gradient: Array, unit: Array | None = None) -> Array:
+            above = cotangent if unit is None else cotangent * unit
+            return (above * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
+
+        return Student(*(None if g is None else scaled(*g) for g in gradients)), None
 
     values.defvjp(forward, backward, symbolic_zeros=True)
 
@@ -105,7 +113,7 @@ def _evaluate(
     weights: Array | None,
     asked: Student,
 ) -> tuple[Array, Student]:
-    """The value of each row, and the gradients of their weighted sum that are asked for, in the dtypes of the inputs."""
+    """The value of each row, and the gradients of their weighted sum that are asked for."""
     arrays = student.hidden, student.weight, fixed.hidden, fixed.weight
     dtype, (classes, _) = widest(*arrays), student.weight.shape
     batch = student.hidden.shape[:-1]
@@ -146,10 +154,7 @@ def _evaluate(
     value = value.reshape(-1)[:number].reshape(batch)
     if pulled is not None:
         pulled = pulled.reshape(-1, pulled.shape[-1])[:number].reshape(student.hidden.shape)
-    gradients = totals._replace(hidden=pulled)
-    return value, Student(
-        *(None if g is None else g.astype(jnp.result_type(x)) for g, x in zip(gradients, student, strict=True))
-    )
+    return value, totals._replace(hidden=pulled)
 
 
 def _logits(hidden: Array, weight: Array, bias: Array | None, dtype: DTypeLike) -> Array:

@@ -52,7 +52,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]], axes: int = 
         result, gradient, *slopes = by_rows(functools.partial(with_slopes, learned), where, x, *others)
         tangent = jnp.zeros_like(result)
         if not isinstance(moved, SymbolicZero):
-            tangent = _dot(axes, moved, *_pack(gradient, x.dtype, axes))
+            tangent = _dot(axes, moved, *pack(gradient, x.dtype, axes))
         for i, slope in zip(learned, slopes, strict=True):
             tangent = tangent + slope * steps[i]
         return result, tangent
@@ -94,7 +94,7 @@ def _is_floating(value: Any) -> bool:
     return _has_rows(value) and jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _pack(gradient: Array, dtype: DTypeLike, axes: int) -> tuple[Array, ...]:
+def pack(gradient: Array, dtype: DTypeLike, axes: int) -> tuple[Array, ...]:
     """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
 
     Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A

@@ -19,7 +19,7 @@ ROWS = (
         learns=("student",),
         constant=("teacher",),
         scale=2.0**-10,  # of directions that nearly agree though the lengths do not
-        gradient_scale=2.0**-8,
+        gradient_scale=2.0**-8,  # of features of one number the gradient is 0, and rounding is left of its two terms
         rounding=scales.of_unit_rows,
         memory=Memory(jax=6, torch=12),
     ),
