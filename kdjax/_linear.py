@@ -65,7 +65,7 @@ def linear(
         student, fixed = jax.tree.map(lambda v: v.value, (student, fixed))
         value, gradients = evaluate(student, fixed, None, asked if summed else Student(False, False, False, False))
         if summed:
-            held = (None if g is None else pack(g, x.dtype, g.ndim) for g, x in zip(gradients, student, strict=True))
+            held = (None if g is None else pack(g, x.dtype, 0) for g, x in zip(gradients, student, strict=True))
             return value.sum(), (Student(*held), None)
         return value, (Student(*(() if wanted else None for wanted in asked)), (student, fixed))
 

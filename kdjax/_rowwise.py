@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,58 +18,54 @@ from kdjax._numerics import kl_and_gradient, widest
 from kdjax._reduce import zero_masked
 
 
-def rowwise(value_and_gradient: Callable[..., tuple[Array, Array]], axes: int = 1) -> Callable[..., Array]:
-    """A function of rows from one that returns the value of each and its gradient with respect to its first argument.
+def rowwise(value_and_gradients: Callable[..., tuple[Array, ...]], learns: int = 1) -> Callable[..., Array]:
+    """A function of rows from one that returns the value of each, and its gradients by so many first arguments.
 
-    The value of a row depends on that row alone. The first argument is `[*batch, n]`, or has so many `axes` after the
-    batch's. The others are constant: `[*batch, ...]`, or numbers; a number that has a tangent gets a gradient. What is
-    returned takes them as the user gave them, in half precision too, and a mask of the batch, `where=`.
+    The value of a row depends on that row alone. The inputs are `[*batch, ...]`, or numbers; those that do not learn are
+    constant, but a number that has a tangent gets a gradient. What is returned takes them as the user gave them, in half
+    precision too, and a mask of the batch, `where=`.
 
-    Until the backward pass only the gradient is held, in the dtype of the first argument: neither another copy of it nor
-    anything of the others. The gradient is itself made of differentiable operations, so the result can be
+    Until the backward pass only the gradients are held, in the dtypes of their arguments: neither another copy of these
+    nor anything of the others. The gradients are themselves made of differentiable operations, so the result can be
     differentiated again.
     """
 
-    def with_slopes(learned: Sequence[int], x: Array, *others: Any) -> tuple[Array, ...]:
-        """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
+    def with_slopes(numbers: Sequence[int], *inputs: Any) -> tuple[Array, ...]:
+        """The value, its gradients, and its derivative with respect to each of the numbers that have one."""
 
         def slope(i: int) -> Array:
             def value(number: Array) -> Array:
-                return value_and_gradient(x, *others[:i], number, *others[i + 1 :])[0]
+                return value_and_gradients(*inputs[:i], number, *inputs[i + 1 :])[0]
 
-            return jax.jvp(value, (others[i],), (jnp.ones_like(others[i]),))[1]
+            return jax.jvp(value, (inputs[i],), (jnp.ones_like(inputs[i]),))[1]
 
-        return *value_and_gradient(x, *others), *map(slope, learned)
+        return *value_and_gradients(*inputs), *map(slope, numbers)
 
     @jax.custom_jvp
-    def values(where: Array | None, x: Array, *others: Any) -> Array:
-        return by_rows(lambda *rows: value_and_gradient(*rows)[:1], where, x, *others)[0]
+    def values(where: Array | None, *inputs: Any) -> Array:
+        return by_rows(lambda *rows: value_and_gradients(*rows)[:1], where, *inputs)[0]
 
     @functools.partial(values.defjvp, symbolic_zeros=True)
     def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-        where, x, *others = primals
-        _, moved, *steps = tangents
-        learned = [i for i, v in enumerate(others) if _is_number(v) and not isinstance(steps[i], SymbolicZero)]
-        result, gradient, *slopes = by_rows(functools.partial(with_slopes, learned), where, x, *others)
-        tangent = jnp.zeros_like(result)
-        if not isinstance(moved, SymbolicZero):
-            tangent = _dot(axes, moved, *pack(gradient, x.dtype, axes))
-        for i, slope in zip(learned, slopes, strict=True):
-            tangent = tangent + slope * steps[i]
-        return result, tangent
+        (where, *inputs), (_, *steps) = primals, tangents
+        moved = [i for i, step in enumerate(steps) if not isinstance(step, SymbolicZero)]
+        numbers = [i for i in moved if i >= learns and _is_number(inputs[i])]
+        result, *slopes = by_rows(functools.partial(with_slopes, numbers), where, *inputs)
+        parts = [
+            _dot(result.ndim, steps[i], *pack(slopes[i], inputs[i].dtype, result.ndim)) for i in moved if i < learns
+        ]
+        parts += [slope * steps[i] for i, slope in zip(numbers, slopes[learns:], strict=True)]
+        return result, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(result)
 
-    def value(x: Array, *others: Any, where: Array | None = None) -> Array:
-        inputs = jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, (where, x, *others))
-        return values(*inputs)
+    def value(*inputs: Any, where: Array | None = None) -> Array:
+        return values(*jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, (where, *inputs)))
 
     return value
 
 
-def by_rows(
-    function: Callable[..., tuple[Array, ...]], where: Array | None, x: Array, *others: Any
-) -> tuple[Array, ...]:
-    """What a function makes of the rows of x and of the others, in float32 or wider; what it makes of masked rows is 0."""
-    return zero_masked(where, *function(*_wide(where, x, *others)))
+def by_rows(function: Callable[..., tuple[Array, ...]], where: Array | None, *inputs: Any) -> tuple[Array, ...]:
+    """What a function makes of the rows of its inputs, in float32 or wider; what it makes of masked rows is 0."""
+    return zero_masked(where, *function(*_wide(where, *inputs)))
 
 
 def _has_rows(value: Any) -> bool:
@@ -94,8 +91,10 @@ def _is_floating(value: Any) -> bool:
     return _has_rows(value) and jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def pack(gradient: Array, dtype: DTypeLike, axes: int) -> tuple[Array, ...]:
+def pack(gradient: Array, dtype: DTypeLike, batch: int) -> tuple[Array, ...]:
     """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
+
+    A row is what lies under one index of so many first axes.
 
     Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A
     number that is not finite is left as it is, and the others of its row too.
@@ -103,18 +102,18 @@ def pack(gradient: Array, dtype: DTypeLike, axes: int) -> tuple[Array, ...]:
     if dtype != jnp.float16:
         return (gradient.astype(dtype),)
     sizes = jax.lax.stop_gradient(jnp.abs(gradient))
-    largest = jnp.where(jnp.isfinite(sizes), sizes, 0).max(tuple(range(-axes, 0)), keepdims=True)
+    largest = jnp.where(jnp.isfinite(sizes), sizes, 0).max(tuple(range(batch, sizes.ndim)), keepdims=True)
     unit = jnp.maximum(largest, jnp.finfo(largest.dtype).tiny * 2**16) / 2**15
     return (gradient / unit).astype(dtype), unit
 
 
 # what is linear in `moved` is made again in the backward pass, so that no wider copy of the gradient waits for it
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
-def _dot(axes: int, moved: Array, gradient: Array, unit: Array | None = None) -> Array:
+def _dot(batch: int, moved: Array, gradient: Array, unit: Array | None = None) -> Array:
     """The sum over a row of a packed gradient times how the row moves, in float32 or wider."""
-    (gradient, moved), over = (x.astype(widest(gradient)) for x in (gradient, moved)), tuple(range(-axes, 0))
+    gradient, moved = (x.astype(widest(gradient)) for x in (gradient, moved))
     product = gradient * moved if unit is None else gradient * unit * moved
-    return product.sum(over)
+    return product.sum(tuple(range(batch, product.ndim)))
 
 
 kl_divergence = rowwise(kl_and_gradient)

@@ -423,7 +423,7 @@ def _same_state(trial: Trial, given: Example, got: Outcome, want: Outcome) -> No
 
 
 def finite(trial: Trial) -> None:
-    """Value, gradient and state are finite, and of the right dtype; inf where the exact number is beyond the largest."""
+    """Value, gradient and state are finite, and of the right dtype; inf where the exact number is beyond the largest, or its rounding."""
     given, got = trial.own
     assert str(got.values.dtype) == ("float64" if given.dtype == "float64" else "float32")
     assert all(np.isfinite(x).all() for x in got.state.values()), f"the state: {got.state}"
@@ -444,10 +444,11 @@ def finite(trial: Trial) -> None:
         )
         assert (np.isfinite(got.values) | np.isposinf(got.values)).all(), got.values
         least = min(1.0, float(np.abs(given.weights).min()))  # an example's own gradient is held before it is weighed
+        rounding = GRADIENT * float(_limits(given.dtype).eps) * _scales(trial.loss, given)[1]  # what cancels leaves it
         for k in gradients:
             want = exact.gradients[0][k] if isinstance(exact.gradients[0][k], list) else [exact.gradients[0][k]]
             for a, b in zip(gradients[k], want, strict=True):
-                beyond = np.abs(b) > 0.99 * least * float(_limits(given.dtype).max)
+                beyond = np.abs(b) + rounding > 0.99 * least * float(_limits(given.dtype).max)
                 assert (np.isfinite(a) | (np.isinf(a) & beyond)).all(), f"the gradient of {k}: {a} where it is {b}"
 
 

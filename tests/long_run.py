@@ -34,6 +34,7 @@ def batches(loss: Loss, steps: int) -> Iterator[tuple[str, dict[str, Any], np.nd
             factor, number = {"zero": (0, 0), "constant": (0, 1.5), "large": (1e4, 0)}[kind]
             inputs |= {k: factor * inputs[k] + number for k in numbers}
         if kind == "bad teacher":
+            inputs |= {k: np.ones_like(x) for k, x in inputs.items() if x.dtype == bool}  # every patch is read
             inputs["teacher"][..., 1, 0] = [np.nan, np.inf][step % 2]
         masked = along(loss, {k: inputs[k] for k in numbers}, lambda x, axis, w=where: _spoilt(x, axis, w))
         yield kind, {**inputs, **masked}, where

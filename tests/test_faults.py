@@ -54,7 +54,7 @@ FAULTS = [
     Fault("shape [1] for a scalar", KL, "kl_loss", RETURN, RETURN + ".reshape(-1)"),
     Fault("arguments swapped", KL, "kl_loss", "kl_divergence(student_logits, teacher_logits,", "kl_divergence(teacher_logits, student_logits,"),
     Fault("half the value", KL, "symmetric_kl_loss", "torch.linalg.vecdot(difference, tilted.d)", "(torch.linalg.vecdot(difference, tilted.d) / 2)"),
-    Fault("no half", KL, "symmetric_kl_loss", "times_square(temperature, divergence) / 2", "times_square(temperature, divergence)"),
+    Fault("no half", KL, "symmetric_kl_loss", "times_square(temperature, divergence / 2)", "times_square(temperature, divergence)"),
     Fault("gradient's other distribution", KL, "symmetric_kl_loss", "softmax_pulled_back(tilted.d, p)", "softmax_pulled_back(tilted.d, tilted.q)"),
     Fault("gradient without 1/T", KL, "symmetric_kl_loss", ".add_(difference).div_(temperature)", ".add_(difference)"),
     Fault("alpha and beta swapped", DKD, "dkd_loss", "weigh(square * alpha, target) + weigh(square * beta, others)", "weigh(square * beta, target) + weigh(square * alpha, others)"),

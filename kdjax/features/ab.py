@@ -76,4 +76,4 @@ def ab_and_gradient(x: jax.Array, y: jax.Array, margin: Scalar) -> tuple[jax.Arr
     return jnp.square(missing).sum((1, 2, 3)), -2 * sign * missing
 
 
-_ab = rowwise(ab_and_gradient, axes=3)
+_ab = rowwise(ab_and_gradient)

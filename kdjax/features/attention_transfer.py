@@ -101,4 +101,4 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
 
 @functools.cache
 def _attention_transfer(p: float) -> Callable[..., jax.Array]:
-    return rowwise(functools.partial(attention_transfer_and_gradient, p=p), axes=3)
+    return rowwise(functools.partial(attention_transfer_and_gradient, p=p))

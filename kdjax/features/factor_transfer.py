@@ -119,4 +119,4 @@ def factor_transfer_and_gradient(
 
 @functools.cache
 def _factor_transfer(p1: int, p2: float, channel_mean: bool) -> Callable[..., jax.Array]:
-    return rowwise(functools.partial(factor_transfer_and_gradient, p1=p1, p2=p2, channel_mean=channel_mean), axes=3)
+    return rowwise(functools.partial(factor_transfer_and_gradient, p1=p1, p2=p2, channel_mean=channel_mean))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax._numerics import HIGHEST, promote
+from kdjax._numerics import HIGHEST
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
@@ -75,7 +75,7 @@ def fsp_loss(
                 f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
             )
     s, t = (ordered(channel_axis, *maps) for maps in (student_maps, teacher_maps))
-    pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where) for i in range(len(s) - 1)]
+    pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where=where) for i in range(len(s) - 1)]
     return reduce(jnp.stack(pairs).sum(0), where, reduction, axis_name)
 
 
@@ -121,22 +121,4 @@ def _products(f: jax.Array, g: jax.Array) -> jax.Array:
     return jnp.einsum("bhwc,bhwd->bcd", f, g, precision=HIGHEST) / (f.shape[1] * f.shape[2])
 
 
-def _flow(f: Array, g: Array, h: Array, k: Array, where: Array | None) -> jax.Array:
-    """The value, with that gradient: as a function of rows that hold both maps of a network side by side."""
-    shapes = [x.shape[1:] for x in (f, g, h, k)]
-
-    def of_rows(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, *slopes = flow_and_gradients(*_split(x, shapes[:2]), *_split(y, shapes[2:]))
-        return value, _joined(*slopes)
-
-    return rowwise(of_rows)(_joined(f, g), _joined(h, k), where=where)
-
-
-def _joined(f: Array, g: Array) -> jax.Array:
-    f, g = (f, g) if f.dtype == g.dtype else promote(f, g)
-    return jnp.concatenate([x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in (f, g)], 1)
-
-
-def _split(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
-    parts = jnp.split(x, [math.prod(shapes[0])], 1)
-    return [part.reshape(x.shape[0], *shape) for part, shape in zip(parts, shapes, strict=True)]
+_flow = rowwise(flow_and_gradients, learns=2)

@@ -115,4 +115,4 @@ def _products(u: jax.Array, v: jax.Array, equal: jax.Array | None) -> tuple[jax.
     return values.sum(0), together[:, :, :positions]
 
 
-_nst = rowwise(nst_and_gradient, axes=3)
+_nst = rowwise(nst_and_gradient)

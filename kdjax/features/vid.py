@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from kdjax._numerics import positive, promote
-from kdjax._reduce import reduce, zero_masked
+from kdjax._reduce import reduce
+from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 from kdjax.features._maps import PROJECTOR, check_channel_axis, check_shape
 
@@ -65,17 +68,24 @@ def vid_loss(
     if len(log_scale) != channels:
         raise ValueError(f"`log_scale` must have one entry a channel, {channels} in all, got {len(log_scale)}")
     eps = positive("eps", eps, predicted_mean, teacher_map, log_scale, constant=True)
-    mean, teacher, scale = promote(predicted_mean, teacher_map, log_scale)
-    mean, teacher = zero_masked(where, *(jnp.moveaxis(x, channel_axis, -1) for x in (mean, teacher)))
-    variance = _variance(scale, eps)[None, None, None]
-    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
-    half = mean / 2 - jax.lax.stop_gradient(teacher) / 2
-    error = half * (2 / jnp.sqrt(variance))
-    value = (jnp.square(error) + jnp.log(variance)).mean((1, 2, 3)) / 2
+    mean, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (predicted_mean, teacher_map))
+    *_, scale = promote(predicted_mean, teacher_map, log_scale)  # whose gradients are summed over the batch
+    value = _likelihood(mean, jnp.broadcast_to(scale, (len(mean), channels)), teacher, eps, where=where)
     return reduce(value, where, reduction, axis_name)
 
 
-def _variance(scale: jax.Array, eps: Scalar) -> jax.Array:
-    """log(1 + e^a) + eps. Where e^a is 0 it has no derivative, be the derivative by the variance infinite."""
-    flat = scale < jnp.log(jnp.finfo(scale.dtype).tiny)
-    return jnp.logaddexp(jnp.where(flat, jax.lax.stop_gradient(scale), scale), 0) + eps
+def likelihood_and_gradients(
+    x: jax.Array, scale: jax.Array, y: jax.Array, eps: Scalar
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Half the mean of (x - y)^2 / v + log v, v = log(1 + e^scale) + eps, and its gradients by x and scale."""
+    variance = (jnp.logaddexp(scale, 0) + eps)[:, None, None]
+    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
+    half = x / 2 - y / 2
+    error = half * (2 / jnp.sqrt(variance))
+    value = (jnp.square(error) + jnp.log(variance)).mean((1, 2, 3)) / 2
+    slope, number = jax.nn.sigmoid(scale), math.prod(x.shape[1:])
+    of_variance = (1 / variance - error * (error / variance)).sum((1, 2)) / (2 * number)
+    return value, half * (2 / (variance * number)), jnp.where(slope == 0, 0, slope * of_variance)
+
+
+_likelihood = rowwise(likelihood_and_gradients, learns=2)

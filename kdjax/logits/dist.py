@@ -96,7 +96,7 @@ def _number(x: jax.Array, kept: jax.Array | None, dtype: DTypeLike, axis_name: A
 
 @functools.cache
 def _of_batch(axis_name: AxisName | None) -> Callable[..., jax.Array]:
-    return rowwise(functools.partial(_value_and_gradient, axis_name), axes=2)
+    return rowwise(functools.partial(_value_and_gradient, axis_name))
 
 
 # With a gradient by hand, because a uniform row, whose norm has no derivative, has one in the product with the teacher's.

@@ -116,4 +116,4 @@ def _products(x: jax.Array, columns: jax.Array, number: jax.Array | None = None)
     return below * (factor if number is None else factor / number[..., None, None])
 
 
-_relations = rowwise(relations_and_gradient, axes=3)
+_relations = rowwise(relations_and_gradient)

@@ -222,5 +222,5 @@ def pairs_of_targets_and_gradient(x: jax.Array, q: jax.Array, temperature: Scala
     return value.sum(0) / number, jnp.moveaxis(jnp.concatenate(parts), 0, -2) / number
 
 
-_pairs = rowwise(pairs_and_gradient, axes=2)
-_pairs_of_targets = rowwise(pairs_of_targets_and_gradient, axes=2)
+_pairs = rowwise(pairs_and_gradient)
+_pairs_of_targets = rowwise(pairs_of_targets_and_gradient)

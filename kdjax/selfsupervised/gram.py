@@ -95,7 +95,7 @@ def check_clip(clip_negative: str) -> None:
 
 @functools.cache
 def _images(normalize: bool, clip_negative: Clip) -> Callable[..., jax.Array]:
-    return rowwise(functools.partial(image_and_gradient, normalize, clip_negative), axes=2)
+    return rowwise(functools.partial(image_and_gradient, normalize, clip_negative))
 
 
 def image_and_gradient(normalize: bool, clip_negative: Clip, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
