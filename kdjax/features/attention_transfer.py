@@ -14,6 +14,7 @@ from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import (
     across,
     are_equal,
+    are_moderate,
     at_least_one,
     check_maps,
     largest_entry,
@@ -86,17 +87,27 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
     """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
-    scale = largest_entry(f)
-    f, g = scaled(f, scale), scaled(g, largest_entry(g))
-    slope = signed_power(f, p)
-    a, b = (
-        (z * power).mean(-1).reshape(z.shape[0], height * width) for z, power in ((f, slope), (g, signed_power(g, p)))
-    )
-    (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
-    difference = unless(are_equal(x, y), direction - other)
-    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(f.shape[0], height, width, 1)
-    gradient = pull * (p / f.shape[-1]) / scale * slope
-    return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
+    a, b = _attention(f, p), _attention(g, p)
+
+    def compared(a: jax.Array, b: jax.Array, f: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
+        difference = unless(are_equal(x, y), direction - other)
+        pull = across(direction, length, difference * (2 * p / f.shape[-1] / a.shape[-1]))
+        gradient = pull.reshape(*f.shape[:3], 1) / scale * signed_power(f, p)
+        return jnp.square(difference).mean(-1), spread(gradient, *x.shape[1:3])
+
+    def of_scaled() -> tuple[jax.Array, jax.Array]:
+        scale = largest_entry(f)
+        near = scaled(f, scale)
+        return compared(_attention(near, p), _attention(scaled(g, largest_entry(g)), p), near, scale)
+
+    moderate = are_moderate(a.max(-1), b.max(-1))
+    return jax.lax.cond(moderate, lambda: compared(a, b, f, jnp.ones((), a.dtype)), of_scaled)
+
+
+def _attention(f: jax.Array, p: float) -> jax.Array:
+    """The channels' mean of |f|^p, `[batch, positions]`."""
+    return (f * signed_power(f, p)).mean(-1).reshape(f.shape[0], f.shape[1] * f.shape[2])
 
 
 @functools.cache

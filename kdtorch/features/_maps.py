@@ -118,11 +118,12 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale.isinf(), 0, x / scale)
 
 
-def are_moderate(p: float, *scales: Tensor) -> bool:
-    """Whether powers of maps of such largest entries need no division before, in eager PyTorch on a CPU."""
-    return eager_on_cpu(*scales) and all(
-        bool(((scale > 1e-12 ** (1 / p)) & (scale < 1e12 ** (1 / p))).all()) for scale in scales
-    )
+def are_moderate(*sums: Tensor) -> bool:
+    """Whether sums of powers leave no doubt that their terms need no division before, in eager PyTorch on a CPU."""
+    if not eager_on_cpu(*sums) or not all(x.numel() for x in sums):
+        return False
+    ends = [x.aminmax() for x in sums]
+    return all(float(least) > 1e-24 and float(largest) < 1e24 for least, largest in ends)
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -135,6 +136,10 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
 
     `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
     """
+    square = (x * x).sum(-1, keepdim=True)
+    if are_moderate(square):
+        length = square.sqrt()
+        return x / length, length
     largest = x.detach().abs().amax(-1, keepdim=True)
     scale = power_of_two(torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest))
     x = scaled(x, scale)

@@ -87,18 +87,20 @@ def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Ten
     """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
-    scale, other_scale = largest_entry(f), largest_entry(g)
-    if are_moderate(p, scale, other_scale):
-        scale = torch.ones_like(scale)
-    else:
-        f, g = scaled(f, scale), scaled(g, other_scale)
-    slope = signed_power(f, p)
-    a, b = ((z * power).mean(1).flatten(1) for z, power in ((f, slope), (g, signed_power(g, p))))
+    a, b, scale = _attention(f, p), _attention(g, p), f.new_ones(())
+    if not are_moderate(a.amax(-1), b.amax(-1)):
+        scale = largest_entry(f)
+        f = scaled(f, scale)
+        a, b = _attention(f, p), _attention(scaled(g, largest_entry(g)), p)
     (direction, length), (other, _) = unit_and_length(a), unit_and_length(b)
     difference = unless(are_equal(x, y), direction - other)
-    pull = across(direction, length, difference * (2 / a.shape[-1])).reshape(len(f), 1, height, width)
-    gradient = pull * (p / f.shape[1]) / scale * slope
-    return difference.square().mean(-1), spread(gradient, *x.shape[2:])
+    pull = across(direction, length, difference * (2 * p / f.shape[1] / a.shape[-1])).reshape(len(f), 1, height, width)
+    return difference.square().mean(-1), spread(pull / scale * signed_power(f, p), *x.shape[2:])
+
+
+def _attention(f: Tensor, p: float) -> Tensor:
+    """The channels' mean of |f|^p, `[batch, positions]`."""
+    return (f * signed_power(f, p)).mean(1).flatten(1)
 
 
 _attention_transfer = rowwise(attention_transfer_and_gradient, axes=3)
