@@ -110,6 +110,12 @@ def take_class(x: Array, labels: Array) -> Array:
     return jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
 
 
+def sum_of_rows(x: Array) -> Array:
+    """The sum over all axes but the last, by a product of matrices: XLA on a CPU takes sixty times as long for `sum`."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return jnp.matmul(jnp.ones(rows.shape[0], x.dtype), rows, precision=HIGHEST)
+
+
 def is_class(x: Array, labels: Array) -> Array:
     """True at each example's label."""
     return jnp.expand_dims(labels, -1) == jax.lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)

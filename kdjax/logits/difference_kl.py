@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, check_classes, check_fixed, positive, promote
+from kdjax._numerics import HIGHEST, check_classes, check_fixed, positive, promote, sum_of_rows
 from kdjax._reduce import count, reduce, zero_masked
 from kdjax._rowwise import kl_divergence
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -94,8 +94,8 @@ def difference_kl_loss(
 def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
     """Without the column means over kept rows, which no difference feels; masked rows are 0."""
     finite = jnp.where(jnp.isneginf(x), 0, x)
-    number = jnp.maximum((kept[:, None] & ~jnp.isneginf(x)).sum(0, keepdims=True, dtype=x.dtype), 1)
-    return jnp.where(kept[:, None], x - jax.lax.stop_gradient((finite / number).sum(0, keepdims=True)), 0)
+    number = jnp.maximum(sum_of_rows((kept[:, None] & ~jnp.isneginf(x)).astype(x.dtype)), 1)
+    return jnp.where(kept[:, None], x - jax.lax.stop_gradient(sum_of_rows(finite / number)), 0)
 
 
 def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:

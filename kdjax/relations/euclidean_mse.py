@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows
-from kdjax._numerics import HIGHEST, check_fixed, promote, unit
+from kdjax._numerics import HIGHEST, check_fixed, promote, sum_of_rows, unit
 from kdjax._reduce import count, reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.relations._pairs import gram
@@ -71,7 +71,7 @@ def euclidean_mse_loss(
 
 def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
-    centered = x - jax.lax.stop_gradient(x.mean(0, keepdims=True))  # what is common to all rows only costs digits
+    centered = x - jax.lax.stop_gradient(sum_of_rows(x) / len(x))  # what is common to all rows only costs digits
     ours, length = local(centered), jnp.square(centered).sum(-1)
     product = gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
     square = local(length)[:, None] + length[None] - 2 * product

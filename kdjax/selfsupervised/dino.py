@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from kdjax._collectives import all_sum, size
-from kdjax._numerics import Softmax, check_state, cross_entropy_of_softmax, fraction, positive, softmax, widest
+from kdjax._numerics import (
+    Softmax,
+    check_state,
+    cross_entropy_of_softmax,
+    fraction,
+    positive,
+    softmax,
+    sum_of_rows,
+    widest,
+)
 from kdjax._reduce import reduce
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -171,7 +180,7 @@ def dino_loss(
 
     if where is not None:
         teacher = jnp.where(where[None, :, None], teacher, 0)
-    total = teacher.sum((0, 1), dtype=dtype)
+    total = sum_of_rows(teacher.astype(dtype))
     batch = size(axis_name) * teacher.shape[1]
     kept = jnp.asarray(batch, dtype) if where is None else all_sum(where.sum(dtype=dtype), axis_name)
     return loss, DINOState(moved_center(state.center, all_sum(total, axis_name), kept * teacher_views, momentum))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_sum
-from kdjax._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, widest
+from kdjax._numerics import check_state, cross_entropy_and_gradient, fraction, positive, softmax, sum_of_rows, widest
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
@@ -127,7 +127,7 @@ def ibot_loss(
     if teacher_targets is not None or not update:
         return loss, state
 
-    total = jnp.where(mask[:, :, None], teacher, 0).sum((0, 1), dtype=dtype)
+    total = sum_of_rows(jnp.where(mask[:, :, None], teacher, 0).astype(dtype))
     total, number = all_sum((total, mask.sum(dtype=dtype)), axis_name)
     return loss, IBOTState(moved_center(state.center, total, number, momentum))
 

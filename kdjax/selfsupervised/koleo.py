@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_gather, all_gather_constant, local_rows, rank
-from kdjax._numerics import HIGHEST, check_fixed, promote, unit
+from kdjax._numerics import HIGHEST, check_fixed, promote, sum_of_rows, unit
 from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
@@ -89,7 +89,7 @@ def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax
     if not len(x):
         return jnp.zeros(0, int)
     digits, zero = jnp.finfo(x.dtype).eps, (x == 0).all(-1).astype(x.dtype)
-    centered = x - x.mean(0, keepdims=True)  # what is common to all rows only costs digits
+    centered = x - sum_of_rows(x) / len(x)  # what is common to all rows only costs digits
     length = jnp.square(centered).sum(-1) + zero
     product = jnp.matmul(local(centered), centered.T, precision=HIGHEST)
     square = jnp.where(partners, local(length)[:, None] + length[None] - 2 * product, jnp.inf)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax._collectives import all_max, all_sum
-from kdjax._numerics import HIGHEST, check_classes, positive, promote, softmax
+from kdjax._numerics import HIGHEST, check_classes, positive, promote, softmax, sum_of_rows
+from kdjax._reduce import zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Scalar, checked
 
 
@@ -44,7 +45,7 @@ def sinkhorn_knopp(
     Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
     https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
     float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
-    40.
+    60.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import sinkhorn_knopp
@@ -56,42 +57,43 @@ def sinkhorn_knopp(
     check_iterations(iterations)
     (x,) = promote(jax.lax.stop_gradient(teacher_logits))
     temperature = positive("temperature", temperature, x, constant=True)
-    if where is not None:
-        x = jnp.where(where[:, None], x, -jnp.inf)
-    peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
-    below = (x - peak) / temperature
     if axis_name is not None:
-        return _by_softmaxes(x, below, where, iterations, axis_name)
-    kept = jnp.ones((x.shape[0], 1), bool) if where is None else where[:, None]
-    near = (below > -SPAN) | ~kept
+        return _by_softmaxes(x, temperature, where, iterations, axis_name)
+    kept = None if where is None else where[:, None]
+    largest, least = x.max(initial=-jnp.inf, where=kept), x.min(initial=jnp.inf, where=kept)
     return jax.lax.cond(
-        near.all(),
-        lambda: _by_products(jnp.where(near, below, 0), kept, iterations),
-        lambda: _by_softmaxes(x, below, where, iterations, axis_name),
+        jnp.isfinite(largest) & (largest - least < SPAN * temperature),
+        lambda: _by_products((x - largest) / temperature, where, iterations),
+        lambda: _by_softmaxes(x, temperature, where, iterations, axis_name),
     )
 
 
-SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+SPAN = 60.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
 
 
-def _by_products(below: jax.Array, kept: jax.Array, iterations: int) -> jax.Array:
+def _by_products(below: jax.Array, where: Array | None, iterations: int) -> jax.Array:
     """By products of a matrix and vectors, where exponentials reach so far."""
-    weight, rows = jnp.where(kept, jnp.exp(below), 0), jnp.where(kept, jnp.ones((), below.dtype), 0)
+    weight, rows = zero_masked(where, jnp.exp(below), jnp.ones((below.shape[0], 1), below.dtype))
     for _ in range(iterations):
-        columns = 1 / jnp.maximum(_product(rows.T, weight), jnp.finfo(weight.dtype).tiny)
-        rows = jnp.where(kept, 1 / jnp.where(kept, _product(weight, columns.T), 1), 0)
+        columns = 1 / _product(rows.T, weight)
+        total = _product(weight, columns.T)
+        (rows,) = zero_masked(where, 1 / jnp.where(total == 0, 1, total))
     return weight * columns * rows
 
 
 def _by_softmaxes(
-    x: jax.Array, below: jax.Array, where: Array | None, iterations: int, axis_name: AxisName | None
+    x: jax.Array, temperature: Scalar, where: Array | None, iterations: int, axis_name: AxisName | None
 ) -> jax.Array:
     """In logarithms."""
-    mass = all_sum(_total(jnp.exp(below)), axis_name)
+    if where is not None:
+        x = jnp.where(where[:, None], x, -jnp.inf)
+    peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
+    below = (x - peak) / temperature
+    mass = all_sum(sum_of_rows(jnp.exp(below)), axis_name)
     log_mass = jnp.log(jnp.where(mass == 0, 1, mass))
     for _ in range(iterations - 1):
         # no entry of a column sums to less than 1 / (batch * prototypes) after the one step, nor to more than batch
-        mass = all_sum(_total(softmax(below - log_mass, may_be_empty=True).p), axis_name)
+        mass = all_sum(sum_of_rows(softmax(below - log_mass, may_be_empty=True).p), axis_name)
         log_mass = log_mass + jnp.log(jnp.where(mass == 0, 1, mass))
     p = softmax(below - log_mass, may_be_empty=True).p
     empty = jnp.isneginf(x).all(-1) if where is None else where & jnp.isneginf(x).all(-1)
@@ -101,11 +103,6 @@ def _by_softmaxes(
 def check_iterations(iterations: int) -> None:
     if iterations < 1:
         raise ValueError(f"`iterations` must be at least 1, got {iterations}")
-
-
-def _total(x: jax.Array) -> jax.Array:
-    """The sums of the columns. XLA on a CPU takes sixty times as long for a sum over a leading axis."""
-    return _product(jnp.ones((1, x.shape[0]), x.dtype), x)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

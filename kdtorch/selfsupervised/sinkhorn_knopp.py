@@ -47,7 +47,7 @@ def sinkhorn_knopp(
     Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
     https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
     float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
-    40.
+    60.
 
     >>> import torch
     >>> from kdtorch import sinkhorn_knopp
@@ -59,13 +59,13 @@ def sinkhorn_knopp(
     check_iterations(iterations)
     x, dtype = teacher_logits.detach(), widest(teacher_logits)
     temperature = positive("temperature", temperature, x, constant=True)
+    quick = _by_products(x, where, temperature, iterations, group)
+    if quick is not None:
+        return quick
     peak = x.new_full(x.shape[1:], -math.inf, dtype=dtype)
     for _, part in _blocks(x, where):
         peak = torch.maximum(peak, part.amax(0)) if len(part) else peak
     peak = all_max(peak, group).clamp(min=torch.finfo(dtype).min)
-    quick = _by_products(x, peak, where, temperature, iterations, group)
-    if quick is not None:
-        return quick
     mass = torch.zeros_like(peak)
     for _, part in _blocks(x, where):
         mass = mass + ((part - peak) / temperature).exp().sum(0)
@@ -84,33 +84,34 @@ def sinkhorn_knopp(
     return torch.cat(results)
 
 
-SPAN = 40.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+SPAN = 60.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
 
 
 def _by_products(
-    x: Tensor, peak: Tensor, where: Tensor | None, temperature: Scalar, iterations: int, group: ProcessGroup | None
+    x: Tensor, where: Tensor | None, temperature: Scalar, iterations: int, group: ProcessGroup | None
 ) -> Tensor | None:
     """The same by products of a matrix and vectors, in eager PyTorch on a CPU; None where exponentials do not reach so far."""
     if group is not None or not eager_on_cpu(x, temperature) or not len(x):
         return None
     if where is not None and not where.any():
         return None
-    weight, size = x.new_empty(x.shape, dtype=peak.dtype), max(BLOCK // x.shape[1], 1)
-    masks = [None] * len(x) if where is None else where.split(size)
-    for block, part, kept in zip(weight.split(size), x.split(size), masks, strict=False):
-        torch.sub(part, peak, out=block).div_(temperature)
+    ends = [part if kept is None else part[kept] for kept, part in _pairs(x, where)]
+    least, largest = (torch.stack(z) for z in zip(*(part.aminmax() for part in ends if len(part)), strict=True))
+    least, largest = least.amin().to(widest(x)), largest.amax().to(widest(x))
+    if not bool(largest.isfinite() & (largest - least < SPAN * temperature)):
+        return None
+    weight = x.new_empty(x.shape, dtype=widest(x))
+    for block, (kept, part) in zip(weight.split(_size(x)), _pairs(x, where), strict=True):
+        torch.sub(part.to(block.dtype), largest, out=block).div_(temperature).exp_()
         if kept is not None:
             block.masked_fill_(~kept.unsqueeze(-1), 0)
-        if not bool(block.amin() > -SPAN):
-            return None
-        block.exp_()
     rows = weight.new_ones(len(x)) if where is None else where.to(weight.dtype)
     for _ in range(iterations):
         columns = (rows @ weight).reciprocal_()
         rows = (weight @ columns).reciprocal_()
         if where is not None:
             rows.masked_fill_(~where, 0)
-    for block, row in zip(weight.split(size), rows.split(size), strict=True):
+    for block, row in zip(weight.split(_size(x)), rows.split(_size(x)), strict=True):
         block.mul_(columns).mul_(row.unsqueeze(-1))
     return weight
 
@@ -121,13 +122,21 @@ def check_iterations(iterations: int) -> None:
 
 
 def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Of as many rows at once as a CPU's caches hold, elsewhere of all: which are kept, and the rows, -inf where they are not."""
-    size = max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else None
-    parts = (x,) if size is None else x.split(size)
-    masks = [where] * len(parts) if where is None or size is None else where.split(size)
-    for part, kept in zip(parts, masks, strict=True):
+    """Of so many rows at once: which are kept, and the rows, -inf where they are not."""
+    for kept, part in _pairs(x, where):
         part = part.to(widest(x))
         yield kept, part if kept is None else torch.where(kept.unsqueeze(-1), part, -math.inf)
+
+
+def _pairs(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Which rows are kept, and the rows, of so many at once."""
+    parts = x.split(_size(x))
+    return zip([None] * len(parts) if where is None else where.split(_size(x)), parts, strict=True)
+
+
+def _size(x: Tensor) -> int:
+    """As many rows as a CPU's caches hold, elsewhere all."""
+    return max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else max(len(x), 1)
 
 
 def _softmax(x: Tensor) -> Tensor:
