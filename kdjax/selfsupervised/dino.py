@@ -180,7 +180,7 @@ def dino_loss(
 
     if where is not None:
         teacher = jnp.where(where[None, :, None], teacher, 0)
-    total = sum_of_rows(teacher.astype(dtype))
+    total = sum_of_rows(teacher.astype(dtype))[0]
     batch = size(axis_name) * teacher.shape[1]
     kept = jnp.asarray(batch, dtype) if where is None else all_sum(where.sum(dtype=dtype), axis_name)
     return loss, DINOState(moved_center(state.center, all_sum(total, axis_name), kept * teacher_views, momentum))

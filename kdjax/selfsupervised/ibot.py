@@ -127,7 +127,7 @@ def ibot_loss(
     if teacher_targets is not None or not update:
         return loss, state
 
-    total = sum_of_rows(jnp.where(mask[:, :, None], teacher, 0).astype(dtype))
+    total = sum_of_rows(jnp.where(mask[:, :, None], teacher, 0).astype(dtype))[0]
     total, number = all_sum((total, mask.sum(dtype=dtype)), axis_name)
     return loss, IBOTState(moved_center(state.center, total, number, momentum))
 
