@@ -33,16 +33,16 @@ def jax_teacher(
             `params` and arrays, as a Linen model's `apply`. It runs under `jit`.
         params: what the function takes first; None with a module.
         output: from what it returns to what is wanted of it: an array or a tree of arrays.
-        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors of so many axes are channels-first here and channels-last in
-            the teacher, on the way in and out. None leaves all axes alone.
+        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors with this number of axes are channels-first outside and
+            channels-last inside the teacher, for inputs and outputs. None changes no axes.
 
     Returns:
         A function of the teacher's further arguments, with tensors for JAX arrays, to the tree of its outputs. Do not
         write into them: the tensors are memory of JAX.
 
     Raises:
-        TypeError: parameters beside a module or none beside a function, an output that is no array or tree of arrays, a
-            dtype that DLPack does not have.
+        TypeError: parameters beside a module or none beside a function, an output that is neither an array nor a tree
+            of arrays, a dtype that DLPack does not have.
         ValueError: an unknown layout, a tensor that requires gradient, 64-bit tensors where JAX has 32.
 
     >>> import jax, torch
@@ -221,18 +221,18 @@ class _Crossing(torch.autograd.Function):
 
 
 def to_torch(tree: Any) -> Any:
-    """A tree of JAX as one of PyTorch: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of JAX to PyTorch: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: arrays, states and modules of kdjax, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with tensors, kdtorch's states and kdtorch's modules. A Flax module that is not of this library
-        becomes its weights under the names and in the axes of PyTorch, for the `load_state_dict` of its port. What
-        draws random numbers starts anew.
+        becomes its weights, with the names and the axis order of PyTorch, for the `load_state_dict` of its port. Random
+        number generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a state or a module that kdtorch does not have.
 
     >>> from kdjax import dino_init
@@ -246,18 +246,18 @@ def to_torch(tree: Any) -> Any:
 
 
 def to_jax(tree: Any) -> Any:
-    """A tree of PyTorch as one of JAX: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of PyTorch to JAX: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: tensors, states and modules of kdtorch, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with JAX arrays, kdjax's states and kdjax's modules. A PyTorch module that is not of this library
-        becomes its weights under the names and in the axes of Flax, for `nnx.update` of its port. What draws random
-        numbers starts anew.
+        becomes its weights, with the names and the axis order of Flax, for `nnx.update` of its port. Random number
+        generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a tensor that requires gradient, 64 bits where JAX has 32.
 
     >>> from kdtorch import dino_init
@@ -271,16 +271,16 @@ def to_jax(tree: Any) -> Any:
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
-    """Write arrays, states and modules to a file that kdjax and kdtorch read; a writer that is killed leaves the old file.
+    """Write arrays, states and modules to a file that kdjax and kdtorch read; if the process is killed, the old file remains.
 
     Args:
         path: of the file, in the safetensors format, with a checksum and what was saved in its header.
-        tree: what `to_torch` and `to_jax` take.
+        tree: anything that `to_torch` and `to_jax` take.
 
     Raises:
-        TypeError: what cannot be saved; the message names its place.
+        TypeError: something that cannot be saved; the message says where it is.
         ValueError: a tensor that requires gradient.
-        OSError: the file cannot be written; what was there before still is.
+        OSError: the file cannot be written; the old file remains.
 
     >>> import tempfile
     >>> from kdtorch import dino_init
@@ -294,18 +294,18 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """What `save` wrote, from either package, in the types of this one.
+    """Read what `save` wrote, from either package, in the types of this one.
 
     Args:
         path: of the file.
 
     Returns:
-        The tree; a module that is not of this library as its weights, as in `to_torch` and `to_jax`.
+        The tree. A module that is not of this library is returned as its weights, as in `to_torch` and `to_jax`.
 
     Raises:
         OSError: the file cannot be read.
         TypeError: an array of a dtype that PyTorch does not have.
-        ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+        ValueError: the file is truncated, altered or of another kind; the message names the file and says which.
 
     >>> import tempfile
     >>> from kdtorch.interop import load, save

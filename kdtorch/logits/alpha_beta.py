@@ -35,8 +35,8 @@ def alpha_beta_loss(
     Args:
         student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
         teacher_logits: the same shape; constant.
-        alpha: α, the teacher's exponent, any finite number. It chooses how the loss is computed, so it is a number and no
-            array. α = 1 with β = 0 is `kl_loss` at temperature 1.
+        alpha: α, the teacher's exponent, any finite number. It determines how the loss is computed, so it must be a
+            number and not an array. α = 1 with β = 0 is `kl_loss` at temperature 1.
         beta: β, the student's exponent, in the same way. β = 1 with α = 0 is the reverse KL.
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
