@@ -249,11 +249,11 @@ BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then ho
 def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
     """A differentiable function from one that makes its value and its gradients in one go.
 
-    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and what
-    else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes
-    of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The gradients,
-    in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is held, so they may
-    be written into. A second derivative is refused.
+    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and
+    what else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the
+    axes of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The
+    gradients, in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is
+    held, so they may be written into. A second derivative is an error.
     """
 
     class WithGradients(torch.autograd.Function):

@@ -31,18 +31,18 @@ def jax_teacher(
     Args:
         fn: an `nnx.Module`, of which a copy in eval mode runs, as it is at the time of the call; or a function of
             `params` and arrays, as a Linen model's `apply`. It runs under `jit`.
-        params: what the function takes first; None with a module.
-        output: from what it returns to what is wanted of it: an array or a tree of arrays.
+        params: the first argument of the function; None with a module.
+        output: a function from what it returns to what you want of it: an array or a tree of arrays.
         layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors with this number of axes are channels-first outside and
             channels-last inside the teacher, for inputs and outputs. None changes no axes.
 
     Returns:
         A function of the teacher's further arguments, with tensors for JAX arrays, to the tree of its outputs. Do not
-        write into them: the tensors are memory of JAX.
+        write into the outputs: they share memory with JAX.
 
     Raises:
-        TypeError: parameters beside a module or none beside a function, an output that is neither an array nor a tree
-            of arrays, a dtype that DLPack does not have.
+        TypeError: parameters together with a module, or a function without parameters, an output that is neither an
+            array nor a tree of arrays, a dtype that DLPack does not have.
         ValueError: an unknown layout, a tensor that requires gradient, 64-bit tensors where JAX has 32.
 
     >>> import jax, torch
@@ -94,13 +94,13 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A loss of the other framework as a function of arrays that can be differentiated.
 
     Args:
-        fn: takes JAX arrays and trees of them, and whatever else, which is static; returns the loss, an array or a tree
-            of arrays, or a tuple of the loss and what comes besides, such as the next state, through which no gradient
+        fn: takes JAX arrays, trees of them and anything else, which is static. It returns the loss, an array or a tree
+            of arrays, or a tuple of the loss and other outputs, such as the next state, through which no gradient
             flows. It runs under `jit`, forward and backward.
 
     Returns:
         A function of the same arguments, with tensors for JAX arrays and kdtorch's states for kdjax's. A second
-        derivative is refused.
+        derivative is an error.
 
     Raises:
         TypeError: an output that is no array or tree of arrays, a loss that is not floating-point, a dtype that DLPack

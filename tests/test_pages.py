@@ -141,8 +141,8 @@ Formula
 Args
   student    [*batch, features].
   teacher    the same shape; constant.
-  beta       β > 0, where the two pieces meet; a constant. The loss is Huber's
-             with δ = β, divided by β.
+  beta       β > 0, where the two pieces meet; a constant. The loss is the Huber
+             loss with δ = β, divided by β.
 """
 FRAMEWORK = {
     kdjax: {"array": "Array", "axis": "axis_name: AxisName", "result": "jax.Array"},

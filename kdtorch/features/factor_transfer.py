@@ -51,10 +51,10 @@ def factor_transfer_loss(
     Args:
         student_map: `[batch, channels, height, width]`, the student's factor: its last map, after a translator.
         teacher_map: `[batch, channels, height, width]`, the teacher's factor: its last map, after a paraphraser;
-            constant. Maps of different sizes are averaged first, to the smaller height and to the smaller width. p1: a
-            whole number of at least 1, the power of the entries; an odd one keeps their signs. It determines how the
-            loss is computed, so it must be a number and not an array. p2: p2 ≥ 1, the power of the absolute
-            differences; a number and not an array.
+            constant. Maps of different sizes are averaged first, to the smaller height and to the smaller width.
+        p1: a whole number of at least 1, the power of the entries; an odd power keeps their signs. It determines how
+            the loss is computed, so it must be a number and not an array.
+        p2: p2 ≥ 1, the power of the absolute differences; a number and not an array.
         channel_mean: whether the channels are averaged; student and teacher may then have different numbers of
             channels.
         channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
