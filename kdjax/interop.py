@@ -73,7 +73,7 @@ def torch_teacher(
             result = result if output is None else output(result)
         if before != [x._version for x in tensors]:
             raise RuntimeError(
-                "torch_teacher: the module wrote into its input, which is memory of a JAX array; "
+                "torch_teacher: the module wrote into its input, which shares memory with a JAX array; "
                 "its first layer must not work in place (inplace=False)"
             )
         check_outputs("torch_teacher", result, torch.Tensor)
@@ -86,8 +86,8 @@ def torch_teacher(
             return _arrays("torch_teacher", infer((args, kwargs)))
         if not inside_jit:
             raise ValueError(
-                "torch_teacher: called under jit, grad, vmap or scan; call it before the step and hand in what it gives, "
-                "or make it with inside_jit=True"
+                "torch_teacher: called under jit, grad, vmap or scan; call it before the step and pass its output to "
+                "the step, or create it with inside_jit=True"
             )
         structure, *arrays = _Structure.of((args, kwargs))
         return callback(structure, *jax.lax.stop_gradient(arrays))
@@ -202,7 +202,7 @@ def _gradient(
     differentiable = [(x, y) for x, y in pairs if x.requires_grad]
     if not differentiable:
         raise ValueError(
-            "torch_loss: a gradient is asked for where none can flow: the loss requires no gradient; "
+            "torch_loss: a gradient is requested, but none can flow: the loss requires no gradient; "
             "do not detach it, nor compute it under no_grad"
         )
     values, upstream = zip(*differentiable, strict=True)
@@ -332,7 +332,7 @@ def _tensors(function: str, tree: Any, place: torch.device | None = None) -> Any
             shared = torch.from_dlpack(x)
         except Exception as error:
             raise TypeError(
-                f"{function}: an array of dtype {x.dtype} cannot be handed to PyTorch, for DLPack has no such dtype; "
+                f"{function}: an array of dtype {x.dtype} cannot be converted to PyTorch, because DLPack has no such dtype; "
                 "cast it first, as by x.astype(jnp.float32)"
             ) from error
         return shared if place is None else shared.to(place)

@@ -145,7 +145,7 @@ def _inside(index: Tensor, size: int, name: str) -> Tensor:
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
         raise IndexError(
-            f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
+            f"`{name}` must be in 0 .. {size - 1}, got {index[wrong][0].item()}; mask those without one with `where`"
         )
     return index
 

@@ -367,9 +367,9 @@ def _check_of(given: Sequence[Any]) -> Callable[[], None]:
         for x, version in versions:
             if x._version != version:
                 raise RuntimeError(
-                    "the second derivative of a loss, and under torch.func the first, needs the inputs that the loss was given, "
-                    f"but one of shape {list(x.shape)} was written into since; take the derivatives before, or give the loss "
-                    "a copy of it, x.clone()"
+                    "the second derivative of a loss, and under torch.func the first, needs the original inputs of the loss, "
+                    f"but the one of shape {list(x.shape)} was changed in place; compute the derivatives before the change, or "
+                    "give the loss a copy, x.clone()"
                 )
 
     return check

@@ -56,7 +56,7 @@ def jax_teacher(
 
     if isinstance(fn, nnx.Module) != (params is None):
         came = "both" if isinstance(fn, nnx.Module) else f"{type(fn).__name__} and None"
-        raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function with `params` beside it, got {came}")
+        raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function together with `params`, got {came}")
     axes = Layout.of("jax_teacher", layout)
 
     @jax.jit
@@ -79,8 +79,8 @@ def jax_teacher(
         for name, x in given.items():
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
-                    f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires gradient, and through a "
-                    "teacher none flows; give x.detach(), or call the teacher under torch.no_grad()"
+                    f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires a gradient, but no "
+                    "gradient flows through a teacher; give x.detach(), or call the teacher under torch.no_grad()"
                 )
         args, kwargs = _arrays("jax_teacher", each_leaf(axes.channels_last, (args, kwargs)))
         result = evaluate(*nnx.split(fn), args, kwargs) if params is None else apply(params, args, kwargs)
@@ -185,7 +185,7 @@ class _Compiled:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(
                     f"jax_loss: the loss must be floating-point, got {x.dtype}{list(x.shape)}; return what is not "
-                    "differentiated after it, in a tuple"
+                    "differentiated after it, as a tuple"
                 )
         return loss, extras
 

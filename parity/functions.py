@@ -225,7 +225,7 @@ def checked_arguments(
             if not is_array(x):
                 raise TypeError(
                     f"{name}: `{leaf}` must be a NumPy array, got {type(x).__name__} {x!r}; "
-                    "let both functions close over what is no array"
+                    "use closures in both functions for what is not an array"
                 )
     return each_leaf(to_numpy, inputs), {**LIMITS, **(limits or {})}
 

@@ -90,8 +90,8 @@ def factor_transfer_loss(
     if channels[0] != channels[1] and not channel_mean:
         raise ValueError(
             "`student_map` and `teacher_map` must have the same number of channels, got "
-            f"{channels[0]} and {channels[1]}; bring the student's map to the teacher's channels by `Projector` in `nn`, "
-            "or compare the means over channels by `channel_mean=True`"
+            f"{channels[0]} and {channels[1]}; map the student's channels to the teacher's with `Projector` in `nn`, "
+            "or compare the means over channels with `channel_mean=True`"
         )
     values = _factor_transfer(p1, at_least_one("p2", p2), channel_mean)(student_map, teacher_map, where=where)
     return reduce(values, where, reduction, axis_name)

@@ -71,7 +71,7 @@ def fsp_loss(
         if ours != theirs:
             raise ValueError(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
-                f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
+                f"{theirs}; `Projector` in `nn` maps a student's channels to the teacher's"
             )
     s, t = (ordered(channel_axis, *maps) for maps in (student_maps, teacher_maps))
     pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where=where) for i in range(len(s) - 1)]

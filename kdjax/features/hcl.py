@@ -12,7 +12,7 @@ from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import check_maps, check_shapes, pooling
 
-_CONNECTORS = "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
+_CONNECTORS = "ReviewKD's connectors map a student's maps to the teacher's shapes, with `out_channels` and `out_shapes`"
 
 
 @checked

@@ -134,7 +134,7 @@ class ReviewKD(nnx.Module):
     ) -> None:
         if not in_channels or len(in_channels) != len(out_channels):
             raise ValueError(
-                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                "`in_channels` and `out_channels` must have one entry per map, at least one, got "
                 f"{list(in_channels)} and {list(out_channels)}"
             )
         deepest = len(in_channels) - 1

@@ -14,7 +14,7 @@ from kdtorch._rowwise import rowwise
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.features._maps import check_maps, check_shapes, pooling
 
-_CONNECTORS = "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
+_CONNECTORS = "ReviewKD's connectors map a student's maps to the teacher's shapes, with `out_channels` and `out_shapes`"
 
 
 @checked

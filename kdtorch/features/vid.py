@@ -64,7 +64,7 @@ def vid_loss(
     check_shape("predicted_mean", predicted_mean, "teacher_map", teacher_map, PROJECTOR)
     channels = predicted_mean.shape[channel_axis]
     if len(log_scale) != channels:
-        raise ValueError(f"`log_scale` must have one entry a channel, {channels} in all, got {len(log_scale)}")
+        raise ValueError(f"`log_scale` must have one entry per channel, {channels} in all, got {len(log_scale)}")
     eps = positive("eps", eps, predicted_mean, teacher_map, log_scale, constant=True)
     mean, teacher = (by_channels(x, channel_axis) for x in (predicted_mean, teacher_map))
     *_, scale = promote(predicted_mean, teacher_map, log_scale)  # whose gradients are summed over the batch

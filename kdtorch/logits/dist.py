@@ -98,8 +98,8 @@ def check_of_batch(reduction: str) -> None:
     check_reduction(reduction)
     if reduction == "none":
         raise ValueError(
-            '`reduction` must be "mean" or "sum" in dist_loss, got \'none\': the relation of a class is that of the whole '
-            "batch, of which no part is an example's"
+            '`reduction` must be "mean" or "sum" in dist_loss, got \'none\': the relation of a class belongs to the '
+            "whole batch and cannot be divided among the examples"
         )
 
 

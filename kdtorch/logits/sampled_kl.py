@@ -125,7 +125,7 @@ def _at_most_zero(name: str, x: Tensor, where: Tensor | None) -> Tensor:
     if above.any():
         raise ValueError(
             f"`{name}` must be logarithms of probabilities, at most 0, got {x[above][0].item():.4g}; give the "
-            "log_softmax of the logits at each token, and mask what has none by `where`"
+            "log_softmax of the logits at each token, and mask those without one with `where`"
         )
     return x
 

@@ -48,7 +48,7 @@ class CombinedLoss(nn.Module):
         names = list(losses)
         if len(reads) != len(names) or any(isinstance(sources, str) for sources in reads):
             raise ValueError(
-                f'`reads` must have one tuple a loss, as in [("stu", "tea")], {len(names)} for {names}, got {reads}'
+                f'`reads` must have one tuple per loss, as in [("stu", "tea")], {len(names)} for {names}, got {reads}'
             )
         self.losses = nn.ModuleDict(losses)
         self.names, self.reads = tuple(names), tuple(map(tuple, reads))
@@ -130,7 +130,9 @@ class CombinedLoss(nn.Module):
             TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
         if not isinstance(feat, Mapping | None):
-            raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
+            raise TypeError(
+                f"`feat` must be a mapping from names to the inputs of the losses, got {describe(feat)}; give it by name"
+            )
         inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
         inputs |= {} if target is None else {"target": target}
         options = {"where": where, "reduction": reduction, "group": group, "update": None if update else False}
@@ -159,7 +161,7 @@ class CombinedLoss(nn.Module):
         if any(value.shape != shape for value in values.values()):
             shapes = {name: list(value.shape) for name, value in values.items()}
             raise ValueError(
-                f"the losses must give values of one shape to be summed, got {shapes}; take them by `terms`"
+                f"the losses must give values of one shape to be summed, got {shapes}; use `terms` instead"
             )
         weights = (weight_at(name, weight, epoch) for name, weight in zip(self.names, self.weights, strict=True))
         total: Any = sum(
@@ -190,7 +192,7 @@ class _Inputs(dict):
 
     def __missing__(self, key: str) -> Any:
         where = "`target`" if key == "target" else f"`feat[{key!r}]`"
-        raise ValueError(f"the loss {self.name!r} reads {where}, which is absent; given are {sorted(self)}")
+        raise ValueError(f"the loss {self.name!r} reads {where}, which is missing; given are {sorted(self)}")
 
 
 def _read(name: str, source: str | Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
