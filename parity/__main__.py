@@ -1,4 +1,4 @@
-"""`python -m parity`: every loss of the table in kdjax, kdtorch and the oracle, and how far they are apart."""
+"""`python -m parity`: compares every loss of the table in kdjax, kdtorch and the oracle."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ MISTAKES = {
         r"`centers` must be .*got float64\[5, 7\] beside student float64\[4, 10\]",
     ),
     "no maps": (call("hcl_loss", [], []), ValueError, "must hold the same number of maps, at least one, got 0 and 0"),
-    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; take the teacher's maps that"),
+    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; give only the teacher's maps that"),
     "shapes of maps": (
         call("hcl_loss", [MAP, MAP], [MAP, MAP[:, :4]]),
         ValueError,
@@ -206,8 +206,8 @@ MISTAKES = {
     "channels first and last": (
         call("hcl_loss", [MAP], [np.moveaxis(MAP, -1, 1)]),
         ValueError,
-        r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; bring both to one order of the axes, and say where the "
-        "channels are by `channel_axis`$",
+        r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; use the same order of axes for both, and give the "
+        "axis of the channels as `channel_axis`$",
     ),
     "shapes of maps that need a projection": (
         call("ab_loss", [MAP], [MAP[..., :2]]),
@@ -264,7 +264,7 @@ MISTAKES = {
     "numbers of maps to multiply": (
         call("fsp_loss", [MAP, MAP], [MAP]),
         ValueError,
-        "got 2 and 1; take the teacher's maps that",
+        "got 2 and 1; give only the teacher's maps that",
     ),
     "channels of maps to multiply": (
         call("fsp_loss", [MAP, MAP], [MAP, MAP[..., :2]], channel_axis=-1),
