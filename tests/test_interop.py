@@ -280,13 +280,13 @@ MISTAKES = {
     "a dtype in, that DLPack has not": (
         lambda: torch_teacher(lambda x: x)(jnp.ones(3, "int4")),
         TypeError,
-        r"torch_teacher: an array of dtype int4 cannot be handed to PyTorch, .*; cast it first, as by x.astype\(jnp",
+        r"torch_teacher: an array of dtype int4 cannot be converted to PyTorch, .*; cast it first, as by x.astype\(jnp",
     ),
     "a key": (lambda: torch_teacher(lambda x: x)(jax.random.key(0)), TypeError, "an array of dtype key<fry> cannot be"),
     "a dtype out, that DLPack has not": (
         lambda: torch_teacher(lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8))(X),
         TypeError,
-        r"torch_teacher: a tensor of dtype torch.quint8 cannot be handed to JAX, .* as by x.float\(\)",
+        r"torch_teacher: a tensor of dtype torch.quint8 cannot be converted to JAX, .* as by x.float\(\)",
     ),
     "a tensor that requires gradient": (
         lambda: jax_teacher(lambda x: x)(T.clone().requires_grad_()),
@@ -333,7 +333,7 @@ MISTAKES = {
     "a function that is not ours": (
         lambda: kdjax.interop.to_torch(kdjax.nn.FunctionLoss(network)),
         TypeError,
-        "`function` is a function, which cannot cross",
+        "`function` is a function, which cannot be converted",
     ),
 }
 

@@ -782,10 +782,10 @@ def test_unknown_conventions(f):
             "score_tea",
             r"the loss 'kld' reads `feat\['score_tea'\]`, which is missing; given are \['epoch', 'fea_stu'",
         ),
-        ("kd-crcd", "index", r"the loss 'crcd' reads `feat\['index'\]`, which is absent"),
-        ("kd-rkd", "feats_tea", r"the loss 'rkd' reads `feat\['feats_tea'\]`, which is absent"),
-        ("kd-uskd_tea", "score_tea", r"the loss 'uskd_tea' reads `feat\['score_tea'\]`, which is absent"),
-        ("kd-dkd", "target", "the loss 'dkd' reads `target`, which is absent"),
+        ("kd-crcd", "index", r"the loss 'crcd' reads `feat\['index'\]`, which is missing"),
+        ("kd-rkd", "feats_tea", r"the loss 'rkd' reads `feat\['feats_tea'\]`, which is missing"),
+        ("kd-uskd_tea", "score_tea", r"the loss 'uskd_tea' reads `feat\['score_tea'\]`, which is missing"),
+        ("kd-dkd", "target", "the loss 'dkd' reads `target`, which is missing"),
     ],
 )
 def test_missing_inputs(f, names, missing, message):
