@@ -205,7 +205,7 @@ def table(head: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def cost(loss: Loss) -> str:
-    said = "[What the letters mean](index.md#cost). Measured times are in [Speed and memory](../performance.md)."
+    said = "[Meaning of the letters](index.md#cost). Measured times are in [Speed and memory](../performance.md)."
     row = [*loss.costs, loss.meta.get("state", NONE)]
     return paragraphs([table("time | largest array | state, parameters", [row]), said])
 

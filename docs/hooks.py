@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in OUTSIDE.items():
         if page != "index.md" and (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    rows = ["| JAX | PyTorch | what |", "| --- | --- | --- |"]
+    rows = ["| JAX | PyTorch | summary |", "| --- | --- | --- |"]
     for package in (*TWINS, "parity"):
         for page, objects in public(package).items():
             content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]

@@ -1,8 +1,8 @@
 """Knowledge-distillation losses as pure JAX functions; `kdtorch` holds the same in PyTorch.
 
-A loss takes what a student and a teacher put out, and returns a number to minimise. `kdjax.nn` has modules for the losses that
-own parameters or a state, `kdjax.interop` exchanges models, losses and states with the other framework, and
-`kdjax.teacher_cache` stores a teacher's outputs on disk. `python -m kdjax` lists the losses.
+A loss takes the outputs of a student and a teacher, and returns a number to minimise. `kdjax.nn` has modules for the
+losses that have parameters or a state, `kdjax.interop` exchanges models, losses and states with the other framework,
+and `kdjax.teacher_cache` stores a teacher's outputs on disk. `python -m kdjax` lists the losses.
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -18,34 +18,36 @@ What all losses share:
   passed by keyword. A loss with a state returns its value and the next state.
 - **Shapes**: most losses take any leading axes, `[*batch, classes]`, so that `[batch, tokens, vocabulary]` works. Losses that
   compare examples with each other take `[batch, dim]`.
-- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exceptions are
-  `crcd_loss` and `crd_loss`, where the gradient of the teacher's embedding flows, because the embedding comes from a learned
-  head.
-  `uskd_loss` has no teacher: its second argument, the weak logits, is learned.
-- **Precision**: float16 and bfloat16 inputs are computed and returned in float32; float32 and float64 stay as they are. A
-  gradient has the dtype of its input, a state is float32 or float64. Until the backward pass kdtorch keeps the gradient, in the
-  input's dtype, and nothing of the teacher, which may come from `torch.inference_mode` or be written into after the loss. Losses
-  over pairs also keep, for `"none"` alone, the student and a copy of the teacher.
-- **`where`**: one Boolean per example, or per token; False leaves the example out. What is left out contributes nothing to
-  value, gradient or state, even if it holds NaN or a label out of range. If all examples are left out, the loss is 0.
+- **The teacher is constant**: its gradient is exactly 0, whichever model the second argument comes from. The exceptions
+  are `crcd_loss` and `crd_loss`, which pass a gradient to the teacher's embedding, because the embedding comes from a
+  head that is trained. `uskd_loss` has no teacher: its second argument, the weak logits, is trained.
+- **Precision**: float16 and bfloat16 inputs are computed and returned in float32; float32 and float64 stay as they are.
+  A gradient has the dtype of its input, a state is float32 or float64. Until the backward pass, kdtorch stores only the
+  gradient, in the input's dtype. It stores nothing of the teacher, which may come from `torch.inference_mode` or be
+  changed in place after the loss. With `"none"`, losses over pairs also store the student and a copy of the teacher.
+- **`where`**: one Boolean per example, or per token; False leaves the example out. Examples that are left out
+  contribute nothing to value, gradient or state, even if they hold NaN or a label out of range. If all examples are
+  left out, the loss is 0.
 - **`reduction`**: `"mean"` over the examples that are kept, `"sum"`, or `"none"` for one value per example, which is 0 for
   examples that are left out. In losses over pairs, the value of an example is the mean over its kept partners.
-- **`axis_name`** in kdjax, **`group`** in kdtorch: the devices that the batch is spread over, each of which calls the loss with
-  its own examples. `axis_name` is a mesh axis of the `shard_map` around the call, `group` a process group, whose ranks have
-  batches of one size. The mean over devices of what they return is then the loss of the whole batch, for `"mean"` and `"sum"`
-  alike; in kdtorch the mean of their gradients is its gradient. The next state is the same on all devices.
-- **Finite results**: value and gradient are finite for every finite input, unless the exact number is too large for the dtype.
-  A class at -inf in student and teacher is padding and contributes nothing. A loss is inf where the formula is, as where the
-  student gives -inf to a class that the teacher uses. An example whose logits are all -inf has no distribution: its value and
-  its gradient are NaN, unless it is left out.
-- **Settings**: a temperature that acts on the student (`temperature`, `student_temperature`) has a gradient if it is given as
-  an array (a tensor in kdtorch). Every other setting is a constant: in kdjax its gradient is 0, and kdtorch refuses a tensor
-  that requires a gradient. Integers are taken for any number.
-- **Errors**: a `TypeError` for a shape or dtype that does not fit and a `ValueError` for a setting, with the same text in both
-  packages. An array cannot be asked for its value while it is traced: a setting out of range, given as an array, makes the loss
-  NaN. A label or index out of range is an `IndexError` in kdtorch; in kdjax it makes its example NaN.
+- **`axis_name`** in kdjax, **`group`** in kdtorch: the devices that the batch is spread over. Each of them calls the
+  loss with its own examples. `axis_name` is a mesh axis of the `shard_map` around the call. `group` is a process group,
+  whose ranks must have batches of the same size. The mean over devices of the returned values is the loss of the whole
+  batch, for `"mean"` and for `"sum"`; in kdtorch the mean of their gradients is its gradient. The next state is the
+  same on all devices.
+- **Finite results**: value and gradient are finite for every finite input, unless the exact number is too large for the
+  dtype. A class at -inf in student and teacher is padding and contributes nothing. A loss is inf if its formula is, for
+  example if the student gives -inf to a class that the teacher uses. An example whose logits are all -inf has no
+  distribution: its value and its gradient are NaN, unless it is left out.
+- **Settings**: a temperature that acts on the student (`temperature`, `student_temperature`) has a gradient if it is
+  given as an array (a tensor in kdtorch). Every other setting is a constant: in kdjax its gradient is 0, and in kdtorch
+  a tensor that requires a gradient is an error. Every number may be an integer.
+- **Errors**: a `TypeError` for a shape or dtype that does not fit and a `ValueError` for a setting, with the same text
+  in both packages. The value of an array is unknown while it is traced, so a setting that is an array and out of range
+  makes the loss NaN. A label or index out of range is an `IndexError` in kdtorch; in kdjax the value of its example is
+  NaN.
 - **Transforms**: kdjax works under `jit`, `grad`, `vmap` and `scan`, kdtorch under `torch.compile(fullgraph=True)`,
-  `torch.func.grad` and `torch.func.vmap`. A loss that cannot be differentiated twice says so in an error.
+  `torch.func.grad` and `torch.func.vmap`. A loss that cannot be differentiated twice raises an error that says so.
 """
 
 try:

@@ -21,8 +21,8 @@ def _bound(axis_name: AxisName) -> AxisName:
         jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"`axis_name` must be a mesh axis of the shard_map around the call, got {axis_name!r}; under jit alone "
-            "leave it out, the compiler sees the whole batch"
+            f"`axis_name` must be a mesh axis of the shard_map around the call, got {axis_name!r}; under jit without "
+            "shard_map leave it out, because the compiler sees the whole batch"
         ) from None
     return axis_name
 

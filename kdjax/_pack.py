@@ -117,7 +117,7 @@ def array(function: str, x: torch.Tensor) -> jax.Array:
         raise
     except Exception as error:
         raise TypeError(
-            f"{function}: a tensor of dtype {x.dtype} cannot be handed to JAX, for DLPack has no such dtype there; "
+            f"{function}: a tensor of dtype {x.dtype} cannot be converted to JAX, because DLPack has no such dtype there; "
             "cast it first, as by x.float()"
         ) from error
 

@@ -33,19 +33,19 @@ def torch_teacher(
     """A teacher of the other framework as a function of arrays, in eval mode and without gradients; memory is shared.
 
     Args:
-        module: the teacher. Every call puts it into eval mode and leaves it in the mode it was in.
-        output: from what the module returns to what is wanted of it: an array or a tree of arrays.
-        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): arrays of so many axes are channels-last here and channels-first in
-            the module, on the way in and out. None leaves all axes alone.
-        inside_jit: whether it may be called under `jit`, `grad`, `vmap` or `scan`: a callback to the host. The module
-            runs once on zeros while such a call is traced, for the shapes.
+        module: the teacher. Every call puts it into eval mode, and afterwards restores the mode that it was in.
+        output: a function from what the module returns to what you want of it: an array or a tree of arrays.
+        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): arrays with this number of axes are channels-last outside and
+            channels-first inside the module, for inputs and outputs. None changes no axes.
+        inside_jit: whether it may be called under `jit`, `grad`, `vmap` or `scan`, by a callback to the host. While
+            such a call is traced, the module runs once on zeros, to find the shapes.
 
     Returns:
-        A function of the module's arguments, with JAX arrays for tensors, to the tree of its outputs; a constant to any
-        gradient. Do not write into the module's outputs afterwards: the arrays are the same memory.
+        A function of the module's arguments, with JAX arrays for tensors, to the tree of its outputs; no gradient flows
+        through it. Do not write into the module's outputs afterwards: the arrays share their memory.
 
     Raises:
-        TypeError: a module that is none, an output that is no array or tree of arrays, a dtype that DLPack does not
+        TypeError: not a module, an output that is neither an array nor a tree of arrays, a dtype that DLPack does not
             have.
         ValueError: an unknown layout, a call under `jit` without `inside_jit`, 64-bit outputs where JAX has 32.
         RuntimeError: the module wrote into its input.
@@ -73,7 +73,7 @@ def torch_teacher(
             result = result if output is None else output(result)
         if before != [x._version for x in tensors]:
             raise RuntimeError(
-                "torch_teacher: the module wrote into its input, which is memory of a JAX array; "
+                "torch_teacher: the module wrote into its input, which shares memory with a JAX array; "
                 "its first layer must not work in place (inplace=False)"
             )
         check_outputs("torch_teacher", result, torch.Tensor)
@@ -86,8 +86,8 @@ def torch_teacher(
             return _arrays("torch_teacher", infer((args, kwargs)))
         if not inside_jit:
             raise ValueError(
-                "torch_teacher: called under jit, grad, vmap or scan; call it before the step and hand in what it gives, "
-                "or make it with inside_jit=True"
+                "torch_teacher: called under jit, grad, vmap or scan; call it before the step and pass its output to "
+                "the step, or create it with inside_jit=True"
             )
         structure, *arrays = _Structure.of((args, kwargs))
         return callback(structure, *jax.lax.stop_gradient(arrays))
@@ -111,16 +111,17 @@ def torch_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A loss of the other framework as a function of arrays that can be differentiated.
 
     Args:
-        fn: takes tensors and trees of them, and whatever else; returns the loss, an array or a tree of arrays, or a tuple
-            of the loss and what comes besides, such as the next state, through which no gradient flows.
+        fn: takes tensors, trees of them and anything else. It returns the loss, an array or a tree of arrays, or a
+            tuple of the loss and other outputs, such as the next state, through which no gradient flows.
 
     Returns:
         A function of the same arguments, with JAX arrays for tensors and kdjax's states for kdtorch's, under `jit`,
-        `grad` and `vmap` too. It calls the host back; the gradient runs `fn` anew, and a second one is refused.
+        `grad` and `vmap` too. It is a callback to the host; the gradient runs `fn` again, and a second derivative is an
+        error.
 
     Raises:
-        TypeError: an output that is no array or tree of arrays, a dtype that DLPack does not have.
-        ValueError: a gradient is asked for where none can flow, 64-bit outputs where JAX has 32.
+        TypeError: an output that is neither an array nor a tree of arrays, a dtype that DLPack does not have.
+        ValueError: a gradient is requested where none can flow, 64-bit outputs where JAX has 32.
 
     >>> import jax, jax.numpy as jnp, torch
     >>> from kdjax.interop import torch_loss
@@ -201,7 +202,7 @@ def _gradient(
     differentiable = [(x, y) for x, y in pairs if x.requires_grad]
     if not differentiable:
         raise ValueError(
-            "torch_loss: a gradient is asked for where none can flow: the loss requires no gradient; "
+            "torch_loss: a gradient is requested, but none can flow: the loss requires no gradient; "
             "do not detach it, nor compute it under no_grad"
         )
     values, upstream = zip(*differentiable, strict=True)
@@ -220,18 +221,18 @@ def _called(fn: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def to_torch(tree: Any) -> Any:
-    """A tree of JAX as one of PyTorch: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of JAX to PyTorch: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: arrays, states and modules of kdjax, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with tensors, kdtorch's states and kdtorch's modules. A Flax module that is not of this library
-        becomes its weights under the names and in the axes of PyTorch, for the `load_state_dict` of its port. What
-        draws random numbers starts anew.
+        becomes its weights, with the names and the axis order of PyTorch, for the `load_state_dict` of its port. Random
+        number generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a state or a module that kdtorch does not have.
 
     >>> from kdjax import dino_init
@@ -245,18 +246,18 @@ def to_torch(tree: Any) -> Any:
 
 
 def to_jax(tree: Any) -> Any:
-    """A tree of PyTorch as one of JAX: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of PyTorch to JAX: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: tensors, states and modules of kdtorch, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with JAX arrays, kdjax's states and kdjax's modules. A PyTorch module that is not of this library
-        becomes its weights under the names and in the axes of Flax, for `nnx.update` of its port. What draws random
-        numbers starts anew.
+        becomes its weights, with the names and the axis order of Flax, for `nnx.update` of its port. Random number
+        generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a tensor that requires gradient, 64 bits where JAX has 32.
 
     >>> from kdtorch import dino_init
@@ -270,15 +271,15 @@ def to_jax(tree: Any) -> Any:
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
-    """Write arrays, states and modules to a file that kdjax and kdtorch read; a writer that is killed leaves the old file.
+    """Write arrays, states and modules to a file that kdjax and kdtorch read; if the process is killed, the old file remains.
 
     Args:
         path: of the file, in the safetensors format, with a checksum and what was saved in its header.
-        tree: what `to_torch` and `to_jax` take.
+        tree: anything that `to_torch` and `to_jax` take.
 
     Raises:
-        TypeError: what cannot be saved; the message names its place.
-        OSError: the file cannot be written; what was there before still is.
+        TypeError: something that cannot be saved; the message says where it is.
+        OSError: the file cannot be written; the old file remains.
 
     >>> import tempfile
     >>> from kdjax import dino_init
@@ -292,17 +293,17 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """What `save` wrote, from either package, in the types of this one.
+    """Read what `save` wrote, from either package, in the types of this one.
 
     Args:
         path: of the file.
 
     Returns:
-        The tree; a module that is not of this library as its weights, as in `to_torch` and `to_jax`.
+        The tree. A module that is not of this library is returned as its weights, as in `to_torch` and `to_jax`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+        ValueError: the file is truncated, altered or of another kind; the message names the file and says which.
 
     >>> import tempfile
     >>> from kdjax.interop import load, save
@@ -331,7 +332,7 @@ def _tensors(function: str, tree: Any, place: torch.device | None = None) -> Any
             shared = torch.from_dlpack(x)
         except Exception as error:
             raise TypeError(
-                f"{function}: an array of dtype {x.dtype} cannot be handed to PyTorch, for DLPack has no such dtype; "
+                f"{function}: an array of dtype {x.dtype} cannot be converted to PyTorch, because DLPack has no such dtype; "
                 "cast it first, as by x.astype(jnp.float32)"
             ) from error
         return shared if place is None else shared.to(place)

@@ -117,33 +117,33 @@ def make_loss(
     """Build the weighted sum of losses that a configuration names.
 
     Args:
-        config: a mapping or an object with attributes: `MODEL.METRIC_LOSS_TYPE`, the prefix `kd` and then names of
-            losses, as in `"kd-dino-bce-dkd"`; `MODEL.KD_LOSS_WEIGHT`, for each name a number or a function of the
-            epoch; `MODEL.FEAT_DIM`, the width of `feat["stu"]` and of patches, for dino, dcn, crcd, crd, ibot;
+        config: a mapping or an object with attributes: `MODEL.METRIC_LOSS_TYPE`, the prefix `kd` followed by the names
+            of losses, as in `"kd-dino-bce-dkd"`; `MODEL.KD_LOSS_WEIGHT`, a number or a function of the epoch for each
+            name; `MODEL.FEAT_DIM`, the width of `feat["stu"]` and of patches, for dino, dcn, crcd, crd, ibot;
             `MODEL.CLS_FEA_NUM`, the width of `feat["fea_stu"]`, for uskd; and optionally `MODEL.KD_LOSS_ARGS`, settings
             by name, as in `{"dkd": {"beta": 8.0}}`, also a mapping or an object.
         num_classes: the number of classes.
         num_data: the number of samples in the data set.
         conventions: `"published"` for the formulas of this package; `"founding"` for the founding code's numbers: kld
-            and skld are KL(q‖p) averaged over batch and classes, kld reads the features, eu_mse the scores, and crcd
-            takes `target` as index.
+            and skld are KL(q‖p) averaged over batch and classes, kld reads the features, eu_mse reads the scores, and
+            crcd uses `target` as the index.
         rngs: of Flax, for the parameters; `nnx.Rngs(0)` if None.
 
     Returns:
-        A `CombinedLoss`: called with `score`, `feat`, `fea`, `target` and `epoch` it gives the weighted sum, `.terms`
-        of the same gives the value of each, and `.losses[name]` is the loss itself.
+        A `CombinedLoss`: called with `score`, `feat`, `fea`, `target` and `epoch` it returns the weighted sum, `.terms`
+        with the same arguments returns the value of each loss, and `.losses[name]` is the loss itself.
 
     Raises:
-        ValueError: an unknown name, one given twice, an empty one, a missing prefix or key, no name, a number of weights
-            that differs, a weight that is negative or no finite number, a width or number below 1, an unknown setting,
-            or one that the loss refuses; a loss whose state no module holds.
+        ValueError: an unknown, repeated or empty name, a missing prefix or key, no name, a different number of weights
+            than of names, a weight that is negative or not a finite number, a width or number below 1, an unknown
+            setting, a setting that the loss does not accept, a loss whose state no module holds.
 
-    A name is one of the founding code's, or that of a function, with or without `_loss`: `kl_loss` or `kl`. By its
-    function a loss has the function's own settings, and reads `score_stu` and `score_tea` for logits, `stu` and `tea`
-    for features, `feats_stu` and `feats_tea` for maps (a loss of one map takes the last), `tokens_stu` and `tokens_tea`
-    for tokens (`minilm`), `patches_stu` and `patches_tea` for patches, `target` for labels, and for any other parameter
-    the entry of `feat` that has its name. The founding names keep their meaning: `rkd` is ReviewKD's `hcl_loss`, not
-    `rkd_loss`, and `dkd` weighs both its parts by 1 at temperature 1.
+    A name is one of the founding code's, or the name of a function, with or without `_loss`: `kl_loss` or `kl`. With
+    the name of its function, a loss has the function's defaults, and reads `score_stu` and `score_tea` for logits,
+    `stu` and `tea` for features, `feats_stu` and `feats_tea` for maps (a loss of one map uses the last), `tokens_stu`
+    and `tokens_tea` for tokens (`minilm`), `patches_stu` and `patches_tea` for patches, `target` for labels, and for
+    any other parameter the entry of `feat` with the parameter's name. The founding names keep their meaning: `rkd` is
+    ReviewKD's `hcl_loss`, not `rkd_loss`, and `dkd` gives both its parts the weight 1, at temperature 1.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import make_loss

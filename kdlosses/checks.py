@@ -258,7 +258,7 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], frame
             first, device = path, here
         elif here is not None and here != device:
             raise ValueError(
-                f"{function}: `{path}` must be on the device of `{first}`, {device}, got {here}; bring both to one device"
+                f"{function}: `{path}` must be on the device of `{first}`, {device}, got {here}; move both to one device"
             )
 
 
@@ -360,7 +360,7 @@ def explain(function: str, path: str, everything: tuple[Given, ...]) -> str:
         return f"{function}: `{path}` must be a number or a floating-point or integer array of shape []{none}, got {got}{mend}"
     if given.expected == "float":
         mend = (
-            f"; it chooses how the loss is computed: give float({path}), outside of what is traced"
+            f"; it determines how the loss is computed: give float({path}), outside the traced function"
             if given.dtype
             else ""
         )
@@ -427,10 +427,10 @@ def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list
     if axes[-1] == "classes" and shape[:-1] == like[:-1]:
         wider, other = (name, first) if shape[-1] > like[-1] else (first, name)
         few, many = sorted((shape[-1], like[-1]))
-        mend = f"{wider} has {many - few} classes more; if they are padding, cut them off: {wider}[..., :{few}]"
+        mend = f"{wider} has {many - few} more classes; if they are padding, cut them off: {wider}[..., :{few}]"
         return mend if wider == name else f"{mend}; if the student uses them, give {other} -inf there"
     if len(shape) > 2 and sorted(shape) == sorted(like):
-        return f"bring the {axes[-1]} of both to the last axis"
+        return f"move the {axes[-1]} of both to the last axis"
     if len(shape) > 2 and (*shape[:-2], shape[-1]) == (*like[:-2], like[-1]) and abs(shape[-2] - like[-2]) == 1:
         longer = name if shape[-2] > like[-2] else first
         return (

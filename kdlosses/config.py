@@ -109,8 +109,8 @@ def read(
         term = {**functions, **founding}[name]
         if "state" in term.reads:
             raise ValueError(
-                f"the loss {name!r} takes a state and returns the next one, and no module holds it; call "
-                f"`{term.loss.__name__}` beside the combined loss, and keep its state"
+                f"the loss {name!r} takes a state and returns the next one, but no module holds it; call "
+                f"`{term.loss.__name__}` next to the combined loss, and keep its state yourself"
             )
         arguments = [
             _size(f"`{path}`", numbers[path]) if path in numbers else _size(path, _get(config, path, name))
@@ -165,12 +165,12 @@ def check_weights(place: str, given: Any, names: Sequence[str]) -> list[Weight]:
     weights = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else []
     if not weights or not all(callable(weight) or _is_weight(weight) for weight in weights):
         raise ValueError(
-            f"{place} must be finite numbers, none below 0, or functions of the epoch, one a loss, as in [1.0, 0.5], "
+            f"{place} must be finite numbers, none below 0, or functions of the epoch, one per loss, as in [1.0, 0.5], "
             f"got {given!r}"
         )
     if len(weights) != len(names):
         raise ValueError(
-            f"{place} must have one number a loss: {len(names)} for {names}, got {len(weights)}: {weights}"
+            f"{place} must have one number per loss: {len(names)} for {names}, got {len(weights)}: {weights}"
         )
     return [weight if callable(weight) else float(weight) for weight in weights]
 
@@ -184,7 +184,7 @@ def weight_at(name: str, weight: Weight, epoch: Any) -> Any:
     if not callable(weight):
         return weight
     if epoch is None:
-        raise ValueError(f"the weight of {name!r} is a function of the epoch, which is absent; give `epoch`")
+        raise ValueError(f"the weight of {name!r} is a function of the epoch, which is missing; give `epoch`")
     value = weight(epoch)
     if not hasattr(value, "shape") and not _is_weight(value):
         raise ValueError(f"the weight of {name!r} must be finite and at least 0, got {value!r} at epoch {epoch}")
@@ -204,7 +204,7 @@ def _names(text: Any, founding: Mapping[str, Term], functions: Mapping[str, Term
     prefix, *names = str(text).split("-")
     if prefix != "kd":
         raise ValueError(f"MODEL.METRIC_LOSS_TYPE must begin with 'kd-', as in 'kd-dino-bce-dkd', got {text!r}")
-    known = f"{sorted(founding)} or any loss by its function, as 'kl_loss' or 'kl'"
+    known = f"{sorted(founding)} or any loss by the name of its function, such as 'kl_loss' or 'kl'"
     if not any(names):
         raise ValueError(f"MODEL.METRIC_LOSS_TYPE must name at least one loss after 'kd-', of {known}, got {text!r}")
     if "" in names:

@@ -93,7 +93,7 @@ def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
     if len(blob) < size:
         raise ValueError(f"{path}: truncated: expected {size} bytes, got {len(blob)}; save it again")
     if hashlib.sha256(blob.replace(_DIGEST % digest.encode(), _BLANK, 1)).hexdigest() != digest:
-        raise ValueError(f"{path}: altered: its content no longer has the checksum of its header; save it again")
+        raise ValueError(f"{path}: altered: its content does not match the checksum in its header; save it again")
     if metadata["format"] != FORMAT:
         raise ValueError(
             f"{path}: of format {metadata['format']}, written by kdlosses {metadata['kdlosses']}; this version reads "

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdlosses.formulas import unicode
+from kdlosses.meanings import by_meaning
 
 _PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: and [A-Z]\w+| et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
 # what each package needs, and what brings it
@@ -91,11 +92,11 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
         The exit status, 0.
 
     Raises:
-        SystemExit: 2, a name that is unknown; the message has the nearest.
+        SystemExit: 2, a name that is unknown; the message suggests some.
     """
     parser = argparse.ArgumentParser(f"python -m {program}", description=f"List the losses of {program}.")
     show = parser.add_subparsers(dest="command").add_parser("show", help="print the page of one")
-    show.add_argument("name", help="dkd, DKD, dkd_loss, or a name of a configuration, such as kld")
+    show.add_argument("name", help="dkd, DKD, dkd_loss, or a name in a configuration, such as kld")
     options = parser.parse_args(arguments)
 
     missing = {package: what for package in packages if (what := _missing(package))}
@@ -115,19 +116,39 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
         console.print(_table([x for x in found.values() if x.is_loss], config, marks))
         notes.append(f"`python -m {program} show dkd` prints the page of one.")
     else:
-        known = {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
-        # the names of a configuration precede, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
-        known |= {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
-        asked = options.name.lower()
-        if asked not in known:
-            near = ", ".join(difflib.get_close_matches(asked, known, 3, 0))
-            parser.error(f"no loss is called {options.name!r}; near are {near}; `python -m {program}` lists all")
-        name = known[asked]
+        try:
+            name = _lookup(options.name, found, config)
+        except LookupError as error:
+            parser.error(f"{error.args[0]}; `python -m {program}` lists all")
         _print_page(console, found[name], config.get(name, []), marks.get(name, []))
         notes[:0] = [""] * bool(notes)
     for note in notes:
         console.print(note, highlight=False, markup=False)
     return 0
+
+
+def named(asked: str) -> str:
+    """The public name that `show` prints the page of, for what somebody writes: `dkd`, `DKD` and `dkd_loss` are `dkd_loss`.
+
+    Args:
+        asked: the name of a loss with or without `_loss`, or its name in a configuration, in small or large letters.
+
+    Raises:
+        LookupError: there is no such loss; the message suggests some.
+    """
+    return _lookup(asked, public("kdjax"), _config_names("kdjax"))
+
+
+def _lookup(asked: str, found: Mapping[str, Public], config: Mapping[str, Sequence[str]]) -> str:
+    known = {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
+    # the names of a configuration precede, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
+    known |= {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
+    if name := known.get(asked.lower()):
+        return name
+    if meant := by_meaning(asked, {name: x.docstring for name, x in found.items() if x.returns}):
+        raise LookupError(f"no loss is called {asked!r}; did you mean {' or '.join(meant)}?")
+    near = ", ".join(difflib.get_close_matches(asked.lower(), known, 3, 0))
+    raise LookupError(f"no loss is called {asked!r}; similar names are {near}")
 
 
 def public(package: str) -> dict[str, Public]:

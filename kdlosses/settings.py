@@ -52,7 +52,7 @@ def map_sizes(sizes: Any, number: int) -> tuple[tuple[int, int] | None, ...] | N
     if sizes is None:
         return None
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != number:
-        raise ValueError(f"`out_shapes` must have one size a map, {number} in all, got {sizes!r}")
+        raise ValueError(f"`out_shapes` must have one size per map, {number} in all, got {sizes!r}")
     return tuple(map_size(size, f"out_shapes[{i}]") for i, size in enumerate(sizes))
 
 

@@ -55,7 +55,7 @@ def numpy_dtype(name: str) -> np.dtype:
     import ml_dtypes
 
     if not hasattr(ml_dtypes, name):
-        raise TypeError(f"dtype {name} has no twin in NumPy")
+        raise TypeError(f"dtype {name} has no equivalent in NumPy")
     return np.dtype(getattr(ml_dtypes, name))
 
 
@@ -105,7 +105,7 @@ def pack(tree: Any, package: str, leaf: Callable[[str, Any], Packed], path: str 
         place = reference(type(tree), package)
         if place is None:
             raise TypeError(
-                f"`{path or 'tree'}` is a {type(tree).__name__}, which the other framework has not; {_KNOWN}"
+                f"`{path or 'tree'}` is a {type(tree).__name__}, which the other framework does not have; {_KNOWN}"
             )
         fields = zip(tree._fields, tree, strict=True)
         return {"state": place, "fields": {k: pack(x, package, leaf, _join(path, k)) for k, x in fields}}
@@ -151,11 +151,11 @@ def unpack(node: Packed, package: str, array: Callable[[np.ndarray], Any], modul
 
 def no_leaf(path: str, x: Any) -> TypeError:
     """What is said of a leaf that cannot cross."""
-    return TypeError(f"`{path or 'tree'}` is a {type(x).__name__}, which cannot cross; {_KNOWN}")
+    return TypeError(f"`{path or 'tree'}` is a {type(x).__name__}, which cannot be converted; {_KNOWN}")
 
 
 _KNOWN = (
-    "what can are arrays, numbers, strings, states and modules of this library, and dicts, lists and tuples of them"
+    "supported are arrays, numbers, strings, states and modules of this library, and dicts, lists and tuples of them"
 )
 
 
@@ -194,6 +194,6 @@ def check_outputs(function: str, tree: Any, kind: type) -> None:
         if not isinstance(x, kind) and (x is not None or not name):
             place = f"the output `{name}`" if name else "the output"
             raise TypeError(
-                f"{function}: {place} must be an array or a tree of arrays, got {type(x).__name__}; return what is wanted "
-                "of it, or choose it by `output=`"
+                f"{function}: {place} must be an array or a tree of arrays, got {type(x).__name__}; return the part that "
+                "you want, or select it with `output=`"
             )

@@ -40,8 +40,8 @@ def check_batch(x: Tensor, group: ProcessGroup | None) -> None:
     for other, number in enumerate(numbers.tolist()):
         if number != len(x):
             raise ValueError(
-                f"the ranks of `group` must hold batches of one size, got {len(x)} on rank {rank(group)} and {number} on rank "
-                f"{other}; fill the smaller ones up and mask what fills them by `where`"
+                f"the ranks of `group` must have batches of the same size, got {len(x)} on rank {rank(group)} and {number} on rank "
+                f"{other}; pad the smaller ones, and mask the padding with `where`"
             )
 
 
@@ -123,12 +123,12 @@ def check_dtensors(function: str, leaves: list[tuple[str, Any, checks.Argument]]
     name, first, _ = sharded[0]
     if allowed is None:
         raise TypeError(
-            f"{function}: `{name}` must be no DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
+            f"{function}: `{name}` must not be a DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
             "x.to_local() and group="
         )
     if any(path == "group" and value is not None for path, value, _ in leaves):
         raise TypeError(
-            f"{function}: `group` must be None beside the DTensor `{name}`, which holds the whole batch; leave it out, or give "
+            f"{function}: `group` must be None together with the DTensor `{name}`, which holds the whole batch; leave it out, or give "
             "x.to_local() for every DTensor"
         )
     for path, value, argument in tensors:

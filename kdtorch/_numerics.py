@@ -145,7 +145,7 @@ def _inside(index: Tensor, size: int, name: str) -> Tensor:
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
         raise IndexError(
-            f"`{name}` must lie in 0 .. {size - 1}, got {index[wrong][0].item()}; mask what has none by `where`"
+            f"`{name}` must be in 0 .. {size - 1}, got {index[wrong][0].item()}; mask those without one with `where`"
         )
     return index
 
@@ -249,11 +249,11 @@ BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then ho
 def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
     """A differentiable function from one that makes its value and its gradients in one go.
 
-    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and what
-    else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes
-    of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The gradients,
-    in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is held, so they may
-    be written into. A second derivative is refused.
+    `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and
+    what else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the
+    axes of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The
+    gradients, in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is
+    held, so they may be written into. A second derivative is an error.
     """
 
     class WithGradients(torch.autograd.Function):

@@ -27,7 +27,7 @@ def _packed_leaf(path: str, x: Any) -> Packed:
     if isinstance(x, Tensor):
         if x.requires_grad:
             raise ValueError(
-                f"`{path or 'tree'}` is a tensor that requires gradient, and none flows through here; give x.detach()"
+                f"`{path or 'tree'}` requires a gradient, but no gradient flows through this function; give x.detach()"
             )
         return numpy(x)
     if isinstance(x, np.ndarray | np.generic):
@@ -84,7 +84,7 @@ def tensor(x: np.ndarray) -> Tensor:
     """A copy, in the array's own dtype, of which NumPy may know nothing."""
     dtype = getattr(torch, "bool" if x.dtype == bool else x.dtype.name, None)
     if dtype is None:
-        raise TypeError(f"an array of dtype {x.dtype}, which PyTorch has not; cast it first")
+        raise TypeError(f"an array of dtype {x.dtype}, which PyTorch does not have; cast it first")
     return (
         torch.frombuffer(bytearray(x.tobytes()), dtype=dtype).reshape(x.shape)
         if x.size

@@ -30,34 +30,34 @@ _setting: Setting = "auto"
 
 
 def fuse(setting: Setting) -> Setting:
-    """Whether losses of single examples run as one compiled kernel, which is called from eager PyTorch.
+    """Set whether losses of single examples run as one compiled kernel, which is called from eager PyTorch.
 
-    A loss that is a function of rows is then compiled by `torch.compile` at its first call, and called from eager code.
-    It reads inputs in half precision as they are and writes the gradient in their dtype, where eager PyTorch on a GPU makes
-    float32 copies of the logits. The results are the same but for rounding. The setting holds for the whole process from
-    the next call on. At import it is what the environment variable `KDLOSSES_FUSE` says: `1`, `0` or `auto`.
+    A loss that works row by row is then compiled by `torch.compile` at its first call, and called from eager code. It
+    reads half-precision inputs as they are and writes the gradient in their dtype, while eager PyTorch on a GPU makes
+    float32 copies of the logits. The results are the same up to rounding. The setting applies to the whole process from
+    the next call on. At import it is set by the environment variable `KDLOSSES_FUSE`: `1`, `0` or `auto`.
 
     Args:
-        setting: True, False, or `"auto"`, the default, which is meant for CUDA devices that have Triton. It has not been
-            measured there yet whether the results are right and come faster; until then `"auto"` is off everywhere.
+        setting: True, False, or `"auto"`, the default, which is meant for CUDA devices that have Triton. Correctness
+            and speed have not been measured there yet; until then `"auto"` never fuses.
 
     Returns:
-        The setting before.
+        The previous setting.
 
     Raises:
         ValueError: another setting.
 
     Known limits:
 
-    - Losses that compare examples with each other, and `dcn_loss`, are no functions of rows and run as before.
+    - Losses that compare examples with each other, and `dcn_loss`, do not work row by row and are not fused.
     - The first call of a loss takes seconds, and needs what `torch.compile` needs: Triton on a GPU, and a C++ compiler.
-    - One program serves all sizes, settings and leading axes. A batch of one row, a mask, another dtype, a call without a
-      gradient, and logits that are slices of a larger array are compiled anew. PyTorch compiles at most eight programs for
-      one loss, dtype and mask, and then runs the function uncompiled.
-    - A call takes some 50 µs more before its kernel starts, so that eager PyTorch is faster for small batches.
+    - One compiled program works for all sizes, settings and leading axes. A batch of one row, a mask, another dtype, a
+      call without a gradient, and logits that are slices of a larger array need a program of their own. PyTorch
+      compiles at most eight programs for one loss, dtype and mask, and then runs the function uncompiled.
+    - A call takes about 50 µs more before its kernel starts, so eager PyTorch is faster for small batches.
     - Second derivatives, the transforms of `torch.func`, tensors of a subclass such as `DTensor`, calls under a
-      `TorchDispatchMode`, and a row without a batch go the ordinary way. What is under `torch.compile` already is compiled with
-      all around it.
+      `TorchDispatchMode`, and a row without a batch axis are not fused. Under `torch.compile`, a loss is compiled
+      together with the code around it.
 
     >>> import torch
     >>> import kdtorch
@@ -367,9 +367,9 @@ def _check_of(given: Sequence[Any]) -> Callable[[], None]:
         for x, version in versions:
             if x._version != version:
                 raise RuntimeError(
-                    "the second derivative of a loss, and under torch.func the first, needs the inputs that the loss was given, "
-                    f"but one of shape {list(x.shape)} was written into since; take the derivatives before, or give the loss "
-                    "a copy of it, x.clone()"
+                    "the second derivative of a loss, and under torch.func the first, needs the original inputs of the loss, "
+                    f"but the one of shape {list(x.shape)} was changed in place; compute the derivatives before the change, or "
+                    "give the loss a copy, x.clone()"
                 )
 
     return check

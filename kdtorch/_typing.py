@@ -213,7 +213,7 @@ def _warn(function: str, name: str, first: str) -> None:
         return
     _warned.add(function)
     warnings.warn(
-        f"{function}: `{name}` requires a gradient and gets none, because it is constant, and `{first}` requires none; "
-        f"swap the two, take a loss that has this gradient, or give {name}.detach()",
+        f"{function}: `{name}` requires a gradient but gets none, because it is a constant of this loss, and `{first}` requires none; "
+        f"swap the two arguments, use a loss that has this gradient, or give {name}.detach()",
         stacklevel=5,
     )

@@ -31,18 +31,18 @@ def jax_teacher(
     Args:
         fn: an `nnx.Module`, of which a copy in eval mode runs, as it is at the time of the call; or a function of
             `params` and arrays, as a Linen model's `apply`. It runs under `jit`.
-        params: what the function takes first; None with a module.
-        output: from what it returns to what is wanted of it: an array or a tree of arrays.
-        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors of so many axes are channels-first here and channels-last in
-            the teacher, on the way in and out. None leaves all axes alone.
+        params: the first argument of the function; None with a module.
+        output: a function from what it returns to what you want of it: an array or a tree of arrays.
+        layout: `"NHWC"` (or `"NWC"`, `"NDHWC"`): tensors with this number of axes are channels-first outside and
+            channels-last inside the teacher, for inputs and outputs. None changes no axes.
 
     Returns:
         A function of the teacher's further arguments, with tensors for JAX arrays, to the tree of its outputs. Do not
-        write into them: the tensors are memory of JAX.
+        write into the outputs: they share memory with JAX.
 
     Raises:
-        TypeError: parameters beside a module or none beside a function, an output that is no array or tree of arrays, a
-            dtype that DLPack does not have.
+        TypeError: parameters together with a module, or a function without parameters, an output that is neither an
+            array nor a tree of arrays, a dtype that DLPack does not have.
         ValueError: an unknown layout, a tensor that requires gradient, 64-bit tensors where JAX has 32.
 
     >>> import jax, torch
@@ -56,7 +56,7 @@ def jax_teacher(
 
     if isinstance(fn, nnx.Module) != (params is None):
         came = "both" if isinstance(fn, nnx.Module) else f"{type(fn).__name__} and None"
-        raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function with `params` beside it, got {came}")
+        raise TypeError(f"jax_teacher: `fn` must be an nnx.Module, or a function together with `params`, got {came}")
     axes = Layout.of("jax_teacher", layout)
 
     @jax.jit
@@ -79,8 +79,8 @@ def jax_teacher(
         for name, x in given.items():
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
-                    f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires gradient, and through a "
-                    "teacher none flows; give x.detach(), or call the teacher under torch.no_grad()"
+                    f"jax_teacher: the tensor of shape {list(x.shape)} at `{name}` requires a gradient, but no "
+                    "gradient flows through a teacher; give x.detach(), or call the teacher under torch.no_grad()"
                 )
         args, kwargs = _arrays("jax_teacher", each_leaf(axes.channels_last, (args, kwargs)))
         result = evaluate(*nnx.split(fn), args, kwargs) if params is None else apply(params, args, kwargs)
@@ -94,13 +94,13 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A loss of the other framework as a function of arrays that can be differentiated.
 
     Args:
-        fn: takes JAX arrays and trees of them, and whatever else, which is static; returns the loss, an array or a tree
-            of arrays, or a tuple of the loss and what comes besides, such as the next state, through which no gradient
+        fn: takes JAX arrays, trees of them and anything else, which is static. It returns the loss, an array or a tree
+            of arrays, or a tuple of the loss and other outputs, such as the next state, through which no gradient
             flows. It runs under `jit`, forward and backward.
 
     Returns:
         A function of the same arguments, with tensors for JAX arrays and kdtorch's states for kdjax's. A second
-        derivative is refused.
+        derivative is an error.
 
     Raises:
         TypeError: an output that is no array or tree of arrays, a loss that is not floating-point, a dtype that DLPack
@@ -185,7 +185,7 @@ class _Compiled:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(
                     f"jax_loss: the loss must be floating-point, got {x.dtype}{list(x.shape)}; return what is not "
-                    "differentiated after it, in a tuple"
+                    "differentiated after it, as a tuple"
                 )
         return loss, extras
 
@@ -221,18 +221,18 @@ class _Crossing(torch.autograd.Function):
 
 
 def to_torch(tree: Any) -> Any:
-    """A tree of JAX as one of PyTorch: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of JAX to PyTorch: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: arrays, states and modules of kdjax, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with tensors, kdtorch's states and kdtorch's modules. A Flax module that is not of this library
-        becomes its weights under the names and in the axes of PyTorch, for the `load_state_dict` of its port. What
-        draws random numbers starts anew.
+        becomes its weights, with the names and the axis order of PyTorch, for the `load_state_dict` of its port. Random
+        number generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a state or a module that kdtorch does not have.
 
     >>> from kdjax import dino_init
@@ -246,18 +246,18 @@ def to_torch(tree: Any) -> Any:
 
 
 def to_jax(tree: Any) -> Any:
-    """A tree of PyTorch as one of JAX: arrays, states, and modules with their weights. Everything is copied.
+    """Convert a tree of PyTorch to JAX: arrays, states, and modules with their weights. Everything is copied.
 
     Args:
         tree: tensors, states and modules of kdtorch, numbers and strings, in dicts, lists and tuples.
 
     Returns:
         The same tree with JAX arrays, kdjax's states and kdjax's modules. A PyTorch module that is not of this library
-        becomes its weights under the names and in the axes of Flax, for `nnx.update` of its port. What draws random
-        numbers starts anew.
+        becomes its weights, with the names and the axis order of Flax, for `nnx.update` of its port. Random number
+        generators start anew.
 
     Raises:
-        TypeError: what cannot cross; the message names its place.
+        TypeError: something that cannot be converted; the message says where it is.
         ValueError: a tensor that requires gradient, 64 bits where JAX has 32.
 
     >>> from kdtorch import dino_init
@@ -271,16 +271,16 @@ def to_jax(tree: Any) -> Any:
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
-    """Write arrays, states and modules to a file that kdjax and kdtorch read; a writer that is killed leaves the old file.
+    """Write arrays, states and modules to a file that kdjax and kdtorch read; if the process is killed, the old file remains.
 
     Args:
         path: of the file, in the safetensors format, with a checksum and what was saved in its header.
-        tree: what `to_torch` and `to_jax` take.
+        tree: anything that `to_torch` and `to_jax` take.
 
     Raises:
-        TypeError: what cannot be saved; the message names its place.
+        TypeError: something that cannot be saved; the message says where it is.
         ValueError: a tensor that requires gradient.
-        OSError: the file cannot be written; what was there before still is.
+        OSError: the file cannot be written; the old file remains.
 
     >>> import tempfile
     >>> from kdtorch import dino_init
@@ -294,18 +294,18 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """What `save` wrote, from either package, in the types of this one.
+    """Read what `save` wrote, from either package, in the types of this one.
 
     Args:
         path: of the file.
 
     Returns:
-        The tree; a module that is not of this library as its weights, as in `to_torch` and `to_jax`.
+        The tree. A module that is not of this library is returned as its weights, as in `to_torch` and `to_jax`.
 
     Raises:
         OSError: the file cannot be read.
         TypeError: an array of a dtype that PyTorch does not have.
-        ValueError: it is of another kind, truncated or altered; the message names the file and says which.
+        ValueError: the file is truncated, altered or of another kind; the message names the file and says which.
 
     >>> import tempfile
     >>> from kdtorch.interop import load, save

@@ -1,7 +1,7 @@
-"""Is kdjax equal to kdtorch, and both to the formula? And is anybody's function in JAX equal to its port in PyTorch?
+"""Check that kdjax, kdtorch and the formula agree, and that your own function in JAX agrees with its port in PyTorch.
 
 `python -m parity` compares every loss of the table (`cases`) in both packages with each other and with the oracle.
-`compare`, `assert_parity` and `compare_modules` do so for any pair of functions or models.
+`compare`, `assert_parity` and `compare_modules` do the same for any pair of functions or models.
 """
 
 from parity.compare import Comparison, Difference

@@ -1,4 +1,4 @@
-"""`python -m parity`: every loss of the table in kdjax, kdtorch and the oracle, and how far they are apart."""
+"""`python -m parity`: compares every loss of the table in kdjax, kdtorch and the oracle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.progress import Progress
 
+from kdlosses import pages
 from parity import report
 from parity.cases import LOSSES, Case, Loss, cases, random_case
 from parity.check import DTYPES, check
@@ -18,6 +19,19 @@ from parity.run import forget
 
 TITLES = [loss.title for loss in LOSSES]
 SHORT = {title.replace("_loss", ""): title for title in TITLES}  # "dkd", "nkd-soft"
+
+
+def title(name: str) -> str:
+    """The loss of the table that `python -m kdlosses show` would show, or one of its other rows, such as nkd-soft."""
+    if "-" in name and (row := SHORT.get(name.lower(), name.lower())) in TITLES:
+        return row
+    try:
+        row = pages.named(name)
+    except LookupError as error:
+        raise argparse.ArgumentTypeError(error.args[0]) from None
+    if row not in TITLES:
+        raise argparse.ArgumentTypeError(f"{row} is not compared; there are {', '.join(SHORT)}")
+    return row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,11 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss",
         nargs="+",
-        type=lambda name: SHORT.get(name, name),
-        choices=TITLES,
+        type=title,
         default=TITLES,
         metavar="NAME",
-        help=f"all of them; or some, with or without _loss: {', '.join(SHORT)}",
+        help=f"some of them instead of all, by the names that `python -m kdlosses show` takes: {', '.join(SHORT)}",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the inputs; all of them")
     parser.add_argument(

@@ -53,7 +53,7 @@ class Case:
         value_scale: the same of the value.
         seed: of the gradient from above; None for 1.
         bounds: where the formula itself is ill-conditioned, the limits of (value, gradient, state) held instead.
-        why: the formula is ill-conditioned there.
+        why: the reason why the formula is ill-conditioned there.
     """
 
     loss: Loss

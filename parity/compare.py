@@ -1,4 +1,4 @@
-"""The distance of one result from another, and the table that says it."""
+"""Compares two results, and prints the differences as a table."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PARTS = ("value", "gradient", "state", "setting")
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far a part of one result is from the same part of another: its worst entry.
+    """The difference of one part of two results, at its worst entry.
 
     Attributes:
-        subject: what was compared: a loss, a function, a layer.
+        subject: what was compared: a loss, a function or a layer.
         case: on which inputs.
         dtype: of the inputs.
-        one: the side that is judged.
-        other: the side that it is held against.
-        part: `"value"`, `"gradient"` or `"state"`; `"setting"`, of a layer, where it differs.
-        leaf: the place of the worst array in its tree.
-        index: of the worst entry in it.
-        ours: the number of the side that is judged.
-        theirs: the other one.
+        one: the side that is checked.
+        other: the side that it is compared with.
+        part: `"value"`, `"gradient"` or `"state"`; `"setting"` for a setting of a layer that differs.
+        leaf: the path of the worst array in its tree.
+        index: of the worst entry in that array.
+        ours: the number of the side that is checked.
+        theirs: the number of the other side.
         ulp: their distance in units in the last place of the array's largest entry, in the dtype of the result; inf
             where the two cannot be compared.
         relative: their distance over the array's largest entry.
@@ -91,11 +91,11 @@ def difference(
     """Compare two trees of arrays: the same leaves, shapes, dtypes, infinities, and numbers within `limit` ULP.
 
     Args:
-        one: the tree that is judged, of NumPy arrays.
-        other: the tree that it is held against.
+        one: the tree that is checked, of NumPy arrays.
+        other: the tree that it is compared with.
         limit: in ULP of the largest entry of each array of `other`, in the array's dtype.
-        expected: the dtype that the arrays of `one` must be in; that of `other`'s, if not given.
-        scale: the least number to count as the largest entry.
+        expected: the dtype that the arrays of `one` must have; by default that of `other`'s.
+        scale: the smallest number to use as the largest entry.
         names: of the two sides.
         where: the other fields of `Difference`.
     """
@@ -182,10 +182,10 @@ def ulps(got: Any, want: Any, dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Differences, which print as a table of the worst by subject and dtype, and below it those over their limit.
+    """Differences. Printed, they are a table of the worst by subject and dtype, followed by those that exceed their limit.
 
     Attributes:
-        differences: all that were looked for, also those of 0.
+        differences: all that were computed, also those that are 0.
         note: a line to print below the table.
 
     >>> from parity import Comparison
@@ -198,19 +198,19 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared and all of it is within its limits."""
+        """Whether something was compared and everything is within its limits."""
         return bool(self.differences) and not self.failures
 
     @property
     def failures(self) -> tuple[Difference, ...]:
-        """Those over their limit."""
+        """The differences that exceed their limit."""
         return tuple(x for x in self.differences if not x.passed)
 
     def rows(self) -> Iterator[tuple[str, str, dict[tuple[str, str], Difference]]]:
         """The rows of the table.
 
         Returns:
-            Subject, dtype, and the worst difference by (held against, part); the nearest to its limit is the worst.
+            Subject, dtype, and the worst difference by (other side, part); the worst is the one closest to its limit.
         """
         for subject, dtype in dict.fromkeys((x.subject, x.dtype) for x in self.differences):
             cells: dict[tuple[str, str], Difference] = {}
@@ -224,7 +224,7 @@ class Comparison:
         """The columns of the table.
 
         Returns:
-            (held against, part), of those that there are.
+            (other side, part), for those that exist.
         """
         present = {(x.other, x.part) for x in self.differences}
         others = dict.fromkeys(x.other for x in self.differences)
@@ -255,7 +255,7 @@ class Comparison:
 
 
 def worst(differences: Iterable[Difference]) -> Difference:
-    """The one that is farthest over its limit, or nearest to it."""
+    """The difference that exceeds its limit most, or is closest to it."""
     return max(differences, key=lambda x: (not x.passed, x.ulp / x.limit if x.limit else x.ulp))
 
 

@@ -1,4 +1,4 @@
-"""Anybody's pair of functions, one in JAX and one in PyTorch: the same values and the same gradients?"""
+"""Compares the values and gradients of two functions, one in JAX and one in PyTorch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def compare(
     limits: Mapping[str, tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Run a function of JAX and one of PyTorch on the same inputs and compare what they give.
+    """Run a function of JAX and one of PyTorch on the same inputs and compare their outputs.
 
-    Compared are the trees of the outputs, their shapes, dtypes and values, and the gradients of every floating-point
+    It compares the trees of the outputs, their shapes, dtypes and values, and the gradients of every floating-point
     input: the vector-Jacobian products for one random cotangent.
 
     Args:
-        jax_fn: takes the inputs as JAX arrays; called without `jit`, so wrap it in `jax.jit` to compare that.
+        jax_fn: takes the inputs as JAX arrays. It is called without `jit`; wrap it in `jax.jit` to compare the compiled
+            function.
         torch_fn: takes the inputs as tensors on the CPU.
         inputs: NumPy arrays, or trees of them (dicts, lists, tuples, named tuples). Floating-point arrays are cast to
             each of `dtypes`, integers are int32 in JAX and stay as they are in PyTorch.
@@ -46,8 +47,8 @@ def compare(
         seed: of the cotangent.
 
     Returns:
-        A `Comparison`: `.passed`, `.failures`, and a table when printed, with the place and both numbers of the worst
-        entry of whatever is over its limit.
+        A `Comparison`: `.passed`, `.failures`, and a table when printed, with the position and both numbers of the
+        worst entry of everything that exceeds its limit.
 
     Raises:
         TypeError: an input or an output that is not an array; the message names the side and the leaf.
@@ -78,7 +79,7 @@ def compare(
 
 
 def assert_parity(jax_fn: Callable[..., Any], torch_fn: Callable[..., Any], *inputs: Any, **options: Any) -> None:
-    """Raise an `AssertionError` that reads as the table of `compare`, unless all is within the limits.
+    """Raise an `AssertionError` with the table of `compare`, unless everything is within the limits.
 
     Args:
         jax_fn: takes the inputs as JAX arrays.
@@ -87,7 +88,7 @@ def assert_parity(jax_fn: Callable[..., Any], torch_fn: Callable[..., Any], *inp
         options: of `compare`: `grad`, `dtypes`, `limits`, `seed`.
 
     Raises:
-        AssertionError: something is over its limit.
+        AssertionError: something exceeds its limit.
         TypeError: an input or an output that is not an array; the message names the side and the leaf.
         ValueError: an unknown dtype.
         RuntimeError: a function raised; the message names the side and the cause.
@@ -225,7 +226,7 @@ def checked_arguments(
             if not is_array(x):
                 raise TypeError(
                     f"{name}: `{leaf}` must be a NumPy array, got {type(x).__name__} {x!r}; "
-                    "let both functions close over what is no array"
+                    "use closures in both functions for what is not an array"
                 )
     return each_leaf(to_numpy, inputs), {**LIMITS, **(limits or {})}
 

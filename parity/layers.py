@@ -233,7 +233,7 @@ def paired(ours: list[Call], theirs: list[Call], own: Own) -> list[Pair]:
             if twins.setdefault(layer.path, twin) is not twin:
                 raise ValueError(
                     f"compare_modules: {layer} is called where the other module calls {twins[layer.path]} "
-                    f"and where it calls {twin}; a layer must have one twin"
+                    f"and where it calls {twin}; a layer must have one counterpart"
                 )
     return pairs
 
@@ -305,14 +305,16 @@ def _copied_by_user(pair: Pair, layer: Any) -> Weights:
                 pair.copy(layer, twin)
             except Exception as error:
                 raise RuntimeError(
-                    f"compare_modules: what copies the weights of {pair} raised {type(error).__name__}: {error}"
+                    f"compare_modules: the function that copies the weights of {pair} raised {type(error).__name__}: {error}"
                 ) from error
         written.append({name: to_numpy(x).copy() for name, x in (*twin.named_parameters(), *twin.named_buffers())})
     one, other = written
     same = {name: x for name, x in one.items() if np.array_equal(x, other[name], equal_nan=is_float(x))}
     for name, _ in pair.theirs.module.named_parameters():
         if name not in same:
-            raise TypeError(f"compare_modules: what copies the weights of {pair} leaves `{name}` as it was, or in part")
+            raise TypeError(
+                f"compare_modules: the function that copies the weights of {pair} does not set all of `{name}`"
+            )
     return same
 
 
@@ -369,10 +371,10 @@ def copy_weights(
     for name, x in wanted.items():
         if id(x) not in tied and not any(pair.copy and name in pair.theirs for pair in pairs):
             owner = type(theirs.get_submodule(name.rpartition(".")[0])).__name__
-            raise TypeError(f"compare_modules: `{name}`, of a PyTorch {owner}, has no twin in Flax{why(name)}")
+            raise TypeError(f"compare_modules: `{name}`, of a PyTorch {owner}, has no counterpart in Flax{why(name)}")
     for name, (subject, x) in given.items():
         if name not in held:
-            raise TypeError(f"compare_modules: {subject} of Flax has no twin `{name}` in PyTorch{why(name)}")
+            raise TypeError(f"compare_modules: {subject} of Flax has no counterpart `{name}` in PyTorch{why(name)}")
         target = held[name]
         if x.shape != tuple(target.shape):
             shapes = f"{list(x.shape)} from Flax, {list(target.shape)} in PyTorch"

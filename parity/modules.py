@@ -1,4 +1,4 @@
-"""A Flax model and its PyTorch port: the same outputs, and if not, from which layer on?"""
+"""Compares a Flax model with its PyTorch port, and finds the first layer that differs."""
 
 from __future__ import annotations
 
@@ -46,39 +46,42 @@ def compare_modules(
     """Give a PyTorch module the weights of a Flax NNX module, run both, and find the first layer that differs.
 
     The layers are paired in the order in which they are called: Linear, Conv, ConvTranspose, BatchNorm, LayerNorm,
-    RMSNorm, GroupNorm, InstanceNorm, Embedding and multi-head attention (which JAX computes in float32 even for float64:
-    compare it with `dtypes=["float32"]`), and those of `layers`; their names need not agree. A parameter outside of such a
-    layer (a class token) is paired with the one of the same path and shape. Compared are what comes out of each layer, its
-    settings, the gradients of its parameters, and what the modules hold beside them after the run: in training mode the
-    running mean and variance have moved (it is taken into account that PyTorch's momentum is 1 − Flax's, and that PyTorch
-    averages the variance of a sample, Flax that of the population). Any other variable of Flax is compared with the buffer
-    of the same path and shape, if there is one. Neither module is changed; each runs in the mode it is in.
+    RMSNorm, GroupNorm, InstanceNorm, Embedding and multi-head attention (which JAX computes in float32 even for
+    float64: compare it with `dtypes=["float32"]`), and those of `layers`; their names need not agree. A parameter
+    outside such a layer (a class token) is paired with the one of the same path and shape. The comparison covers the
+    output of each layer, its settings, the gradients of its parameters, and the state of the modules after the run. In
+    training mode the running mean and variance have been updated; the comparison takes into account that PyTorch's
+    momentum is 1 − Flax's, and that PyTorch averages the variance of a sample and Flax that of the population. Any
+    other variable of Flax is compared with the buffer of the same path and shape, if there is one. Neither module is
+    changed; each runs in its current mode.
 
     Args:
         nnx_module: takes the inputs as JAX arrays.
         torch_module: takes them as tensors.
         inputs: NumPy arrays, or trees of them, as the Flax module takes them.
-        dtypes: that both modules run in, a list of names.
+        dtypes: the dtypes that both modules run in, a list of names.
         limits: of (value, gradient) by dtype, as in `compare`; gradients in ULP of the layer's largest.
         channels_first: the numbers of axes of the arrays, inputs and outputs of the modules, that are `[N, C, ...]` in
-            PyTorch and `[N, ..., C]` in Flax; by default those that a convolution, a norm by channels or a pooling sees.
-        layers: of the user's own, `{MyFlaxLayer: MyTorchLayer}` if their weights have the same names, but for those of
-            known layers inside of them; else `{MyFlaxLayer: (MyTorchLayer, copy_weights)}`, where
-            `copy_weights(flax_layer, torch_layer)` writes the weights of the one into the other. It is called a second time
-            with gradients for weights, so it may permute, reshape and scale them, and nothing else.
-        seed: of the cotangent of the outputs that the parameters' gradients are for.
+            PyTorch and `[N, ..., C]` in Flax; by default those of the inputs of convolutions, poolings and norms over
+            channels.
+        layers: your own layers: `{MyFlaxLayer: MyTorchLayer}` if their weights have the same names (apart from those of
+            known layers inside them), otherwise `{MyFlaxLayer: (MyTorchLayer, copy_weights)}`, where
+            `copy_weights(flax_layer, torch_layer)` copies the weights of the first into the second. It is called a
+            second time with gradients instead of weights, so it may only permute, reshape and scale them.
+        seed: of the cotangent of the outputs, for the gradients of the parameters.
 
     Returns:
-        A `Comparison` with a row a layer, in the order of the calls, then the outputs; `.note` names the first that
-        differs: a layer, or what is computed between two layers if what goes into the second differs already.
+        A `Comparison` with one row per layer, in the order of the calls, and then the outputs. `.note` names the first
+        difference: a layer, or the computation between two layers if the input of the second differs already.
 
     Raises:
-        TypeError: an argument of another kind, a layer, or a parameter, that is not known, or has no twin; the message
-            names it.
-        ValueError: the modules call other layers, or in another order, a weight is of another shape, or a dropout is on.
+        TypeError: an argument of another kind; a layer or a parameter that is not known or has no counterpart; the
+            message names it.
+        ValueError: the modules call different layers, or in a different order, a weight has a different shape, or a
+            dropout is on.
         RuntimeError: a module raised; the message names the side and the cause.
 
-    A port, of which the norm has PyTorch's epsilon and not Flax's:
+    A port whose norm has PyTorch's epsilon instead of Flax's:
 
     >>> import numpy as np, torch
     >>> from flax import nnx

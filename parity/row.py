@@ -1,4 +1,4 @@
-"""What the checks need to know of a loss: a row, which stands in `parity/losses` beside the loss's formula."""
+"""What the tests need to know about a loss: its row, in `parity/losses` next to the loss's formula."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the loss may hold at once, forward and backward, of float32 inputs.
+    """The memory that the loss may use, forward and backward, for float32 inputs.
 
     Attributes:
-        jax: how many arrays as large as the largest XLA may need beside the inputs and the results.
-        torch: how many kdtorch may hold at once, the gradients among them.
+        jax: how many arrays of the size of the largest input XLA may use in addition to the inputs and the results.
+        torch: how many such arrays kdtorch may use at the same time, including the gradients.
         sizes: what differs from `MEMORY_SIZES`.
-        largest: the entries, of four bytes, of the largest array that there may be; None for those of the largest input.
-        factors: what the inputs that learn are multiplied by, one after another, where large numbers go another way.
+        largest: the number of four-byte entries of the largest array that is allowed; None means that of the largest
+            input.
+        factors: factors for the inputs that require a gradient, tested one after another, if large numbers are computed
+            in a different way.
     """
 
     jax: float
@@ -38,18 +40,19 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Sizes at which the loss is timed, and what is claimed of its speed there. The claims are beside the direct form.
+    """Sizes at which the loss is timed, and the speed that is claimed there, compared with the direct form.
 
     Attributes:
         title: of the sizes; the loss's short name stands before it.
         sizes: of the inputs.
-        torch: how many times faster kdtorch shall be, eager; None: nothing is claimed.
-        jax: the same of kdjax under `jit`.
-        memory: the part of the direct form's memory that each may take.
+        torch: how many times faster eager kdtorch must be; None: nothing is claimed.
+        jax: the same for kdjax under `jit`.
+        memory: the fraction of the direct form's memory that each may use.
         options: of the loss.
-        factor: what the logits are multiplied by.
+        factor: a factor for the logits.
         direct: whether the direct form fits a common machine.
-        compiles: whether `torch.compile` takes the direct form in minutes: not where it loops over a batch.
+        compiles: whether `torch.compile` can compile the direct form within minutes; it cannot if the form loops over a
+            batch.
         dtype: of the inputs; the direct form makes float32 of them first, as trainers in half precision do.
         masked: whether every fifth example is masked, which the direct form takes out by an index.
     """
@@ -84,11 +87,11 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True)
 class IllConditioned:
-    """Wider limits for a case in which the formula itself magnifies the rounding of its inputs.
+    """Wider limits for a case in which the formula itself amplifies the rounding errors of its inputs.
 
     Attributes:
         bounds: for each dtype the limits of (value, gradient, state), in ULP; those of `parity.check` where it has none.
-        why: the formula is ill-conditioned there.
+        why: the reason why the formula is ill-conditioned there.
         scale: the least number to measure the error of the gradient by, where its terms cancel.
     """
 
@@ -106,44 +109,47 @@ NEAR_ROWS = IllConditioned(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A row of the table. What is left out holds for an ordinary loss of single examples.
+    """A row of the table. The defaults are right for an ordinary loss of single examples.
 
     What goes in:
 
     Attributes:
-        formula: in plain loops, under the loss's own name; `parity.losses` says how it is written.
-        inputs: what each of its inputs is, a key of `parity.kinds.KINDS`, by name, in order.
-        learns: the inputs that have a gradient; none, where the result is constant.
-        constant: the inputs of which the gradient must be exactly 0.
-        options: settings worth a case each; the first is the ordinary one.
-        ranges: from where to where random draws take each setting that may be a number or an array.
-        forms: values of each option that is no array because it chooses the formula: a number, or a text. Random draws
-            take the values of one place together.
+        formula: in plain loops, with the name of the loss; `parity.losses` explains how to write it.
+        inputs: the kind of each input, a key of `parity.kinds.KINDS`, by name, in order.
+        learns: the inputs that have a gradient; none if the result is constant.
+        constant: the inputs whose gradient must be exactly 0.
+        options: settings, each of which is one case; the first is the ordinary one.
+        ranges: the range of random draws for each setting that may be a number or an array.
+        forms: values of each option that determines the formula and is therefore not an array: a number or a text.
+            Random draws use the values at the same position together.
 
-        value: what the function returns: a value an example, reduced as users ask; the value of the whole batch, of which
-            no part is an example's; or an array beside each example, as a function on the way to a loss does.
-        leading: whether it takes any number of leading axes.
-        batch_coupled: whether an example's value depends on the others.
+        value: what the function returns: a value per example, with the reduction; the value of the whole batch, which
+            cannot be divided among the examples; or an array per example, for a function whose result goes into a loss.
+        leading: whether it accepts any number of leading axes.
+        batch_coupled: whether the value of an example depends on the other examples.
         shift_invariant: whether adding a number to all logits of an example changes nothing.
-        divergence: whether it is 0 at student == teacher and never below.
-        padding: whether a class at -inf in all logits adds nothing.
+        divergence: whether it is 0 if student and teacher are equal, and never negative.
+        padding: whether a class at -inf in all logits contributes nothing.
         infinite: whether it is infinite where the student excludes, by a logit of -inf, a class that the teacher does not.
-        other_maps: sizes of the teacher's maps, as in `Sizes`, of a case in which they are not the student's.
-        jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so that rounding may tell which.
-        first_of_ties: whether the order of the examples tells which of two equal ones is taken.
-        partly_constant: whether a part that moves with the student is constant to the gradient.
-        second_derivative: whether kdtorch has one, or refuses; kdjax always has.
-        laws: laws that it alone obeys, by the names of their functions in `tests/laws.py`.
+        other_maps: sizes of the teacher's maps, as in `Sizes`, for a case in which they differ from the student's.
+        jumps: whether its gradient jumps where two logits, or two probabilities, are equal, so rounding may decide
+            which.
+        first_of_ties: whether the order of the examples decides which of two equal ones is used.
+        partly_constant: whether a part that depends on the student is constant for the gradient.
+        second_derivative: whether kdtorch has one, or raises an error; kdjax always has.
+        laws: properties that only this loss has, by the names of their functions in `tests/laws.py`.
 
-        scale: of the terms that the value is the difference of: the least number to measure its error by.
-        gradient_scale: the same of the gradient.
-        rounding: the least numbers to measure the errors of value and gradient by, given hostile inputs.
-        state_rounding: the same of a field of the state, given its value.
+        scale: the size of the terms whose difference is the value: the smallest number that its error is measured
+            relative to.
+        gradient_scale: the same for the gradient.
+        rounding: the smallest numbers that the errors of value and gradient are measured relative to, for difficult
+            inputs.
+        state_rounding: the same for a field of the state, given its value.
         ill_conditioned: wider limits, by the name of a perturbation in `parity.perturbations`, or of another case.
 
-        memory: what it may hold at once.
-        collectives: what each device tells the others, in the words of XLA, when no example is masked.
-        depends_on_threads: whether sums are divided among threads, so that their number moves the last bits.
+        memory: how much memory it may use.
+        collectives: the collectives that each device takes part in if no example is masked, with XLA's names.
+        depends_on_threads: whether sums are divided among threads, so the number of threads changes the last bits.
         benchmarks: where it is timed.
         growth: how its time and memory grow with a size.
     """

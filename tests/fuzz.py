@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parity.__main__ import SHORT, TITLES
+from parity.__main__ import title
 from parity.cases import LOSSES, Loss
 
 
@@ -24,9 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("fuzz.py", description=__doc__)
     parser.add_argument("--examples", type=int, default=20_000, help="of each loss in each package")
     parser.add_argument("--steps", type=int, default=10_000, help="of the losses with state")
-    parser.add_argument(
-        "--loss", nargs="+", type=lambda name: SHORT.get(name, name), choices=TITLES, help="these alone"
-    )
+    parser.add_argument("--loss", nargs="+", type=title, help="only these losses")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("error")

@@ -13,7 +13,7 @@ import venv
 import zipfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-IN_THE_SDIST = ["README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "pyproject.toml"]
+IN_THE_SDIST = ["README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt", "pyproject.toml"]
 IN_THE_SDIST += ["benchmarks/direct/kl.py", "docs/parity.md", "examples/digits.py", "tests/conftest.py"]
 IN_THE_SDIST += ["tests/golden/kl.npz", "kdjax/py.typed"]
 INSTALLED = """

@@ -276,7 +276,7 @@ def test_arrays_on_two_devices(f):
         ("hcl_loss", ([move(x[None, None], 0)], [move(x[None, None], 1)]), r"teacher_maps\[0\]", r"student_maps\[0\]"),
     ):
         message = (
-            rf"^{name}: `{wrong}` must be on the device of `{other}`, {here}, got {there}; bring both to one device$"
+            rf"^{name}: `{wrong}` must be on the device of `{other}`, {here}, got {there}; move both to one device$"
         )
         with pytest.raises(ValueError, match=message):
             getattr(f.kd, name)(*given)
@@ -323,8 +323,8 @@ def test_a_constant_that_requires_a_gradient(loss, name):
             evaluate(TORCH, loss, inputs(name))
         evaluate(TORCH, loss, {key: detached(x) for key, x in inputs(name).items()})
     text = (
-        rf"^{loss.name}: `{name}` requires a gradient and gets none, because it is constant, and `{loss.learns[0]}` "
-        rf"requires none; swap the two, take a loss that has this gradient, or give {name}.detach\(\)$"
+        rf"^{loss.name}: `{name}` requires a gradient but gets none, because it is a constant of this loss, and `{loss.learns[0]}` "
+        rf"requires none; swap the two arguments, use a loss that has this gradient, or give {name}.detach\(\)$"
     )
     with pytest.warns(UserWarning, match=text) as caught:
         evaluate(TORCH, loss, inputs(name))

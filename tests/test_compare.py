@@ -700,15 +700,15 @@ WORDS = {
     "a layer of one's own that is not named": (lambda: (nnx.Sequential(Scaled(3)), small(TorchScaled(3)), X), TypeError,
         "of layers of your own say layers={MyFlaxLayer: MyTorchLayer}, or layers={MyFlaxLayer: (MyTorchLayer, copy_weights)}"),
     "a copy of half a weight": (lambda: (OURS(use_bias=False), THEIRS(bias=False), X, {"layers": {nnx.Linear: (torch.nn.Linear, half)}}), TypeError,
-        "what copies the weights of Linear, in PyTorch Linear leaves `weight` as it was, or in part"),
+        "the function that copies the weights of Linear, in PyTorch Linear does not set all of `weight`"),
     "a copy that fails": (lambda: (OURS(), THEIRS(), X, {"layers": {nnx.Linear: (torch.nn.Linear, lambda f, t: t.wieght)}}), RuntimeError,
-        "what copies the weights of Linear, in PyTorch Linear raised AttributeError: 'Linear' object has no attribute 'wieght'"),
+        "the function that copies the weights of Linear, in PyTorch Linear raised AttributeError: 'Linear' object has no attribute 'wieght'"),
     "tied in PyTorch alone": (lambda: (Tied(False), TorchTied(True), X), ValueError,
         "`a.weight` and `b.weight` are one tensor in PyTorch and two arrays in Flax, of `a` (Linear), in PyTorch `a` (Linear) and of `b` (Linear), in PyTorch `b` (Linear); tie them in Flax too, or in neither"),
     "tied in Flax alone": (lambda: (Tied(True), TorchTied(False), X), TypeError,
-        "`b.weight`, of a PyTorch Linear, has no twin in Flax, for `b` (Linear) has no such weight of its own; if it is tied to another, tie it in both"),
+        "`b.weight`, of a PyTorch Linear, has no counterpart in Flax, for `b` (Linear) has no such weight of its own; if it is tied to another, tie it in both"),
     "not called in PyTorch": (lambda: (linear(3, 3), TorchTied(False, called=False), X), TypeError,
-        "`b.weight`, of a PyTorch Linear, has no twin in Flax, for `b` (Linear) is not called on these inputs"),
+        "`b.weight`, of a PyTorch Linear, has no counterpart in Flax, for `b` (Linear) is not called on these inputs"),
     "not called in Flax": (lambda: (Tied(False, called=False), small(torch.nn.Linear(3, 3)), X), TypeError, "for `b` (Linear) is not called on these inputs"),
     "groups of a convolution": (lambda: (build(nnx.Conv, 4, 4, (3,), feature_group_count=2), torch.nn.Conv1d(4, 4, 3, padding=1), TOKENS), ValueError,
         "`weight` is [4, 2, 3] from Flax, [4, 4, 3] in PyTorch; feature_group_count is 2 in Flax, groups is 1 in PyTorch"),
@@ -752,7 +752,7 @@ def test_nothing_of_the_callers_is_changed():
 @pytest.mark.parametrize(
     ("theirs", "error", "says"),
     [
-        (small(torch.nn.Linear(3, 4), torch.nn.PReLU()), TypeError, "`1.weight`, of a PyTorch PReLU, has no twin in Flax; known are Linear"),
+        (small(torch.nn.Linear(3, 4), torch.nn.PReLU()), TypeError, "`1.weight`, of a PyTorch PReLU, has no counterpart in Flax; known are Linear"),
         (small(torch.nn.Linear(3, 5)), ValueError, r"`layers.0` \(Linear\), in PyTorch `0` \(Linear\): `0.(weight|bias)` is \[4(, 3)?\] from Flax, \[5"),
         (small(torch.nn.LayerNorm(3)), ValueError, r"call 0 is of `layers.0` \(Linear\) in Flax and of `0` \(LayerNorm\) in PyTorch"),
         (small(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4)), ValueError, r"call 1 is of no layer in Flax and of `1` \(Linear\)"),
@@ -767,14 +767,16 @@ def test_models_that_do_not_fit(theirs, error, says):
 
 def test_a_layer_of_flax_that_is_not_known():
     ours = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.PReLU())
-    with pytest.raises(TypeError, match=r"`layers.1.negative_slope` of Flax has no twin `layers.1.negative_slope`"):
+    with pytest.raises(
+        TypeError, match=r"`layers.1.negative_slope` of Flax has no counterpart `layers.1.negative_slope`"
+    ):
         compare_modules(ours, small(torch.nn.Linear(3, 4)), X)
 
 
 def test_a_layer_called_twice():
     layer, twice = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), torch.nn.Linear(3, 3)
     assert compare_modules(nnx.Sequential(layer, layer), small(twice, twice), X).passed
-    with pytest.raises(ValueError, match="a layer must have one twin"):
+    with pytest.raises(ValueError, match="a layer must have one counterpart"):
         compare_modules(nnx.Sequential(layer, layer), small(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), X)
-    with pytest.raises(ValueError, match="a layer must have one twin"):
+    with pytest.raises(ValueError, match="a layer must have one counterpart"):
         compare_modules(nnx.Sequential(layer, nnx.Linear(3, 3, rngs=nnx.Rngs(1))), small(twice, twice), X)

@@ -75,7 +75,7 @@ def second(tmp_path_factory):
         "a plain teacher": "mse_loss: `teacher` must be a DTensor as `student` is; give distribute_tensor(teacher, ",
         "a plain student": "symmetric_kl_loss: `student_logits` must be a DTensor as `teacher_logits` is; give distribute_tens",
         "a plain temperature that learns": "kl_loss: `temperature` must be a DTensor as `student_logits` is; give distribute_",
-        "a group": "kl_loss: `group` must be None beside the DTensor `student_logits`, which holds the whole batch; leave it",
+        "a group": "kl_loss: `group` must be None together with the DTensor `student_logits`, which holds the whole batch; leave it",
         "another mesh": "kl_loss: the DTensor `teacher_logits` must be on the mesh of `student_logits`; give "
         "teacher_logits.redistribute(mesh, placements), or x.full_tensor() for both",
         "parts of a sum": "kl_loss: the DTensor `student_logits` must hold sums, got placements (Partial(sum),); give "
@@ -86,9 +86,9 @@ def second(tmp_path_factory):
         "got placements (Shard(dim=1),) of shape [8, 1]; give student_logits.redistribute(",
         "soft labels in shards": "nkd_loss: the last axis of the DTensor `labels` must be whole, got placements (Shard(dim=1),) "
         "of shape [8, 5]; give labels.redistribute(",
-        "a loss of pairs": "difference_kl_loss: `student_logits` must be no DTensor; give x.full_tensor(), or, if each rank "
+        "a loss of pairs": "difference_kl_loss: `student_logits` must not be a DTensor; give x.full_tensor(), or, if each rank "
         "holds examples of its own, x.to_local() and group=",
-        "a state": "dino_loss: `student` must be no DTensor; give x.full_tensor(), or, if each rank ",
+        "a state": "dino_loss: `student` must not be a DTensor; give x.full_tensor(), or, if each rank ",
     }.items(),
 )
 def test_mistakes(mistake, text, second):

@@ -127,12 +127,12 @@ MISTAKES = {
         call("kl_loss", LOGITS, np.zeros((4, 12))),
         TypeError,
         r"kl_loss: `teacher_logits` must be Float\[Array, '\*batch classes'\], got float64\[4, 12\] beside "
-        r"student_logits float64\[4, 10\]; teacher_logits has 2 classes more",
+        r"student_logits float64\[4, 10\]; teacher_logits has 2 more classes",
     ),
     "a padded vocabulary": (
         call("kl_loss", np.zeros((1, 152064)), np.zeros((1, 151936))),
         TypeError,
-        r"student_logits has 128 classes more; if they are padding, cut them off: student_logits\[..., :151936\]; "
+        r"student_logits has 128 more classes; if they are padding, cut them off: student_logits\[..., :151936\]; "
         "if the student uses them, give teacher_logits -inf there$",
     ),
     "features beside logits": (
@@ -196,7 +196,7 @@ MISTAKES = {
         r"`centers` must be .*got float64\[5, 7\] beside student float64\[4, 10\]",
     ),
     "no maps": (call("hcl_loss", [], []), ValueError, "must hold the same number of maps, at least one, got 0 and 0"),
-    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; take the teacher's maps that"),
+    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; give only the teacher's maps that"),
     "shapes of maps": (
         call("hcl_loss", [MAP, MAP], [MAP, MAP[:, :4]]),
         ValueError,
@@ -206,20 +206,20 @@ MISTAKES = {
     "channels first and last": (
         call("hcl_loss", [MAP], [np.moveaxis(MAP, -1, 1)]),
         ValueError,
-        r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; bring both to one order of the axes, and say where the "
-        "channels are by `channel_axis`$",
+        r"same shape, got \[2, 8, 8, 3\] and \[2, 3, 8, 8\]; use the same order of axes for both, and give the "
+        "axis of the channels as `channel_axis`$",
     ),
     "shapes of maps that need a projection": (
         call("ab_loss", [MAP], [MAP[..., :2]]),
         ValueError,
         r"`student_maps\[0\]` and `teacher_maps\[0\]` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; "
-        "`Projector` in `nn` brings a student.s map to the teacher.s channels; resize it to the same height and width$",
+        "`Projector` in `nn` maps a student.s channels to the teacher.s; resize it to the same height and width$",
     ),
     "channels of factors": (
         call("factor_transfer_loss", MAP, MAP[..., :2], channel_axis=-1),
         ValueError,
-        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; bring the student's map to the teacher's channels "
-        "by `Projector` in `nn`, or compare the means over channels by `channel_mean=True`$",
+        "`student_map` and `teacher_map` must have the same number of channels, got 3 and 2; map the student's channels to the teacher's "
+        "with `Projector` in `nn`, or compare the means over channels with `channel_mean=True`$",
     ),
     "a list of maps for one": (
         call("factor_transfer_loss", [MAP], [MAP]),
@@ -264,7 +264,7 @@ MISTAKES = {
     "numbers of maps to multiply": (
         call("fsp_loss", [MAP, MAP], [MAP]),
         ValueError,
-        "got 2 and 1; take the teacher's maps that",
+        "got 2 and 1; give only the teacher's maps that",
     ),
     "channels of maps to multiply": (
         call("fsp_loss", [MAP, MAP], [MAP, MAP[..., :2]], channel_axis=-1),
@@ -275,7 +275,7 @@ MISTAKES = {
         call("cwd_loss", MAP, MAP[..., :2]),
         ValueError,
         r"`student_map` and `teacher_map` must have the same shape, got \[2, 8, 8, 3\] and \[2, 8, 8, 2\]; `Projector` in `nn` "
-        "brings a student's map to the teacher's channels",
+        "maps a student's channels to the teacher's",
     ),
     "a list for one map": (
         call("cwd_loss", [MAP], [MAP]),
@@ -295,7 +295,7 @@ MISTAKES = {
     "number of scales": (
         call("vid_loss", MAP, MAP, np.zeros(2), channel_axis=-1),
         ValueError,
-        "`log_scale` must have one entry a channel, 3 in all, got 2",
+        "`log_scale` must have one entry per channel, 3 in all, got 2",
     ),
     "least variance": (
         call("vid_loss", MAP, MAP, np.zeros(3), channel_axis=-1, eps=0.0),
@@ -363,7 +363,7 @@ MISTAKES = {
     "no negatives": (
         lambda f, wrap=as_it_is: crcd(f, wrap, negatives=np.zeros((2, 0), int)),
         ValueError,
-        r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
+        r"`negatives` must hold at least 1 negative per example, got shape \[2, 0\]",
     ),
     "a half-precision bank of CRD": (
         lambda f, wrap=as_it_is: crcd(f, wrap, dtype="float16", name="crd"),
@@ -378,7 +378,7 @@ MISTAKES = {
     "no negatives of CRD": (
         lambda f, wrap=as_it_is: crcd(f, wrap, negatives=np.zeros((2, 0), int), name="crd"),
         ValueError,
-        r"`negatives` must hold at least 1 negative an example, got shape \[2, 0\]",
+        r"`negatives` must hold at least 1 negative per example, got shape \[2, 0\]",
     ),
     "a temperature of CRD": (
         lambda f, wrap=as_it_is: crcd(f, wrap, name="crd", temperature=-0.1),
@@ -473,7 +473,7 @@ MISTAKES = {
     "a student of more classes": (
         call("symmetric_kl_loss", np.zeros((4, 12)), LOGITS),
         TypeError,
-        r"student_logits has 2 classes more; if they are padding, cut them off: student_logits\[..., :10\]; if the student "
+        r"student_logits has 2 more classes; if they are padding, cut them off: student_logits\[..., :10\]; if the student "
         "uses them, give teacher_logits -inf there$",
     ),
     "labels of an image, channels first": (
@@ -495,7 +495,7 @@ MISTAKES = {
     "channels first and classes last": (
         call("kl_loss", IMAGE, np.moveaxis(IMAGE, 1, -1)),
         TypeError,
-        "`teacher_logits` must be .*; bring the classes of both to the last axis$",
+        "`teacher_logits` must be .*; move the classes of both to the last axis$",
     ),
     "a mask shifted by a token": (
         call("kl_loss", TOKENS, TOKENS, where=np.ones((2, 5), bool)),
@@ -751,7 +751,7 @@ def module(name, *arguments, **options):
             module("CRCDLoss", 4, 5, 4, 9, embed="none"),
             r'`teacher_dim` must equal `dim` \(=4\) with embed="none", got 5',
         ),
-        (module("ReviewKD", [4, 8], [4], 6), r"must have one entry a map, at least one, got \[4, 8\] and \[4\]"),
+        (module("ReviewKD", [4, 8], [4], 6), r"must have one entry per map, at least one, got \[4, 8\] and \[4\]"),
         (lambda f: module("ReviewKD", [4], [4], 6)(f)([]), "`maps` must hold 1 maps, got 0"),
         (
             lambda f: module("ABF", 4, 4, 4, True)(f)(f.array(np.zeros((2, 4, 4, 4)), "float32")),
@@ -768,7 +768,7 @@ def module(name, *arguments, **options):
                 [1.0],
                 [("stu", "tea"), ("stu", "tea")],
             ),
-            r"^`weights` must have one number a loss: 2 for \['kl', 'mse'\], got 1: \[1.0\]$",
+            r"^`weights` must have one number per loss: 2 for \['kl', 'mse'\], got 1: \[1.0\]$",
         ),
         (
             lambda f: f.kd.nn.DINOLoss(6, student_temperature=0),
@@ -894,7 +894,7 @@ def test_an_index_out_of_range(name):
     """PyTorch raises; JAX, which cannot under `jit`, gives NaN for that example and no other."""
     run, argument, last, got = OUT_OF_RANGE[name]
     with pytest.raises(
-        IndexError, match=rf"`{argument}` must lie in 0 .. {last}, got {got}; mask what has none by `where`"
+        IndexError, match=rf"`{argument}` must be in 0 .. {last}, got {got}; mask those without one with `where`"
     ):
         run(TORCH)
     value = run(JAX)

@@ -96,6 +96,12 @@ def test_version(package):
     assert package.__version__ == PROJECT["version"]
 
 
+def test_the_version_is_the_one_to_cite_and_the_changelogs_newest():
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert cited == newest[1] == PROJECT["version"]
+
+
 REQUIREMENTS = [
     requirement
     for text in [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]

@@ -238,7 +238,7 @@ MISTAKES = {
     "no parameters": (
         lambda: kdtorch.interop.jax_teacher(abs),
         TypeError,
-        "jax_teacher: `fn` must be an nnx.Module, or a function with `params` beside it, got builtin.* and None",
+        "jax_teacher: `fn` must be an nnx.Module, or a function together with `params`, got builtin.* and None",
     ),
     "parameters and module": (
         lambda: kdtorch.interop.jax_teacher(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {}),
@@ -254,8 +254,8 @@ MISTAKES = {
     "an object for an output, in torch": (
         lambda: torch_teacher(lambda x: object())(X),
         TypeError,
-        "torch_teacher: the output must be an array or a tree of arrays, got object; return what is wanted of it, or "
-        "choose it by `output=`",
+        "torch_teacher: the output must be an array or a tree of arrays, got object; return the part that you want, or "
+        "select it with `output=`",
     ),
     "an object in an output, in torch": (
         lambda: torch_teacher(lambda x: {"logits": x, "name": "net"})(X),
@@ -280,18 +280,18 @@ MISTAKES = {
     "a dtype in, that DLPack has not": (
         lambda: torch_teacher(lambda x: x)(jnp.ones(3, "int4")),
         TypeError,
-        r"torch_teacher: an array of dtype int4 cannot be handed to PyTorch, .*; cast it first, as by x.astype\(jnp",
+        r"torch_teacher: an array of dtype int4 cannot be converted to PyTorch, .*; cast it first, as by x.astype\(jnp",
     ),
     "a key": (lambda: torch_teacher(lambda x: x)(jax.random.key(0)), TypeError, "an array of dtype key<fry> cannot be"),
     "a dtype out, that DLPack has not": (
         lambda: torch_teacher(lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8))(X),
         TypeError,
-        r"torch_teacher: a tensor of dtype torch.quint8 cannot be handed to JAX, .* as by x.float\(\)",
+        r"torch_teacher: a tensor of dtype torch.quint8 cannot be converted to JAX, .* as by x.float\(\)",
     ),
     "a tensor that requires gradient": (
         lambda: jax_teacher(lambda x: x)(T.clone().requires_grad_()),
         ValueError,
-        r"jax_teacher: the tensor of shape \[2, 3\] at `\[0\]\[0\]` requires gradient, and through a teacher none flows; "
+        r"jax_teacher: the tensor of shape \[2, 3\] at `\[0\]\[0\]` requires a gradient, but no gradient flows through a teacher; "
         r"give x.detach\(\), or call the teacher under torch.no_grad\(\)",
     ),
     "a module that writes into its input": (
@@ -317,12 +317,12 @@ MISTAKES = {
     "a tensor of a graph that crosses": (
         lambda: kdtorch.interop.to_jax({"x": [T.clone().requires_grad_()]}),
         ValueError,
-        r"`x.0` is a tensor that requires gradient, and none flows through here; give x.detach\(\)",
+        r"`x.0` requires a gradient, but no gradient flows through this function; give x.detach\(\)",
     ),
     "a set that crosses": (
         lambda: kdjax.interop.to_torch({"x": {1, 2}}),
         TypeError,
-        "`x` is a set, which cannot cross; what can are arrays, numbers, strings, states and modules of this library",
+        "`x` is a set, which cannot be converted; supported are arrays, numbers, strings, states and modules of this library",
     ),
     "a named tuple that crosses": (lambda: kdjax.interop.to_torch(Pair(X, X)), TypeError, "`tree` is a Pair, which"),
     "keys that are no strings": (
@@ -333,7 +333,7 @@ MISTAKES = {
     "a function that is not ours": (
         lambda: kdjax.interop.to_torch(kdjax.nn.FunctionLoss(network)),
         TypeError,
-        "`function` is a function, which cannot cross",
+        "`function` is a function, which cannot be converted",
     ),
 }
 
@@ -502,7 +502,7 @@ def test_no_gradient_where_none_can_flow():
     loss = kdjax.interop.torch_loss(lambda x: x.detach().sum())
     assert loss(X) == 6
     with pytest.raises(
-        ValueError, match=r"torch_loss: a gradient is asked for where none can flow: .* do not detach it"
+        ValueError, match=r"torch_loss: a gradient is requested, but none can flow: .* do not detach it"
     ):
         jax.grad(loss)(X)
 

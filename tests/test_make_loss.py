@@ -256,7 +256,7 @@ MISTAKES = {
     "name twice": (changed(METRIC_LOSS_TYPE="kd-kld-kld"), "names 'kld' more than once"),
     "no prefix": (changed(METRIC_LOSS_TYPE="kld-dkd"), "must begin with 'kd-', as in 'kd-dino-bce-dkd', got 'kld-dkd'"),
     "no name": (changed(METRIC_LOSS_TYPE="kd"), "must name at least one loss after 'kd-', of .*, got 'kd'"),
-    "weights": (changed(KD_LOSS_WEIGHT=[1.0]), r"one number a loss: 2 for \['kld', 'dkd'\], got 1: \[1.0\]"),
+    "weights": (changed(KD_LOSS_WEIGHT=[1.0]), r"one number per loss: 2 for \['kld', 'dkd'\], got 1: \[1.0\]"),
     "no type": (lacking("METRIC_LOSS_TYPE", "kd-kld"), "has no MODEL.METRIC_LOSS_TYPE; MODEL has .*FEAT_DIM"),
     "no weights": (lacking("KD_LOSS_WEIGHT", "kd-kld"), "has no MODEL.KD_LOSS_WEIGHT; MODEL has"),
     "no width": (lacking("FEAT_DIM", "kd-dcn"), "has no MODEL.FEAT_DIM, which the loss 'dcn' needs; MODEL has"),
@@ -294,7 +294,7 @@ MISTAKES = {
     ),
     "a function's name": (
         changed(METRIC_LOSS_TYPE="kd-kl_los"),
-        r"unknown loss 'kl_los'; did you mean 'kl_loss'\? known are .* or any loss by its function, as 'kl_loss' or 'kl'$",
+        r"unknown loss 'kl_los'; did you mean 'kl_loss'\? known are .* or any loss by the name of its function, such as 'kl_loss' or 'kl'$",
     ),
     "a founding name as a function": (
         changed(METRIC_LOSS_TYPE="kd-rkd_los"),
@@ -512,7 +512,7 @@ def test_a_state_that_no_module_holds():
     functions = by_function(package, {}, READS)
     assert set(functions) == {"toy_loss", "toy"}
     with pytest.raises(
-        ValueError, match="the loss 'toy' takes a state and returns the next one, and no module holds it"
+        ValueError, match="the loss 'toy' takes a state and returns the next one, but no module holds it"
     ):
         read(configuration("kd-toy"), {}, functions, {})
 
@@ -612,7 +612,7 @@ def test_weights_that_are_functions_of_the_epoch(f):
         assert f.numpy(loss.weigh(loss.terms(feat=feat, target=target), epoch)) == pytest.approx(want, rel=1e-5)
     for call in (lambda: loss(feat=feat, target=target), lambda: loss.weigh(terms)):
         with pytest.raises(
-            ValueError, match="the weight of 'kld' is a function of the epoch, which is absent; give `epoch`"
+            ValueError, match="the weight of 'kld' is a function of the epoch, which is missing; give `epoch`"
         ):
             call()
     falling = f.kd.make_loss(configuration("kd-kld", [lambda epoch: 1.0 - epoch]), CLASSES, 20)
@@ -730,12 +730,12 @@ def test_a_loss_without_the_parameters_gets_none_of_them(f):
 @pytest.mark.parametrize(
     ("weights", "reads", "message"),
     [
-        ([1.0], 2, r"^`weights` must have one number a loss: 2 for \['a', 'b'\], got 1: \[1.0\]$"),
-        ([1.0, 2.0, 3.0], 2, r"^`weights` must have one number a loss: 2 for .*, got 3"),
+        ([1.0], 2, r"^`weights` must have one number per loss: 2 for \['a', 'b'\], got 1: \[1.0\]$"),
+        ([1.0, 2.0, 3.0], 2, r"^`weights` must have one number per loss: 2 for .*, got 3"),
         ([1.0, -1.0], 2, r"^`weights` must be finite numbers, none below 0, .* got \[1.0, -1.0\]$"),
         (1.0, 2, "^`weights` must be finite numbers, .* got 1.0$"),
-        ([1.0, 1.0], 1, r"^`reads` must have one tuple a loss, .*, 2 for \['a', 'b'\], got \[\('stu', 'tea'\)\]$"),
-        ([1.0, 1.0], 3, "^`reads` must have one tuple a loss"),
+        ([1.0, 1.0], 1, r"^`reads` must have one tuple per loss, .*, 2 for \['a', 'b'\], got \[\('stu', 'tea'\)\]$"),
+        ([1.0, 1.0], 3, "^`reads` must have one tuple per loss"),
     ],
 )
 def test_weights_and_reads_of_a_combined_loss(f, weights, reads, message):
@@ -743,7 +743,7 @@ def test_weights_and_reads_of_a_combined_loss(f, weights, reads, message):
     losses = {name: nn.FunctionLoss(f.kd.mse_loss) for name in "ab"}
     with pytest.raises(ValueError, match=message):
         nn.CombinedLoss(losses, weights, [("stu", "tea")] * reads)
-    with pytest.raises(ValueError, match="`reads` must have one tuple a loss"):
+    with pytest.raises(ValueError, match="`reads` must have one tuple per loss"):
         nn.CombinedLoss(losses, [1.0, 1.0], ["stu", "tea"])
 
 
@@ -761,7 +761,8 @@ def test_numbers_of_the_data(f):
 def test_inputs_by_place(f):
     feat, target = batch(f)
     with pytest.raises(
-        TypeError, match=r"`feat` must be a mapping of what the losses read, got int\d\d\[6\]; give it by name"
+        TypeError,
+        match=r"`feat` must be a mapping from names to the inputs of the losses, got int\d\d\[6\]; give it by name",
     ):
         f.kd.make_loss(configuration("kd-dkd"), CLASSES, 20)(feat, target)
 
@@ -779,12 +780,12 @@ def test_unknown_conventions(f):
         (
             "kd-kld",
             "score_tea",
-            r"the loss 'kld' reads `feat\['score_tea'\]`, which is absent; given are \['epoch', 'fea_stu'",
+            r"the loss 'kld' reads `feat\['score_tea'\]`, which is missing; given are \['epoch', 'fea_stu'",
         ),
-        ("kd-crcd", "index", r"the loss 'crcd' reads `feat\['index'\]`, which is absent"),
-        ("kd-rkd", "feats_tea", r"the loss 'rkd' reads `feat\['feats_tea'\]`, which is absent"),
-        ("kd-uskd_tea", "score_tea", r"the loss 'uskd_tea' reads `feat\['score_tea'\]`, which is absent"),
-        ("kd-dkd", "target", "the loss 'dkd' reads `target`, which is absent"),
+        ("kd-crcd", "index", r"the loss 'crcd' reads `feat\['index'\]`, which is missing"),
+        ("kd-rkd", "feats_tea", r"the loss 'rkd' reads `feat\['feats_tea'\]`, which is missing"),
+        ("kd-uskd_tea", "score_tea", r"the loss 'uskd_tea' reads `feat\['score_tea'\]`, which is missing"),
+        ("kd-dkd", "target", "the loss 'dkd' reads `target`, which is missing"),
     ],
 )
 def test_missing_inputs(f, names, missing, message):

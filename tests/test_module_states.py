@@ -190,7 +190,9 @@ def test_a_module_from_outside_of_a_transformation(transform, name):
     call, module = caller(JAX, name), build(JAX, name)
     x = jnp.stack([X["jax"]]) if transform is jax.vmap else X["jax"]
     start = numbers(variables(module))
-    with pytest.raises(TraceContextError, match=r"the state of \w+ cannot move here, .*nnx.merge\(..., copy=True\)"):
+    with pytest.raises(
+        TraceContextError, match=r"the state of \w+ cannot be updated here, .*nnx.merge\(..., copy=True\)"
+    ):
         transform(lambda x: call(module, x))(x)
     same(numbers(variables(module)), start)
     still = nnx.view(module, use_running_average=True)

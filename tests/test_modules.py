@@ -165,8 +165,8 @@ def test_nearest_neighbours_are_pytorchs():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([8], r"`out_shapes` must have one size a map, 2 in all, got \[8\]"),
-        (8, "`out_shapes` must have one size a map, 2 in all, got 8"),
+        ([8], r"`out_shapes` must have one size per map, 2 in all, got \[8\]"),
+        (8, "`out_shapes` must have one size per map, 2 in all, got 8"),
         ([8, 0], r"`out_shapes\[1\]` must be a whole number of at least 1, or height and width, got 0"),
         ([8, (4, 4, 4)], r"`out_shapes\[1\]` must be .* got \(4, 4, 4\)"),
         (["8", 4], r"`out_shapes\[0\]` must be .* got '8'"),

@@ -1,4 +1,4 @@
-"""Moving over: each factor on the pages, from the other library itself where it is installed, or from its formula."""
+"""Migrating: each ratio on the pages, from the other library itself where it is installed, or from its formula."""
 
 import functools
 import importlib.abc
@@ -867,7 +867,7 @@ MOVES |= {
 def table(page):
     """The first cell and the factor of each row of the page's table of losses."""
     text = (PAGES / f"{page}.md").read_text()
-    losses = re.search(r"^.* its number is ours times \|\n\|[- |]*\|\n((?:\|.*\n)*)", text, re.M)[1]
+    losses = re.search(r"^.* their value ÷ ours \|\n\|[- |]*\|\n((?:\|.*\n)*)", text, re.M)[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in losses.splitlines()]
     return {row[0]: row[-1] for row in rows}
 

@@ -14,7 +14,10 @@ import kdjax
 import kdlosses
 import kdtorch
 from kdlosses.formulas import unicode
+from kdlosses.meanings import OTHER_NAMES
 from kdlosses.pages import blocks, entries, losses, paper
+from parity.__main__ import title as parity_title
+from parity.cases import LOSSES as LOSSES_OF_PARITY
 
 LOSSES = [(package, name) for package in (kdjax, kdtorch) for name in losses(package)]
 
@@ -138,8 +141,8 @@ Formula
 Args
   student    [*batch, features].
   teacher    the same shape; constant.
-  beta       β > 0, where the two pieces meet; a constant. The loss is Huber's
-             with δ = β, divided by β.
+  beta       β > 0, where the two pieces meet; a constant. The loss is the Huber
+             loss with δ = β, divided by β.
 """
 FRAMEWORK = {
     kdjax: {"array": "Array", "axis": "axis_name: AxisName", "result": "jax.Array"},
@@ -192,8 +195,41 @@ def test_names(page, package, asked, shown):
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_an_unknown_name(page, package):
     assert page(package, "show", "dkdd", status=2).endswith(
-        f"no loss is called 'dkdd'; near are dkd, rkd, nkd; `python -m {package.__name__}` lists all"
+        f"no loss is called 'dkdd'; similar names are dkd, rkd, nkd; `python -m {package.__name__}` lists all"
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("ReviewKD", "hcl_loss"),
+        ("attention", "attention_transfer_loss"),
+        ("Hinton", "kl_loss"),
+        ("FitNets", "mse_loss"),
+        ("GKD", "jsd_loss"),
+        ("MiniLLM", "reverse_kl_loss"),
+        ("contrastive", "crcd_loss or crd_loss"),
+        ("tokenizers", "uld_loss"),
+        ("Logit standardization", "standardize_logits"),
+        ("Neuron Selectivity Transfer", "nst_loss"),  # the paper, by the docstring alone
+    ],
+)
+def test_a_name_of_a_paper_or_a_method(page, asked, meant):
+    assert f"no loss is called '{asked}'; did you mean {meant}" in page(kdlosses, "show", asked, status=2)
+
+
+@pytest.mark.parametrize("asked", ["dkd", "DKD", "dkd_loss", "kld", "rkd", "rkd_loss", "eu_mse"])
+def test_parity_takes_the_names_that_show_takes(page, asked):
+    assert page(kdlosses, "show", asked).startswith(f"{parity_title(asked)}(")
+
+
+def test_parity_takes_every_row_of_its_table():
+    for row in LOSSES_OF_PARITY:
+        assert parity_title(row.title) == row.title
+
+
+def test_every_other_name_is_that_of_a_public_function():
+    assert OTHER_NAMES.keys() <= set(kdjax.__all__)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,10 @@ def test_compiled(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--loss", "ml_loss"], "invalid choice: 'ml_loss'"),
+        (
+            ["--loss", "ml_loss"],
+            "argument --loss: no loss is called 'ml_loss'; similar names are kl_loss, uld_loss, mse_loss",
+        ),
         (["--tries", "0"], "argument --tries: must be 1 or more, got 0"),
         (["--html", "/no/such/folder/x.html"], "argument --html: cannot write '/no/such/folder/x.html': No such file"),
         (["--json", "."], "argument --json: cannot write '.': Is a directory"),

@@ -456,7 +456,7 @@ def test_a_class_out_of_range():
     indices[1, 2] = CLASSES
     value, _ = value_and_slope(JAX, STUDENT, values, indices, rest)
     assert np.array_equal(np.isnan(value), np.arange(6) == 1)
-    with pytest.raises(IndexError, match=r"`indices` must lie in 0 .. 8, got 9"):
+    with pytest.raises(IndexError, match=r"`indices` must be in 0 .. 8, got 9"):
         value_and_slope(TORCH, STUDENT, values, indices, rest)
 
 

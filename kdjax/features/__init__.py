@@ -1,1 +1,1 @@
-"""What the student sees: losses between features."""
+"""Feature losses."""

@@ -23,7 +23,7 @@ def cwd_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Channel-wise distillation: the positions of a channel as a distribution, which should match the teacher's.
+    r"""Channel-wise distillation: a softmax over the positions of each channel, which should match the teacher's.
 
     $$\frac{T^2}C\sum_c\mathrm{KL}(q_c\,\|\,p_c),\qquad p_c=\mathrm{softmax}(s_c/T),\quad q_c=\mathrm{softmax}(t_c/T)$$
 
@@ -49,8 +49,8 @@ def cwd_loss(
         TypeError: a map that is no floating-point array of four axes.
 
     Shu et al., *Channel-wise Knowledge Distillation for Dense Prediction*, ICCV 2021, https://arxiv.org/abs/2011.13256.
-    The authors' code takes the logarithm of the student's softmax, and is inf or NaN where a channel of float32 spans
-    more than 103 T; mmrazor's leaves the teacher its gradient.
+    The authors' code takes the logarithm of the student's softmax, and is inf or NaN if a float32 channel spans more
+    than 103 T; mmrazor's code does not stop the gradient of the teacher.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import cwd_loss

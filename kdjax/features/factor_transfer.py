@@ -43,23 +43,24 @@ def factor_transfer_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Factor transfer: the student's factor against the teacher's, both of unit length.
+    r"""Factor transfer: the student's factor should match the teacher's, after both are normalised to unit length.
 
     $$\frac1n\sum_k\big|\varphi(s)_k-\varphi(t)_k\big|^{p_2},\qquad
     \varphi(f)=\frac{f^{p_1}}{\lVert f^{p_1}\rVert}$$
 
-    The power is that of each entry, and the norm that of the whole map of an example, of n entries. With `channel_mean`
-    the mean of the powers over channels takes the place of $f^{p_1}$, and n is the number of positions. Of a map of zeros
-    φ is 0.
+    The power is taken of each entry, and the norm is that of the whole map of an example, which has n entries. With
+    `channel_mean` the mean of the powers over channels replaces $f^{p_1}$, and n is the number of positions. For a map
+    of zeros φ is 0.
 
     Args:
         student_map: `[batch, height, width, channels]`, the student's factor: its last map, after a translator.
-        teacher_map: `[batch, height, width, channels]`, the teacher's factor: its last map, after a paraphraser; constant.
-            Maps of different sizes are averaged first, to the smaller height and to the smaller width.
-        p1: a whole number of at least 1, the power of the entries; an odd one keeps their signs. It chooses how the loss
-            is computed, so it is a number and no array.
-        p2: p2 ≥ 1, the power of the differences, whose absolute values count; a number and no array.
-        channel_mean: whether the channels are averaged, whose numbers may then differ.
+        teacher_map: `[batch, height, width, channels]`, the teacher's factor: its last map, after a paraphraser;
+            constant. Maps of different sizes are averaged first, to the smaller height and to the smaller width.
+        p1: a whole number of at least 1, the power of the entries; an odd power keeps their signs. It determines how
+            the loss is computed, so it must be a number and not an array.
+        p2: p2 ≥ 1, the power of the absolute differences; a number and not an array.
+        channel_mean: whether the channels are averaged; student and teacher may then have different numbers of
+            channels.
         channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
         where: `[batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
@@ -74,7 +75,7 @@ def factor_transfer_loss(
         TypeError: maps that are not four-axis floating-point arrays.
 
     Kim et al., *Paraphrasing Complex Network: Network Compression via Factor Transfer*, NeurIPS 2018,
-    https://arxiv.org/abs/1802.04977. The paraphraser and the translator are networks of your own.
+    https://arxiv.org/abs/1802.04977. You provide the paraphraser and the translator.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import factor_transfer_loss
@@ -89,8 +90,8 @@ def factor_transfer_loss(
     if channels[0] != channels[1] and not channel_mean:
         raise ValueError(
             "`student_map` and `teacher_map` must have the same number of channels, got "
-            f"{channels[0]} and {channels[1]}; bring the student's map to the teacher's channels by `Projector` in `nn`, "
-            "or compare the means over channels by `channel_mean=True`"
+            f"{channels[0]} and {channels[1]}; map the student's channels to the teacher's with `Projector` in `nn`, "
+            "or compare the means over channels with `channel_mean=True`"
         )
     values = _factor_transfer(p1, at_least_one("p2", p2), channel_mean)(student_map, teacher_map, where=where)
     return reduce(values, where, reduction, axis_name)

@@ -30,9 +30,8 @@ def fsp_loss(
     $$\sum_i\frac1{C_iC_{i+1}}\|G(s_i,s_{i+1})-G(t_i,t_{i+1})\|^2,\qquad
     G(f,g)_{cd}=\tfrac1{HW}\sum_xf_{cx}\,g_{dx}$$
 
-    $f_{cx}$ is channel c of a map at position x, and i runs over the maps but the last. Of two neighbouring maps of one
-    network both are first averaged to the smaller height and to the smaller width, each on its own, by adaptive average
-    pooling.
+    $f_{cx}$ is channel c of a map at position x, and i runs over all maps except the last. Two neighbouring maps of a
+    network are first averaged to the smaller height and to the smaller width, separately, by adaptive average pooling.
 
     Args:
         student_maps: maps `[batch, height, width, channels]`, at least two, of any sizes, in the order of the layers.
@@ -50,10 +49,10 @@ def fsp_loss(
             2, 3 or its negative, an unknown reduction.
         TypeError: maps that are not a list of four-axis floating-point arrays.
 
-    Yim et al., *A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning*, CVPR
-    2017, https://doi.org/10.1109/CVPR.2017.754. RepDistiller makes
-    an array of all products at all positions before it averages them, and pools squares by their heights alone.
-    torchdistill pools the larger map by its maximum.
+    Yim et al., *A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning*,
+    CVPR 2017, https://doi.org/10.1109/CVPR.2017.754. RepDistiller makes an array of all products at all positions
+    before it averages them, and pools to squares, comparing heights only. torchdistill pools the larger map by its
+    maximum.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import fsp_loss
@@ -72,7 +71,7 @@ def fsp_loss(
         if ours != theirs:
             raise ValueError(
                 f"`student_maps[{i}]` and `teacher_maps[{i}]` must have the same number of channels, got {ours} and "
-                f"{theirs}; `Projector` in `nn` brings a student's map to the teacher's channels"
+                f"{theirs}; `Projector` in `nn` maps a student's channels to the teacher's"
             )
     s, t = (ordered(channel_axis, *maps) for maps in (student_maps, teacher_maps))
     pairs = [_flow(s[i], s[i + 1], t[i], t[i + 1], where=where) for i in range(len(s) - 1)]

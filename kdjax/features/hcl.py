@@ -12,7 +12,7 @@ from kdjax._reduce import reduce, zero_masked
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.features._maps import check_maps, check_shapes, pooling
 
-_CONNECTORS = "ReviewKD's connectors bring a student's maps to the teacher's shapes, by `out_channels` and `out_shapes`"
+_CONNECTORS = "ReviewKD's connectors map a student's maps to the teacher's shapes, with `out_channels` and `out_shapes`"
 
 
 @checked
@@ -25,13 +25,13 @@ def hcl_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Hierarchical context loss: feature maps compared whole and pooled to 4×4, 2×2 and 1×1, summed over maps.
+    r"""Hierarchical context loss: compares feature maps at full size and pooled to 4×4, 2×2 and 1×1, summed over maps.
 
     $$\sum_{\text{maps}}\frac{\sum_l w_l\,\mathrm{MSE}\big(\mathrm{pool}_l(s),\mathrm{pool}_l(t)\big)}{\sum_l w_l},
     \qquad w=1,\tfrac12,\tfrac14,\tfrac18$$
 
-    The full map weighs 1; a pooled level that is not smaller than the map's height is dropped, and the weights of
-    those that remain are halved in turn. The MSE is over channels and positions.
+    The full map has the weight 1. A pooled level that is not smaller than the map's height is dropped, and each of the
+    remaining levels has half the weight of the one before. The MSE is over channels and positions.
 
     Args:
         student_maps: maps `[batch, height, width, channels]`, any number of them, of any sizes.

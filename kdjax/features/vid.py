@@ -34,11 +34,11 @@ def vid_loss(
     a is `log_scale`, and x a position. This is the negative logarithm of the likelihood without the constant ½ log 2π.
 
     Args:
-        predicted_mean: μ, `[batch, height, width, channels]`, what a regressor makes of the student's map
+        predicted_mean: μ, `[batch, height, width, channels]`, the output of a regressor on the student's map
             (`kdjax.nn.VIDLoss` holds one).
         teacher_map: the same shape; constant.
         log_scale: a, `[channels]`, learned with the student. At log(e^(v − ε) − 1) the variance is v.
-        eps: ε > 0, below which no variance falls; a constant.
+        eps: ε > 0, the smallest variance; a constant.
         channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
         where: `[batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
@@ -53,8 +53,8 @@ def vid_loss(
         TypeError: a map that is no floating-point array of four axes.
 
     Ahn et al., *Variational Information Distillation for Knowledge Transfer*, CVPR 2019,
-    https://arxiv.org/abs/1904.05835. RepDistiller and mdistiller take log(1 + e^a) as it is written, which is inf from
-    a = 89 in float32, and where the sizes differ they pool the student's map first, which here you do yourself.
+    https://arxiv.org/abs/1904.05835. RepDistiller and mdistiller compute log(1 + e^a) as written, which is inf for a ≥
+    89 in float32. If the sizes differ they pool the student's map first; with this function you pool it yourself.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import vid_loss
@@ -66,7 +66,7 @@ def vid_loss(
     check_shape("predicted_mean", predicted_mean, "teacher_map", teacher_map, PROJECTOR)
     channels = predicted_mean.shape[channel_axis]
     if len(log_scale) != channels:
-        raise ValueError(f"`log_scale` must have one entry a channel, {channels} in all, got {len(log_scale)}")
+        raise ValueError(f"`log_scale` must have one entry per channel, {channels} in all, got {len(log_scale)}")
     eps = positive("eps", eps, predicted_mean, teacher_map, log_scale, constant=True)
     mean, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (predicted_mean, teacher_map))
     *_, scale = promote(predicted_mean, teacher_map, log_scale)  # whose gradients are summed over the batch

@@ -35,8 +35,9 @@ def dist_loss(
     $$T^2\left[\beta\left(1-\frac1B\sum_i\rho(p_i,q_i)\right)+\gamma\left(1-\frac1C\sum_c\rho(p^c,q^c)\right)\right],\qquad
     \rho(x,y)=\frac{(x-\bar x)\cdot(y-\bar y)}{\|x-\bar x\|\,\|y-\bar y\|+\varepsilon}$$
 
-    for p = softmax(s/T) and q = softmax(t/T), whose rows are the examples and whose columns, p^c and q^c, the classes.
-    Pearson's correlation ρ depends neither on level nor on scale, so that a student far weaker than its teacher can follow.
+    for p = softmax(s/T) and q = softmax(t/T). Their rows are the examples, and their columns p^c and q^c are the
+    classes. Pearson's correlation ρ does not depend on mean and scale, so a student that is far weaker than its teacher
+    can match it.
 
     Args:
         student_logits: `[batch, classes]`.
@@ -45,23 +46,24 @@ def dist_loss(
         gamma: weight of the relations between examples, one for each class; a constant.
         temperature: T > 0; an array has a gradient.
         eps: ε > 0, which is added to the product of the norms; a constant.
-        where: `[batch]`, False for examples that are left out, of the relations of each class too.
+        where: `[batch]`, False for examples that are left out, also from the relations of the classes.
         reduction: `"mean"`, or `"sum"`, which is the mean times the number of kept examples; `"none"` is an error.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, at most 2 T² (β + γ). Because of ε it is not quite 0 where student and teacher are equal. With one example
-        the relation of each class is γT². A class at -inf in both, in every example, is left out of C and of the means.
+        A scalar, at most 2 T² (β + γ). Because of ε it is not exactly 0 if student and teacher are equal. With one
+        example the second term is γT². A class at -inf in both, in every example, is left out of C and of the means.
 
     Raises:
-        ValueError: a temperature or ε that is not positive, a negative weight, fewer than 2 classes, an unknown reduction,
-            or `"none"`, because the relation of a class is the batch's, and no part of it an example's.
+        ValueError: a temperature or ε that is not positive, a negative weight, fewer than 2 classes, an unknown
+            reduction, or `"none"`, because the relation of a class belongs to the whole batch and not to single
+            examples.
         TypeError: a shape or dtype that does not fit.
 
-    Huang et al., *Knowledge Distillation from A Stronger Teacher*, NeurIPS 2022, https://arxiv.org/abs/2205.10536. ε is a
-    term, as in the released code, and not a guard: of many classes each has little probability, so that the product of its
-    norms may be below ε, and its relation near 0 even where student and teacher are equal. Where they are near each other,
-    1 - ρ is computed from their difference, so that a small loss keeps its digits.
+    Huang et al., *Knowledge Distillation from A Stronger Teacher*, NeurIPS 2022, https://arxiv.org/abs/2205.10536. As
+    in the released code, ε changes the value and does not only prevent a division by zero: with many classes each has
+    little probability, so the product of the norms may be below ε, and the relation near 0 even if student and teacher
+    are equal. If they are close, 1 - ρ is computed from their difference, so a small loss keeps its digits.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import dist_loss
@@ -84,8 +86,8 @@ def check_of_batch(reduction: str) -> None:
     check_reduction(reduction)
     if reduction == "none":
         raise ValueError(
-            '`reduction` must be "mean" or "sum" in dist_loss, got \'none\': the relation of a class is that of the whole '
-            "batch, of which no part is an example's"
+            '`reduction` must be "mean" or "sum" in dist_loss, got \'none\': the relation of a class belongs to the '
+            "whole batch and cannot be divided among the examples"
         )
 
 

@@ -29,45 +29,49 @@ def sampled_kl_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""On-policy distillation from sampled tokens: a KL divergence, estimated from the tokens' log-probabilities alone.
+    r"""On-policy distillation from sampled tokens: a KL divergence, estimated from only the tokens' log-probabilities.
 
     $$w\,k,\qquad k_1=y,\quad k_2=\tfrac{y^2}{2},\quad k_3=e^{-y}-1+y,\qquad w=\min(p/b,\,m)$$
 
-    where p, q and b are the probabilities that the student, the teacher and the policy that sampled give to a token,
-    and m is `max_ratio`. For tokens that the student sampled y = log p − log q, and the mean estimates KL(p‖q); for the
+    where p, q and b are the probabilities that the student, the teacher and the sampling policy give to a token, and m
+    is `max_ratio`. For tokens that the student sampled y = log p − log q, and the mean estimates KL(p‖q); for the
     teacher's tokens y = log q − log p, and the mean estimates KL(q‖p). Without b, w = 1.
 
     Args:
-        student_log_probs: `[*batch]`, log p, at most 0: one number a token, as in `[batch, tokens]`.
+        student_log_probs: `[*batch]`, log p, at most 0: one number per token, as in `[batch, tokens]`.
         teacher_log_probs: the same shape, log q of the same tokens; constant.
-        behavior_log_probs: the same shape, log b; constant. It makes up for tokens that were not sampled from the
-            student as it is now, but from an older one or by another engine. Leave it out with
-            `sampled_from="teacher"`: w would turn the teacher's tokens into the student's.
-        estimator: `"k1"`, `"k2"` or `"k3"`. On the student's tokens k1 and k3 have the mean KL(p‖q); k3 is never negative,
-            and varies less where p and q are close. k2 has another mean, which is near it where p and q are close.
-        sampled_from: `"student"` or `"teacher"`, who sampled the tokens.
-        gradient: `"score"`, w (log p − log q) times the gradient of log p, whatever the estimator, whose mean over the
-            student's tokens is the gradient of KL(p‖q); or `"direct"`, the derivative of the value, w being constant.
-            None is the score for the student's tokens, and direct for the teacher's, which have no other.
-        max_ratio: m > 0, the largest w; it needs `behavior_log_probs`. A constant.
+        behavior_log_probs: the same shape, log b; constant. It corrects for tokens that were sampled from an older
+            student or by another engine. Do not pass it with `sampled_from="teacher"`: w would reweight the teacher's
+            tokens to the student's distribution.
+        estimator: `"k1"`, `"k2"` or `"k3"`. On the student's tokens k1 and k3 have the mean KL(p‖q); k3 is never
+            negative, and varies less where p and q are close. k2 has a different mean, which is close to KL(p‖q) if p
+            and q are close.
+        sampled_from: which model sampled the tokens, `"student"` or `"teacher"`.
+        gradient: `"score"`, w (log p − log q) times the gradient of log p for any estimator, whose mean over the
+            student's tokens is the gradient of KL(p‖q); or `"direct"`, the derivative of the value with constant w.
+            None means the score for the student's tokens, and direct for the teacher's tokens, for which the score is
+            not defined.
+        max_ratio: m > 0, the largest w; a constant. It needs `behavior_log_probs`.
         where: `[*batch]`, False for tokens that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. k2 and k3 are never negative. It is inf where one side gives
-        -inf to a token of the other, and NaN where a side gives -inf to a token that it has sampled itself.
+        A scalar, or `[*batch]` with `reduction="none"`. k2 and k3 are never negative. It is inf if one model gives -inf
+        to a token of the other, and NaN if a model gives -inf to a token that it has sampled itself.
 
     Raises:
         ValueError: an unknown estimator, source, gradient or reduction, the score for the teacher's tokens, a
             `max_ratio` that is not positive or comes without `behavior_log_probs`.
         TypeError: a shape or dtype that does not fit.
 
-    A number above 0 by more than rounding (10⁻⁴, more in half precision) is the logarithm of no probability. kdtorch
-    raises a ValueError in eager code on a CPU; elsewhere, and in kdjax, its token is NaN.
+    A number that exceeds 0 by more than rounding (10⁻⁴, more in half precision) cannot be the logarithm of a
+    probability. kdtorch raises a ValueError in eager code on a CPU; elsewhere, and in kdjax, the value of its token is
+    NaN.
 
-    The direct gradient on the student's own tokens is not that of the estimated divergence: for k1 its mean is 0, and
-    training does nothing; for k3 it is the gradient of KL(q‖p), the other direction; for k2 it equals the score.
+    The direct gradient on the student's own tokens is not the gradient of the estimated divergence. For k1 its mean is
+    0, and training has no effect. For k3 its mean is the gradient of KL(q‖p), the other direction. For k2 it equals the
+    score.
 
     Schulman, *Approximating KL Divergence*, 2020, https://joschu.net/blog/kl-approx.html; Lu and Thinking Machines Lab,
     *On-Policy Distillation*, 2025, https://thinkingmachines.ai/blog/on-policy-distillation. Released codes differ in

@@ -42,17 +42,17 @@ def skew_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and at
-        most -log k, also where the student gives -inf to a class that the teacher uses. At k = 0 it is inf there.
+        most -log k, even if the student gives -inf to a class that the teacher uses. With k = 0 it is then inf.
 
     Raises:
         ValueError: a skew that is not between 0 and 1, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Ko, Kim, Chen, Yun, *DistiLLM: Towards Streamlined Distillation for Large Language Models*, ICML 2024,
-    https://arxiv.org/abs/2402.03898. The skew weighs the first argument of the divergence, which is the teacher here and
-    the student in `skew_reverse_kl_loss`. The released code returns the cross-entropy of the teacher and the mixture,
-    which has the same gradient and is larger by the teacher's entropy. There is no temperature, as in the paper: divide
-    both logits by one, and multiply the loss by its square.
+    https://arxiv.org/abs/2402.03898. The skew is the weight of the first argument of the divergence, which is the
+    teacher in this function and the student in `skew_reverse_kl_loss`. The released code returns the cross-entropy of
+    the teacher and the mixture, which has the same gradient and is larger by the teacher's entropy. There is no
+    temperature, as in the paper: divide both logits by it, and multiply the loss by its square.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import skew_kl_loss
@@ -89,16 +89,16 @@ def skew_reverse_kl_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and at
-        most -log k, also where the teacher gives -inf to a class that the student uses. At k = 0 it is inf there, and
-        the gradient leaves that class out.
+        most -log k, even if the teacher gives -inf to a class that the student uses. With k = 0 it is then inf, and the
+        gradient leaves that class out.
 
     Raises:
         ValueError: a skew that is not between 0 and 1, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Ko, Kim, Chen, Yun, *DistiLLM: Towards Streamlined Distillation for Large Language Models*, ICML 2024,
-    https://arxiv.org/abs/2402.03898. The skew weighs the first argument of the divergence, which is the student here and
-    the teacher in `skew_kl_loss`.
+    https://arxiv.org/abs/2402.03898. The skew is the weight of the first argument of the divergence, which is the
+    student in this function and the teacher in `skew_kl_loss`.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import skew_reverse_kl_loss

@@ -19,24 +19,25 @@ def standardize_logits(
 
     $$\frac{z-\bar z}{(\sigma+10^{-7})\,T},\qquad \sigma^2=\frac1{C-1}\sum_c(z_c-\bar z)^2$$
 
-    This is no loss: give it the student's logits, and the teacher's, before a loss of logits compares them.
+    This is not a loss: apply it to the logits of student and teacher, and pass the results to a logit loss.
 
     Args:
-        logits: `[*batch, classes]`, of student or teacher; they have a gradient, which a loss's teacher does not use.
+        logits: `[*batch, classes]`, of student or teacher. The function is differentiable; a loss stops the gradient of
+            the teacher.
         temperature: T > 0; an array has a gradient.
 
     Returns:
-        An array of the shape of `logits`, in float32 or float64. A class at -inf stays there and is left out of mean, σ
-        and C; where fewer than 2 classes are left, they are 0. So is a constant row, whose gradient is 10⁷ / T times
-        that of a centring.
+        An array of the shape of `logits`, in float32 or float64. A class at -inf stays at -inf and is left out of the
+        mean, σ and C. If fewer than 2 classes are left, the results are 0. A constant row becomes 0 too; its gradient
+        is 10⁷ / T times that of subtracting the mean.
 
     Raises:
         ValueError: a temperature that is not positive, fewer than 2 classes.
         TypeError: a shape or dtype that does not fit.
 
     Sun et al., *Logit Standardization in Knowledge Distillation*, CVPR 2024, https://arxiv.org/abs/2403.01427. The
-    authors' loss is `9 * kl_loss(standardize_logits(s), standardize_logits(t), temperature=2.0)`. Their code divides by
-    C - 1 in σ, as here; the paper divides by C.
+    authors' loss is `9 * kl_loss(standardize_logits(s), standardize_logits(t), temperature=2.0)`. For σ their code
+    divides by C - 1, as this function does; the paper divides by C.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import standardize_logits

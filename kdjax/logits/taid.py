@@ -32,31 +32,31 @@ def taid_loss(
 
     $$\mathrm{KL}(m\,\|\,p),\qquad m=\mathrm{softmax}\big((1-\lambda)\bar s+\lambda t\big),\quad p=\mathrm{softmax}(s)$$
 
-    with $\bar s$ the student's logits held constant.
+    where $\bar s$ are the student's logits, held constant.
 
     Args:
         student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
         teacher_logits: the same shape; constant.
-        interpolation: λ from 0 to 1, how far the target is on the way from the student to the teacher. It has no default:
-            raise it during the training.
+        interpolation: λ from 0 to 1, the position of the target between the student (0) and the teacher (1). It has no
+            default: increase it during the training.
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. It is never negative, and 0 where student and teacher agree, and
-        at λ = 0 everywhere. At λ = 1 it is `kl_loss` at temperature 1, so inf where the student gives -inf to a class that
-        the teacher uses. Between the two a class at -inf on either side has probability 0 in the target.
+        A scalar, or `[*batch]` with `reduction="none"`. It is never negative. It is 0 if student and teacher agree, and
+        always for λ = 0. For λ = 1 it is `kl_loss` at temperature 1, and inf if the student gives -inf to a class that
+        the teacher uses. For λ between 0 and 1, a class at -inf in either has probability 0 in the target.
 
     Raises:
         ValueError: an interpolation that is not between 0 and 1, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Shing, Misaki, Bao, Yokoi, Akiba, *TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer
-    in Language Models*, ICLR 2025, https://arxiv.org/abs/2501.16937. The released code returns the cross-entropy of
-    target and student, which has the same gradient p - m and is larger by the target's entropy. That entropy moves with
-    λ and with the student, so that the released value cannot tell whether the student follows the target. The schedule of
-    λ, which the released code adapts to that value, is the caller's.
+    Shing, Misaki, Bao, Yokoi, Akiba, *TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge
+    Transfer in Language Models*, ICLR 2025, https://arxiv.org/abs/2501.16937. The released code returns the
+    cross-entropy of target and student, which has the same gradient p - m and is larger by the target's entropy. That
+    entropy changes with λ and with the student, so the released value does not show whether the student follows the
+    target. The released code adapts λ to that value; with this function you choose the schedule of λ yourself.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import taid_loss

@@ -27,8 +27,8 @@ def uld_loss(
 
     $$\sum_k\left|p_{(k)}-q_{(k)}\right|,\qquad p=\mathrm{softmax}(s),\quad q=\mathrm{softmax}(t)$$
 
-    where (k) is the k-th place in descending order, and the shorter of the two is filled up with zeros. The loss does
-    not ask which class has which probability, so student and teacher may have different vocabularies.
+    where (k) is the k-th place in descending order, and the shorter of the two is padded with zeros. The loss ignores
+    which class has which probability, so student and teacher may have different vocabularies.
 
     Args:
         student_logits: `[*batch, student_classes]`.
@@ -39,15 +39,16 @@ def uld_loss(
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is between 0 and 2, and 0 where the teacher's classes are a
-        permutation of the student's. A class at -inf has probability 0, so padding of either side changes nothing.
+        permutation of the student's. A class at -inf has probability 0, so padding student or teacher with -inf changes
+        nothing.
 
     Raises:
         ValueError: fewer than 2 classes on either side, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Boizard et al., *Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs*, TMLR 2025,
-    https://arxiv.org/abs/2402.12030. The logits are sorted, stably, and not the probabilities, which rounding may make
-    equal. Where two probabilities of one place are equal, the gradient of their difference is 0.
+    https://arxiv.org/abs/2402.12030. The logits are sorted stably instead of the probabilities, because rounding may
+    make probabilities equal. If the two probabilities at one place are equal, the gradient of their difference is 0.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import uld_loss

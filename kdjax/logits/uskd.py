@@ -38,7 +38,7 @@ def uskd_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Universal self-knowledge distillation: soft labels made without a teacher, from the student and a weak head.
+    r"""Universal self-knowledge distillation: soft labels without a teacher, from the student and a weak head.
 
     $$-\alpha\sum_y P_y\log p_y\;-\;\beta\sum_{k\ne y}z_k\log\hat p_k\;-\;\mu\sum_k\left(0.9\,l_k+\tfrac{0.1}{C}\right)\log w_k$$
 
@@ -46,8 +46,9 @@ def uskd_loss(
     over the classes other than y.
 
     - P_y = l_y + p_y² − the batch mean of p_y², constant.
-    - z: classes are ranked by $w_k/(1-\sum_y w_y+10^{-6})+\log p_k/(1-\sum_y\log p_y+10^{-6})$, the largest first and
-      the first of equals first; z_k is 1/place (Zipf's law), renormalised over the classes other than y, constant.
+    - z: the classes are ranked by $w_k/(1-\sum_y w_y+10^{-6})+\log p_k/(1-\sum_y\log p_y+10^{-6})$, the largest first,
+      and equal ones in the order of the classes; z_k is 1/place (Zipf's law), normalised over the classes other than y,
+      and constant.
 
     Args:
         student_logits: `[*batch, classes]`.
@@ -70,8 +71,9 @@ def uskd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
-    https://arxiv.org/abs/2303.13005. The paper ranks by probabilities; the released code, followed here, takes the
-    logarithm of the student's. A class at -inf in both logits is padding: it has no place, and C does not count it.
+    https://arxiv.org/abs/2303.13005. The paper ranks by probabilities; the released code, which this function follows,
+    uses the logarithm of the student's. A class at -inf in both logits is padding: it is not ranked, and C does not
+    count it.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import uskd_loss

@@ -1,11 +1,12 @@
-"""The losses that own parameters or state, as modules: thin holders that call the functions.
+"""The losses that have parameters or state, as modules that hold them and call the functions.
 
-State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+State is updated only in training mode: after `module.eval()` it is used unchanged, and after `module.train()` it is
+updated again.
 
-A call changes the value of a Variable, as `nnx.BatchNorm` does, and the Variable stays. Give a module as an argument to
-`nnx.jit`, `nnx.grad` and the other transformations of Flax, which hand its state out. `jax.jit` takes a module too, but
-drops what it changes. To use JAX's own transformations, split the module, merge it inside by `nnx.merge(..., copy=True)`,
-and return its state.
+A call changes the value of a Variable, as `nnx.BatchNorm` does. Pass the module as an argument to `nnx.jit`, `nnx.grad`
+and the other transformations of Flax, which return its new state. `jax.jit` accepts a module too, but drops the
+changes. To use JAX's own transformations, split the module, merge it inside with `nnx.merge(..., copy=True)`, and
+return its state.
 """
 
 from kdjax.nn._state import LossState

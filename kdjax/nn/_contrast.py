@@ -64,24 +64,24 @@ class Contrast(Stateful):
         sharded_memory: bool = False,
         update: bool = True,
     ) -> jax.Array:
-        """The loss of a batch; in training mode the memories move.
+        """The loss of a batch; in training mode the memories are updated.
 
         Args:
             student: `[batch, student_dim]`.
-            teacher: `[batch, teacher_dim]`; constant, though its head learns.
-            index: `[batch]`, the samples' places in the data set.
-            negatives: `[batch, num_negatives]`, places too; drawn if None.
+            teacher: `[batch, teacher_dim]`; constant, but its head is trained.
+            index: `[batch]`, the samples' positions in the data set.
+            negatives: `[batch, num_negatives]`, also positions; drawn at random if None.
             where: `[batch]`, False for examples that are left out.
             reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
             sharded_memory: whether each device holds its own rows of the memories.
-            update: False leaves the memories as they were.
+            update: False leaves the memories unchanged.
 
         Returns:
             A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: what the function refuses.
+            ValueError: an input or setting that the function does not accept.
             TypeError: a shape or dtype that does not fit.
         """
         student = through(self.student_head, "student", student, self.student_dim, where=where)

@@ -57,9 +57,9 @@ def movable(module: nnx.Module, name: str) -> nnx.Variable:
             setattr(module, name, variable.copy())
         except TraceContextError as error:
             raise TraceContextError(
-                f"the state of {type(module).__name__.lstrip('_')} cannot move here, because the module is from outside of the "
-                "transformation that calls it, such as jax.grad or jax.jit. Give it as an argument to nnx.grad or "
-                "nnx.jit; or split it, merge it inside by nnx.merge(..., copy=True), and return its state; or leave "
-                "its state as it is, by `module.eval()`"
+                f"the state of {type(module).__name__.lstrip('_')} cannot be updated here, because the module is from outside "
+                "the transformation that calls it, such as jax.grad or jax.jit. Give it as an argument to nnx.grad or "
+                "nnx.jit; or split it, merge it inside with nnx.merge(..., copy=True), and return its state; or keep "
+                "its state constant with `module.eval()`"
             ) from error
     return getattr(module, name)

@@ -21,16 +21,15 @@ class CombinedLoss(nnx.Module):
 
     Args:
         losses: the modules by name.
-        weights: for each loss a number, or a function of the epoch, such as a schedule, that gives one.
-        reads: for each loss where its inputs come from: keys of `feat`, `"target"`, `"epoch"`, or functions of a
-            mapping of all these. A key that ends in `?` may be absent: the input is then None.
+        weights: for each loss a number, or a function of the epoch that returns one, such as a schedule.
+        reads: for each loss, where its inputs come from: keys of `feat`, `"target"`, `"epoch"`, or functions of a
+            mapping of all of these. A key that ends in `?` may be missing; the input is then None.
 
     Attributes:
         losses: the modules by name.
 
     Raises:
-        ValueError: numbers of weights or reads that differ from that of the losses; a weight that is negative or no
-            number.
+        ValueError: a different number of weights or reads than of losses, a weight that is negative or not a number.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import mse_loss
@@ -49,7 +48,7 @@ class CombinedLoss(nnx.Module):
         names = list(losses)
         if len(reads) != len(names) or any(isinstance(sources, str) for sources in reads):
             raise ValueError(
-                f'`reads` must have one tuple a loss, as in [("stu", "tea")], {len(names)} for {names}, got {reads}'
+                f'`reads` must have one tuple per loss, as in [("stu", "tea")], {len(names)} for {names}, got {reads}'
             )
         self.losses = nnx.Dict(losses)
         self.names, self.reads = tuple(names), tuple(map(tuple, reads))
@@ -72,24 +71,24 @@ class CombinedLoss(nnx.Module):
         """The weighted sum of the losses of a batch.
 
         Args:
-            score: taken as the founding code passes it, and not used.
-            feat: what the losses read, by name.
-            fea: as `score`.
+            score: not used; the founding code passes it.
+            feat: the inputs of the losses, by name.
+            fea: not used; the founding code passes it.
             target: `[*batch]`, the classes, for the losses that read them.
-            epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
-            where: `[batch]`, False for examples that are left out. This and the arguments below are for the losses that
-                take them.
-            reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
+            epoch: of the training, for losses that use it (None counts as 0) and for weights that are functions of it.
+            where: `[batch]`, False for examples that are left out. This and the arguments below are passed to the
+                losses that have them.
+            reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
-            update: False leaves the states of the losses as they were.
+            update: False leaves the states of the losses unchanged.
 
         Returns:
             A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: an input that a loss reads is absent, or the epoch of a weight; values of different shapes; what a
-                loss refuses.
-            TypeError: a `feat` that is no mapping; what a loss refuses.
+            ValueError: a missing input, a missing epoch for a weight, values of different shapes, an input that a loss
+                does not accept.
+            TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
         terms = self.terms(
             score, feat, fea, target, epoch, where=where, reduction=reduction, axis_name=axis_name, update=update
@@ -109,29 +108,31 @@ class CombinedLoss(nnx.Module):
         axis_name: AxisName | None = None,
         update: bool = True,
     ) -> dict[str, jax.Array]:
-        """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
+        """The value of each loss by name, not weighted. States are updated as in a call; `weigh` returns the weighted sum.
 
         Args:
-            score: taken as the founding code passes it, and not used.
-            feat: what the losses read, by name.
-            fea: as `score`.
+            score: not used; the founding code passes it.
+            feat: the inputs of the losses, by name.
+            fea: not used; the founding code passes it.
             target: `[*batch]`, the classes, for the losses that read them.
-            epoch: of the training, for the losses that read it, where None is 0, and for weights that are functions of it.
-            where: `[batch]`, False for examples that are left out. This and the arguments below are for the losses that
-                take them.
-            reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
+            epoch: of the training, for losses that use it (None counts as 0) and for weights that are functions of it.
+            where: `[batch]`, False for examples that are left out. This and the arguments below are passed to the
+                losses that have them.
+            reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
-            update: False leaves the states of the losses as they were.
+            update: False leaves the states of the losses unchanged.
 
         Returns:
             As many scalars as losses, or values of each example with `reduction="none"`.
 
         Raises:
-            ValueError: an input that a loss reads is absent; what a loss refuses.
-            TypeError: a `feat` that is no mapping; what a loss refuses.
+            ValueError: a missing input, an input that a loss does not accept.
+            TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
         if not isinstance(feat, Mapping | None):
-            raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
+            raise TypeError(
+                f"`feat` must be a mapping from names to the inputs of the losses, got {describe(feat)}; give it by name"
+            )
         inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
         inputs |= {} if target is None else {"target": target}
         options = {"where": where, "reduction": reduction, "axis_name": axis_name, "update": None if update else False}
@@ -143,7 +144,7 @@ class CombinedLoss(nnx.Module):
         return terms
 
     def weigh(self, terms: Mapping[str, Any], epoch: int | Array | None = None) -> jax.Array:
-        """The weighted sum of what `terms` gives.
+        """The weighted sum of the values that `terms` returns.
 
         Args:
             terms: the value of each loss by name.
@@ -153,14 +154,14 @@ class CombinedLoss(nnx.Module):
             A scalar, or `[batch]` if the values have one for each example.
 
         Raises:
-            ValueError: the epoch of a weight is absent; values of different shapes.
+            ValueError: a missing epoch for a weight, values of different shapes.
         """
         values = {name: jnp.asarray(terms[name]) for name in self.names}
         shape = next(iter(values.values())).shape
         if any(value.shape != shape for value in values.values()):
             shapes = {name: list(value.shape) for name, value in values.items()}
             raise ValueError(
-                f"the losses must give values of one shape to be summed, got {shapes}; take them by `terms`"
+                f"the losses must give values of one shape to be summed, got {shapes}; use `terms` instead"
             )
         weights = (weight_at(name, weight, epoch) for name, weight in zip(self.names, self.weights, strict=True))
         total: Any = sum(
@@ -191,7 +192,7 @@ class _Inputs(dict):
 
     def __missing__(self, key: str) -> Any:
         where = "`target`" if key == "target" else f"`feat[{key!r}]`"
-        raise ValueError(f"the loss {self.name!r} reads {where}, which is absent; given are {sorted(self)}")
+        raise ValueError(f"the loss {self.name!r} reads {where}, which is missing; given are {sorted(self)}")
 
 
 def _read(name: str, source: str | Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:

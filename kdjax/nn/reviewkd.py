@@ -20,7 +20,7 @@ class ABF(nnx.Module):
 
     Args:
         in_channels: of the student's map.
-        mid_channels: of the map that is handed on to the next level.
+        mid_channels: of the map that is passed to the next level.
         out_channels: of the teacher's map.
         fuse: whether a map of the deeper level is fused in.
         out_shapes: height and width of the teacher's map, or one number for both; None keeps the student's.
@@ -56,18 +56,19 @@ class ABF(nnx.Module):
         self.out_shapes = map_size(out_shapes)
 
     def __call__(self, x: Array, deeper: Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Bring a map to the teacher's width.
+        """Map a map of the student to the teacher's width.
 
         Args:
             x: `[batch, height, width, in_channels]`, the student's map.
-            deeper: what the connector of the deeper level handed on, of any height and width; needed with `fuse=True`.
+            deeper: the second output of the connector of the deeper level, of any height and width; needed with
+                `fuse=True`.
 
         Returns:
-            The map for the teacher, `[batch, height, width, out_channels]`, and the map to hand on, of `mid_channels`;
-            both of the height and width of `out_shapes`, if it was given.
+            The map to compare with the teacher's, `[batch, height, width, out_channels]`, and the map to pass to the
+            next level, with `mid_channels`; both have the height and width of `out_shapes`, if it was given.
 
         Raises:
-            ValueError: no `deeper` where `fuse=True`.
+            ValueError: no `deeper` with `fuse=True`.
         """
         x = self.norm1(self.conv1(x))
         if self.attention is not None:
@@ -90,11 +91,11 @@ def _resize(x: Array, height: int, width: int) -> jax.Array:
 
 
 class ReviewKD(nnx.Module):
-    """The review connectors: a student's maps, each with the deeper ones fused in, brought to the teacher's widths.
+    """The review connectors, which fuse each of the student's maps with the deeper ones and map it to the teacher's width.
 
     Compare the result with the teacher's maps by `hcl_loss`. Maps may have any sizes. If the teacher's sizes differ
-    from the student's, give them as `out_shapes`; they then fit one resolution of the images. The released code resizes
-    in the same way, but lists its sizes from the deepest map on.
+    from the student's, pass them as `out_shapes`; the connectors then work for one resolution of the images. The
+    released code resizes in the same way, but lists the sizes from the deepest map on.
 
     Args:
         in_channels: of the student's maps, from the first to the deepest.
@@ -133,7 +134,7 @@ class ReviewKD(nnx.Module):
     ) -> None:
         if not in_channels or len(in_channels) != len(out_channels):
             raise ValueError(
-                "`in_channels` and `out_channels` must have one entry a map, at least one, got "
+                "`in_channels` and `out_channels` must have one entry per map, at least one, got "
                 f"{list(in_channels)} and {list(out_channels)}"
             )
         deepest = len(in_channels) - 1
@@ -145,17 +146,17 @@ class ReviewKD(nnx.Module):
         )
 
     def __call__(self, maps: Sequence[Array]) -> list[jax.Array]:
-        """Bring the student's maps to the teacher's widths.
+        """Map the student's maps to the teacher's widths.
 
         Args:
             maps: of the student, `[batch, height, width, channels]`, from the first to the deepest.
 
         Returns:
-            As many maps in the same order, of the teacher's channels, and of the heights and widths of `out_shapes`, or
-            else the student's.
+            The same number of maps in the same order, with the teacher's channels, and with the heights and widths of
+            `out_shapes`, or the student's if it is None.
 
         Raises:
-            ValueError: the number of maps is not that of the connectors.
+            ValueError: a different number of maps than of connectors.
         """
         if len(maps) != len(self.connectors):
             raise ValueError(f"`maps` must hold {len(self.connectors)} maps, got {len(maps)}")

@@ -57,7 +57,7 @@ class USKDLoss(nnx.Module):
         reduction: Reduction = "mean",
         axis_name: AxisName | None = None,
     ) -> jax.Array:
-        """The loss of a batch; the weak head learns from it too.
+        """The loss of a batch; it trains the weak head too.
 
         Args:
             features: `[*batch, feature_dim]`, of the student.
@@ -71,7 +71,7 @@ class USKDLoss(nnx.Module):
             A scalar, or `[*batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: what `uskd_loss` refuses.
+            ValueError: an input or setting that `uskd_loss` does not accept.
             TypeError: a shape or dtype that does not fit.
         """
         weak_logits = through(self.head, "features", features, self.feature_dim, where=where)

@@ -17,18 +17,18 @@ from kdlosses.settings import positive
 class VIDLoss(nnx.Module):
     """`vid_loss` with its regressor, three 1×1 convolutions without bias, and its variances.
 
-    The maps of student and teacher have the same height and width; resize the student's before if they do not.
+    The maps of student and teacher must have the same height and width; resize the student's map first if they do not.
 
     Args:
         in_channels: of the student's map.
         mid_channels: between the convolutions.
         out_channels: of the teacher's map.
-        initial_variance: that each channel begins with.
-        eps: ε, below which no variance falls.
+        initial_variance: the variance that each channel starts with.
+        eps: ε, the smallest variance.
         rngs: of Flax.
 
     Raises:
-        ValueError: an ε that is not positive, an initial variance that is not above it.
+        ValueError: an ε that is not positive, an initial variance that is not larger than ε.
 
     Ahn et al., *Variational Information Distillation for Knowledge Transfer*, CVPR 2019,
     https://arxiv.org/abs/1904.05835.
@@ -75,7 +75,7 @@ class VIDLoss(nnx.Module):
         reduction: Reduction = "mean",
         axis_name: AxisName | None = None,
     ) -> jax.Array:
-        """The loss of a batch; the regressor and the variances learn from it too.
+        """The loss of a batch; it trains the regressor and the variances too.
 
         Args:
             student_map: `[batch, height, width, in_channels]`.
@@ -88,7 +88,7 @@ class VIDLoss(nnx.Module):
             A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: what `vid_loss` refuses.
+            ValueError: an input or setting that `vid_loss` does not accept.
             TypeError: a shape or dtype that does not fit.
         """
         mean = through(self.regressor, "student_map", student_map, self.in_channels, maps=True, where=where)

@@ -1,1 +1,1 @@
-"""How samples lie to each other: losses between pairs of samples."""
+"""Relational losses: losses between pairs of samples."""

@@ -69,7 +69,7 @@ def contrasted(
     temperature = jnp.asarray(positive("temperature", temperature, student), student.dtype)
     momentum = fraction("momentum", momentum, state.student_memory)
     if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {list(negatives.shape)}")
+        raise ValueError(f"`negatives` must hold at least 1 negative per example, got shape {list(negatives.shape)}")
     student, teacher, index, negatives = zero_masked(where, student, teacher, index, negatives)
     rows = len(state.student_memory)
     num_data = rows * size(axis_name) if sharded_memory else rows

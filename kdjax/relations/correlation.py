@@ -33,7 +33,7 @@ def correlation_loss(
     Args:
         student: `[batch, student_dim]`.
         teacher: `[batch, teacher_dim]`, of any width; constant.
-        gamma: γ > 0, the width of the kernel exp(-γ‖x − y‖²) on unit rows.
+        gamma: γ > 0, of the kernel exp(-γ‖x − y‖²) on unit rows; the larger, the narrower.
         order: P ≥ 1, the last power of the series.
         where: `[batch]`, False for examples that are left out, both as i and as j.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the partners of each example.
@@ -44,13 +44,13 @@ def correlation_loss(
         gradient 0.
 
     Raises:
-        ValueError: a `gamma` that is not positive, an `order` that is no whole number of at least 1, an unknown reduction.
+        ValueError: a `gamma` that is not positive, an `order` that is not a whole number of at least 1, an unknown
+            reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Peng et al., *Correlation Congruence for Knowledge Distillation*, ICCV 2019,
-    https://arxiv.org/abs/1904.01802, whose loss is this of kernels; it weighs it by 0.003 for
-    distillation. What RepDistiller and torchdistill call by its name compares products of differences of neighbours in
-    the batch.
+    Peng et al., *Correlation Congruence for Knowledge Distillation*, ICCV 2019, https://arxiv.org/abs/1904.01802, which
+    weights this loss by 0.003. The losses of this name in RepDistiller and torchdistill are different: RepDistiller's
+    compares products of differences of neighbours in the batch.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import correlation_loss

@@ -30,7 +30,7 @@ from kdjax.relations._memory import (
 
 
 class CRCDState(NamedTuple):
-    """The remembered embeddings of student and teacher, one for every sample of the data set.
+    """The memories: embeddings of student and teacher, one for every sample of the data set.
 
     Attributes:
         student_memory: `[num_data, dim]`, unit rows.
@@ -51,7 +51,7 @@ class CRCDState(NamedTuple):
 
 
 def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
-    """Memories of uniformly distributed entries, scaled to unit rows, and normalisers that are not yet set.
+    """Memories with uniformly distributed entries and rows of unit length, and normalisers that are not yet set.
 
     Args:
         key: of `jax.random`.
@@ -75,7 +75,7 @@ def crcd_init(key: jax.Array, num_data: int, dim: int) -> CRCDState:
 
 
 def crcd_negatives(key: jax.Array, batch: int, num_negatives: int, num_data: int) -> jax.Array:
-    """Places in the data set, drawn uniformly and with replacement.
+    """Positions in the data set, drawn uniformly with replacement.
 
     Args:
         key: of `jax.random`.
@@ -114,7 +114,7 @@ def crcd_loss(
     sharded_memory: bool = False,
     update: bool = True,
 ) -> tuple[jax.Array, CRCDState]:
-    r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
+    r"""Complementary relation contrastive distillation: relations to anchors, contrasted with relations from a memory.
 
     For the student's side, with v the unit student embedding, anchors a_j = teacher_memory[index_j] (those of the whole
     batch), and w_ik = teacher_memory[(index_i, negatives_i)_k],
@@ -132,24 +132,24 @@ def crcd_loss(
 
     Args:
         student: `[batch, dim]`, normalised here.
-        teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
-            the teacher's features.
-        index: `[batch]`, the samples' places in the data set; one outside `0 .. num_data - 1` gives NaN for that
+        teacher: `[batch, dim]`, normalised here. It has a gradient, because it comes from a head that is trained; stop
+            the gradient at the teacher's features.
+        index: `[batch]`, the samples' positions in the data set; one outside `0 .. num_data - 1` gives NaN for that
             example.
-        negatives: `[batch, num_negatives]`, places in the same range, from `crcd_negatives`.
-        state: from `crcd_init` or the step before; constant to the gradient.
+        negatives: `[batch, num_negatives]`, positions in the same range, from `crcd_negatives`.
+        state: from `crcd_init` or the previous step; constant.
         temperature: τ > 0; an array has a gradient.
         momentum: m in [0, 1]; a constant.
-        where: `[batch]`, False for examples that are left out, as examples and as anchors, and are not remembered.
+        where: `[batch]`, False for examples that are left out, as examples and as anchors, and are not stored.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the anchors of each example.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
         sharded_memory: whether each device holds its own rows of the two memories, the same number on each, in the
-            order of the devices. Only the rows that the batch needs are then sent.
-        update: False leaves the state as it was, for every micro-batch of a step but the last.
+            order of the devices. Only the rows that the batch needs are sent.
+        update: False leaves the state unchanged, for every micro-batch of a step except the last.
 
     Returns:
-        The loss and the next state. If two examples have the same index, the later one is remembered. A row that would
-        become zero stays as it was, and a batch that is not finite leaves the whole state as it was.
+        The loss and the next state. If two examples have the same index, the later one is stored. A row that would
+        become zero keeps its old value, and a batch that is not finite leaves the whole state unchanged.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
@@ -157,9 +157,9 @@ def crcd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
-    the released code, Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`. Here
-    r·ρ is computed by matrix products, without that array; where two remembered rows are so close that this would lose
-    precision, it is computed from their differences.
+    the released code, Z is set once, from the first batch. That code builds an array `[batch, batch, K + 1, dim]`. This
+    function computes r·ρ by matrix products, without that array; if two rows of the memory are so close that this would
+    lose precision, it uses their differences.
 
     >>> import jax
     >>> import jax.numpy as jnp

@@ -28,10 +28,10 @@ from kdjax.relations._memory import (
 
 
 class CRDState(NamedTuple):
-    """The remembered embeddings of student and teacher, one for every sample of the data set.
+    """The memories: embeddings of student and teacher, one for every sample of the data set.
 
     Attributes:
-        student_memory: `[num_data, dim]`, unit rows but for those that are still as drawn.
+        student_memory: `[num_data, dim]`, unit rows, except those that still have their initial values.
         teacher_memory: `[num_data, dim]`, the same.
         student_normalizer: a scalar, 0 until the first step sets it.
         teacher_normalizer: a scalar, 0 until the first step sets it.
@@ -49,7 +49,7 @@ class CRDState(NamedTuple):
 
 
 def crd_init(key: jax.Array, num_data: int, dim: int) -> CRDState:
-    """Memories of entries drawn uniformly from ±√(3/dim), and normalisers that are not yet set.
+    """Memories with entries drawn uniformly from ±√(3/dim), and normalisers that are not yet set.
 
     Args:
         key: of `jax.random`.
@@ -57,8 +57,8 @@ def crd_init(key: jax.Array, num_data: int, dim: int) -> CRDState:
         dim: the width of the embeddings.
 
     Returns:
-        The state that `crd_loss` starts from, in float32. Its rows have length 1 in the mean, as in the released code, not
-        each.
+        The state that `crd_loss` starts from, in float32. As in the released code, its rows have length 1 on average,
+        not each.
 
     Raises:
         ValueError: `num_data` or `dim` below 1.
@@ -90,10 +90,10 @@ def crd_loss(
     sharded_memory: bool = False,
     update: bool = True,
 ) -> tuple[jax.Array, CRDState]:
-    r"""Contrastive representation distillation: an example's embedding against its teacher's and remembered others.
+    r"""Contrastive representation distillation: an embedding against its teacher's and those of other examples in a memory.
 
     For the student's side, with v the unit student embedding of an example and w_0 … w_K the rows of teacher_memory at
-    its own place and at its negatives,
+    its own position and at its negatives,
 
     $$x_k=\frac{e^{v\cdot w_k/\tau}}{Z},\qquad -\log\left(\frac{x_0}{x_0+c+10^{-7}}\right)
     -\sum_{k\ge1}\log\left(\frac{c}{x_k+c+10^{-7}}\right),\qquad c=K/\mathrm{num\_data}$$
@@ -104,26 +104,26 @@ def crd_loss(
 
     Args:
         student: `[batch, dim]`, normalised here.
-        teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
-            the teacher's features.
-        index: `[batch]`, the samples' places in the data set; one outside `0 .. num_data - 1` gives NaN for that
+        teacher: `[batch, dim]`, normalised here. It has a gradient, because it comes from a head that is trained; stop
+            the gradient at the teacher's features.
+        index: `[batch]`, the samples' positions in the data set; one outside `0 .. num_data - 1` gives NaN for that
             example.
-        negatives: `[batch, num_negatives]`, places in the same range, from `crcd_negatives`, or of other classes alone;
-            the example's own place may be among them.
-        state: from `crd_init` or the step before; constant to the gradient.
+        negatives: `[batch, num_negatives]`, positions in the same range, from `crcd_negatives`, or only from other
+            classes; they may include the example's own position.
+        state: from `crd_init` or the previous step; constant.
         temperature: τ > 0; an array has a gradient.
         momentum: m in [0, 1]; a constant.
-        where: `[batch]`, False for examples that are left out and not remembered.
+        where: `[batch]`, False for examples that are left out and not stored.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
         sharded_memory: whether each device holds its own rows of the two memories, the same number on each, in the
-            order of the devices. Only the rows that the batch needs are then sent.
-        update: False leaves the state as it was, for every micro-batch of a step but the last.
+            order of the devices. Only the rows that the batch needs are sent.
+        update: False leaves the state unchanged, for every micro-batch of a step except the last.
 
     Returns:
-        The loss and the next state. If two examples have the same index, the later one is remembered. A row that would
-        become zero stays as it was, and a batch that is not finite leaves the whole state as it was. A normaliser that
-        the dtype cannot hold stays unset, and is computed anew in the next step.
+        The loss and the next state. If two examples have the same index, the later one is stored. A row that would
+        become zero keeps its old value, and a batch that is not finite leaves the whole state unchanged. A normaliser
+        that is too large for the dtype stays unset, and is computed again in the next step.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
@@ -131,8 +131,8 @@ def crd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Tian, Krishnan, Isola, *Contrastive Representation Distillation*, ICLR 2020, https://arxiv.org/abs/1910.10699. As in
-    the released code, Z is set once, from the first batch, and the sum over the negatives is a sum, not a mean. That code
-    builds an array `[batch, K + 1, dim]` of remembered rows for each side, which is never made here.
+    the released code, Z is set once, from the first batch, and the sum over the negatives is a sum, not a mean. That
+    code builds an array `[batch, K + 1, dim]` of memory rows for each side; this function does not.
 
     >>> import jax
     >>> import jax.numpy as jnp

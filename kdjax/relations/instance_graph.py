@@ -19,7 +19,7 @@ def instance_graph_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Edges of the instance relationship graph: mean squared error between squared distances over their largest.
+    r"""Edges of the instance relationship graph: mean squared error between squared distances divided by the largest.
 
     $$\frac1B\sum_j\left(\frac{d_{ij}(s)^2}{\max_{kl}d_{kl}(s)^2}-\frac{d_{ij}(t)^2}{\max_{kl}d_{kl}(t)^2}\right)^2,\qquad d_{ij}(x)=\|x_i-x_j\|$$
 
@@ -33,19 +33,19 @@ def instance_graph_loss(
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. The gradient flows through the largest distance too, which is that
-        of the first of the pairs, in row order, that are farthest apart. Where all rows are equal, all edges are 0, with
-        gradient 0.
+        A scalar, or `[batch]` with `reduction="none"`. The gradient also flows through the largest distance. If several
+        pairs are equally far apart, it is that of the first pair in row order. If all rows are equal, all edges are 0,
+        with gradient 0.
 
     Raises:
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Liu et al., *Knowledge Distillation via Instance Relationship Graph*, CVPR 2019,
-    https://doi.org/10.1109/CVPR.2019.00726: the edge term; the vertices and the transformations between layers are
-    not here. The authors' Caffe layer holds the largest distance constant. The distances are computed by one matrix
-    product. If some pair is so close that this would lose precision, they are computed from the differences, a row
-    at a time. Under `vmap` both ways are computed.
+    https://doi.org/10.1109/CVPR.2019.00726. This is the edge term; the terms for vertices and for transformations
+    between layers are not included. In the authors' Caffe layer the largest distance is a constant. The distances are
+    computed by one matrix product. If some pair is so close that this would lose precision, they are computed from the
+    differences, a row at a time. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import instance_graph_loss

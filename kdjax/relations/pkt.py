@@ -23,12 +23,12 @@ def pkt_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Probabilistic knowledge transfer: KL between the probabilities that examples have given one another.
+    r"""Probabilistic knowledge transfer: KL divergence between the conditional probabilities of the examples.
 
     $$\frac1B\sum_jq_{ij}\log\frac{q_{ij}+\varepsilon}{p_{ij}+\varepsilon},\qquad
     p_{ij}=\frac{1+\cos(s_i,s_j)}{\sum_k1+\cos(s_i,s_k)},\quad\cos(x,y)=\frac{x\cdot y}{(\|x\|+\varepsilon)(\|y\|+\varepsilon)}$$
 
-    for example i, over every example j of the batch, i included; q is the same of the teacher, and ε is 1e-7.
+    for example i, over every example j of the batch, i included; q is the same for the teacher, and ε is 1e-7.
 
     Args:
         student: `[batch, student_dim]`.
@@ -46,9 +46,9 @@ def pkt_loss(
         TypeError: a shape or dtype that does not fit.
 
     Passalis and Tefas, *Learning Deep Representations with Probabilistic Knowledge Transfer*, ECCV 2018,
-    https://arxiv.org/abs/1803.10837. As in the authors' code, the mean is over all B² entries, so
-    that the value is the mean KL of a row divided by B, and i is its own partner, which the paper leaves out; the
-    authors' gradient at a zero row is NaN. If two rows are nearly opposite, 1 + cos is computed from the rows' sums, a
+    https://arxiv.org/abs/1803.10837. As in the authors' code, the mean is over all B² entries, so the value is the mean
+    KL of a row divided by B. The pair of i with itself is included, which the paper leaves out. The gradient of the
+    authors' code at a zero row is NaN. If two rows are nearly opposite, 1 + cos is computed from the rows' sums, one
     row at a time. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp

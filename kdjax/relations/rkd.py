@@ -44,18 +44,18 @@ def rkd_loss(
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. Two equal rows have distance 0 and a cosine of 0 to every other
-        side, with gradient 0, and count in the mean distance, through which the gradient flows too. A single example, and
-        a batch of equal rows, has distances and cosines 0.
+        A scalar, or `[batch]` with `reduction="none"`. Two equal rows have distance 0, and a cosine of 0 with every
+        other side, with gradient 0. They count in the mean distance, through which the gradient flows too. For a single
+        example, or a batch of equal rows, all distances and cosines are 0.
 
     Raises:
         ValueError: a negative weight, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Park et al., *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068. The
-    authors' code keeps distances above 1e-6, so that two equal rows have a gradient of 1e11. The angles are computed one
-    vertex i at a time, and again in the backward pass, from the distances of all pairs. If some pair is so close that this
-    would lose precision, distances and angles are computed from the differences. Under `vmap` both ways are computed.
+    Park et al., *Relational Knowledge Distillation*, CVPR 2019, https://arxiv.org/abs/1904.05068. The authors' code
+    clamps distances to at least 1e-6, so two equal rows have a gradient of 1e11. The angles are computed one vertex i
+    at a time, and again in the backward pass, from the distances of all pairs. If some pair is so close that this would
+    lose precision, distances and angles are computed from the differences. Under `vmap` both ways are computed.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import rkd_loss

@@ -123,25 +123,25 @@ def dino_loss(
     p_v=\mathrm{softmax}(s_v/\tau_s)$$
 
     over the N = U·V − U pairs of different views. The centre c is used first, and then becomes m·c + (1 − m)·mean(t),
-    the mean over views and kept examples. This is a cross-entropy, which is not 0 at student = teacher.
+    the mean over views and kept examples. This is a cross-entropy, so it is not 0 if student and teacher are equal.
 
     Args:
         student: `[student_views, batch, dim]`; the first `teacher_views` of them are the teacher's views.
         teacher: `[teacher_views, batch, dim]`; constant.
-        state: the centre, from `dino_init(dim)` or the step before.
-        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
+        state: the centre, from `dino_init(dim)` or the previous step.
+        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` returns its warm-up.
         student_temperature: τ_s > 0; an array has a gradient.
         center_momentum: m in [0, 1], a constant.
-        teacher_targets: `[teacher_views, batch, dim]`, probabilities in place of the q of the teacher, as from
-            `sinkhorn_knopp`; constant. `teacher` is then not read, and the centre stays.
-        where: `[batch]`, False for examples that are left out, also of the centre.
+        teacher_targets: `[teacher_views, batch, dim]`, probabilities to use instead of the teacher's q, for example
+            from `sinkhorn_knopp`; constant. `teacher` is then not used, and the centre does not change.
+        where: `[batch]`, False for examples that are left out, also from the centre.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
-        update: False leaves the state as it was, for every micro-batch of a step but the last.
+        update: False leaves the state unchanged, for every micro-batch of a step except the last.
 
     Returns:
         The loss and the next state, in the state's dtype. A batch that would make the centre non-finite, or one with no
-        kept example, leaves it as it was.
+        kept example, leaves it unchanged.
 
     Raises:
         ValueError: views that do not fit, a temperature that is not positive, a momentum outside [0, 1], a state

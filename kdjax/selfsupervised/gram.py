@@ -31,26 +31,27 @@ def gram_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> jax.Array:
-    r"""Mean squared error between the products of all pairs of patches, the student's against the teacher's.
+    r"""Gram anchoring: mean squared error between the products of all pairs of patches of student and teacher.
 
     $$\frac1{P^2}\sum_{ij}\big(\hat s_i\cdot\hat s_j-\hat t_i\cdot\hat t_j\big)^2$$
 
-    for an image, over its P patches, of unit length unless `normalize=False`. With `image_level=False` j runs over the
-    patches of all images of the batch.
+    for an image with P patches, which are normalised to unit length unless `normalize=False`. With `image_level=False`
+    j runs over the patches of all images of the batch.
 
     Args:
         student: `[batch, patches, student_dim]`.
-        teacher: `[batch, patches, teacher_dim]`, of any width; constant. In DINOv3 an early average of the student.
+        teacher: `[batch, patches, teacher_dim]`, of any width; constant. In DINOv3 the teacher is an early average of
+            the student.
         normalize: whether patches are divided by their lengths.
-        image_level: whether a patch is compared with those of its own image alone.
+        image_level: whether a patch is compared only with the patches of its own image.
         clip_negative: whose negative products become 0: `"none"`, `"both"`, or `"teacher"`. A clipped product has no
             gradient.
-        where: `[batch]`, False for images that are left out, at batch level also as partners.
+        where: `[batch]`, False for images that are left out, also as partners of other images.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. The products of a zero patch are 0, and it has no gradient where
+        A scalar, or `[batch]` with `reduction="none"`. The products of a zero patch are 0, and it has no gradient if
         patches are normalised.
 
     Raises:
@@ -58,8 +59,8 @@ def gram_loss(
         TypeError: a shape or dtype that does not fit.
 
     Siméoni et al., *DINOv3*, 2025, https://arxiv.org/abs/2508.10104. The released recipes keep negative products; the
-    class alone clips those of both sides by default. Its option `remove_only_teacher_neg` also means to clip the student
-    where both are negative, but never does, because the teacher's are 0 by then.
+    default of the released class is to clip those of both sides. Its option `remove_only_teacher_neg` is also meant to
+    clip the student where both are negative, but never does, because the teacher's products are already 0.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import gram_loss

@@ -12,9 +12,7 @@ from torch.nn import functional
 from kdtorch._numerics import eager_on_cpu
 from kdtorch._typing import sizes
 
-PROJECTOR = (
-    "`Projector` in `nn` brings a student's map to the teacher's channels; resize it to the same height and width"
-)
+PROJECTOR = "`Projector` in `nn` maps a student's channels to the teacher's; resize it to the same height and width"
 
 
 def check_channel_axis(channel_axis: int) -> None:
@@ -27,7 +25,7 @@ def check_maps(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], c
     if not student_maps or len(student_maps) != len(teacher_maps):
         raise ValueError(
             "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
-            f"{len(student_maps)} and {len(teacher_maps)}; take the teacher's maps that the student's stand for"
+            f"{len(student_maps)} and {len(teacher_maps)}; give only the teacher's maps that correspond to the student's"
         )
     check_channel_axis(channel_axis)
 
@@ -49,7 +47,7 @@ def check_shape(student_name: str, student: Tensor, teacher_name: str, teacher: 
 
 def mend(student: Tensor, teacher: Tensor, projection: str) -> str:
     if sorted(sizes(student)) == sorted(sizes(teacher)):
-        return "bring both to one order of the axes, and say where the channels are by `channel_axis`"
+        return "use the same order of axes for both, and give the axis of the channels as `channel_axis`"
     return projection
 
 

@@ -25,13 +25,13 @@ def ab_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Activation boundaries: the student's units shall be active where the teacher's are, by a margin.
+    r"""Activation boundaries: the student's units should be active where the teacher's are, by a margin.
 
     $$\sum_{i=1}^n2^{i-n}\sum_k\begin{cases}\max(0,m-s_{ik})^2&\text{if }t_{ik}>0\\\max(0,s_{ik}+m)^2&\text{otherwise}
     \end{cases}$$
 
-    The last of n maps weighs 1, the one before ½, and so on. The inner sum is over all entries of a map: neither the
-    number of channels nor that of positions divides it.
+    The last of n maps has the weight 1, the one before it ½, and so on. The inner sum is over all entries of a map; it
+    is not divided by the number of channels or positions.
 
     Args:
         student_maps: maps `[batch, channels, height, width]`, any number of them, of any sizes, before the activation

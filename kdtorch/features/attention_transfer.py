@@ -44,14 +44,14 @@ def attention_transfer_loss(
     $$\sum_{\text{maps}}\frac1{HW}\sum_x\big(\hat a_x-\hat b_x\big)^2,\qquad
     a_x=\frac1C\sum_c|f_{cx}|^p,\quad\hat a=\frac a{\lVert a\rVert}$$
 
-    f is a map of the student, b is made of the teacher's map in the same way. Of a map of zeros â is 0.
+    f is a map of the student, and b is computed from the teacher's map in the same way. For a map of zeros â is 0.
 
     Args:
         student_maps: maps `[batch, channels, height, width]`, any number of them, of any sizes.
         teacher_maps: as many, of any sizes and numbers of channels; constant. Two maps of different sizes are averaged
             first, to the smaller height and to the smaller width.
-        p: p ≥ 1, the power: the larger it is, the more the largest activations count. It chooses how the loss is
-            computed, so it is a number and no array.
+        p: p ≥ 1, the power: the larger it is, the more the largest activations count. It determines how the loss is
+            computed, so it must be a number and not an array.
         channel_axis: where the channels are; the default is -1 in kdjax and 1 in kdtorch.
         where: `[batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
@@ -65,8 +65,8 @@ def attention_transfer_loss(
             its negative, an unknown reduction.
         TypeError: maps that are not a list of four-axis floating-point tensors.
 
-    Zagoruyko and Komodakis, *Paying More Attention to Attention*, ICLR 2017, https://arxiv.org/abs/1612.03928. The paper
-    has the norm of the difference, the authors' code the mean of squares, as here.
+    Zagoruyko and Komodakis, *Paying More Attention to Attention*, ICLR 2017, https://arxiv.org/abs/1612.03928. The
+    paper uses the norm of the difference; the authors' code uses the mean of squares, as this function does.
 
     >>> import torch
     >>> from kdtorch import attention_transfer_loss

@@ -22,7 +22,7 @@ def cosine_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Cosine distance between features: only their direction counts, not their length.
+    r"""Cosine distance between features: only their direction matters, not their length.
 
     $$1-\hat s\cdot\hat t,\qquad\hat s=s/\|s\|,\quad\hat t=t/\|t\|$$
 
@@ -42,8 +42,8 @@ def cosine_loss(
         TypeError: a shape or dtype that does not fit.
 
     Sanh et al., *DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter*, 2019,
-    https://arxiv.org/abs/1910.01108, for hidden states. Liger's gradient at a zero feature is 10²⁰, and the released
-    codes lose the digits of a small distance, which they take as the difference of 1 and a cosine.
+    https://arxiv.org/abs/1910.01108, for hidden states. Liger's gradient at a zero feature is 10²⁰. The released codes
+    subtract the cosine from 1, which loses the digits of a small distance.
 
     >>> import torch
     >>> from kdtorch import cosine_loss

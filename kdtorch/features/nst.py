@@ -34,7 +34,7 @@ def nst_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Neuron selectivity transfer: the distribution of the channels over positions, matched with the teacher's.
+    r"""Neuron selectivity transfer: the distribution of the channels over positions should match the teacher's.
 
     $$\sum_{\text{maps}}\left\|\frac{UU^\top}{C_s}-\frac{VV^\top}{C_t}\right\|_F^2$$
 

@@ -27,7 +27,7 @@ def bce_loss(
     Args:
         student: `[*batch, features]`, logits.
         teacher: the same shape; constant. With targets in [0, 1], such as the outputs of a sigmoid, the loss is bounded
-            below; with others it is not, which is allowed because the founding code does it.
+            below. With other targets it is not; they are allowed because the founding code uses them.
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
@@ -87,8 +87,8 @@ def mse_loss(
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, https://arxiv.org/abs/1412.6550 (whose hint is half
-    of this, summed).
+    Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, https://arxiv.org/abs/1412.6550 (its hint loss is
+    half of the sum instead of the mean).
 
     >>> import torch
     >>> from kdtorch import mse_loss
@@ -125,7 +125,7 @@ def smooth_l1_loss(
     Args:
         student: `[*batch, features]`.
         teacher: the same shape; constant.
-        beta: β > 0, where the two pieces meet; a constant. The loss is Huber's with δ = β, divided by β.
+        beta: β > 0, where the two pieces meet; a constant. The loss is the Huber loss with δ = β, divided by β.
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.

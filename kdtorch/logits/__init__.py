@@ -1,1 +1,1 @@
-"""What the student says: losses between logits."""
+"""Logit losses."""

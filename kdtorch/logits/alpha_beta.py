@@ -25,7 +25,7 @@ def alpha_beta_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""α-β-divergence: a family that holds both directions of KL divergence and what lies between them.
+    r"""α-β-divergence: a family that includes both directions of KL divergence and what lies between them.
 
     $$-\frac{1}{\alpha\beta}\sum_c\Big[q_c^\alpha p_c^\beta-\tfrac{\alpha}{\alpha+\beta}q_c^{\alpha+\beta}
     -\tfrac{\beta}{\alpha+\beta}p_c^{\alpha+\beta}\Big],\qquad p=\mathrm{softmax}(s),\quad q=\mathrm{softmax}(t)$$
@@ -35,27 +35,28 @@ def alpha_beta_loss(
     Args:
         student_logits: `[*batch, classes]`, with any leading axes, as in `[batch, tokens, vocabulary]`.
         teacher_logits: the same shape; constant.
-        alpha: α, the teacher's exponent, any finite number. It chooses how the loss is computed, so it is a number and no
-            array. α = 1 with β = 0 is `kl_loss` at temperature 1.
+        alpha: α, the teacher's exponent, any finite number. It determines how the loss is computed, so it must be a
+            number and not an array. α = 1 with β = 0 is `kl_loss` at temperature 1.
         beta: β, the student's exponent, in the same way. β = 1 with α = 0 is the reverse KL.
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative. With
-        α > 0 and β > 0 it is finite, also where one of the two gives -inf to a class that the other uses. With β ≤ 0 or
-        α + β ≤ 0 it is inf where the student does, and with α ≤ 0 or α + β ≤ 0 where the teacher does; the gradient leaves
-        out what is infinite. With a negative exponent it grows as a power of 1 / p or 1 / q, which may overflow.
+        A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative.
+        With α > 0 and β > 0 it is finite, even if one of the two gives -inf to a class that the other uses. With β ≤ 0
+        or α + β ≤ 0 it is inf if the student gives -inf to such a class, and with α ≤ 0 or α + β ≤ 0 if the teacher
+        does; the gradient leaves infinite terms out. With a negative exponent it grows as a power of 1 / p or 1 / q,
+        which may overflow.
 
     Raises:
         ValueError: an exponent that is not finite, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit, an exponent that is an array.
 
-    Wang, Yang, Zhu, Xu, Huang, *ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via
-    α-β-Divergence*, ICML 2025, https://arxiv.org/abs/2505.04560. Where β is 0 the released code has 1 / α for the
-    limit's 1 / α², and so where α + β is 0; where α is 0 it has 1 / β for 1 / β². There is no temperature: divide both logits by
-    one, and multiply the loss by its square.
+    Wang, Yang, Zhu, Xu, Huang, *ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation
+    via α-β-Divergence*, ICML 2025, https://arxiv.org/abs/2505.04560. If β or α + β is 0, the released code has 1 / α
+    where the limit has 1 / α²; if α is 0, it has 1 / β where the limit has 1 / β². There is no temperature: divide both
+    logits by it, and multiply the loss by its square.
 
     >>> import torch
     >>> from kdtorch import alpha_beta_loss

@@ -48,11 +48,11 @@ def difference_kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The founding repository's DIFFKLD, whose released code builds every difference, a tensor `[batch², classes]`. Here
-    the normalisers of all pairs are matrix products, `[batch, batch]`, unless the logits of an example span too wide a
-    range; the column means, which cancel, are taken out first. The limit is about 60 T in float32 and 660 T in float64;
-    float32 logits of up to 680 T are computed in float64; beyond it, the differences are formed a row at a time. Where
-    student and teacher are near, the products are of exp(d) - 1, so that a small loss keeps its precision.
+    The founding repository's DIFFKLD, whose released code builds every difference, a tensor `[batch², classes]`. This
+    function computes the normalisers of all pairs by matrix products, `[batch, batch]`, unless the logits of an example
+    span too wide a range. It subtracts the column means first, which cancel. The limit is about 60 T in float32 and 660
+    T in float64; float32 logits of up to 680 T are computed in float64; beyond it, the differences are formed a row at
+    a time. If student and teacher are close, the products are of exp(d) - 1, so a small loss keeps its precision.
 
     >>> import torch
     >>> from kdtorch import difference_kl_loss

@@ -40,7 +40,7 @@ def dkd_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Decoupled knowledge distillation: the label against the rest, and the rest among themselves.
+    r"""Decoupled knowledge distillation: the label against all other classes, and the other classes among themselves.
 
     $$T^2\left[\alpha\,\mathrm{KL}\big((q_y,1-q_y)\,\|\,(p_y,1-p_y)\big)+\beta\,\mathrm{KL}(\hat q\,\|\,\hat p)\right]$$
 

@@ -37,7 +37,7 @@ def nkd_loss(
     $$-q_y\log p_y-\gamma\,T^2\sum_{k\ne y}\hat q_k\log\hat p_k$$
 
     p and q are the softmaxes of student and teacher at temperature 1; hats are softmaxes over the classes other than
-    the label y at temperature T. These are cross-entropies: at student = teacher the loss is not 0.
+    the label y at temperature T. These are cross-entropies, so the loss is not 0 if student and teacher are equal.
 
     Args:
         student_logits: `[*batch, classes]`.
@@ -60,7 +60,7 @@ def nkd_loss(
 
     Yang et al., *From Knowledge Distillation to Self-Knowledge Distillation*, ICCV 2023,
     https://arxiv.org/abs/2303.13005. Revisions of the released code hide the label by subtracting 1000, remove it, or
-    leave it in by mistake; here it is masked.
+    leave it in by mistake; this function masks it.
 
     >>> import torch
     >>> from kdtorch import nkd_loss

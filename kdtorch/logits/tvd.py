@@ -40,7 +40,7 @@ def tvd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation*, ACL 2023,
-    https://arxiv.org/abs/2307.15190. The gradient is that of the signs of p - q, 0 for a class where the two agree
+    https://arxiv.org/abs/2307.15190. The gradient uses the sign of p - q, which is 0 for a class where the two agree up
     to rounding.
 
     >>> import torch

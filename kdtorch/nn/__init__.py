@@ -1,4 +1,4 @@
-"""The losses that own parameters or state, as modules: thin holders that call the functions.
+"""The losses that have parameters or state, as modules that hold them and call the functions.
 
 State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
 

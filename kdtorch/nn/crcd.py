@@ -19,7 +19,7 @@ class CRCDLoss(Contrast):
         dim: the width of the embeddings.
         num_data: the number of samples in the data set.
         num_negatives: K, the negatives of each sample.
-        embed: the heads: `"linear"`, `"nonlinear"` (three linear layers with ReLU between), or `"none"`.
+        embed: the heads: `"linear"`, `"nonlinear"` (three linear layers with ReLUs in between), or `"none"`.
         temperature: τ.
         momentum: of the memories.
         generator: for memories and negatives; None is PyTorch's global one.

@@ -18,7 +18,7 @@ class DINOLoss(Stateful):
     Args:
         dim: the width of the outputs.
         views: the number of student views.
-        teacher_views: the number of teacher views, the first of the student's.
+        teacher_views: the number of teacher views, which are the first of the student's views.
         warmup_temperature: the teacher's temperature at epoch 0.
         teacher_temperature: the teacher's temperature after the warm-up.
         warmup_epochs: how many epochs the warm-up takes.
@@ -78,25 +78,26 @@ class DINOLoss(Stateful):
         group: ProcessGroup | None = None,
         update: bool = True,
     ) -> Tensor:
-        """The loss of a batch; in training mode the centre moves.
+        """The loss of a batch; in training mode the centre is updated.
 
         Args:
             student: `[views * batch, dim]`.
             teacher: `[teacher_views * batch, dim]`.
             epoch: of the training, for the warm-up.
-            teacher_targets: `[teacher_views * batch, dim]`, probabilities in place of the centred teacher's; the centre
-                stays.
-            where: `[batch]`, False for examples that are left out; or `[views * batch]`, stacked as the student's views
-                are: an example is kept if all its views are.
+            teacher_targets: `[teacher_views * batch, dim]`, probabilities to use instead of the centred teacher's; the
+                centre then does not change.
+            where: `[batch]`, False for examples that are left out; or `[views * batch]`, stacked like the student's
+                views: an example is kept if all its views are kept.
             reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
             group: the process group that the batch is spread over.
-            update: False leaves the centre as it was.
+            update: False leaves the centre unchanged.
 
         Returns:
             A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: a batch axis that is not so many views; what `dino_loss` refuses.
+            ValueError: a batch axis that does not contain this number of views, an input or setting that `dino_loss`
+                does not accept.
             TypeError: a shape or dtype that does not fit.
         """
         temperature = dino_teacher_temperature(

@@ -31,7 +31,7 @@ class FunctionLoss(nn.Module):
 
         Args:
             inputs: of the function.
-            options: beside those that it was built with, or in their place.
+            options: in addition to those that it was built with, or to override them.
 
         Returns:
             What the function gives.

@@ -70,24 +70,25 @@ class IBOTLoss(Stateful):
         group: ProcessGroup | None = None,
         update: bool = True,
     ) -> Tensor:
-        """The loss of a batch; in training mode the centre moves.
+        """The loss of a batch; in training mode the centre is updated.
 
         Args:
             student: `[batch, patches, dim]`, of the masked images.
             teacher: `[batch, patches, dim]`.
             mask: `[batch, patches]`, True for masked patches.
             epoch: of the training, for the warm-up.
-            teacher_targets: `[batch, patches, dim]`, probabilities in place of the centred teacher's; the centre stays.
+            teacher_targets: `[batch, patches, dim]`, probabilities to use instead of the centred teacher's; the centre
+                then does not change.
             where: `[batch]`, False for images that are left out.
             reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
             group: the process group that the batch is spread over.
-            update: False leaves the centre as it was.
+            update: False leaves the centre unchanged.
 
         Returns:
             A scalar, or `[batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: what `ibot_loss` refuses.
+            ValueError: an input or setting that `ibot_loss` does not accept.
             TypeError: a shape or dtype that does not fit.
         """
         temperature = dino_teacher_temperature(

@@ -8,14 +8,14 @@ from kdtorch.nn._heads import prepared
 
 
 class Projector(nn.Module):
-    """A learned layer from the student's channels to the teacher's: what losses of equal shapes need in front of them.
+    """A learned layer from the student's channels to the teacher's, for losses that need equal shapes.
 
-    Of a feature map it makes a 1×1 convolution, of vectors and tokens a linear layer; the weights are the same.
+    For a feature map it is a 1×1 convolution, for vectors and tokens a linear layer; the weights are the same.
 
     Args:
         in_channels: of the student's map, or the width of its features.
         out_channels: of the teacher's.
-        batch_norm: whether a batch norm follows, in the place of the bias.
+        batch_norm: whether a batch norm follows, instead of a bias.
 
     >>> import torch
     >>> from kdtorch.nn import Projector
@@ -31,17 +31,17 @@ class Projector(nn.Module):
         self.in_channels, self.batch_norm = in_channels, batch_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bring a map or features to the teacher's width.
+        """Map a feature map or features to the teacher's width.
 
         Args:
-            x: a map `[batch, in_channels, height, width]`, which has four axes, or features `[*batch, in_channels]`, which
-                have another number of them.
+            x: a map `[batch, in_channels, height, width]`, which has four axes, or features `[*batch, in_channels]`
+                with any other number of axes.
 
         Returns:
             The same with `out_channels`, in float32 or wider.
 
         Raises:
-            TypeError: another width, or no floating-point tensor.
+            TypeError: a different width, or not a floating-point tensor.
         """
         maps = getattr(x, "ndim", 0) == 4
         x = prepared(self, "x", x, self.in_channels, maps=maps)

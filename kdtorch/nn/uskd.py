@@ -54,7 +54,7 @@ class USKDLoss(nn.Module):
         reduction: Reduction = "mean",
         group: ProcessGroup | None = None,
     ) -> Tensor:
-        """The loss of a batch; the weak head learns from it too.
+        """The loss of a batch; it trains the weak head too.
 
         Args:
             features: `[*batch, feature_dim]`, of the student.
@@ -68,7 +68,7 @@ class USKDLoss(nn.Module):
             A scalar, or `[*batch]` with `reduction="none"`.
 
         Raises:
-            ValueError: what `uskd_loss` refuses.
+            ValueError: an input or setting that `uskd_loss` does not accept.
             IndexError: a label outside `0 .. num_classes - 1`.
             TypeError: a shape or dtype that does not fit.
         """

@@ -71,7 +71,7 @@ def contrasted(
     temperature = scalar(temperature, student, teacher)
     momentum = fraction("momentum", momentum, old.student_memory)
     if negatives.shape[1] < 1:
-        raise ValueError(f"`negatives` must hold at least 1 negative an example, got shape {sizes(negatives)}")
+        raise ValueError(f"`negatives` must hold at least 1 negative per example, got shape {sizes(negatives)}")
     index, negatives = zero_masked(where, index, negatives)
     rows = len(old.student_memory)
     num_data = rows * size(group) if sharded_memory else rows

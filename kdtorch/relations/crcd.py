@@ -20,7 +20,7 @@ from kdtorch.relations._memory import Remembered, at_least_one, contrasted, join
 
 
 class CRCDState(NamedTuple):
-    """The remembered embeddings of student and teacher, one for every sample of the data set.
+    """The memories: embeddings of student and teacher, one for every sample of the data set.
 
     Attributes:
         student_memory: `[num_data, dim]`, unit rows.
@@ -44,7 +44,7 @@ class HeldCRCDState(CRCDState):
 
 
 def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRCDState:
-    """Memories of uniformly distributed entries, scaled to unit rows, and normalisers that are not yet set.
+    """Memories with uniformly distributed entries and rows of unit length, and normalisers that are not yet set.
 
     Args:
         generator: a `torch.Generator`, or None for PyTorch's global one.
@@ -71,7 +71,7 @@ def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRC
 
 
 def crcd_negatives(generator: torch.Generator | None, batch: int, num_negatives: int, num_data: int) -> Tensor:
-    """Places in the data set, drawn uniformly and with replacement.
+    """Positions in the data set, drawn uniformly with replacement.
 
     Args:
         generator: a `torch.Generator`, or None for PyTorch's global one.
@@ -110,7 +110,7 @@ def crcd_loss(
     sharded_memory: bool = False,
     update: bool = True,
 ) -> tuple[Tensor, CRCDState]:
-    r"""Complementary relation contrastive distillation: relations to anchors, contrasted with remembered ones.
+    r"""Complementary relation contrastive distillation: relations to anchors, contrasted with relations from a memory.
 
     For the student's side, with v the unit student embedding, anchors a_j = teacher_memory[index_j] (those of the whole
     batch), and w_ik = teacher_memory[(index_i, negatives_i)_k],
@@ -128,23 +128,23 @@ def crcd_loss(
 
     Args:
         student: `[batch, dim]`, normalised here.
-        teacher: `[batch, dim]`, normalised here. Its gradient flows, because it comes from a learned head; stop it at
-            the teacher's features.
-        index: `[batch]`, the samples' places in the data set; one outside `0 .. num_data - 1` is an error.
-        negatives: `[batch, num_negatives]`, places in the same range, from `crcd_negatives`.
-        state: from `crcd_init` or the step before; constant to the gradient.
+        teacher: `[batch, dim]`, normalised here. It has a gradient, because it comes from a head that is trained; stop
+            the gradient at the teacher's features.
+        index: `[batch]`, the samples' positions in the data set; one outside `0 .. num_data - 1` is an error.
+        negatives: `[batch, num_negatives]`, positions in the same range, from `crcd_negatives`.
+        state: from `crcd_init` or the previous step; constant.
         temperature: τ > 0; a tensor has a gradient.
         momentum: m in [0, 1]; a constant.
-        where: `[batch]`, False for examples that are left out, as examples and as anchors, and are not remembered.
+        where: `[batch]`, False for examples that are left out, as examples and as anchors, and are not stored.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`, the mean over the anchors of each example.
         group: the process group that the batch is spread over.
         sharded_memory: whether each device holds its own rows of the two memories, the same number on each, in the
-            order of the devices. Only the rows that the batch needs are then sent.
-        update: False leaves the state as it was, for every micro-batch of a step but the last.
+            order of the devices. Only the rows that the batch needs are sent.
+        update: False leaves the state unchanged, for every micro-batch of a step except the last.
 
     Returns:
-        The loss and the next state. If two examples have the same index, the later one is remembered. A row that would
-        become zero stays as it was, and a batch that is not finite leaves the whole state as it was.
+        The loss and the next state. If two examples have the same index, the later one is stored. A row that would
+        become zero keeps its old value, and a batch that is not finite leaves the whole state unchanged.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], no negatives, a state in half
@@ -153,9 +153,9 @@ def crcd_loss(
         TypeError: a shape or dtype that does not fit.
 
     Zhu et al., *Complementary Relation Contrastive Distillation*, CVPR 2021, https://arxiv.org/abs/2103.16367. As in
-    the released code, Z is set once, from the first batch. That code builds a tensor `[batch, batch, K + 1, dim]`. Here
-    r·ρ is computed by matrix products, without that tensor; where two remembered rows are so close that this would lose
-    precision, it is computed from their differences.
+    the released code, Z is set once, from the first batch. That code builds a tensor `[batch, batch, K + 1, dim]`. This
+    function computes r·ρ by matrix products, without that tensor; if two rows of the memory are so close that this
+    would lose precision, it uses their differences.
 
     >>> import torch
     >>> from kdtorch import crcd_init, crcd_loss

@@ -38,13 +38,13 @@ def euclidean_mse_loss(
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. Two equal rows have distance 0, with gradient 0. A zero row
-        stays at the origin, at distance 1 from every row that is not zero.
+        stays at the origin, so its distance to every row that is not zero is 1.
 
     Raises:
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The founding repository's EU_MSELoss, whose code clamps the squared distance at 1e-12 instead. The distances are
+    The founding repository's EU_MSELoss, whose code clamps the squared distance to at least 1e-12. The distances are
     computed by one matrix product. If some pair is so close that this would lose precision, they are computed from the
     differences, a row at a time.
 

@@ -24,37 +24,39 @@ def minilm_loss(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""MiniLMv2: the student's queries, keys or values should relate the tokens of a sequence as the teacher's do.
+    r"""MiniLMv2: the relations between tokens by the student's queries, keys or values should match the teacher's.
 
     $$\frac1{HN}\sum_{h,i}\mathrm{KL}(Q_{hi}\,\|\,P_{hi}),\qquad
     P_h=\mathrm{softmax}\Big(\frac{X_hX_h^\top}{\sqrt{d/H}}\Big)$$
 
-    for a sequence of N kept tokens, with H relation heads: X_h is the h-th part of the columns of the student's array of
-    width d, P_hi row i of the softmax over the kept tokens, and Q the same of the teacher, with its own width.
+    for a sequence of N kept tokens, with H relation heads: X_h is the h-th part of the columns of the student's array
+    of width d, and P_hi is row i of the softmax over the kept tokens. Q is the same for the teacher, with its own
+    width.
 
     Args:
-        student: `[batch, positions, student_dim]`, the queries, or the keys, or the values, of one layer, with the
-            attention heads side by side.
-        teacher: `[batch, positions, teacher_dim]`, the same of a layer of the teacher, of any width; constant.
-        relation_heads: H, the number of parts that both widths are divided into, whatever the number of attention heads
-            is; it must divide both.
-        where: `[batch, positions]`, False for tokens that are left out, and for all of a sequence that is.
+        student: `[batch, positions, student_dim]`, the queries, keys or values of one layer, with the attention heads
+            side by side.
+        teacher: `[batch, positions, teacher_dim]`, the same for a layer of the teacher, of any width; constant.
+        relation_heads: H, the number of parts that both widths are divided into. It need not be the number of attention
+            heads, but it must divide both widths.
+        where: `[batch, positions]`, False for tokens that are left out, and for all tokens of a sequence that is left
+            out.
         reduction: `"mean"` over the sequences that have a kept token, `"sum"`, or `"none"` for `[batch]`.
         group: the process group that the batch is spread over.
 
     Returns:
         A scalar, or `[batch]` with `reduction="none"`. It is 0 where the relations agree and never negative. A sequence
-        of one kept token has the value 0.
+        with one kept token has the value 0.
 
     Raises:
         ValueError: `relation_heads` that do not divide both widths, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    One call is one relation: the paper adds those of queries, keys and values. One head is computed at a time.
+    One call computes one relation; the paper adds those of queries, keys and values. One head is computed at a time.
 
     Wang, Bao, Huang, Dong, Wei, *MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
     Transformers*, Findings of ACL 2021, https://arxiv.org/abs/2012.15828. The mean is taken for each sequence first, so
-    that a long one weighs as much as a short one.
+    long and short sequences have the same weight.
 
     >>> import torch
     >>> from kdtorch import minilm_loss

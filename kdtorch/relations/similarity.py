@@ -33,17 +33,17 @@ def similarity_loss(
         group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. A zero row has the similarities 0, and no gradient through their
-        norm; the similarities of other rows to it still pull at it. A single example has loss 0, unless it is zero.
+        A scalar, or `[batch]` with `reduction="none"`. A zero row has similarities of 0, and no gradient through their
+        norm; it still has a gradient from the similarities of other rows to it. A single example has loss 0, unless it
+        is zero.
 
     Raises:
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    Tung and Mori, *Similarity-Preserving Knowledge Distillation*, ICCV 2019,
-    https://arxiv.org/abs/1907.09682. The features are divided by the largest entry of the batch
-    first, which changes nothing but that small ones keep their digits; released codes divide by norms of at least
-    1e-12 instead.
+    Tung and Mori, *Similarity-Preserving Knowledge Distillation*, ICCV 2019, https://arxiv.org/abs/1907.09682. The
+    features are divided by the largest entry of the batch first, so small ones keep their digits; the value does not
+    change. Released codes divide by norms of at least 1e-12 instead.
 
     >>> import torch
     >>> from kdtorch import similarity_loss

@@ -70,28 +70,28 @@ def ibot_loss(
     $$-\frac1{|M|}\sum_{i\in M}\sum_k q_{ik}\log p_{ik},\qquad q_i=\mathrm{softmax}\big((t_i-c)/\tau_t\big),\quad
     p_i=\mathrm{softmax}(s_i/\tau_s)$$
 
-    over the masked patches M of an image; without any it is 0, and the image counts. The centre c is used first, and
-    then becomes m·c + (1 - m)·mean(t), the mean over the masked patches of all kept images. This is a cross-entropy,
-    which is not 0 at student = teacher.
+    over the masked patches M of an image. Without masked patches the value is 0, and the image counts in the mean. The
+    centre c is used first, and then becomes m·c + (1 - m)·mean(t), the mean over the masked patches of all kept images.
+    This is a cross-entropy, so it is not 0 if student and teacher are equal.
 
     Args:
         student: `[batch, patches, dim]`, of the masked image. Patches that are not masked are not read.
         teacher: `[batch, patches, dim]`, of the whole image; constant. Patches that are not masked are not read.
         mask: `[batch, patches]`, True for the patches that were masked in the student's image.
-        state: the centre, from `ibot_init(dim)` or the step before.
-        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` gives its warm-up.
+        state: the centre, from `ibot_init(dim)` or the previous step.
+        teacher_temperature: τ_t > 0, a constant; `dino_teacher_temperature` returns its warm-up.
         student_temperature: τ_s > 0; a tensor has a gradient.
         center_momentum: m in [0, 1], a constant.
-        teacher_targets: `[batch, patches, dim]`, probabilities in place of q, as from `sinkhorn_knopp`; constant.
-            `teacher` is then not read, and the centre stays.
-        where: `[batch]`, False for images that are left out, also of the centre.
+        teacher_targets: `[batch, patches, dim]`, probabilities to use instead of q, for example from `sinkhorn_knopp`;
+            constant. `teacher` is then not used, and the centre does not change.
+        where: `[batch]`, False for images that are left out, also from the centre.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         group: the process group that the batch is spread over.
-        update: False leaves the state as it was, for every micro-batch of a step but the last.
+        update: False leaves the state unchanged, for every micro-batch of a step except the last.
 
     Returns:
         The loss and the next state, in the state's dtype. A batch that would make the centre non-finite, or one with no
-        masked patch in a kept image, leaves it as it was.
+        masked patch in a kept image, leaves it unchanged.
 
     Raises:
         ValueError: a temperature that is not positive, a momentum outside [0, 1], a state in half precision, an unknown
@@ -99,8 +99,8 @@ def ibot_loss(
         TypeError: a shape or dtype that does not fit.
 
     Zhou et al., *iBOT: Image BERT Pre-Training with Online Tokenizer*, ICLR 2022, https://arxiv.org/abs/2111.07832. The
-    centre is that of the masked patches, as in DINOv2's training loop and in Lightly; iBOT's own code takes all patches.
-    In the released codes a batch without a masked patch makes the centre NaN for good.
+    centre is the mean of the masked patches, as in DINOv2's training loop and in Lightly; iBOT's own code uses all
+    patches. In the released codes a batch without a masked patch makes the centre NaN from then on.
 
     >>> import torch
     >>> from kdtorch import ibot_init, ibot_loss

@@ -28,27 +28,28 @@ def koleo_loss(
     $$-\log\big(\|u_i-u_j+\varepsilon\|+\varepsilon\big),\qquad u_i=\frac{x_i}{\|x_i\|},\quad
     j=\operatorname{argmax}_{k\ne i}u_i\cdot u_k,\quad\varepsilon=10^{-8}$$
 
-    for example i. There is no teacher. The gradient goes to both rows of a pair, and not through the choice of j.
+    for example i. There is no teacher. The gradient flows to both rows of a pair, but not through the choice of j.
 
     Args:
-        student: `[batch, dim]`, of one view: the views of an image would be each other's neighbours.
+        student: `[batch, dim]`, of one view, because two views of an image would be each other's neighbours.
         where: `[batch]`, False for examples that are left out, both as i and as j.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[batch]`.
         group: the process group that the batch is spread over.
 
     Returns:
-        A scalar, or `[batch]` with `reduction="none"`. Of neighbours at the same distance the first is taken. With fewer
-        than two kept examples the loss is 0. Equal rows give about 17, with a large, finite gradient; a zero row has a
-        cosine of 0 to all others, and no gradient.
+        A scalar, or `[batch]` with `reduction="none"`. If several neighbours have the same distance, the first is used.
+        With fewer than two kept examples the loss is 0. Equal rows give about 17, with a large, finite gradient; a zero
+        row has a cosine of 0 to all others, and no gradient.
 
     Raises:
         ValueError: an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
     Sablayrolles et al., *Spreading Vectors for Similarity Search*, ICLR 2019, https://arxiv.org/abs/1806.03198, as in
-    DINOv2, whose code gives a row a cosine of -1 with itself. Of two opposite rows the first is then its own neighbour,
-    and the loss 8.4 instead of -0.69. Here no row is its own neighbour. Distances are taken from differences; the neighbour comes
-    from one matrix product, and where that leaves it open, from differences too.
+    DINOv2, whose code sets the cosine of a row with itself to -1. For two opposite rows, the first is then its own
+    neighbour, and the loss is 8.4 instead of -0.69. In this function no row is its own neighbour. Distances are
+    computed from differences. The neighbour is found by one matrix product, and if that is not precise enough, by
+    differences too.
 
     >>> import torch
     >>> from kdtorch import koleo_loss

@@ -22,32 +22,33 @@ def sinkhorn_knopp(
     where: Bool[Tensor, "batch"] | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Probabilities of a batch that use all prototypes about equally: the teacher's softmax, balanced over the batch.
+    r"""Sinkhorn-Knopp: the teacher's softmax, balanced over the batch so that all prototypes are used about equally.
 
     $$Q_{ik}=\frac{r_i\,e^{t_{ik}/T}\,c_k}{\sum_{k'}r_i\,e^{t_{ik'}/T}\,c_{k'}}$$
 
-    where each iteration first makes the mass Σ_i Q_ik of every prototype equal, by c, and then that of every sample 1, by
-    r. After the last step the rows sum to 1, and the prototypes are nearly balanced. This is no loss: the result is what
-    `dino_loss` and `ibot_loss` take as `teacher_targets`, in place of centring.
+    where each iteration first chooses c so that the mass Σ_i Q_ik of every prototype is equal, and then r so that that
+    of every sample is 1. After the last step the rows sum to 1, and the prototypes are nearly balanced. This is not a
+    loss: pass the result to `dino_loss` and `ibot_loss` as `teacher_targets`, instead of centring.
 
     Args:
         teacher_logits: `[batch, prototypes]`, of a teacher; constant.
-        temperature: T > 0, a constant; DINOv2 gives it the warm-up of `dino_teacher_temperature`.
+        temperature: T > 0, a constant; DINOv2 uses the warm-up of `dino_teacher_temperature`.
         iterations: how often prototypes and samples are normalised, at least 1.
-        where: `[batch]`, False for samples that take no part; theirs is 0.
+        where: `[batch]`, False for samples that are left out; their assignments are 0.
         group: the process group that the batch is spread over.
 
     Returns:
-        `[batch, prototypes]`, in float32 or float64, without a gradient. A prototype at -inf throughout has 0.
+        `[batch, prototypes]`, in float32 or float64, without a gradient. A prototype that is -inf in all samples has
+        probability 0.
 
     Raises:
         ValueError: a temperature that is not positive, `iterations` below 1, fewer than 2 prototypes.
         TypeError: a shape or dtype that does not fit.
 
     Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments* (SwaV), NeurIPS 2020,
-    https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which in
-    float32 are infinite from t = 3.55 at T = 0.04 on, and then NaN; here logarithms are taken where t / T spans more than
-    60.
+    https://arxiv.org/abs/2006.09882. The released codes of SwaV, DINOv2 and DINOv3 take exponentials of t / T, which
+    overflow float32 for t ≥ 3.55 at T = 0.04 and then give NaN; this function computes in log space if t / T spans more
+    than 60.
 
     >>> import torch
     >>> from kdtorch import sinkhorn_knopp
