@@ -29,7 +29,7 @@ def test_laws(draws, name, loss):
     for trial in trials:
         laws.obey(trial)
 
-    @hypothesis.settings(max_examples=draws if name == "torch" else min(draws, 60))
+    @hypothesis.settings(max_examples=draws if name == "torch" else min(draws, 40))
     @hypothesis.given(laws.RECIPES)
     def each(recipe):
         trials.append(laws.Trial(name, loss, recipe))
