@@ -196,7 +196,11 @@ MISTAKES = {
         r"`centers` must be .*got float64\[5, 7\] beside student float64\[4, 10\]",
     ),
     "no maps": (call("hcl_loss", [], []), ValueError, "must hold the same number of maps, at least one, got 0 and 0"),
-    "numbers of maps": (call("hcl_loss", [MAP], [MAP, MAP]), ValueError, "got 1 and 2; give only the teacher's maps that"),
+    "numbers of maps": (
+        call("hcl_loss", [MAP], [MAP, MAP]),
+        ValueError,
+        "got 1 and 2; give only the teacher's maps that",
+    ),
     "shapes of maps": (
         call("hcl_loss", [MAP, MAP], [MAP, MAP[:, :4]]),
         ValueError,

@@ -99,7 +99,7 @@ def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:
-    """NaN for pairs, of a row with itself too, that have no class in common, whose differences are no distribution; else 0."""
+    """NaN for pairs without a class in common (also of a row with itself), whose differences have no distribution; else 0."""
 
     def nan() -> jax.Array:
         in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
@@ -135,7 +135,7 @@ def _are_near(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
 
 
 def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """KL of all pairs from products of matrices.
+    """KL of all pairs from matrix products.
 
     KL_ij = E_q[d_i - d_j] - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
@@ -163,7 +163,7 @@ def _ahead(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
 
 
 def _levelled(d: jax.Array) -> jax.Array:
-    """Without the rows' means, which no softmax feels."""
+    """The array minus the rows' means, which do not affect a softmax."""
     return d - d.mean(-1, keepdims=True)
 
 
@@ -209,7 +209,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _by_rows(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """KL of all pairs from the differences themselves, a row at a time."""
+    """KL of all pairs from the differences themselves, one row at a time."""
 
     @jax.checkpoint
     def row(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -110,7 +110,7 @@ def _others(
 
 
 def _binary(at_label: jax.Array, peak: jax.Array, log_total: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
     empty = peak == jnp.finfo(peak.dtype).min
     largest = jax.lax.stop_gradient(jnp.maximum(at_label, jnp.where(empty, -jnp.inf, peak)))
     rest = jnp.where(empty, -jnp.inf, (peak - largest) / temperature + log_total)

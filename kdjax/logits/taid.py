@@ -1,4 +1,4 @@
-"""KL divergence to a teacher that starts at the student: TAID's interpolated target."""
+"""TAID: KL divergence to a target that moves from the student to the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Universal logit distillation: distributions over different vocabularies, compared in sorted order."""
+"""Universal logit distillation: compares distributions over different vocabularies in sorted order."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _descending(x: jax.Array) -> jax.Array:
 
 
 def _order(keys: jax.Array) -> jax.Array:
-    """The places of keys in their ascending order, stably."""
+    """The indices that sort the keys in ascending order, stably."""
     if keys.dtype.itemsize == 8 or is_symbolic_dim(keys.shape[-1]):
         return _argsort(keys)
     return jax.lax.platform_dependent(keys, cpu=_by_digits, default=_argsort)
@@ -118,7 +118,7 @@ def _by_digits(keys: jax.Array) -> jax.Array:
 
 
 def _filled(x: jax.Array, missing: int) -> jax.Array:
-    """With classes of probability 0 at its end, if some are missing."""
+    """The row padded with classes of probability 0, if some are missing."""
     if is_symbolic_dim(missing) or missing > 0:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
     return x
@@ -126,7 +126,7 @@ def _filled(x: jax.Array, missing: int) -> jax.Array:
 
 @functools.partial(jnp.vectorize, signature="(n),(n)->(n)")
 def _put_back(row: jax.Array, order: jax.Array) -> jax.Array:
-    """The entries of a sorted row at the places that they came from."""
+    """The entries of a sorted row, moved back to their original places."""
     return jnp.zeros_like(row).at[order].set(row, unique_indices=True)
 
 

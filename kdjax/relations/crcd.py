@@ -194,11 +194,11 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, where they stand in the data set.
+        places: `[batch, K + 1]`, their positions in the data set.
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        kept: `[batch]`, False for examples that do not count.
     """
 
     bank: jax.Array
@@ -260,7 +260,7 @@ def _log_triples(known: _Known) -> jax.Array:
 def _sum_over(
     embedding: jax.Array, temperature: jax.Array, known: _Known, remembered: _Relations | None = None
 ) -> Total:
-    """Of this device's examples."""
+    """The sum for this device's examples."""
 
     def part(inputs: tuple) -> Total:
         row, relations = inputs

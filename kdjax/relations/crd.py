@@ -165,7 +165,7 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        valid: `[whole batch]`, False for examples that count for nothing.
+        valid: `[whole batch]`, False for examples that do not count.
         kept: `[batch]`, the same of this device's.
     """
 
@@ -208,7 +208,7 @@ def _pulled(slope: jax.Array, known: _Known) -> jax.Array:
 
 
 def _sum_over(embedding: jax.Array, temperature: jax.Array, known: _Known) -> Total:
-    """Of this device's examples."""
+    """The sum for this device's examples."""
     return _sum_of(_scores(embedding, known), temperature, known)
 
 

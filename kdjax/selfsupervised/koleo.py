@@ -1,4 +1,4 @@
-"""KoLeo: a batch whose rows keep away from their nearest neighbours."""
+"""KoLeo: pushes the rows of a batch away from their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def koleo_loss(
 
 
 def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The place of the partner with the largest cosine, the first of equal ones, for this device's rows.
+    """The index of the partner with the largest cosine (the first of equal ones) for this device's rows.
 
     Found by 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. Rows whose partner a product of matrices leaves open,
     because it is near or has a rival, are gone through one by one.

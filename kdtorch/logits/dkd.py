@@ -127,7 +127,7 @@ def _others(
 
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
     empty = peak == torch.finfo(peak.dtype).min
     largest = torch.maximum(at_label, torch.where(empty, -math.inf, peak))
     rest = torch.where(empty, -math.inf, (peak - largest) / temperature + log_total)

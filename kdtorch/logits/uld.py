@@ -1,4 +1,4 @@
-"""Universal logit distillation: distributions over different vocabularies, compared in sorted order."""
+"""Universal logit distillation: compares distributions over different vocabularies in sorted order."""
 
 from __future__ import annotations
 

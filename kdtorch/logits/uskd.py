@@ -139,7 +139,7 @@ _target_and_others = rowwise(target_and_others_and_gradient)
 
 
 def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilities: Tensor) -> Tensor:
-    """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
+    """z: 1 / the rank of each class by its score, 0 for labels and padding, normalised to sum 1."""
     present = probabilities > 0
     over_w, over_p = (
         1 - torch.where(present, x.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6 for x in (w.p, log_p)
@@ -151,7 +151,7 @@ def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilit
 
 
 def _inverse_places(score: Tensor) -> Tensor:
-    """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes."""
+    """1 / the rank of each class, 1 for the largest score; equal scores are ranked in the order of the classes."""
     bits = (0 - score).view(torch.int64 if score.dtype == torch.float64 else torch.int32)
     keys = bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)  # in the order of -score
     order = keys.argsort(dim=-1, stable=True)

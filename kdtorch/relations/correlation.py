@@ -1,4 +1,4 @@
-"""Kernels between samples, the student's against the teacher's."""
+"""Compares the kernels between samples of student and teacher."""
 
 from __future__ import annotations
 

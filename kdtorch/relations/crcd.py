@@ -189,11 +189,11 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, where they stand in the data set.
+        places: `[batch, K + 1]`, their positions in the data set.
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        kept: `[batch]`, False for examples that do not count.
         num_data: the number of samples in the data set.
     """
 

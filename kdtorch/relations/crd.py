@@ -159,7 +159,7 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        valid: `[whole batch]`, False for examples that count for nothing.
+        valid: `[whole batch]`, False for examples that do not count.
         kept: `[batch]`, the same of this rank's.
         num_data: the number of samples in the data set.
     """

@@ -1,4 +1,4 @@
-"""Probabilities of samples given one another, the student's against the teacher's."""
+"""Compares the conditional probabilities of samples of student and teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KoLeo: a batch whose rows keep away from their nearest neighbours."""
+"""KoLeo: pushes the rows of a batch away from their nearest neighbours."""
 
 from __future__ import annotations
 
