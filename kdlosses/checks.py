@@ -264,7 +264,7 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], frame
 
 def _given(path: str, value: Any, argument: Argument, framework: Framework) -> Given:
     ours = isinstance(value, framework.arrays)
-    if type(value) is int:  # which `torch.compile`, where it leaves it open, can neither ask for attributes nor print
+    if type(value) is int:  # `torch.compile` can neither read attributes of a symbolic size nor print it
         return Given(path, argument.text, str(operator.index(value)), None, "", "")
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
         dtype, shape = str(value.dtype), tuple(framework.sizes(value))

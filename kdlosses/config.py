@@ -147,7 +147,7 @@ def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str]
 
 def _example(hint: Any, array: Callable[[tuple[int, ...], str], Any]) -> Any:
     if get_origin(hint) is Sequence:
-        return [_example(get_args(hint)[0], array)] * 2  # of which some losses need as many
+        return [_example(get_args(hint)[0], array)] * 2  # some losses need this many
     while get_args(hint):  # one of several kinds of array
         hint = get_args(hint)[0]
     if not hasattr(hint, "dim_str"):
@@ -192,7 +192,7 @@ def weight_at(name: str, weight: Weight, epoch: Any) -> Any:
 
 
 def _is_weight(x: Any) -> bool:
-    if isinstance(x, bool | str) or getattr(x, "requires_grad", False):  # of which the gradient would be lost
+    if isinstance(x, bool | str) or getattr(x, "requires_grad", False):  # its gradient would be lost
         return False
     try:
         return 0 <= float(x) < math.inf

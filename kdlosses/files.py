@@ -88,7 +88,7 @@ def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
         digest = metadata.get("sha256", "")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: altered: its header cannot be read; save it again") from None
-    if not metadata.keys() & {"kdlosses", "sha256", "tree"}:  # one of which may be what was altered
+    if not metadata.keys() & {"kdlosses", "sha256", "tree"}:  # one of them may have been altered
         raise ValueError(f"{path}: a file of another kind: safetensors, but not saved by kdjax or kdtorch")
     if len(blob) < size:
         raise ValueError(f"{path}: truncated: expected {size} bytes, got {len(blob)}; save it again")
@@ -114,7 +114,7 @@ def _without_arrays(node: Packed, path: str, arrays: dict[str, np.ndarray]) -> A
         return [_without_arrays(x, f"{path}.{i}" if path else str(i), arrays) for i, x in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    hidden = ("dict", "list", "tuple", "fields", "weights")  # which say nothing in a path
+    hidden = ("dict", "list", "tuple", "fields", "weights")  # these are not part of a path
     return {
         key: _without_arrays(x, path if key in hidden else f"{path}.{key}" if path else key, arrays)
         for key, x in node.items()

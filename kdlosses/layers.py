@@ -76,7 +76,7 @@ WEIGHTS: dict[str, dict[str, Weight]] = {
     **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"), _NORM),
     "Embed": {"embedding": Weight("weight")},
 }
-ONLY_TORCH = "num_batches_tracked"  # which nothing of a norm with a momentum depends on
+ONLY_TORCH = "num_batches_tracked"  # a norm with a momentum does not depend on it
 
 
 class Layer(NamedTuple):
@@ -228,7 +228,7 @@ def built_with(module: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
         return {"losses": losses, "weights": list(module.weights), "reads": list(module.reads)}
     shapes = BUILT_WITH[name](weights)
     options = [p.name for p in inspect.signature(type(module).__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = ("rngs", "generator", "axis_name", "group", *shapes)  # what is of one framework alone
+    own = ("rngs", "generator", "axis_name", "group", *shapes)  # names that only one framework has
     return {**shapes, **{k: getattr(module, k) for k in options if k not in own}}
 
 

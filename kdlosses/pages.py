@@ -30,7 +30,7 @@ from kdlosses.formulas import unicode
 from kdlosses.meanings import by_meaning
 
 _PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: and [A-Z]\w+| et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
-# what each package needs, and what brings it
+# what each package needs, and the extra that installs it
 _NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("torch",), "kdlosses[torch]")}
 
 
@@ -141,7 +141,7 @@ def named(asked: str) -> str:
 
 def _lookup(asked: str, found: Mapping[str, Public], config: Mapping[str, Sequence[str]]) -> str:
     known = {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
-    # the names of a configuration precede, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
+    # the names in a configuration take precedence, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
     known |= {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
     if name := known.get(asked.lower()):
         return name
@@ -166,7 +166,7 @@ def public(package: str) -> dict[str, Public]:
 @functools.cache
 def _source_of(module: str) -> ast.Module:
     package, *rest = module.split(".")
-    spec = importlib.util.find_spec(package)  # which imports nothing, of a package that is not inside of another
+    spec = importlib.util.find_spec(package)  # imports nothing, because the package is a top-level one
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{package} cannot be found; it is part of kdlosses: install that anew", name=package)
     path = pathlib.Path(spec.submodule_search_locations[0], *rest)

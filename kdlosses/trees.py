@@ -76,7 +76,9 @@ def resolve(place: str, package: str) -> Any:
         found = getattr(importlib.import_module(f"{package}.{module}"), name)
     except (ImportError, AttributeError, ValueError):
         found = None
-    if not (reference(found, package) or "").endswith(f":{name}"):  # a package may hand on what a file of its own has
+    if not (reference(found, package) or "").endswith(
+        f":{name}"
+    ):  # a package may re-export a name from one of its files
         raise ValueError(f"{package} has no `{place}`; it was made by another version")
     return found
 

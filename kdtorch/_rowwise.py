@@ -168,7 +168,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         traced, learned, inputs = torch.is_grad_enabled(), [], [x]
         for i, v in enumerate(others):
             if _has_rows(v):
-                v = v.detach()  # also because a compiler takes no tensor twice
+                v = v.detach()  # also because a compiler does not accept the same tensor twice
             elif traced and isinstance(v, Tensor) and v.requires_grad:
                 learned.append(i)
             inputs.append(v)
@@ -221,7 +221,9 @@ def by_rows(
 
 
 def _rows(x: Tensor, places: slice | Tensor) -> Tensor:
-    return x[places] if isinstance(places, slice) else x.index_select(0, places)  # in a fifth of the time of x[places]
+    return (
+        x[places] if isinstance(places, slice) else x.index_select(0, places)
+    )  # takes a fifth of the time of x[places]
 
 
 def _fuses(x: Tensor, *others: Input) -> bool:
@@ -233,7 +235,7 @@ def _fuses(x: Tensor, *others: Input) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (x, *others)):
-        return False  # what is asked for the derivative of a derivative
+        return False  # needed for the derivative of a derivative
     return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others)
 
 
@@ -260,12 +262,12 @@ def _compiled(
     if flat:
         try:
             inputs = [v.view(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in inputs]
-        except RuntimeError:  # of rows that do not lie in memory at even steps
+        except RuntimeError:  # for rows that are not at regular steps in memory
             flat = False
     masked = inputs[0] is not None
     with _unequal_sizes(), torch.no_grad():
         results = _program(function, fixed, masked)(*inputs)
-    # no views, so that they may be written into
+    # not views, so that users may write into them
     return tuple(torch.ops.aten._unsafe_view(part, batch + part.shape[1:]) for part in results) if flat else results
 
 

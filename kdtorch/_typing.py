@@ -35,7 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     Number = float
-else:  # NumPy's numbers too
+else:  # also NumPy's numbers
     Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
 Scalar = Number | Tensor
@@ -182,7 +182,7 @@ def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -
         name = path.partition("[")[0]
         if name == learned[0]:
             first = True
-        if name in learned or "." in name:  # a state is what was, and never learns
+        if name in learned or "." in name:  # a state is never trained
             continue
         if argument.forms[0].kind == "Scalar":
             raise ValueError(
@@ -196,7 +196,7 @@ def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -
 def _differentiated(x: Tensor) -> bool:
     """Whether autograd or a transform of torch.func needs a gradient."""
     if torch.compiler.is_compiling():
-        return x.requires_grad or (not x.ndim and x.view_as(x).requires_grad)  # the latter knows of transforms
+        return x.requires_grad or (not x.ndim and x.view_as(x).requires_grad)  # the latter respects transforms
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if x.requires_grad:
             return True

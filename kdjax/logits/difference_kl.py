@@ -104,7 +104,7 @@ def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.
     def nan() -> jax.Array:
         in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
         undefined = both & ((_product(local(in_x), in_x) == 0) | (_product(local(in_y), in_y) == 0))
-        moved = jax.nn.sigmoid(x).sum(-1)  # by every entry, so that both rows have NaN for their gradient
+        moved = jax.nn.sigmoid(x).sum(-1)  # multiplied by every entry, so that both rows have a NaN gradient
         return jnp.where(undefined, jnp.nan, 0) * (local(moved)[:, None] + moved[None])
 
     absent = jnp.isneginf(x).any() | jnp.isneginf(y).any()
@@ -198,7 +198,7 @@ def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
     absent = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
-    # -1e5 for infinity, which would meet 0 in the derivative with respect to T
+    # -1e5 instead of infinity, which the derivative with respect to T would multiply by 0
     rise, fall = (jnp.exp(jnp.where(absent, -1e5 * temperature, z) / temperature) for z in (x - largest, smallest - x))
     total = _product(local(rise), fall)
     return _Softmaxes(rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local)

@@ -223,7 +223,7 @@ def _gap(
         gap = (product - along + eps) / (product + eps)
         gradient = pull * (1 - gap) * inverse_x * x - pull * inverse_y * y
     else:
-        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
+        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # how much longer x is than y
         u = _inverse(jnp.maximum(length_x, length_y)) * apart[0] - longer * jnp.where(length_x < length_y, x, y)
         (square,) = dots((u, u))
         gap = (product * square / 2 + eps) / (product + eps)

@@ -91,7 +91,7 @@ def decoupled_and_gradient(
     target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
-    square = temperature**2  # before a sum that might not exist
+    square = temperature**2  # multiplied before the sum, which might overflow
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, jnp.where(is_class(x, labels), at_label, gradient)
 

@@ -129,7 +129,7 @@ def sampled_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # who sampled the token gives it -inf
+    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # the model that sampled the token gives it -inf
     log_weight, log_product = _log_weight(
         sampled_from, jax.lax.stop_gradient(x), y, jax.lax.stop_gradient(z), behavior, max_ratio
     )

@@ -69,12 +69,10 @@ def uld_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     missing = x.shape[-1] - y.shape[-1]
     ours, theirs = (_filled(ours, -missing), _filled(theirs, missing))
     p, _, gap = softmaxes(ours, theirs)
-    # of sorted rows that differ by a constant, rounding leaves this much
+    # rounding leaves this much for sorted rows that differ by a constant
     gap = jnp.where(jnp.abs(gap) <= jnp.finfo(x.dtype).eps ** 1.5 * p, 0, gap)
     signs = jnp.sign(gap)
-    signs = (
-        signs - signs[..., :1]
-    )  # of which a softmax knows nothing, so that little is subtracted from a p of almost 1
+    signs = signs - signs[..., :1]  # a softmax does not depend on it; little is then subtracted from a p of almost 1
     gradient = (p * (signs - (p * signs).sum(-1, keepdims=True)))[..., : x.shape[-1]]
     return jnp.abs(gap).sum(-1), _put_back(gradient, order)
 

@@ -100,7 +100,7 @@ def uskd_loss(
         probabilities = jnp.take_along_axis(kept, classes, -1).astype(dtype)
         classes = jnp.where(
             probabilities > 0, classes, first[..., None]
-        )  # a second label of probability 0 is the first again
+        )  # a second label of probability 0 is replaced by the first
         factor = jnp.ones_like(probabilities[..., 0])
 
     (student,) = zero_masked(where, *promote(jax.lax.stop_gradient(student_logits)))
@@ -156,7 +156,7 @@ def _zipf(log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array,
         for x in (w.p, log_p)
     )
     zipf = jnp.where(excluded, 0, _inverse_places(w.p / over_w + log_p / over_p))
-    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    felt = 0 * w.log_total  # NaN, which the positions do not show
     return zipf / (jnp.maximum(zipf.sum(-1, keepdims=True), jnp.finfo(zipf.dtype).tiny) + felt)
 
 

@@ -175,7 +175,7 @@ def _options(loss: Any) -> tuple[str, ...]:
     called = loss.function if isinstance(loss, FunctionLoss) else loss
     try:
         return tuple(inspect.signature(called).parameters)
-    except (TypeError, ValueError):  # of what is not written in Python
+    except (TypeError, ValueError):  # for functions that are not written in Python
         return ()
 
 

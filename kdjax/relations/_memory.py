@@ -214,7 +214,7 @@ def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
 def _remember(
     memory: jax.Array, index: jax.Array, last: jax.Array, embedding: jax.Array, momentum: Scalar
 ) -> jax.Array:
-    here = (index >= 0) & (index < len(memory))  # the rows of other devices are theirs to remember
+    here = (index >= 0) & (index < len(memory))  # the other devices store their own rows
     old = memory[jnp.where(here, index, 0)]
     new = unit(momentum * old + (1 - momentum) * embedding[last].astype(memory.dtype))
     usable = here & (last >= 0) & jnp.isfinite(new).all(1) & (new != 0).any(1)

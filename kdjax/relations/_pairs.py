@@ -106,7 +106,7 @@ def squares(x: jax.Array, kept: jax.Array, local: Callable[[jax.Array], jax.Arra
     unit = jnp.where(equal, jnp.inf, largest / jnp.frexp(largest)[0])  # a power of 2, so that ties stay ties
     place = jnp.arange(len(x))
     apart = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
-    z = (x - first[None]) / unit  # what is common to all rows only costs digits
+    z = (x - first[None]) / unit  # a part that all rows share only costs digits
     length = jnp.square(z).sum(-1)
     square = local(length)[:, None] + length[None] - 2 * products(z, local)
     clear = (~apart | (square * 64 > length.max())).all()

@@ -189,7 +189,7 @@ def _with_gradients(
         total = if_unset(unset, embedding, lambda: _sum_of(jax.lax.stop_gradient(scores), temperature, known))
     log_z = log_normalizer(normalizer, total, _log_pairs(known), num_data)
     value, slope = noise_contrast(scores, log_z, temperature, num_data)
-    middle = jnp.where(unset, total.mean, 0)  # an unset normaliser moves with T too
+    middle = jnp.where(unset, total.mean, 0)  # an unset normaliser depends on T too
     cooling = (slope * (scores - middle)).sum(1)
     return value, _pulled(slope, known) / temperature, -cooling / temperature**2, total
 

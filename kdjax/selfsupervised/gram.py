@@ -16,7 +16,7 @@ from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 Clip = Literal["none", "both", "teacher"]
-BLOCK = 2**17  # products that are made at once, or those of one image
+BLOCK = 2**17  # how many products are computed at once, or those of one image
 
 
 @checked

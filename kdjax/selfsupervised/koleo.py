@@ -73,7 +73,7 @@ def koleo_loss(
     here = (back >= 0) & (back < len(rows)) & (nearest < local(place))
     back = jnp.where(here, back, 0)
     gap = jnp.where((here & (nearest[back] == local(place)))[:, None], -gap[back], gap)
-    equal = (rows == every[nearest]).all(-1, keepdims=True)  # whose rounded unit rows need not be
+    equal = (rows == every[nearest]).all(-1, keepdims=True)  # rounded unit rows of equal rows need not be equal
     gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
     square = jnp.square(gap + EPSILON).sum(-1)
     apart = ~(square <= 0)
@@ -90,7 +90,7 @@ def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax
     if not len(x):
         return jnp.zeros(0, int)
     digits, zero = jnp.finfo(x.dtype).eps, (x == 0).all(-1).astype(x.dtype)
-    centered = x - x.mean(0, keepdims=True)  # what is common to all rows only costs digits
+    centered = x - x.mean(0, keepdims=True)  # a part that all rows share only costs digits
     length = jnp.square(centered).sum(-1) + zero
     product = jnp.matmul(local(centered), centered.T, precision=HIGHEST)
     square = jnp.where(partners, local(length)[:, None] + length[None] - 2 * product, jnp.inf)

@@ -106,7 +106,7 @@ def pooling(bins: int, length: int, like: Tensor) -> Tensor:
 
 def largest_entry(x: Tensor) -> Tensor:
     """The largest entry of each example, a constant divisor; infinite for a map of zeros (or subnormals)."""
-    flat = x.detach().flatten(1)  # in two passes, which take less time than that of `abs`
+    flat = x.detach().flatten(1)  # two passes are faster than `abs`
     largest = torch.maximum(flat.amax(1), -flat.amin(1)).reshape(-1, 1, 1, 1)
     return torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest)
 

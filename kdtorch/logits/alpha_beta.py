@@ -152,7 +152,7 @@ def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor,
     parts = of_p.sum(-1) if total != 1 else 1.0
     product = mixed.sum(-1)
     value = (alpha / total * of_q + beta / total * parts - product) / (alpha * beta)
-    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # of which a difference has few digits, or NaN
+    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # their difference has few digits, or is NaN
         return None
     place = log_p.argmax(-1, keepdim=True)
     g = mixed.sub_(of_p).div_(-alpha)

@@ -246,7 +246,7 @@ def _gap(
         gap = (product - along + eps) / (product + eps)
         gradient = (pull * (1 - gap) * inverse_x * x).sub_(pull * inverse_y * y)
     else:
-        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
+        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # how much longer x is than y
         shorter = length_x < length_y
         u = (_inverse(torch.maximum(length_x, length_y)) * apart[0]).sub_(torch.where(shorter, longer, 0) * x)
         u.sub_(torch.where(shorter, 0, longer) * y)

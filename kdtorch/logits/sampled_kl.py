@@ -141,7 +141,7 @@ def sampled_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = torch.where(z.isposinf(), math.nan, z)  # who sampled the token gives it -inf
+    z = torch.where(z.isposinf(), math.nan, z)  # the model that sampled the token gives it -inf
     log_weight, log_product = _log_weight(sampled_from, x.detach(), y, z.detach(), behavior, max_ratio)
     weight = log_weight.exp()
     weight = torch.where(z == 0, weight.clamp(max=torch.finfo(x.dtype).max), weight)  # 0 times a large one is 0

@@ -96,7 +96,9 @@ def uskd_loss(
         second = kept.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
         classes = torch.cat([first, second], -1)
         probabilities = kept.gather(-1, classes).to(widest(*logits))
-        classes = torch.where(probabilities > 0, classes, first)  # a second label of probability 0 is the first again
+        classes = torch.where(
+            probabilities > 0, classes, first
+        )  # a second label of probability 0 is replaced by the first
 
     (log_p,) = by_rows(_log_p, where, student_logits.detach(), classes)
     present = probabilities > 0
@@ -146,7 +148,7 @@ def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilit
     )
     zipf = _inverse_places(w.p / over_w + log_p / over_p)
     zipf = zipf.scatter(-1, classes, 0).masked_fill(unused, 0)
-    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    felt = 0 * w.log_total  # NaN, which the positions do not show
     return zipf / (zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny) + felt)
 
 

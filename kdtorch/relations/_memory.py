@@ -101,7 +101,7 @@ def contrasted(
     )
     finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
     here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
-    if sharded_memory:  # the rows of other ranks are theirs to remember
+    if sharded_memory:  # the other ranks store their own rows
         here = here - rank(group) * rows
         inside = (here >= 0) & (here < rows)
         here, last = here[inside], last[inside]

@@ -189,7 +189,7 @@ def squares(x: Tensor, ours: slice) -> Squares:
     unit = torch.where(
         largest < torch.finfo(x.dtype).tiny, math.inf, largest / torch.frexp(largest)[0]
     )  # so that ties stay ties
-    z.div_(unit)  # what is common to all rows only costs digits
+    z.div_(unit)  # a part that all rows share only costs digits
     length = torch.linalg.vecdot(z, z)
     square = products(z, ours).mul_(-2).add_(length).add_(length[ours, None])
     themselves = square.diagonal(ours.start)

@@ -245,7 +245,7 @@ def _contrast(
     if of_embedding or of_temperature:
         slope = drawn.sigmoid_()
         slope[:, 0].neg_()
-        if of_temperature:  # an unset normaliser moves with it too
+        if of_temperature:  # an unset normaliser depends on it too
             cooling = torch.linalg.vecdot(slope, scores) - middle * slope.sum(-1)
         if of_embedding:
             gradient = unit_pull(promoted(embedding, known), _pulled(slope, known) / temperature)

@@ -75,7 +75,7 @@ def dino_teacher_temperature(
     >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    # `as_tensor` of an integer would be compiled anew for each
+    # `as_tensor` of an integer would be recompiled for each value
     epoch = torch.as_tensor(torch.full((), epoch) if isinstance(epoch, int) else epoch, dtype=torch.float64)
     for name, value in (("warmup", warmup), ("final", final)):
         positive(name, value, epoch)
