@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> Packed:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file beside the path, which takes its place once it is written and on the disk."""
+    """A temporary file next to the path, which replaces it once it is completely written to disk."""
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -73,7 +73,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
-    """The metadata of a file that is whole and as it was written."""
+    """The metadata of a file, after checking that it is complete and unchanged."""
     start = blob[8 : 8 + len(_START)]
     if not _START.startswith(start):
         raise ValueError(f"{path}: a file of another kind: expected one that kdjax or kdtorch saved")
