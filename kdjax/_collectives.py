@@ -72,14 +72,14 @@ def fetch(rows: jax.Array, places: jax.Array, axis_name: AxisName | None) -> jax
         jnp.zeros_like(owner)
         .at[order]
         .set(jnp.arange(number, dtype=owner.dtype) - jnp.searchsorted(owner[order], owner[order]).astype(owner.dtype))
-    )  # how many before it ask the same device
+    )  # how many earlier ones ask the same device
     average = -(-number // devices)
-    slots = min(number, average + 4 * int(average**0.5) + 1)  # uniform places leave no second round
+    slots = min(number, average + 4 * int(average**0.5) + 1)  # uniformly drawn positions rarely need a second round
 
     def exchange(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         round_, found = carry
         slot = turn - round_ * slots
-        slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # those of other rounds are dropped
+        slot = jnp.where((slot >= 0) & (slot < slots), slot, slots)  # requests of other rounds are dropped
         asked = jnp.zeros((devices, slots), place.dtype).at[owner, slot].set(place, mode="drop")
         asked = jax.lax.all_to_all(asked, axis_name, 0, 0)
         answer = jax.lax.all_to_all(rows[asked], axis_name, 0, 0)

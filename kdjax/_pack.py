@@ -1,6 +1,6 @@
-"""A tree of JAX as plain containers of NumPy arrays, and back; and a tensor as an array of JAX.
+"""Converts a tree of JAX to plain containers of NumPy arrays and back, and a tensor to an array of JAX.
 
-This is JAX's side of the crossing. The `interop` of either package imports it, and it imports no other framework.
+This is JAX's side of the conversion. The `interop` of both packages imports it, and it imports no other framework.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _packed_module(module: nnx.Module) -> Packed:
 
 
 def names_in_torch(module: nnx.Module) -> list[list[str]]:
-    """Its layers and its weights outside of all of them: their paths in PyTorch, their paths in Flax, and Flax's class."""
+    """The layers, and the weights outside all layers: their paths in PyTorch, their paths in Flax, and Flax's class."""
     parts = dict(nnx.iter_modules(module))
 
     def in_torch(path: tuple[Any, ...]) -> str:
-        """Without the `layers` of an `nnx.Sequential`, whose entries are numbered in PyTorch."""
+        """The path without the `layers` of an `nnx.Sequential`, whose entries are numbers in PyTorch."""
         inside = [step == "layers" and isinstance(parts.get(path[:i]), nnx.Sequential) for i, step in enumerate(path)]
         return dotted(step for step, left_out in zip(path, inside, strict=True) if not left_out)
 
@@ -74,7 +74,7 @@ def unpacked(node: Packed) -> Any:
 
 
 def _unpacked_module(node: Packed) -> Any:
-    """The module of a packed one; its weights, if the module is not of this library."""
+    """The module of a packed module, or its weights, if the module is not of this library."""
     weights = layers.translated(node["weights"], node["layers"], layers.to_flax, 1)
     keys = dict(node["keys"])
     state = {}
@@ -99,7 +99,7 @@ def _unpacked_module(node: Packed) -> Any:
 
 
 def _array(name: str, x: np.ndarray) -> jax.Array:
-    """Of the array's own dtype; integers that fit into 32 bits may take them."""
+    """An array of the same dtype; integers that fit into 32 bits may become 32-bit integers."""
     with contextlib.suppress(OverflowError):
         y = jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
         if y.dtype == x.dtype or (x.dtype.kind in "iu" and (np.asarray(y) == x).all()):
@@ -108,7 +108,7 @@ def _array(name: str, x: np.ndarray) -> jax.Array:
 
 
 def array(function: str, x: torch.Tensor) -> jax.Array:
-    """Of a tensor, without a copy if it fills its memory."""
+    """The array of a tensor, without a copy if the tensor is dense in memory."""
     x = _dense(x.detach().resolve_conj().resolve_neg())
     try:
         jax_dtype(function, x)
@@ -123,7 +123,7 @@ def array(function: str, x: torch.Tensor) -> jax.Array:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that fills its memory, whatever the order of its axes: JAX takes no other."""
+    """A tensor that is dense in memory, with any order of its axes, because JAX accepts no other."""
     order = sorted(range(x.ndim), key=lambda axis: -x.stride()[axis])
     return x if x.permute(order).is_contiguous() else x.contiguous()
 

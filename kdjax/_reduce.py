@@ -1,4 +1,4 @@
-"""From one value an example to the answer, and how masked examples leave a computation."""
+"""Reductions, and the removal of masked examples from a computation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdjax._typing import Array, AxisName, Reduction
 
 
 def zero_masked(where: Array | None, *arrays: Array) -> tuple[jax.Array, ...]:
-    """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
+    """Set masked examples to zero, so that their contents reach neither a value nor a gradient."""
     if where is None:
         return tuple(map(jnp.asarray, arrays))
     return tuple(jnp.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, _zero(x)) for x in arrays)
@@ -24,7 +24,7 @@ def _zero(x: Array) -> bool | int:
 
 
 def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None) -> jax.Array:
-    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example.
+    """`"mean"`: the sum over kept examples divided by their number; `"sum"`; `"none"`: one value per example.
 
     Over several devices, what they return has the whole batch's answer as its mean.
     """
@@ -38,7 +38,7 @@ def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: 
 def reduce_sum(
     value: jax.Array, number: int, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """`"mean"` or `"sum"` from the sum over kept examples, of `number` examples kept or not."""
+    """`"mean"` or `"sum"`, from the sum over the kept ones of `number` examples."""
     devices = size(axis_name)
     if reduction == "sum":
         return value * devices

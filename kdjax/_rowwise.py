@@ -107,7 +107,7 @@ def pack(gradient: Array, dtype: DTypeLike, batch: int) -> tuple[Array, ...]:
     return (gradient / unit).astype(dtype), unit
 
 
-# what is linear in `moved` is made again in the backward pass, so that no wider copy of the gradient waits for it
+# what is linear in `moved` is computed again in the backward pass, so no wider copy of the gradient is kept
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _dot(batch: int, moved: Array, gradient: Array, unit: Array | None = None) -> Array:
     """The sum over a row of a packed gradient times how the row moves, in float32 or wider."""

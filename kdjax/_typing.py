@@ -70,7 +70,7 @@ def checked(function: _F) -> _F:
 
 def _array(value: Any) -> Any:
     """What a Variable of Flax holds, also in a list or a state."""
-    nnx = sys.modules.get("flax.nnx")  # who has a Variable has imported it
+    nnx = sys.modules.get("flax.nnx")  # a Variable exists only if flax is imported
     if nnx is None or isinstance(value, jax.Array):
         return value
     if isinstance(value, nnx.Variable):

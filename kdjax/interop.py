@@ -1,4 +1,4 @@
-"""What crosses to PyTorch and back: teachers, losses, states, weights, and files that both packages read."""
+"""Exchange with PyTorch: teachers, losses, states, weights, and files that both packages read."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def torch_teacher(
 
 @contextlib.contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Every part of the module in eval mode, and afterwards in the mode it was in."""
+    """Puts every submodule into eval mode, and afterwards restores its mode."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
@@ -153,9 +153,9 @@ def torch_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Structure(NamedTuple):
-    """What a call depends on, besides its arrays: the tree of the inputs, which of them learn, and what is static.
+    """What a call depends on in addition to its arrays: the tree of the inputs, which of them need a gradient, and what is static.
 
-    The inputs are named by their places among the leaves.
+    The inputs are numbered by their positions among the leaves.
     """
 
     tree: Any
@@ -165,7 +165,7 @@ class _Structure(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Any) -> tuple[_Structure, list[Any], list[Any]]:
-        """The structure, the arrays that learn, which are the floating-point ones, and the other arrays."""
+        """The structure, the arrays that need a gradient, which are the floating-point ones, and the other arrays."""
         flat, tree = jax.tree.flatten(inputs)
         arrays = {i: x for i, x in enumerate(flat) if isinstance(x, jax.Array | np.ndarray)}
         floats = {i: jnp.asarray(x) for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -180,7 +180,7 @@ class _Structure(NamedTuple):
 
 
 def _value(fn: Callable[..., Any], structure: _Structure, *arrays: list[Any]) -> Any:
-    """On the host: the loss, and what comes besides it."""
+    """On the host: the loss, and its other outputs."""
     import torch
 
     with torch.no_grad():
@@ -191,7 +191,7 @@ def _value(fn: Callable[..., Any], structure: _Structure, *arrays: list[Any]) ->
 def _gradient(
     fn: Callable[..., Any], structure: _Structure, floats: list[Any], others: list[Any], above: Any
 ) -> list[torch.Tensor]:
-    """On the host: the gradients of the arrays that learn, for those of the loss."""
+    """On the host: the gradients of the arrays that need one, given the gradient of the loss."""
     import torch
 
     floats, others, above = _tensors("torch_loss", (floats, others, above))
@@ -211,7 +211,7 @@ def _gradient(
 
 
 def _called(fn: Callable[..., Any], inputs: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The loss, and what it returns besides."""
+    """The loss, and its other outputs."""
     import torch
 
     args, kwargs = each_leaf(lambda x: x, inputs, twin("kdjax", "kdtorch"))
@@ -346,9 +346,9 @@ def _arrays(function: str, tree: Any) -> Any:
 
 
 class _Callback:
-    """A function of the host, from arrays to a tree of tensors, as one that a compiled program calls back.
+    """A host function, from arrays to a tree of tensors, that a compiled program can call.
 
-    The shapes of what it gives are found by a run on zeros, once for each kind of input.
+    The shapes of its outputs are found by a run on zeros, once for each kind of input.
     """
 
     def __init__(self, function: str, run: Callable[..., Any]) -> None:

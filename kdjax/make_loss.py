@@ -176,7 +176,7 @@ def make_loss(
 
 
 def _try(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Ask a loss whether its settings suit it, before it meets the first batch."""
+    """Check the settings of a loss before the first batch, by calling it once."""
     dtypes = {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}
     inputs = example(loss, lambda shape, kind: jax.ShapeDtypeStruct(shape, dtypes[kind])) if options else None
     if inputs is not None:

@@ -1,7 +1,7 @@
-"""The check of a public function's arguments: from its annotations and what was given to an error that says how to mend it.
+"""Checks the arguments of public functions against their annotations, and makes errors that say what to write instead.
 
-It imports neither framework. `torch.compile` traces `check` and the functions below it as far as `Given`, which is why they
-use plain Python only. `misfit` and `explain` write the texts; they take constants alone, and are not traced.
+It imports neither framework. `torch.compile` traces `check` and the functions below it down to `Given`, so they use
+plain Python only. `misfit` and `explain` write the texts; they take only constants, and are not traced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DTYPES = {"Float": "float", "Integer": "int", "Bool": "bool"}
 
 
 class Form(NamedTuple):
-    """One of the things that an argument may be.
+    """One of the forms that an argument may have.
 
     Attributes:
         kind: `"Array"`; `"Scalar"`, a number or an array of shape []; `"Sequence"`; `"bool"`; `"int"`; `"float"`, any number
@@ -68,9 +68,9 @@ class Given(NamedTuple):
         path: the argument, or the item or field of it: `state.center`.
         expected: its annotation.
         got: its description, without its shape.
-        shape: of an array, whoever's.
+        shape: of an array of any library.
         dtype: of an array of this framework; "" of all else.
-        mend: what to write instead, where that is plain from this value alone.
+        mend: what to write instead, if this value alone shows it.
     """
 
     path: str
@@ -82,7 +82,7 @@ class Given(NamedTuple):
 
 
 class Framework(NamedTuple):
-    """What the check needs to know of a framework.
+    """What the check needs to know about a framework.
 
     Attributes:
         arrays: the types of its arrays.
@@ -264,7 +264,7 @@ def _check_devices(function: str, leaves: list[tuple[str, Any, Argument]], frame
 
 def _given(path: str, value: Any, argument: Argument, framework: Framework) -> Given:
     ours = isinstance(value, framework.arrays)
-    if type(value) is int:  # which `torch.compile`, where it leaves it open, can neither ask for attributes nor print
+    if type(value) is int:  # `torch.compile` can neither read attributes of a symbolic size nor print it
         return Given(path, argument.text, str(operator.index(value)), None, "", "")
     if ours or (hasattr(value, "shape") and hasattr(value, "dtype")):
         dtype, shape = str(value.dtype), tuple(framework.sizes(value))
@@ -281,7 +281,7 @@ def _given(path: str, value: Any, argument: Argument, framework: Framework) -> G
 
 
 def _inside(path: str, value: Any, argument: Argument, framework: Framework) -> str:
-    """How to get the argument out of what was given."""
+    """How to get the argument from the object that was given."""
     form = argument.forms[0]
     if form.kind == "Array":
         for name in ("logits", "last_hidden_state"):
@@ -300,7 +300,7 @@ def _inside(path: str, value: Any, argument: Argument, framework: Framework) -> 
 
 
 def describe(value: Any, arrays: tuple[Any, ...]) -> str:
-    """An array by its dtype and shape, a number or text as it is, all else by its type."""
+    """Describe an array by its dtype and shape, a number or text by its value, and everything else by its type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         package = "" if isinstance(value, arrays) else type(value).__module__.partition(".")[0] + " "
         return _array(package + str(value.dtype), value.shape)
@@ -330,7 +330,7 @@ def misfit(
     number: int,
     keywords: tuple[str, ...],
 ) -> str:
-    """The error of a call with so many positional arguments, and with these keywords."""
+    """The error for a call with this number of positional arguments and these keywords."""
     options = [_DEVICES if name in _DEVICES else name for name in names if name not in positional]
     taken = f"the arguments are {', '.join(positional)}; the options, given by name, {', '.join(options)}"
     if number > len(positional):
@@ -377,7 +377,7 @@ def explain(function: str, path: str, everything: tuple[Given, ...]) -> str:
 
 
 def _mend(given: Given, arrays: list[Given]) -> str:
-    """What to write instead of an array, where the mistake is a known one."""
+    """What to write instead of an array, if the mistake is a known one."""
     name, text, shape, first = given.path, given.expected, given.shape or (), arrays[0]
     if text.startswith("Sequence"):
         return f"give [{name}]"

@@ -126,14 +126,14 @@ def parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def refused(name: str, error: Exception) -> ValueError:
-    """What a loss says of its settings, with their place in the configuration."""
+    """The error of a loss about its settings, with their path in the configuration."""
     return ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}]: {error}")
 
 
 def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str], Any]) -> list[Any] | None:
-    """Small inputs of a loss, with which it can be asked whether its settings suit it; None if it takes other than arrays.
+    """Small inputs of a loss, to check its settings with; None if it takes inputs that are not arrays.
 
-    Inputs that may be absent are there, because a setting may need them.
+    Optional inputs are included, because a setting may need them.
 
     Args:
         function: the loss, whose annotations say the shapes.
@@ -147,7 +147,7 @@ def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str]
 
 def _example(hint: Any, array: Callable[[tuple[int, ...], str], Any]) -> Any:
     if get_origin(hint) is Sequence:
-        return [_example(get_args(hint)[0], array)] * 2  # of which some losses need as many
+        return [_example(get_args(hint)[0], array)] * 2  # some losses need this many
     while get_args(hint):  # one of several kinds of array
         hint = get_args(hint)[0]
     if not hasattr(hint, "dim_str"):
@@ -192,7 +192,7 @@ def weight_at(name: str, weight: Weight, epoch: Any) -> Any:
 
 
 def _is_weight(x: Any) -> bool:
-    if isinstance(x, bool | str) or getattr(x, "requires_grad", False):  # of which the gradient would be lost
+    if isinstance(x, bool | str) or getattr(x, "requires_grad", False):  # its gradient would be lost
         return False
     try:
         return 0 <= float(x) < math.inf
@@ -227,7 +227,7 @@ def _names(text: Any, founding: Mapping[str, Term], functions: Mapping[str, Term
 
 
 def _alias(name: str, founding: Mapping[str, Term]) -> str:
-    """The function that a founding name stands for, unless it says so itself."""
+    """The function that a founding name stands for, if the name does not show it."""
     function = founding[name].loss if name in founding else None
     if not inspect.isfunction(function) or function.__name__.startswith((name, "_")):
         return ""
@@ -254,7 +254,7 @@ def _has_keys(node: Any) -> bool:
 
 
 def _keys(node: Any) -> list[Any]:
-    """Of a mapping; or the public attributes of an object, its own or else its class's."""
+    """The keys of a mapping, or the public attributes of an object or of its class."""
     if _has_keys(node):
         return list(node.keys())
     names = getattr(node, "_fields", None) or getattr(node, "__dict__", None) or dir(node)

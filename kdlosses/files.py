@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> Packed:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file beside the path, which takes its place once it is written and on the disk."""
+    """A temporary file next to the path, which replaces it once it is completely written to disk."""
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -73,7 +73,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
-    """The metadata of a file that is whole and as it was written."""
+    """The metadata of a file, after checking that it is complete and unchanged."""
     start = blob[8 : 8 + len(_START)]
     if not _START.startswith(start):
         raise ValueError(f"{path}: a file of another kind: expected one that kdjax or kdtorch saved")
@@ -88,7 +88,7 @@ def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
         digest = metadata.get("sha256", "")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: altered: its header cannot be read; save it again") from None
-    if not metadata.keys() & {"kdlosses", "sha256", "tree"}:  # one of which may be what was altered
+    if not metadata.keys() & {"kdlosses", "sha256", "tree"}:  # one of them may have been altered
         raise ValueError(f"{path}: a file of another kind: safetensors, but not saved by kdjax or kdtorch")
     if len(blob) < size:
         raise ValueError(f"{path}: truncated: expected {size} bytes, got {len(blob)}; save it again")
@@ -114,7 +114,7 @@ def _without_arrays(node: Packed, path: str, arrays: dict[str, np.ndarray]) -> A
         return [_without_arrays(x, f"{path}.{i}" if path else str(i), arrays) for i, x in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    hidden = ("dict", "list", "tuple", "fields", "weights")  # which say nothing in a path
+    hidden = ("dict", "list", "tuple", "fields", "weights")  # these are not part of a path
     return {
         key: _without_arrays(x, path if key in hidden else f"{path}.{key}" if path else key, arrays)
         for key, x in node.items()

@@ -1,4 +1,4 @@
-"""The formulas of the docstrings in letters that a terminal has."""
+"""The formulas of the docstrings in characters that a terminal can show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pylatexenc import latex2text, latexwalker, macrospec
 
 
 def unicode(latex: str) -> str:
-    """A formula in letters that a terminal has; braces hold an index together, and a line ends at a wide space."""
+    """A formula in characters that a terminal can show; braces group an index, and a wide space ends a line."""
     nodes, *_ = latexwalker.LatexWalker(" ".join(latex.split()), latex_context=_GRAMMAR).get_latex_nodes()
     text = _TEXT.nodelist_to_text(nodes)
     text = re.sub(r"\^\{?(-?\d+)\}?", lambda found: found[1].translate(_RAISED), text)

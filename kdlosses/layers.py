@@ -1,4 +1,4 @@
-"""The layers of Flax and PyTorch: which is which, and their weights under the names and in the axes of either."""
+"""The layers of Flax and PyTorch: which correspond, and their weights with the names and axis order of each."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ WEIGHTS: dict[str, dict[str, Weight]] = {
     **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"), _NORM),
     "Embed": {"embedding": Weight("weight")},
 }
-ONLY_TORCH = "num_batches_tracked"  # which nothing of a norm with a momentum depends on
+ONLY_TORCH = "num_batches_tracked"  # a norm with a momentum does not depend on it
 
 
 class Layer(NamedTuple):
@@ -94,18 +94,18 @@ class Layer(NamedTuple):
 
 
 def flax_kind(module: Any) -> str:
-    """The class of a layer of Flax that is known, "" of any other module."""
+    """The class of a known layer of Flax, "" for any other module."""
     kind = _known(module, "flax.nnx", _IN_FLAX)
     return f"{kind}{TRANSPOSE_KERNEL}" if kind and getattr(module, "transpose_kernel", False) else kind
 
 
 def torch_kind(module: Any) -> str:
-    """The class of a layer of PyTorch that is known, "" of any other module."""
+    """The class of a known layer of PyTorch, "" for any other module."""
     return _known(module, "torch.nn", KINDS)
 
 
 def _known(module: Any, package: str, kinds: Container[str]) -> str:
-    """The first of its classes that the framework itself has: a subclass counts as what it extends."""
+    """The first of its classes that belongs to the framework itself: a subclass counts as the class that it extends."""
     classes = (c for c in type(module).__mro__ if c.__module__.startswith(package))
     return next((c.__name__ for c in classes if c.__name__ in kinds), "")
 
@@ -228,7 +228,7 @@ def built_with(module: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
         return {"losses": losses, "weights": list(module.weights), "reads": list(module.reads)}
     shapes = BUILT_WITH[name](weights)
     options = [p.name for p in inspect.signature(type(module).__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = ("rngs", "generator", "axis_name", "group", *shapes)  # what is of one framework alone
+    own = ("rngs", "generator", "axis_name", "group", *shapes)  # names that only one framework has
     return {**shapes, **{k: getattr(module, k) for k in options if k not in own}}
 
 

@@ -1,4 +1,4 @@
-"""Which loss somebody means who asks for a paper, a method or a word: `ReviewKD` is `hcl_loss`, `attention` is attention transfer."""
+"""Finds losses by the names of papers and methods: `ReviewKD` is `hcl_loss`, `attention` is attention transfer."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ EVERYWHERE = {
 
 
 def by_meaning(asked: str, docstrings: Mapping[str, str]) -> list[str]:
-    """The names whose other names, summaries or papers have all of the words, the best ones, at most three.
+    """The best matches, at most three: the names whose other names, summaries or papers contain all of the words.
 
     Args:
-        asked: what somebody looks for.
-        docstrings: of the names that there are.
+        asked: the words to look for.
+        docstrings: the docstring of each name.
     """
     words = _words(asked)
     words = [word for word in words if word not in EVERYWHERE] or words
@@ -98,7 +98,7 @@ def _words(text: str) -> list[str]:
 
 
 def _holds(word: str, words: list[str]) -> float:
-    """1 for the word itself, half for one that begins with it or that it begins with, as plurals do."""
+    """1 for the word itself, half for a word that starts with it or that it starts with, such as a plural."""
     if word in words:
         return 1.0
     return 0.5 * any(min(len(word), len(x)) > 3 and (x.startswith(word) or word.startswith(x)) for x in words)

@@ -1,6 +1,6 @@
-"""The losses on a terminal: a table of them and the page of one, out of `__all__` and the docstrings.
+"""The losses in a terminal: a table of all, and the page of one, from `__all__` and the docstrings.
 
-The sources are read and not imported, so that a page is there at once, whichever of the frameworks is installed.
+The sources are read without importing them, so this is fast and works with either framework.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kdlosses.formulas import unicode
 from kdlosses.meanings import by_meaning
 
 _PAPER = re.compile(r"([A-Z]\w+(?:, [A-Z]\w+)*(?: and [A-Z]\w+| et al\.)?), \*(?:.+?)\*, (.*?\d{4}), (https://\S+\w)")
-# what each package needs, and what brings it
+# what each package needs, and the extra that installs it
 _NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("torch",), "kdlosses[torch]")}
 
 
@@ -76,7 +76,7 @@ class Public(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether it begins with the student, or with what is predicted from it."""
+        """Whether its first argument is the student, or predicted from it."""
         return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith(("student", "predicted"))
 
 
@@ -128,10 +128,10 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
 
 
 def named(asked: str) -> str:
-    """The public name that `show` prints the page of, for what somebody writes: `dkd`, `DKD` and `dkd_loss` are `dkd_loss`.
+    """The public name that a user means: `dkd`, `DKD` and `dkd_loss` are `dkd_loss`, as for `show`.
 
     Args:
-        asked: the name of a loss with or without `_loss`, or its name in a configuration, in small or large letters.
+        asked: the name of a loss with or without `_loss`, or its name in a configuration, in lower or upper case.
 
     Raises:
         LookupError: there is no such loss; the message suggests some.
@@ -141,7 +141,7 @@ def named(asked: str) -> str:
 
 def _lookup(asked: str, found: Mapping[str, Public], config: Mapping[str, Sequence[str]]) -> str:
     known = {name.removesuffix("_loss"): name for name, x in found.items() if x.is_loss}
-    # the names of a configuration precede, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
+    # the names in a configuration take precedence, as in `make_loss`: rkd is ReviewKD's `hcl_loss`
     known |= {key.lower(): name for name in found for key in (name, *config.get(name, ()))}
     if name := known.get(asked.lower()):
         return name
@@ -166,7 +166,7 @@ def public(package: str) -> dict[str, Public]:
 @functools.cache
 def _source_of(module: str) -> ast.Module:
     package, *rest = module.split(".")
-    spec = importlib.util.find_spec(package)  # which imports nothing, of a package that is not inside of another
+    spec = importlib.util.find_spec(package)  # imports nothing, because the package is a top-level one
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{package} cannot be found; it is part of kdlosses: install that anew", name=package)
     path = pathlib.Path(spec.submodule_search_locations[0], *rest)
@@ -174,7 +174,7 @@ def _source_of(module: str) -> ast.Module:
 
 
 def _find(module: str, name: str) -> Public:
-    """Where a name of a module is defined: there, or where the module has it from."""
+    """Where a name of a module is defined: in the module, or where the module imports it from."""
     nodes = _source_of(module).body
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -190,7 +190,7 @@ def _source(node: ast.expr | None) -> str | None:
 
 
 def _missing(package: str) -> str:
-    """What is not installed of a package and of what it needs, "" if it can be imported."""
+    """The first missing package among this one and its requirements, or "" if it can be imported."""
     for name in (package, *_NEEDS[package][0]):
         try:
             spec = importlib.util.find_spec(name)
@@ -202,12 +202,12 @@ def _missing(package: str) -> str:
 
 
 def losses(package: ModuleType) -> dict[str, Callable[..., Any]]:
-    """The losses among the public names: what begins with the student, or with what is predicted from it."""
+    """The losses among the public names: functions whose first argument is the student, or predicted from it."""
     return {name: getattr(package, name) for name, x in public(package.__name__).items() if x.is_loss}
 
 
 def blocks(docstring: str | None) -> Iterator[tuple[str, str]]:
-    """What a docstring is made of, in order: `"Args"`, `"Returns"`, …, `"Formula"`, `"Example"` or `""`, and the text."""
+    """The parts of a docstring, in order: `"Args"`, `"Returns"`, …, `"Formula"`, `"Example"` or `""`, and the text."""
     for block in inspect.cleandoc(docstring or "").split("\n\n"):
         head, _, rest = block.partition("\n")
         if re.fullmatch(r"[A-Z]\w+:", head):
@@ -219,12 +219,12 @@ def blocks(docstring: str | None) -> Iterator[tuple[str, str]]:
 
 
 def entries(section: str) -> dict[str, str]:
-    """The names of a section, such as Args, and what is said of each."""
+    """The names of a section, such as Args, with their descriptions."""
     return dict(re.findall(r"^(\w+): (.*(?:\n +.*)*)", section, re.M))
 
 
 def paper(docstring: str | None) -> tuple[str, str]:
-    """Whose a loss is: authors, venue and year, and the link."""
+    """The paper of a loss: authors, venue and year, and the link."""
     text = " ".join((docstring or "").split())
     if found := _PAPER.search(text):
         return f"{found[1]}, {found[2]}", found[3]
@@ -232,7 +232,7 @@ def paper(docstring: str | None) -> tuple[str, str]:
 
 
 def _config_names(package: str) -> dict[str, list[str]]:
-    """By function, out of the table of `make_loss`; the summary of a module begins with the function that it holds."""
+    """The names by function, from the table of `make_loss`; the summary of a module begins with the function that it holds."""
     names: dict[str, list[str]] = {}
     for node in _source_of(f"{package}.make_loss").body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and _source(node.target) == "PUBLISHED":
@@ -295,7 +295,7 @@ def _print_page(console: Console, x: Public, names: Sequence[str], packages: Seq
 
 
 def _signature(x: Public) -> str:
-    """One parameter a line."""
+    """The signature, with one parameter per line."""
     lines = []
     for parameter in x.parameters:
         if parameter.keyword_only and "*" not in lines:

@@ -1,4 +1,4 @@
-"""The settings of a module, checked where it is built. An array is not asked, which may be traced, or learned."""
+"""Checks of a module's settings when it is built; values of arrays, which may be traced or learned, are not checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of arrays, and what a tree is on the way from one framework to the other."""
+"""Trees of arrays, and their packed form between the two frameworks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def reference(x: Any, package: str) -> str | None:
-    """Where a class or a function stands in one of the packages; None if it does not."""
+    """The path of a class or function in one of the packages; None if it is not there."""
     module, name = getattr(x, "__module__", None) or "", getattr(x, "__name__", "")
     return f"{module.removeprefix(f'{package}.')}:{name}" if module.startswith(f"{package}.") else None
 
@@ -76,13 +76,15 @@ def resolve(place: str, package: str) -> Any:
         found = getattr(importlib.import_module(f"{package}.{module}"), name)
     except (ImportError, AttributeError, ValueError):
         found = None
-    if not (reference(found, package) or "").endswith(f":{name}"):  # a package may hand on what a file of its own has
+    if not (reference(found, package) or "").endswith(
+        f":{name}"
+    ):  # a package may re-export a name from one of its files
         raise ValueError(f"{package} has no `{place}`; it was made by another version")
     return found
 
 
 def twin(other: str, package: str) -> Callable[[type], type]:
-    """From a state of one package to that of the other; any other named tuple stays what it is."""
+    """The type of a state in the other package; any other named tuple stays the same."""
 
     def of(kind: type) -> type:
         place = reference(kind, other)
@@ -150,7 +152,7 @@ def unpack(node: Packed, package: str, array: Callable[[np.ndarray], Any], modul
 
 
 def no_leaf(path: str, x: Any) -> TypeError:
-    """What is said of a leaf that cannot cross."""
+    """The error for a leaf that cannot be converted."""
     return TypeError(f"`{path or 'tree'}` is a {type(x).__name__}, which cannot be converted; {_KNOWN}")
 
 
@@ -164,7 +166,7 @@ def _join(path: str, key: str) -> str:
 
 
 class Layout(NamedTuple):
-    """What a layout asks of arrays on the way into a channels-first module and out of it."""
+    """How a layout permutes the inputs and outputs of a channels-first module."""
 
     axes: int | None
 

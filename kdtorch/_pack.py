@@ -1,6 +1,6 @@
-"""A tree of PyTorch as plain containers of NumPy arrays, and back.
+"""Converts a tree of PyTorch to plain containers of NumPy arrays and back.
 
-This is PyTorch's side of the crossing. The `interop` of either package imports it, and it imports no other framework.
+This is PyTorch's side of the conversion. The `interop` of both packages imports it, and it imports no other framework.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _unpacked_module(node: Packed) -> Any:
 
 
 def tensor(x: np.ndarray) -> Tensor:
-    """A copy, in the array's own dtype, of which NumPy may know nothing."""
+    """A copy in the array's dtype, which NumPy may not know."""
     dtype = getattr(torch, "bool" if x.dtype == bool else x.dtype.name, None)
     if dtype is None:
         raise TypeError(f"an array of dtype {x.dtype}, which PyTorch does not have; cast it first")
@@ -93,7 +93,7 @@ def tensor(x: np.ndarray) -> Tensor:
 
 
 def numpy(x: Tensor) -> np.ndarray:
-    """A copy, in the tensor's own dtype, of which NumPy may know nothing."""
+    """A copy in the tensor's dtype, which NumPy may not know."""
     x = x.detach().cpu().resolve_conj().resolve_neg().contiguous()
     flat = x.reshape(-1).view(torch.uint8).numpy()
     return flat.copy().view(numpy_dtype(str(x.dtype).removeprefix("torch."))).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""From one value an example to the answer, and how masked examples leave a computation."""
+"""Reductions, and the removal of masked examples from a computation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _REDUCTIONS = get_args(Reduction)
 
 
 def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
-    """Put zeros into the masked examples, so that nothing in them reaches a value or a gradient."""
+    """Set masked examples to zero, so that their contents reach neither a value nor a gradient."""
     return arrays if where is None else zeroed(own(where), *arrays)  # which is held until the backward pass
 
 
 def zeroed(where: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
-    """The same where autograd holds nothing."""
+    """The same if autograd keeps nothing."""
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, _zero(x)) for x in arrays)
 
 
@@ -29,7 +29,7 @@ def _zero(x: Tensor) -> bool | int:
 
 
 def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None) -> Tensor:
-    """`"mean"`: the sum over kept examples by their number; `"sum"`; `"none"`: one value an example.
+    """`"mean"`: the sum over kept examples divided by their number; `"sum"`; `"none"`: one value per example.
 
     Over several ranks, what they return has the whole batch's answer as its mean.
     """
@@ -44,7 +44,7 @@ def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: Pr
 def reduce_sum(
     value: Tensor, number: int, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None
 ) -> Tensor:
-    """`"mean"` or `"sum"` from the sum over kept examples, of `number` examples kept or not."""
+    """`"mean"` or `"sum"`, from the sum over the kept ones of `number` examples."""
     ranks = size(group)
     if reduction == "sum":
         return value * ranks

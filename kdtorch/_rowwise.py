@@ -168,7 +168,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
         traced, learned, inputs = torch.is_grad_enabled(), [], [x]
         for i, v in enumerate(others):
             if _has_rows(v):
-                v = v.detach()  # also because a compiler takes no tensor twice
+                v = v.detach()  # also because a compiler does not accept the same tensor twice
             elif traced and isinstance(v, Tensor) and v.requires_grad:
                 learned.append(i)
             inputs.append(v)
@@ -221,11 +221,13 @@ def by_rows(
 
 
 def _rows(x: Tensor, places: slice | Tensor) -> Tensor:
-    return x[places] if isinstance(places, slice) else x.index_select(0, places)  # in a fifth of the time of x[places]
+    return (
+        x[places] if isinstance(places, slice) else x.index_select(0, places)
+    )  # takes a fifth of the time of x[places]
 
 
 def _fuses(x: Tensor, *others: Input) -> bool:
-    """Whether a row function is compiled and called from eager code: of ordinary tensors that have entries."""
+    """Whether a row function is compiled and called from eager code; it must have ordinary tensors with at least one entry."""
     if torch.compiler.is_compiling() or not _setting:
         return False
     if _setting == "auto" and not (x.device.type in _AUTO and has_triton()):
@@ -233,12 +235,12 @@ def _fuses(x: Tensor, *others: Input) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (x, *others)):
-        return False  # what is asked for the derivative of a derivative
+        return False  # needed for the derivative of a derivative
     return x.numel() > 0 and not x.is_meta and _is_ordinary(x, *others)
 
 
 def _is_ordinary(*inputs: Input) -> bool:
-    """Whether those that are tensors are no subclass, nor of the batched gradients of `torch.autograd.grad`."""
+    """Whether all tensors are plain ones: no subclass, and no batched gradient of `torch.autograd.grad`."""
     tensors = [v for v in inputs if isinstance(v, Tensor)]
     return not any(
         type(v) not in (Tensor, Parameter) or torch._C._functorch.is_legacy_batchedtensor(v) for v in tensors
@@ -260,12 +262,12 @@ def _compiled(
     if flat:
         try:
             inputs = [v.view(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in inputs]
-        except RuntimeError:  # of rows that do not lie in memory at even steps
+        except RuntimeError:  # for rows that are not at regular steps in memory
             flat = False
     masked = inputs[0] is not None
     with _unequal_sizes(), torch.no_grad():
         results = _program(function, fixed, masked)(*inputs)
-    # no views, so that they may be written into
+    # not views, so that users may write into them
     return tuple(torch.ops.aten._unsafe_view(part, batch + part.shape[1:]) for part in results) if flat else results
 
 
@@ -291,7 +293,7 @@ _tracing = threading.RLock()
 
 @contextlib.contextmanager
 def _unequal_sizes() -> Iterator[None]:
-    """Sizes that happen to be equal at the first call, as of a square of logits, need not be so at the next."""
+    """Sizes that are equal at the first call, as for a square array of logits, may differ at the next call."""
     with _tracing:
         before, _config.use_duck_shape = _config.use_duck_shape, False
         try:
@@ -324,7 +326,7 @@ def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
 
 
 def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:
-    """The cotangent times a packed gradient, in its dtype; a large one in its place, if no other backward pass may ask for it."""
+    """The cotangent times a packed gradient, in its dtype; in place if it is large and no other backward pass needs it."""
     if unit is not None:
         above = above * unit
     if (
@@ -348,7 +350,7 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """PyTorch loads what it differentiates forward with at the first use, and warns of what it does itself then."""
+    """PyTorch loads its forward-mode differentiation at the first use, and warns about its own code then."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
@@ -359,7 +361,7 @@ def _saveable(x: Tensor) -> Tensor:
 
 
 def _check_of(given: Sequence[Any]) -> Callable[[], None]:
-    """A function that raises an error if one of the tensors was written into since. Tensors of inference mode cannot say."""
+    """Makes an error if a tensor was changed in place since; tensors of inference mode cannot be checked."""
     tensors = [_innermost(v) for v in given if isinstance(v, Tensor)]
     versions = [(x, x._version) for x in tensors if not x.is_inference()]
 
@@ -376,7 +378,7 @@ def _check_of(given: Sequence[Any]) -> Callable[[], None]:
 
 
 def _innermost(x: Tensor) -> Tensor:
-    """The tensor inside the wrappers that the transforms of `torch.func` put around it."""
+    """The tensor inside the wrappers of the transforms of `torch.func`."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

@@ -35,7 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     Number = float
-else:  # NumPy's numbers too
+else:  # also NumPy's numbers
     Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
 Scalar = Number | Tensor
@@ -152,7 +152,7 @@ def checked(
 
 
 def _kind(value: Any) -> Any:
-    """All that the check of an argument depends on."""
+    """Everything that the check of an argument depends on."""
     if isinstance(value, Tensor):
         return type(value), value.dtype, value.shape, value.device, value.requires_grad
     return (type(value), *map(_kind, value)) if isinstance(value, tuple | list) else type(value)
@@ -169,12 +169,12 @@ def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def rounds(device: str) -> bool:
-    """Whether autocast is on there; the device of tensors without data knows no autocast."""
+    """Whether autocast is on for the device; the device of tensors without data has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -> None:
-    """An error where a setting requires a gradient and would get none; a warning where an array does, and the first not."""
+    """An error if a setting requires a gradient; a warning if an array requires one and the first array does not."""
     lost, first = "", False
     for path, value, argument in leaves:
         if not isinstance(value, Tensor) or not _differentiated(value):
@@ -182,7 +182,7 @@ def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -
         name = path.partition("[")[0]
         if name == learned[0]:
             first = True
-        if name in learned or "." in name:  # a state is what was, and never learns
+        if name in learned or "." in name:  # a state is never trained
             continue
         if argument.forms[0].kind == "Scalar":
             raise ValueError(
@@ -194,9 +194,9 @@ def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -
 
 
 def _differentiated(x: Tensor) -> bool:
-    """Whether a gradient is asked for, by autograd or by a transform of torch.func."""
+    """Whether autograd or a transform of torch.func needs a gradient."""
     if torch.compiler.is_compiling():
-        return x.requires_grad or (not x.ndim and x.view_as(x).requires_grad)  # the latter knows of transforms
+        return x.requires_grad or (not x.ndim and x.view_as(x).requires_grad)  # the latter respects transforms
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if x.requires_grad:
             return True

@@ -1,4 +1,4 @@
-"""What crosses to JAX and back: teachers, losses, states, weights, and files that both packages read."""
+"""Exchange with JAX: teachers, losses, states, weights, and files that both packages read."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class _Structure(NamedTuple):
 
 
 class _Compiled:
-    """A loss of JAX, compiled: its value alone, the value with what the backward pass needs, and the backward pass."""
+    """A compiled loss of JAX: the value alone, the value with what the backward pass needs, and the backward pass."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         import jax

@@ -182,7 +182,7 @@ def make_loss(
 
 
 def _try(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Ask a loss whether its settings suit it, before it meets the first batch."""
+    """Check the settings of a loss before the first batch, by calling it once."""
 
     def array(shape: tuple[int, ...], kind: str) -> Tensor:
         row = torch.arange(shape[-1], device="cpu").expand(shape)  # each class once, for classes are taken once

@@ -110,7 +110,7 @@ def failing(x):
         ((lambda x: {"loss": "0.5"}, torch.square, X), TypeError, "output 'loss' of the JAX function .* must be an array, got str '0.5'"),
         ((jnp.square, lambda x: [x, 3.0], X), TypeError, r"output '\[1\]' of the PyTorch function .* must be an array, got float 3.0"),
         ((jnp.square, lambda x: None, X), TypeError, "the output of the PyTorch function .* got NoneType None"),
-        ((jnp.square, torch.square, {"a": [1.0]}), TypeError, r"`inputs\[0\].a\[0\]` must be a NumPy array, got float 1.0; let both functions close"),
+        ((jnp.square, torch.square, {"a": [1.0]}), TypeError, r"`inputs\[0\].a\[0\]` must be a NumPy array, got float 1.0; use closures in both functions"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(arguments, error, says):

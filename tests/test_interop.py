@@ -275,7 +275,7 @@ MISTAKES = {
     "under jit": (
         lambda: jax.jit(torch_teacher(lambda x: x))(X),
         ValueError,
-        "torch_teacher: called under jit, .* or make it with inside_jit=True",
+        "torch_teacher: called under jit, .* or create it with inside_jit=True",
     ),
     "a dtype in, that DLPack has not": (
         lambda: torch_teacher(lambda x: x)(jnp.ones(3, "int4")),

@@ -1,4 +1,4 @@
-"""What the losses of feature maps share: the check of the lists, and maps of different sizes pooled alike."""
+"""Shared by the losses of feature maps: checks of the lists, and pooling of maps of different sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_channel_axis(channel_axis: int) -> None:
 
 
 def check_maps(student_maps: Sequence[Array], teacher_maps: Sequence[Array], channel_axis: int) -> None:
-    """Refuse no maps, lists of different lengths and an axis that cannot be the channels'."""
+    """Raise an error for empty lists, lists of different lengths, and an axis that cannot be the channels'."""
     if not student_maps or len(student_maps) != len(teacher_maps):
         raise ValueError(
             "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
@@ -30,13 +30,13 @@ def check_maps(student_maps: Sequence[Array], teacher_maps: Sequence[Array], cha
 
 
 def check_shapes(student_maps: Sequence[Array], teacher_maps: Sequence[Array], projection: str) -> None:
-    """Refuse maps whose shapes differ; `projection` says what brings one to the other's."""
+    """Raise an error if the shapes of maps differ; `projection` says how to make them equal."""
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
         check_shape(f"student_maps[{i}]", student, f"teacher_maps[{i}]", teacher, projection)
 
 
 def check_shape(student_name: str, student: Array, teacher_name: str, teacher: Array, projection: str) -> None:
-    """The same of one map."""
+    """The same for one map."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"`{student_name}` and `{teacher_name}` must have the same shape, got {list(student.shape)} "
@@ -57,7 +57,7 @@ def by_channels(x: Array, channel_axis: int) -> jax.Array:
 
 
 def at_least_one(name: str, value: float) -> float:
-    """A power, which chooses how a loss is computed, and is no array."""
+    """A power, which determines how a loss is computed and must not be an array."""
     if not 1 <= value < np.inf:
         raise ValueError(f"`{name}` must be finite and at least 1, got {value}")
     return float(value)
@@ -90,7 +90,7 @@ def pooled(x: Array, height: int, width: int) -> jax.Array:
 
 
 def spread(gradient: Array, height: int, width: int) -> jax.Array:
-    """The gradient with respect to a map of a height and a width, given that with respect to the pooled map."""
+    """The gradient with respect to a map of this height and width, given the gradient with respect to the pooled map."""
     if gradient.shape[1] != height:
         rows = pooling(gradient.shape[1], height, gradient.dtype)
         gradient = jnp.einsum("rh,brwc->bhwc", rows, gradient, precision=HIGHEST)
@@ -101,7 +101,7 @@ def spread(gradient: Array, height: int, width: int) -> jax.Array:
 
 
 def pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
-    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
+    """The matrix that averages `length` positions into `bins`, which overlap if the length is not a multiple."""
     start = np.arange(bins) * length // bins
     stop = -(-(np.arange(bins) + 1) * length // bins)
     position = np.arange(length)
@@ -110,7 +110,7 @@ def pooling(bins: int, length: int, dtype: np.dtype) -> np.ndarray:
 
 
 def largest_entry(x: Array) -> jax.Array:
-    """Of each example, to divide it by; a constant. Infinite for a map of zeros (or subnormals), which zeros remain of."""
+    """The largest entry of each example, a constant divisor; infinite for a map of zeros (or subnormals)."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2, 3), keepdims=True))
     return jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest)
 
@@ -126,14 +126,15 @@ def are_moderate(*sums: Array) -> jax.Array:
 
 
 def power_of_two(x: Array) -> jax.Array:
-    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    """The largest power of two that is at most each of these positive numbers; dividing by it causes no rounding."""
     return jnp.where(jnp.isinf(x), x, x / (2 * jnp.frexp(x)[0]))
 
 
 def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
-    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+    """x / |x| over the last axis and |x|, for any finite x; for zeros (or subnormals) 0 and infinity.
 
-    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    `unit` divides by the largest entry first, which rounds. This function does not, so rows of equal length keep the
+    digits that they share.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
     scale = power_of_two(jnp.where(largest < jnp.finfo(x.dtype).tiny, jnp.inf, largest))
@@ -144,7 +145,7 @@ def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def across(direction: Array, length: Array, gradient: Array) -> jax.Array:
-    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    """The gradient with respect to x, given its direction and length and the gradient with respect to the direction."""
     return (gradient - (gradient * direction).sum(-1, keepdims=True) * direction) / length
 
 
@@ -158,7 +159,7 @@ def signed_power(x: Array, p: float) -> jax.Array:
 
 
 def are_equal(x: Array, y: Array) -> jax.Array | None:
-    """`[batch]`: whether the maps of an example are the same; None where none can be."""
+    """`[batch]`: whether the maps of an example are equal; None if they cannot be."""
     if x.shape != y.shape:
         return None
     none = jnp.zeros(len(x), bool)
@@ -166,7 +167,7 @@ def are_equal(x: Array, y: Array) -> jax.Array | None:
 
 
 def unless(equal: Array | None, difference: Array) -> jax.Array:
-    """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    """The difference of the results of two maps; exactly 0 for equal maps, which a compiler may round differently."""
     if equal is None:
         return jnp.asarray(difference)
     equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))

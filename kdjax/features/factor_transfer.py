@@ -1,4 +1,4 @@
-"""Factor transfer: what two networks have made of their maps, compared once both have unit length."""
+"""Factor transfer: compares the factors of two networks after normalising them to unit length."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _one_map(student: jax.Array, teacher: jax.Array, channel_axis: int) -> jax.A
 
 
 def _fits(x: jax.Array, size: int) -> bool:
-    """Whether the bins are equal and do not overlap, so that averages of averages are averages."""
+    """Whether the bins are equal and do not overlap, so averages can be computed from averages."""
     return x.shape[1] % size == 0 and x.shape[2] % size == 0
 
 

@@ -1,4 +1,4 @@
-"""Feature regression: the student's features are drawn to the teacher's, entry by entry."""
+"""Feature regression: pulls the student's features towards the teacher's, entry by entry."""
 
 from __future__ import annotations
 

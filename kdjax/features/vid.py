@@ -79,7 +79,7 @@ def likelihood_and_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Half the mean of (x - y)^2 / v + log v, v = log(1 + e^scale) + eps, and its gradients by x and scale."""
     variance = (jnp.logaddexp(scale, 0) + eps)[:, None, None]
-    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
+    # divided before it is squared, and computed from halves: the square or the difference alone may overflow
     half = x / 2 - y / 2
     error = half * (2 / jnp.sqrt(variance))
     value = (jnp.square(error) + jnp.log(variance)).mean((1, 2, 3)) / 2

@@ -1,4 +1,4 @@
-"""The divergence of two exponents, between the two directions of KL and beyond: ABKD's α-β-divergence."""
+"""ABKD's α-β-divergence, whose two exponents include both directions of KL."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def alpha_beta_and_gradient(x: jax.Array, y: jax.Array, alpha: float, beta: floa
 def _of_powers(
     log_p: jax.Array, log_q: jax.Array, ratio: jax.Array, alpha: float, beta: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The terms, g, and -q^α p^β / α, from three powers, where neither exponent is small beside the other."""
+    """The terms, g, and -q^α p^β / α, from three powers, if neither exponent is small compared with the other."""
     total = alpha + beta
     of_p, of_q, mixed = jnp.exp(total * log_p), jnp.exp(total * log_q), jnp.exp(alpha * log_q + beta * log_p)
     near = total * jnp.abs(ratio) < 1
@@ -172,7 +172,7 @@ def _series(x: jax.Array, a: float, b: float) -> jax.Array:
 
 
 def _limit(w: jax.Array, b: float, total: float) -> jax.Array:
-    """w ψ at n = -inf, of a class that one of the two excludes."""
+    """w ψ at n = -inf, for a class that one of the two excludes."""
     return w / (b * total) if b > 0 < total else jnp.full_like(w, jnp.inf)
 
 

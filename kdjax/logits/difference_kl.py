@@ -99,12 +99,12 @@ def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
 
 
 def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:
-    """NaN for pairs, of a row with itself too, that have no class in common, whose differences are no distribution; else 0."""
+    """NaN for pairs without a class in common (also of a row with itself), whose differences have no distribution; else 0."""
 
     def nan() -> jax.Array:
         in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
         undefined = both & ((_product(local(in_x), in_x) == 0) | (_product(local(in_y), in_y) == 0))
-        moved = jax.nn.sigmoid(x).sum(-1)  # by every entry, so that both rows have NaN for their gradient
+        moved = jax.nn.sigmoid(x).sum(-1)  # multiplied by every entry, so that both rows have a NaN gradient
         return jnp.where(undefined, jnp.nan, 0) * (local(moved)[:, None] + moved[None])
 
     absent = jnp.isneginf(x).any() | jnp.isneginf(y).any()
@@ -135,7 +135,7 @@ def _are_near(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
 
 
 def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """KL of all pairs from products of matrices.
+    """KL of all pairs from matrix products.
 
     KL_ij = E_q[d_i - d_j] - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
@@ -163,7 +163,7 @@ def _ahead(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
 
 
 def _levelled(d: jax.Array) -> jax.Array:
-    """Without the rows' means, which no softmax feels."""
+    """The array minus the rows' means, which do not affect a softmax."""
     return d - d.mean(-1, keepdims=True)
 
 
@@ -198,7 +198,7 @@ def _softmaxes(x: jax.Array, temperature: Scalar, local: Rows) -> _Softmaxes:
     absent = jnp.isneginf(x)
     largest = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
     smallest = jax.lax.stop_gradient(jnp.min(jnp.where(absent, jnp.inf, x), -1, keepdims=True))
-    # -1e5 for infinity, which would meet 0 in the derivative with respect to T
+    # -1e5 instead of infinity, which the derivative with respect to T would multiply by 0
     rise, fall = (jnp.exp(jnp.where(absent, -1e5 * temperature, z) / temperature) for z in (x - largest, smallest - x))
     total = _product(local(rise), fall)
     return _Softmaxes(rise, fall, jnp.where(total == 0, 1, total), (local(largest) - smallest.T) / temperature, local)
@@ -209,7 +209,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _by_rows(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """KL of all pairs from the differences themselves, a row at a time."""
+    """KL of all pairs from the differences themselves, one row at a time."""
 
     @jax.checkpoint
     def row(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:

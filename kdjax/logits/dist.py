@@ -1,4 +1,4 @@
-"""Correlations between classes and between samples, the student's against the teacher's."""
+"""Compares the correlations between classes and between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def check_of_batch(reduction: str) -> None:
 
 
 def _number(x: jax.Array, kept: jax.Array | None, dtype: DTypeLike, axis_name: AxisName | None) -> jax.Array | int:
-    """Of kept examples on all devices, at least one."""
+    """The number of kept examples on all devices, at least one."""
     return max(len(x), 1) * size(axis_name) if kept is None else count(kept, dtype, axis_name)
 
 
@@ -158,7 +158,7 @@ def _relations(
 
 
 def _used(x: jax.Array, y: jax.Array, kept: jax.Array | None, axis_name: AxisName | None) -> jax.Array:
-    """1 for each class that is above -inf in some kept row, in student or teacher."""
+    """1 for each class that is above -inf in at least one kept row of student or teacher."""
     (above,) = zero_masked(kept, (jnp.maximum(x, y) > -jnp.inf).astype(x.dtype))
     return jnp.minimum(all_sum(_sum(above, 0), axis_name), 1)
 
@@ -193,7 +193,7 @@ def _above_mean(
 def _centered(
     arrays: tuple[jax.Array, ...], kept: jax.Array | None, number: jax.Array | int, axis_name: AxisName | None
 ) -> tuple[jax.Array, ...]:
-    """Less the mean of each column over kept rows; twice, so that a column of equal entries is 0 to the last digit."""
+    """The array minus the mean of each column over kept rows, twice, so that a column of equal entries is exactly 0."""
     for _ in range(2):
         means = all_sum(jnp.stack([_sum(x, 0) for x in arrays]), axis_name) / number
         arrays = zero_masked(kept, *(x - mean for x, mean in zip(arrays, means, strict=True)))
@@ -223,7 +223,7 @@ def _gap(
         gap = (product - along + eps) / (product + eps)
         gradient = pull * (1 - gap) * inverse_x * x - pull * inverse_y * y
     else:
-        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
+        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # how much longer x is than y
         u = _inverse(jnp.maximum(length_x, length_y)) * apart[0] - longer * jnp.where(length_x < length_y, x, y)
         (square,) = dots((u, u))
         gap = (product * square / 2 + eps) / (product + eps)

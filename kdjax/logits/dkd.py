@@ -91,7 +91,7 @@ def decoupled_and_gradient(
     target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
-    square = temperature**2  # before a sum that might not exist
+    square = temperature**2  # multiplied before the sum, which might overflow
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, jnp.where(is_class(x, labels), at_label, gradient)
 
@@ -110,7 +110,7 @@ def _others(
 
 
 def _binary(at_label: jax.Array, peak: jax.Array, log_total: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
     empty = peak == jnp.finfo(peak.dtype).min
     largest = jax.lax.stop_gradient(jnp.maximum(at_label, jnp.where(empty, -jnp.inf, peak)))
     rest = jnp.where(empty, -jnp.inf, (peak - largest) / temperature + log_total)

@@ -122,7 +122,7 @@ def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tu
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     gradient = difference + pulled_back(ratio, p)
-    # of one sign, unless r has lost its digits
+    # all terms have the same sign, unless r has lost its digits
     return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature
 
 

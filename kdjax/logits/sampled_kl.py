@@ -112,7 +112,7 @@ def sampled_kl_loss(
 
 
 def _at_most_zero(x: Array, where: Array | None) -> jax.Array:
-    """Logarithms of probabilities; NaN where one is above 0 by more than rounding."""
+    """Logarithms of probabilities; NaN where one exceeds 0 by more than rounding."""
     (x,) = zero_masked(where, x)
     above = jax.lax.stop_gradient(x) > max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
     return x + jnp.where(above, jnp.nan, 0).astype(x.dtype)
@@ -127,9 +127,9 @@ def sampled_and_gradient(
     behavior: jax.Array | None,
     max_ratio: Scalar | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The estimate of each token, of rows of one number, and its gradient by x; z is log(q / p), or log(p / q)."""
+    """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # who sampled the token gives it -inf
+    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # the model that sampled the token gives it -inf
     log_weight, log_product = _log_weight(
         sampled_from, jax.lax.stop_gradient(x), y, jax.lax.stop_gradient(z), behavior, max_ratio
     )
@@ -163,7 +163,7 @@ def _log_weight(
 
 
 def _bounded(z: jax.Array) -> jax.Array:
-    """z; of a token that the other side excludes, as if that gave it the least number there is."""
+    """z; for a token that the other model excludes, as if its log-probability were the lowest finite number."""
     return jnp.where(jnp.isneginf(z), math.log(jnp.finfo(z.dtype).tiny), z)
 
 

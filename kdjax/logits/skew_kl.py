@@ -167,7 +167,7 @@ def _log_growth(ratio: jax.Array, skew: Scalar) -> jax.Array:
 
 
 def _log_odds(ratio: Scalar, skew: Scalar) -> jax.Array:
-    """log of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
+    """The logarithm of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
     return jnp.log1p(-skew) - jnp.log(skew) + jnp.clip(ratio, -1e5, 1e5)
 
 

@@ -1,4 +1,4 @@
-"""KL divergence to a teacher that starts at the student: TAID's interpolated target."""
+"""TAID: KL divergence to a target that moves from the student to the teacher."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def taid_and_gradient(x: jax.Array, y: jax.Array, interpolation: Scalar) -> tupl
     # each end is exact, and a weight of 0 times -inf is 0
     mixed = jnp.where(interpolation < 0.5, own - interpolation * gap, y + (1 - interpolation) * gap)
     absent = (lowest & (interpolation < 1)) | (teacher_lowest & (interpolation > 0))
-    empty = teacher_lowest.all(-1, keepdims=True)  # no distribution, be its weight 0
+    empty = teacher_lowest.all(-1, keepdims=True)  # not a distribution, even with weight 0
     m = softmax(jnp.where(empty, jnp.nan, jnp.where(absent, -jnp.inf, mixed)))
     # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
-    still = jnp.where(lowest, 0, x) - jnp.where(lowest, 0, own)  # 0, which moves with x
+    still = jnp.where(lowest, 0, x) - jnp.where(lowest, 0, own)  # 0 that depends on x
     apart = interpolation * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
     apart = jnp.where(lowest & ~absent, -jnp.inf, jnp.where(absent & ~lowest, jnp.inf, apart))
     ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))

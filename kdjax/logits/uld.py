@@ -1,4 +1,4 @@
-"""Universal logit distillation: distributions over different vocabularies, compared in sorted order."""
+"""Universal logit distillation: compares distributions over different vocabularies in sorted order."""
 
 from __future__ import annotations
 
@@ -69,12 +69,10 @@ def uld_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     missing = x.shape[-1] - y.shape[-1]
     ours, theirs = (_filled(ours, -missing), _filled(theirs, missing))
     p, _, gap = softmaxes(ours, theirs)
-    # of sorted rows that differ by a constant, rounding leaves this much
+    # rounding leaves this much for sorted rows that differ by a constant
     gap = jnp.where(jnp.abs(gap) <= jnp.finfo(x.dtype).eps ** 1.5 * p, 0, gap)
     signs = jnp.sign(gap)
-    signs = (
-        signs - signs[..., :1]
-    )  # of which a softmax knows nothing, so that little is subtracted from a p of almost 1
+    signs = signs - signs[..., :1]  # a softmax does not depend on it; little is then subtracted from a p of almost 1
     gradient = (p * (signs - (p * signs).sum(-1, keepdims=True)))[..., : x.shape[-1]]
     return jnp.abs(gap).sum(-1), _put_back(gradient, order)
 
@@ -94,7 +92,7 @@ def _descending(x: jax.Array) -> jax.Array:
 
 
 def _order(keys: jax.Array) -> jax.Array:
-    """The places of keys in their ascending order, stably."""
+    """The indices that sort the keys in ascending order, stably."""
     if keys.dtype.itemsize == 8 or is_symbolic_dim(keys.shape[-1]):
         return _argsort(keys)
     return jax.lax.platform_dependent(keys, cpu=_by_digits, default=_argsort)
@@ -118,7 +116,7 @@ def _by_digits(keys: jax.Array) -> jax.Array:
 
 
 def _filled(x: jax.Array, missing: int) -> jax.Array:
-    """With classes of probability 0 at its end, if some are missing."""
+    """The row padded with classes of probability 0, if some are missing."""
     if is_symbolic_dim(missing) or missing > 0:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
     return x
@@ -126,7 +124,7 @@ def _filled(x: jax.Array, missing: int) -> jax.Array:
 
 @functools.partial(jnp.vectorize, signature="(n),(n)->(n)")
 def _put_back(row: jax.Array, order: jax.Array) -> jax.Array:
-    """The entries of a sorted row at the places that they came from."""
+    """The entries of a sorted row, moved back to their original places."""
     return jnp.zeros_like(row).at[order].set(row, unique_indices=True)
 
 

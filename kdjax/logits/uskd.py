@@ -100,7 +100,7 @@ def uskd_loss(
         probabilities = jnp.take_along_axis(kept, classes, -1).astype(dtype)
         classes = jnp.where(
             probabilities > 0, classes, first[..., None]
-        )  # a second label of probability 0 is the first again
+        )  # a second label of probability 0 is replaced by the first
         factor = jnp.ones_like(probabilities[..., 0])
 
     (student,) = zero_masked(where, *promote(jax.lax.stop_gradient(student_logits)))
@@ -149,19 +149,19 @@ _target_and_others = rowwise(target_and_others_and_gradient)
 
 
 def _zipf(log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array, probabilities: jax.Array) -> jax.Array:
-    """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
+    """z: 1 / the rank of each class by its score, 0 for labels and padding, normalised to sum 1."""
     present = probabilities > 0
     over_w, over_p = (
         1 - jnp.where(present, jnp.take_along_axis(x, classes, -1), 0).sum(-1, keepdims=True) + 1e-6
         for x in (w.p, log_p)
     )
     zipf = jnp.where(excluded, 0, _inverse_places(w.p / over_w + log_p / over_p))
-    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    felt = 0 * w.log_total  # NaN, which the positions do not show
     return zipf / (jnp.maximum(zipf.sum(-1, keepdims=True), jnp.finfo(zipf.dtype).tiny) + felt)
 
 
 def _inverse_places(score: jax.Array) -> jax.Array:
-    """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes.
+    """1 / the rank of each class, 1 for the largest score; equal scores are ranked in the order of the classes.
 
     The scores' bits are sorted by a part at a time, the lowest first. Below each part stands the place that the class has
     so far, which keeps equal parts in order: XLA on a CPU sorts such integers five times as fast as numbers with places.

@@ -1,4 +1,4 @@
-"""What the modules share that contrast an example with remembered ones: heads, memories and negatives."""
+"""Shared by the modules that contrast an example with a memory: heads, memories and negatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What features pass on their way to a loss."""
+"""Layers that features pass through before a loss."""
 
 from __future__ import annotations
 

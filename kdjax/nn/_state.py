@@ -1,4 +1,4 @@
-"""How a module holds the state of a loss and moves it."""
+"""How a module holds and updates the state of a loss."""
 
 from __future__ import annotations
 

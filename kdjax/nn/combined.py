@@ -171,11 +171,11 @@ class CombinedLoss(nnx.Module):
 
 
 def _options(loss: Any) -> tuple[str, ...]:
-    """The parameters of a loss that are given by name at a call; of a function as a module, the function's."""
+    """The keyword parameters of a loss at a call; for a function as a module, those of the function."""
     called = loss.function if isinstance(loss, FunctionLoss) else loss
     try:
         return tuple(inspect.signature(called).parameters)
-    except (TypeError, ValueError):  # of what is not written in Python
+    except (TypeError, ValueError):  # for functions that are not written in Python
         return ()
 
 
@@ -184,7 +184,7 @@ def _number(weight: Any, value: jax.Array) -> Any:
 
 
 class _Inputs(dict):
-    """The inputs of one loss, which say what is missing."""
+    """The inputs of one loss; a missing one is an error that names it."""
 
     def __init__(self, name: str, inputs: Mapping[str, Any]) -> None:
         super().__init__(inputs)

@@ -134,6 +134,6 @@ def _unstack(name: str, x: Array, views: int) -> Array:
 
 
 def _every_view(where: Any, student: Array, views: int) -> Any:
-    """A mask of the stacked views as one of the examples."""
+    """Convert a mask of the stacked views to a mask of the examples."""
     stacked = hasattr(where, "shape") and where.ndim == 1 and where.shape == student.shape[:1]
     return where.reshape(views, -1).all(0) if stacked else where

@@ -83,7 +83,7 @@ class ABF(nnx.Module):
 
 
 def _resize(x: Array, height: int, width: int) -> jax.Array:
-    """Nearest neighbour, each position taking the one at or before it, by whole numbers and so without rounding."""
+    """Nearest-neighbour resizing: each position takes the one at or before it, computed exactly with integers."""
     if x.shape[1:3] == (height, width):
         return x
     rows, columns = (jnp.arange(n) * m // n for n, m in ((height, x.shape[1]), (width, x.shape[2])))

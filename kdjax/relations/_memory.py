@@ -1,4 +1,4 @@
-"""What losses share that contrast an example with what is remembered of others."""
+"""Shared by the losses that contrast an example with a memory of others."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def at_least_one(**numbers: int) -> None:
 
 
 class Remembered(NamedTuple):
-    """What the examples of one side may be compared with.
+    """What the examples of student or teacher are compared with.
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank, its own first.
-        places: `[batch, K + 1]`, where they stand in the data set.
-        every_index: `[whole batch]`, where the examples of all devices stand in the data set.
-        valid: `[whole batch]`, False for those that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        at: `[batch, K + 1]`, the rows of each example's samples in the bank, its own first.
+        places: `[batch, K + 1]`, their positions in the data set.
+        every_index: `[whole batch]`, the positions of the examples of all devices in the data set.
+        valid: `[whole batch]`, False for those that do not count.
+        kept: `[batch]`, False for examples that do not count.
     """
 
     bank: jax.Array
@@ -63,7 +63,7 @@ def contrasted(
     sharded_memory: bool,
     update: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The sum of the two sides, and the next state's fields: two memories and two normalisers."""
+    """The sum for student and teacher, and the fields of the next state: two memories and two normalisers."""
     student, teacher = promote(student, teacher)
     check_state(state)
     temperature = jnp.asarray(positive("temperature", temperature, student), student.dtype)
@@ -116,7 +116,7 @@ class Total(NamedTuple):
 
 
 def if_unset(unset: jax.Array, embedding: jax.Array, total: Callable[[], Total]) -> Total:
-    """The total, which nobody asks for once the normaliser is set."""
+    """The total, which is not needed once the normaliser is set."""
     nothing = embedding[:0].sum()  # 0, of the same type inside shard_map
     return jax.lax.cond(unset, total, lambda: Total(nothing, nothing))
 
@@ -192,7 +192,7 @@ def noise_contrast(
 
 
 def joined(parts: Total) -> Total:
-    """The total of several parts together."""
+    """The combined total of several parts."""
     log = jax.nn.logsumexp(parts.log)
     return Total(log, (jnp.exp(parts.log - finite_log(log)) * parts.mean).sum())
 
@@ -206,7 +206,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
-    """For each example the last valid one with the same index, -1 if there is none."""
+    """For each example, the last valid example with the same index, or -1 if there is none."""
     order = jnp.arange(len(index), dtype=index.dtype)
     return jnp.where((index[:, None] == index[None]) & valid[None], order[None], -1).max(1, initial=-1)
 
@@ -214,7 +214,7 @@ def _last_of_equals(index: jax.Array, valid: jax.Array) -> jax.Array:
 def _remember(
     memory: jax.Array, index: jax.Array, last: jax.Array, embedding: jax.Array, momentum: Scalar
 ) -> jax.Array:
-    here = (index >= 0) & (index < len(memory))  # the rows of other devices are theirs to remember
+    here = (index >= 0) & (index < len(memory))  # the other devices store their own rows
     old = memory[jnp.where(here, index, 0)]
     new = unit(momentum * old + (1 - momentum) * embedding[last].astype(memory.dtype))
     usable = here & (last >= 0) & jnp.isfinite(new).all(1) & (new != 0).any(1)

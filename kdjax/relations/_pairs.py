@@ -1,4 +1,4 @@
-"""What losses over pairs of samples share: the rows of all devices, their products and their squared distances."""
+"""Shared by the losses over pairs of samples: the rows of all devices, their products and their squared distances."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     local: Callable[[jax.Array], jax.Array]
 
     def mean(self, terms: jax.Array) -> jax.Array:
-        """Over kept partners, of a term for each of this device's rows and every row."""
+        """The mean over kept partners of a term for each of this device's rows and every row."""
         both = self.local(self.kept)[:, None] & self.kept[None]
         return jnp.where(both, terms, 0).sum(1) / count(self.kept, terms.dtype)
 
@@ -45,7 +45,7 @@ def over_pairs(
     reduction: Reduction,
     axis_name: AxisName | None,
 ) -> jax.Array:
-    """A loss from the values of this device's rows, which `way` makes of the rows of all devices."""
+    """A loss, from the values of this device's rows, which `way` computes from the rows of all devices."""
     check_fixed(loss, batch=student.shape[0])
     check_reduction(reduction)
     student, teacher = zero_masked(where, *promote(student, teacher))
@@ -76,7 +76,7 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 
 class Squares(NamedTuple):
-    """Squared distances in a unit of their own.
+    """Squared distances, scaled by a unit.
 
     Attributes:
         square: |x_i - x_j|² / unit² of this device's i and every j; 0 where one of them is masked.
@@ -96,7 +96,7 @@ class Squares(NamedTuple):
 
 
 def squares(x: jax.Array, kept: jax.Array, local: Callable[[jax.Array], jax.Array]) -> Squares:
-    """Of the rows of x. They come from the differences, a row at a time, where a product would lose digits."""
+    """Squared distances of the rows of x; from the differences, one row at a time, if a product would lose digits."""
     x = x / 2  # so that no difference is too large
     first = jax.lax.stop_gradient(x[jnp.argmax(kept)])
     x = jnp.where(kept[:, None], x, first[None])
@@ -106,7 +106,7 @@ def squares(x: jax.Array, kept: jax.Array, local: Callable[[jax.Array], jax.Arra
     unit = jnp.where(equal, jnp.inf, largest / jnp.frexp(largest)[0])  # a power of 2, so that ties stay ties
     place = jnp.arange(len(x))
     apart = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
-    z = (x - first[None]) / unit  # what is common to all rows only costs digits
+    z = (x - first[None]) / unit  # a part that all rows share only costs digits
     length = jnp.square(z).sum(-1)
     square = local(length)[:, None] + length[None] - 2 * products(z, local)
     clear = (~apart | (square * 64 > length.max())).all()

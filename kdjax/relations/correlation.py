@@ -1,4 +1,4 @@
-"""Kernels between samples, the student's against the teacher's."""
+"""Compares the kernels between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _cosines(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array
 
 
 def _kernel(cosine: jax.Array, gamma: float | jax.Array, order: int) -> jax.Array:
-    """K less its constant term, which cancels, by Horner's rule."""
+    """K without its constant term, which cancels, by Horner's rule."""
     gamma = jnp.asarray(gamma, cosine.dtype)
     factors = [jnp.exp(-2 * gamma)]
     for n in range(1, order + 1):

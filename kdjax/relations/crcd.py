@@ -194,11 +194,11 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, where they stand in the data set.
+        places: `[batch, K + 1]`, their positions in the data set.
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        kept: `[batch]`, False for examples that do not count.
     """
 
     bank: jax.Array
@@ -229,7 +229,7 @@ def _with_gradients(
             row, relations = inputs
             relations = _relations(known, *row) if relations is None else relations
             terms, slope = noise_contrast(relations.relation, log_z, temperature, num_data)
-            middle = jnp.where(unset, total.mean, 0)  # an unset normaliser moves with T too
+            middle = jnp.where(unset, total.mean, 0)  # an unset normaliser depends on T too
             along = (slope * (relations.relation - middle)).sum(1)
             value, cooling = (jnp.where(known.valid, x, 0).sum() / number for x in (terms, along))
             pulled = _pulled(relations, slope, known, *row) / (number * temperature)
@@ -246,7 +246,7 @@ def _with_gradients(
         return contrasts(total)
     if 2 * known.places.size * len(known.anchors) > max(2 * known.bank.size, 2**19):
         return contrasts(if_unset(unset, embedding, lambda: _sum_over(constant, temperature, known)))
-    # relations that take no more room than the next state are made once
+    # relations that need no more memory than the next state are computed once
     return jax.lax.cond(unset, remembering, lambda: contrasts(Total(jnp.zeros_like(number), jnp.zeros_like(number))))
 
 
@@ -260,7 +260,7 @@ def _log_triples(known: _Known) -> jax.Array:
 def _sum_over(
     embedding: jax.Array, temperature: jax.Array, known: _Known, remembered: _Relations | None = None
 ) -> Total:
-    """Of this device's examples."""
+    """The sum for this device's examples."""
 
     def part(inputs: tuple) -> Total:
         row, relations = inputs

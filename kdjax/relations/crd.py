@@ -165,7 +165,7 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        valid: `[whole batch]`, False for examples that count for nothing.
+        valid: `[whole batch]`, False for examples that do not count.
         kept: `[batch]`, the same of this device's.
     """
 
@@ -189,7 +189,7 @@ def _with_gradients(
         total = if_unset(unset, embedding, lambda: _sum_of(jax.lax.stop_gradient(scores), temperature, known))
     log_z = log_normalizer(normalizer, total, _log_pairs(known), num_data)
     value, slope = noise_contrast(scores, log_z, temperature, num_data)
-    middle = jnp.where(unset, total.mean, 0)  # an unset normaliser moves with T too
+    middle = jnp.where(unset, total.mean, 0)  # an unset normaliser depends on T too
     cooling = (slope * (scores - middle)).sum(1)
     return value, _pulled(slope, known) / temperature, -cooling / temperature**2, total
 
@@ -208,7 +208,7 @@ def _pulled(slope: jax.Array, known: _Known) -> jax.Array:
 
 
 def _sum_over(embedding: jax.Array, temperature: jax.Array, known: _Known) -> Total:
-    """Of this device's examples."""
+    """The sum for this device's examples."""
     return _sum_of(_scores(embedding, known), temperature, known)
 
 

@@ -1,4 +1,4 @@
-"""Distances between samples, the student's against the teacher's."""
+"""Compares the distances between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def euclidean_mse_loss(
 
 def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
-    centered = x - jax.lax.stop_gradient(sum_of_rows(x) / len(x))  # what is common to all rows only costs digits
+    centered = x - jax.lax.stop_gradient(sum_of_rows(x) / len(x))  # a part that all rows share only costs digits
     ours, length = local(centered), jnp.square(centered).sum(-1)
     product = gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
     square = local(length)[:, None] + length[None] - 2 * product

@@ -1,4 +1,4 @@
-"""The edges of the graph between samples, the student's against the teacher's."""
+"""Compares the edges of the graph between samples of student and teacher."""
 
 from __future__ import annotations
 

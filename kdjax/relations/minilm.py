@@ -1,4 +1,4 @@
-"""Relations between the tokens of a sequence, as self-attention sees them: MiniLMv2."""
+"""MiniLMv2: relations between the tokens of a sequence, as in self-attention."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def minilm_loss(
         teacher: `[batch, positions, teacher_dim]`, the same for a layer of the teacher, of any width; constant.
         relation_heads: H, the number of parts that both widths are divided into. It need not be the number of attention
             heads, but it must divide both widths.
-        where: `[batch, positions]`, False for tokens that are left out. If all are, the whole sequence is.
+        where: `[batch, positions]`, False for tokens that are left out, or for whole sequences.
         reduction: `"mean"` over the sequences that have a kept token, `"sum"`, or `"none"` for `[batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
 

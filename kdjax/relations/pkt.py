@@ -1,4 +1,4 @@
-"""Probabilities of samples given one another, the student's against the teacher's."""
+"""Compares the conditional probabilities of samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _probabilities(x: jax.Array, pairs: Pairs) -> jax.Array:
     length = _length(x)
     share, rest = length / (length + EPSILON), EPSILON / (length + EPSILON)
     ours, our_rest = pairs.local(share)[:, None], pairs.local(rest)[:, None]
-    # 1 + cos, of which nothing cancels
+    # 1 + cos, computed without cancellation
     similarity = our_rest + ours * (rest[None] + share[None] * _one_plus_cosine(unit(x), pairs.local))
     similarity = jnp.where(pairs.kept[None], similarity, 0)
     total = similarity.sum(1, keepdims=True)

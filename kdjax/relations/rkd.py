@@ -1,4 +1,4 @@
-"""Distances and angles between samples, the student's against the teacher's."""
+"""Compares the distances and angles between samples of student and teacher."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def dino_loss(
 
 
 def moved_center(center: jax.Array, total: jax.Array, number: jax.Array, momentum: float | Array) -> jax.Array:
-    """m times the centre plus 1 - m times the mean, or the centre as it was if there is none, or one that is not finite."""
+    """m times the centre plus 1 - m times the mean; the unchanged centre if there is no mean or it is not finite."""
     mean = (total / jnp.maximum(number, 1)).astype(center.dtype)
     padding = jnp.isneginf(mean)
     moved = jnp.where(padding, center, momentum * center + (1 - momentum) * mean)
@@ -197,7 +197,7 @@ def moved_center(center: jax.Array, total: jax.Array, number: jax.Array, momentu
 def pairs_and_gradient(
     x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the views of an example, which are the axis before the last, and the teacher's, which are centred."""
+    """Value and gradient for the views of an example, on the axis before the last, and the centred teacher's views."""
     views = jnp.moveaxis(y - center, -2, 0)
     return pairs_of_targets_and_gradient(x, jnp.moveaxis(softmax(views, teacher_temperature).p, 0, -2), temperature)
 

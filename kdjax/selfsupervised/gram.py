@@ -1,4 +1,4 @@
-"""Gram anchoring: the cosines between an image's patches stay those of a teacher."""
+"""Gram anchoring: keeps the cosines between an image's patches close to those of a teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 Clip = Literal["none", "both", "teacher"]
-BLOCK = 2**17  # products that are made at once, or those of one image
+BLOCK = 2**17  # how many products are computed at once, or those of one image
 
 
 @checked

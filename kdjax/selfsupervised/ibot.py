@@ -135,7 +135,7 @@ def ibot_loss(
 def patch_and_gradient(
     x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """Of patches, and the teacher's, which are centred."""
+    """Value and gradient for patches and the centred teacher's patches."""
     return cross_entropy_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
 
 

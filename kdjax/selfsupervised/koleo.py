@@ -1,4 +1,4 @@
-"""KoLeo: a batch whose rows keep away from their nearest neighbours."""
+"""KoLeo: pushes the rows of a batch away from their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def koleo_loss(
     here = (back >= 0) & (back < len(rows)) & (nearest < local(place))
     back = jnp.where(here, back, 0)
     gap = jnp.where((here & (nearest[back] == local(place)))[:, None], -gap[back], gap)
-    equal = (rows == every[nearest]).all(-1, keepdims=True)  # whose rounded unit rows need not be
+    equal = (rows == every[nearest]).all(-1, keepdims=True)  # rounded unit rows of equal rows need not be equal
     gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
     square = jnp.square(gap + EPSILON).sum(-1)
     apart = ~(square <= 0)
@@ -82,7 +82,7 @@ def koleo_loss(
 
 
 def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The place of the partner with the largest cosine, the first of equal ones, for this device's rows.
+    """The index of the partner with the largest cosine (the first of equal ones) for this device's rows.
 
     Found by 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. Rows whose partner a product of matrices leaves open,
     because it is near or has a rival, are gone through one by one.
@@ -90,7 +90,7 @@ def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax
     if not len(x):
         return jnp.zeros(0, int)
     digits, zero = jnp.finfo(x.dtype).eps, (x == 0).all(-1).astype(x.dtype)
-    centered = x - sum_of_rows(x) / len(x)  # what is common to all rows only costs digits
+    centered = x - sum_of_rows(x) / len(x)  # a part that all rows share only costs digits
     length = jnp.square(centered).sum(-1) + zero
     product = jnp.matmul(local(centered), centered.T, precision=HIGHEST)
     square = jnp.where(partners, local(length)[:, None] + length[None] - 2 * product, jnp.inf)

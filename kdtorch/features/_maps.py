@@ -1,4 +1,4 @@
-"""What the losses of feature maps share: the check of the lists, and maps of different sizes pooled alike."""
+"""Shared by the losses of feature maps: checks of the lists, and pooling of maps of different sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_channel_axis(channel_axis: int) -> None:
 
 
 def check_maps(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], channel_axis: int) -> None:
-    """Refuse no maps, lists of different lengths and an axis that cannot be the channels'."""
+    """Raise an error for empty lists, lists of different lengths, and an axis that cannot be the channels'."""
     if not student_maps or len(student_maps) != len(teacher_maps):
         raise ValueError(
             "`student_maps` and `teacher_maps` must hold the same number of maps, at least one, got "
@@ -31,13 +31,13 @@ def check_maps(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], c
 
 
 def check_shapes(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], projection: str) -> None:
-    """Refuse maps whose shapes differ; `projection` says what brings one to the other's."""
+    """Raise an error if the shapes of maps differ; `projection` says how to make them equal."""
     for i, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
         check_shape(f"student_maps[{i}]", student, f"teacher_maps[{i}]", teacher, projection)
 
 
 def check_shape(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor, projection: str) -> None:
-    """The same of one map."""
+    """The same for one map."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"`{student_name}` and `{teacher_name}` must have the same shape, got {sizes(student)} "
@@ -57,7 +57,7 @@ def by_channels(x: Tensor, channel_axis: int) -> Tensor:
 
 
 def at_least_one(name: str, value: float) -> float:
-    """A power, which chooses how a loss is computed, and is no array."""
+    """A power, which determines how a loss is computed and must not be an array."""
     if not 1 <= value < math.inf:
         raise ValueError(f"`{name}` must be finite and at least 1, got {value}")
     return float(value)
@@ -90,7 +90,7 @@ def pooled(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def spread(gradient: Tensor, height: int, width: int) -> Tensor:
-    """The gradient with respect to a map of a height and a width, given that with respect to the pooled map."""
+    """The gradient with respect to a map of this height and width, given the gradient with respect to the pooled map."""
     if gradient.shape[2] != height:
         gradient = (gradient.mT @ pooling(gradient.shape[2], height, gradient)).mT
     if gradient.shape[3] != width:
@@ -99,14 +99,14 @@ def spread(gradient: Tensor, height: int, width: int) -> Tensor:
 
 
 def pooling(bins: int, length: int, like: Tensor) -> Tensor:
-    """The matrix that averages `length` positions into `bins`, which overlap where the length is no multiple."""
+    """The matrix that averages `length` positions into `bins`, which overlap if the length is not a multiple."""
     eye = torch.eye(length, dtype=like.dtype, device=like.device)
     return functional.adaptive_avg_pool1d(eye, bins).T
 
 
 def largest_entry(x: Tensor) -> Tensor:
-    """Of each example, to divide it by; a constant. Infinite for a map of zeros (or subnormals), which zeros remain of."""
-    flat = x.detach().flatten(1)  # in two passes, which take less time than that of `abs`
+    """The largest entry of each example, a constant divisor; infinite for a map of zeros (or subnormals)."""
+    flat = x.detach().flatten(1)  # two passes are faster than `abs`
     largest = torch.maximum(flat.amax(1), -flat.amin(1)).reshape(-1, 1, 1, 1)
     return torch.where(largest < torch.finfo(x.dtype).tiny, math.inf, largest)
 
@@ -125,14 +125,15 @@ def are_moderate(*sums: Tensor) -> bool:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two in each of positive numbers: to divide by it rounds nothing."""
+    """The largest power of two that is at most each of these positive numbers; dividing by it causes no rounding."""
     return torch.where(x.isinf(), x, x / (2 * torch.frexp(x).mantissa))
 
 
 def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x| over the last axis and |x|, for any finite x; of zeros (or subnormals) 0 and infinity.
+    """x / |x| over the last axis and |x|, for any finite x; for zeros (or subnormals) 0 and infinity.
 
-    `unit` divides by the largest entry first, which rounds; here rows whose lengths are equal keep what they share.
+    `unit` divides by the largest entry first, which rounds. This function does not, so rows of equal length keep the
+    digits that they share.
     """
     square = (x * x).sum(-1, keepdim=True)
     if are_moderate(square):
@@ -147,7 +148,7 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def across(direction: Tensor, length: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with respect to x, given its direction and length, and the gradient with respect to the direction."""
+    """The gradient with respect to x, given its direction and length and the gradient with respect to the direction."""
     return (gradient - (gradient * direction).sum(-1, keepdim=True) * direction) / length
 
 
@@ -161,14 +162,14 @@ def signed_power(x: Tensor, p: float) -> Tensor:
 
 
 def are_equal(x: Tensor, y: Tensor) -> Tensor | None:
-    """`[batch]`: whether the maps of an example are the same; None where none can be."""
+    """`[batch]`: whether the maps of an example are equal; None if they cannot be."""
     if x.shape != y.shape or (eager_on_cpu(x, y) and not bool((x[:, 0, 0, 0] == y[:, 0, 0, 0]).any())):
         return None
     return (x == y).flatten(1).all(1)
 
 
 def unless(equal: Tensor | None, difference: Tensor) -> Tensor:
-    """The difference of what was made of two maps; 0 of equal ones, which a compiler may round in two ways."""
+    """The difference of the results of two maps; exactly 0 for equal maps, which a compiler may round differently."""
     if equal is None:
         return difference
     equal = equal.reshape(-1, *(1,) * (difference.ndim - 1))

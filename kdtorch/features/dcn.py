@@ -70,7 +70,7 @@ def dcn_loss(
 class _AlongCenter(torch.autograd.Function):
     """1 - s.c / max(|s|, |t|), where c is the unit centre of the example's class.
 
-    It depends on s / scale and t / scale alone, which neither overflow nor vanish when squared.
+    It depends only on s / scale and t / scale, whose squares neither overflow nor underflow.
     """
 
     generate_vmap_rule = True

@@ -1,4 +1,4 @@
-"""The flow of the solution procedure: how each map of a network leads to the next."""
+"""The flow of the solution procedure: the products of the channels of neighbouring maps."""
 
 from __future__ import annotations
 

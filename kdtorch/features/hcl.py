@@ -71,7 +71,9 @@ def _one_map(student: Tensor, teacher: Tensor, channel_axis: int, where: Tensor 
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _squares(student, teacher, None, where=where)
     like = student.new_empty(student.shape[2:], dtype=widest(student, teacher))
-    return _squares(student, teacher, [_pools(like)], where=where)  # in a list, since it has no row an example
+    return _squares(
+        student, teacher, [_pools(like)], where=where
+    )  # in a list, because it does not have one row per example
 
 
 def squares_and_gradient(x: Tensor, y: Tensor, pools: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: which positions the channels are selective for, together."""
+"""Neuron selectivity transfer: the distribution of the channels over positions."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def nst_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _products(u: Tensor, v: Tensor, equal: Tensor | None) -> tuple[Tensor, Tensor]:
     """|M|^2 and M u, where M = u' u - v' v, for u and v `[batch, channels, positions]`.
 
-    A block of rows of M at a time, of which each is about as large as u where positions are many.
+    M is computed in blocks of rows; with many positions, a block is about as large as u.
     """
     positions = u.shape[2]
     number = -(-positions // max(u.shape[1], v.shape[1], 64))

@@ -81,7 +81,7 @@ def likelihood_and_gradients(
     x, y = (x, y) if where is None else zeroed(where, x, y)
     variance = (eps - functional.logsigmoid(-scale)).unsqueeze(-1)
     root = variance.sqrt()
-    # squared once it is divided, and of halves: the square alone, or the difference, may be beyond the largest number
+    # divided before it is squared, and computed from halves: the square or the difference alone may overflow
     half = x / 2 - y / 2
     error = half * (2 / root)
     value = (error.square() + variance.log()).mean((1, 2)) / 2

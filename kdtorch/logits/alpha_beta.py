@@ -1,4 +1,4 @@
-"""The divergence of two exponents, between the two directions of KL and beyond: ABKD's α-β-divergence."""
+"""ABKD's α-β-divergence, whose two exponents include both directions of KL."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> 
 
 
 def _of_powers(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms, g, and -q^α p^β / α, from three powers, where neither exponent is small beside the other."""
+    """The terms, g, and -q^α p^β / α, from three powers, if neither exponent is small compared with the other."""
     total = alpha + beta
     of_p, of_q, mixed = (total * log_p).exp(), (total * log_q).exp(), (alpha * log_q + beta * log_p).exp()
     near = total * ratio.abs() < 1
@@ -152,7 +152,7 @@ def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor,
     parts = of_p.sum(-1) if total != 1 else 1.0
     product = mixed.sum(-1)
     value = (alpha / total * of_q + beta / total * parts - product) / (alpha * beta)
-    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # of which a difference has few digits, or NaN
+    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # their difference has few digits, or is NaN
         return None
     place = log_p.argmax(-1, keepdim=True)
     g = mixed.sub_(of_p).div_(-alpha)
@@ -193,7 +193,7 @@ def _series(x: Tensor, a: float, b: float) -> Tensor:
 
 
 def _limit(w: Tensor, b: float, total: float) -> Tensor:
-    """w ψ at n = -inf, of a class that one of the two excludes."""
+    """w ψ at n = -inf, for a class that one of the two excludes."""
     return w / (b * total) if b > 0 < total else torch.full_like(w, math.inf)
 
 

@@ -235,7 +235,7 @@ def _ahead(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _levelled(d: Tensor) -> Tensor:
-    """Without the rows' means, which no softmax feels."""
+    """The array minus the rows' means, which do not affect a softmax."""
     return d - d.mean(-1, keepdim=True)
 
 

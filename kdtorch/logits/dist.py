@@ -1,4 +1,4 @@
-"""Correlations between classes and between samples, the student's against the teacher's."""
+"""Compares the correlations between classes and between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ _of_batch = with_gradients(_value_and_gradients, learns=2)
 
 
 def _used(x: Tensor, y: Tensor, kept: Tensor | None, group: ProcessGroup | None) -> Tensor:
-    """1 for each class that is above -inf in some kept row, in student or teacher."""
+    """1 for each class that is above -inf in at least one kept row of student or teacher."""
     number = x.new_full((1, x.shape[1]), len(x))
     if not (eager_on_cpu(x, y) and kept is None and bool((x.sum(0) + y.sum(0)).isfinite().all())):
         (above,) = zero_masked(kept, (torch.maximum(x, y) > -math.inf).to(x.dtype))
@@ -215,7 +215,7 @@ def _above_mean(
 def _centered(
     arrays: tuple[Tensor, ...], kept: Tensor | None, number: Tensor | int, group: ProcessGroup | None
 ) -> tuple[Tensor, ...]:
-    """Less the mean of each column over kept rows; twice, so that a column of equal entries is 0 to the last digit."""
+    """The array minus the mean of each column over kept rows, twice, so that a column of equal entries is exactly 0."""
     for again in (False, True):
         means = all_sum(torch.stack([x.sum(0, keepdim=True) for x in arrays]), group) / number
         pairs = zip(arrays, means, strict=True)
@@ -246,7 +246,7 @@ def _gap(
         gap = (product - along + eps) / (product + eps)
         gradient = (pull * (1 - gap) * inverse_x * x).sub_(pull * inverse_y * y)
     else:
-        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # by so much is x longer than y
+        longer = along * _inverse(length_x + length_y) * inverse_x * inverse_y  # how much longer x is than y
         shorter = length_x < length_y
         u = (_inverse(torch.maximum(length_x, length_y)) * apart[0]).sub_(torch.where(shorter, longer, 0) * x)
         u.sub_(torch.where(shorter, 0, longer) * y)

@@ -99,7 +99,7 @@ def decoupled_and_gradient(
     target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
-    square = temperature**2  # before a sum that might not exist
+    square = temperature**2  # multiplied before the sum, which might overflow
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, gradient.scatter(-1, label, at_label)
 
@@ -127,7 +127,7 @@ def _others(
 
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, of (the label, any other class). The largest is taken off, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
     empty = peak == torch.finfo(peak.dtype).min
     largest = torch.maximum(at_label, torch.where(empty, -math.inf, peak))
     rest = torch.where(empty, -math.inf, (peak - largest) / temperature + log_total)

@@ -130,7 +130,7 @@ def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Te
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     gradient = difference + pulled_back(ratio, p)
-    # of one sign, unless r has lost its digits
+    # all terms have the same sign, unless r has lost its digits
     return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
 
 

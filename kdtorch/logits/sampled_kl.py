@@ -139,9 +139,9 @@ def sampled_and_gradient(
     behavior: Tensor | None,
     max_ratio: Scalar | None,
 ) -> tuple[Tensor, Tensor]:
-    """The estimate of each token, of rows of one number, and its gradient by x; z is log(q / p), or log(p / q)."""
+    """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = torch.where(z.isposinf(), math.nan, z)  # who sampled the token gives it -inf
+    z = torch.where(z.isposinf(), math.nan, z)  # the model that sampled the token gives it -inf
     log_weight, log_product = _log_weight(sampled_from, x.detach(), y, z.detach(), behavior, max_ratio)
     weight = log_weight.exp()
     weight = torch.where(z == 0, weight.clamp(max=torch.finfo(x.dtype).max), weight)  # 0 times a large one is 0
@@ -173,7 +173,7 @@ def _log_weight(
 
 
 def _bounded(z: Tensor) -> Tensor:
-    """z; of a token that the other side excludes, as if that gave it the least number there is."""
+    """z; for a token that the other model excludes, as if its log-probability were the lowest finite number."""
     return torch.where(z.isneginf(), math.log(torch.finfo(z.dtype).tiny), z)
 
 

@@ -171,7 +171,7 @@ def _log_growth(ratio: Tensor, skew: Tensor) -> Tensor:
 
 
 def _log_odds(ratio: Tensor, skew: Tensor) -> Tensor:
-    """log of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
+    """The logarithm of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
     return (-skew).log1p() - skew.log() + ratio.clamp(-1e5, 1e5)
 
 

@@ -1,4 +1,4 @@
-"""Standardised logits: what many logit losses may be given, so that the scale of the teacher's logits is not distilled."""
+"""Standardised logits, as inputs of logit losses, so that the scale of the teacher's logits is not distilled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KL divergence to a teacher that starts at the student: TAID's interpolated target."""
+"""TAID: KL divergence to a target that moves from the student to the teacher."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def taid_and_gradient(x: Tensor, y: Tensor, interpolation: Scalar) -> tuple[Tens
     # each end is exact, and a weight of 0 times -inf is 0
     mixed = torch.where(share < 0.5, own - share * gap, y + (1 - share) * gap)
     absent = (lowest & (share < 1)) | (teacher_lowest & (share > 0))
-    empty = teacher_lowest.all(-1, keepdim=True)  # no distribution, be its weight 0
+    empty = teacher_lowest.all(-1, keepdim=True)  # not a distribution, even with weight 0
     m = softmax(torch.where(empty, math.nan, torch.where(absent, -math.inf, mixed)))
     # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
-    still = torch.where(lowest, 0, x) - torch.where(lowest, 0, own)  # 0, which moves with x
+    still = torch.where(lowest, 0, x) - torch.where(lowest, 0, own)  # 0 that depends on x
     apart = share * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
     apart = torch.where(lowest & ~absent, -math.inf, torch.where(absent & ~lowest, math.inf, apart))
     ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))

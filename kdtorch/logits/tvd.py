@@ -62,7 +62,7 @@ def tvd_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     value = (difference.abs().sum(-1) / 2).clamp(max=1)
     tie = difference.abs() <= 8 * torch.finfo(q.dtype).eps * value.unsqueeze(-1) * q
-    sign = torch.where(difference.isnan(), difference, difference.sign())  # of NaN PyTorch's is 0
+    sign = torch.where(difference.isnan(), difference, difference.sign())  # PyTorch's is 0 for NaN
     return value, pulled_back(torch.where(tie, 0, sign), p) / 2
 
 

@@ -1,4 +1,4 @@
-"""Universal logit distillation: distributions over different vocabularies, compared in sorted order."""
+"""Universal logit distillation: compares distributions over different vocabularies in sorted order."""
 
 from __future__ import annotations
 
@@ -70,12 +70,10 @@ def uld_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     places = max(x.shape[-1], y.shape[-1])
     ours, theirs = (functional.pad(z, (0, places - z.shape[-1]), value=-math.inf) for z in (ours, theirs))
     p, _, gap = softmaxes(ours, theirs)
-    # of sorted rows that differ by a constant, rounding leaves this much
+    # rounding leaves this much for sorted rows that differ by a constant
     gap = torch.where(gap.abs() <= torch.finfo(x.dtype).eps ** 1.5 * p, 0, gap)
-    signs = gap.sign() + 0 * gap  # NaN has a sign of 0 in PyTorch
-    signs = (
-        signs - signs[..., :1]
-    )  # of which a softmax knows nothing, so that little is subtracted from a p of almost 1
+    signs = gap.sign() + 0 * gap  # the sign of NaN is 0 in PyTorch
+    signs = signs - signs[..., :1]  # a softmax does not depend on it; little is then subtracted from a p of almost 1
     gradient = softmax_pulled_back(signs, p)[..., : x.shape[-1]]
     return gap.abs().sum(-1), torch.empty_like(x).scatter(-1, order, gradient)
 

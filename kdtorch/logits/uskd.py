@@ -96,7 +96,9 @@ def uskd_loss(
         second = kept.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
         classes = torch.cat([first, second], -1)
         probabilities = kept.gather(-1, classes).to(widest(*logits))
-        classes = torch.where(probabilities > 0, classes, first)  # a second label of probability 0 is the first again
+        classes = torch.where(
+            probabilities > 0, classes, first
+        )  # a second label of probability 0 is replaced by the first
 
     (log_p,) = by_rows(_log_p, where, student_logits.detach(), classes)
     present = probabilities > 0
@@ -139,19 +141,19 @@ _target_and_others = rowwise(target_and_others_and_gradient)
 
 
 def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilities: Tensor) -> Tensor:
-    """z: 1 / the place of each class by its score, 0 for labels and padding, summing to 1."""
+    """z: 1 / the rank of each class by its score, 0 for labels and padding, normalised to sum 1."""
     present = probabilities > 0
     over_w, over_p = (
         1 - torch.where(present, x.gather(-1, classes), 0).sum(-1, keepdim=True) + 1e-6 for x in (w.p, log_p)
     )
     zipf = _inverse_places(w.p / over_w + log_p / over_p)
     zipf = zipf.scatter(-1, classes, 0).masked_fill(unused, 0)
-    felt = 0 * w.log_total  # NaN, of which the places tell nothing
+    felt = 0 * w.log_total  # NaN, which the positions do not show
     return zipf / (zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny) + felt)
 
 
 def _inverse_places(score: Tensor) -> Tensor:
-    """1 / the place of each class, 1 for the largest score; equal scores in the order of the classes."""
+    """1 / the rank of each class, 1 for the largest score; equal scores are ranked in the order of the classes."""
     bits = (0 - score).view(torch.int64 if score.dtype == torch.float64 else torch.int32)
     keys = bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)  # in the order of -score
     order = keys.argsort(dim=-1, stable=True)

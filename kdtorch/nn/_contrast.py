@@ -1,4 +1,4 @@
-"""What the modules share that contrast an example with remembered ones: heads, memories and negatives."""
+"""Shared by the modules that contrast an example with a memory: heads, memories and negatives."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Contrast(Stateful):
             sharded_memory=sharded_memory,
             update=update and self.training,
         )
-        if update and self.training:  # the memories are written already
+        if update and self.training:  # the memories have already been updated
             self._move(student_normalizer=state.student_normalizer, teacher_normalizer=state.teacher_normalizer)
         return loss
 

@@ -1,4 +1,4 @@
-"""What features pass on their way to a loss."""
+"""Layers that features pass through before a loss."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def prepared(
     (x,) = promote(x.detach() if constant else x)
     if isinstance(where, Tensor) and where.dtype == torch.bool and where.shape == x.shape[: where.ndim]:
         (x,) = zero_masked(where, x)  # 0 times NaN, in the gradient of the head, would be NaN
-    # not `parameters()`, of which FSDP and DataParallel leave a part of theirs none
+    # not `parameters()`, which may be empty in parts of a model under FSDP and DataParallel
     weights = (getattr(part, "weight", None) for part in head.modules())
     return x.to(next((weight.dtype for weight in weights if weight is not None), x.dtype))

@@ -136,6 +136,6 @@ def _unstack(name: str, x: Tensor, views: int) -> Tensor:
 
 
 def _every_view(where: Any, student: Tensor, views: int) -> Any:
-    """A mask of the stacked views as one of the examples."""
+    """Convert a mask of the stacked views to a mask of the examples."""
     stacked = hasattr(where, "shape") and where.ndim == 1 and where.shape == student.shape[:1]
     return where.reshape(views, -1).all(0) if stacked else where

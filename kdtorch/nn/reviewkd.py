@@ -78,7 +78,7 @@ class ABF(nn.Module):
 
 
 def _resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Nearest neighbour, each position taking the one at or before it, by whole numbers and so without rounding."""
+    """Nearest-neighbour resizing: each position takes the one at or before it, computed exactly with integers."""
     if x.shape[2:] == (height, width):
         return x
     rows, columns = (torch.arange(n, device=x.device) * m // n for n, m in ((height, x.shape[2]), (width, x.shape[3])))

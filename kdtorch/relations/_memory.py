@@ -1,4 +1,4 @@
-"""What losses share that contrast an example with what is remembered of others."""
+"""Shared by the losses that contrast an example with a memory of others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def at_least_one(**numbers: int) -> None:
 
 
 class Remembered(NamedTuple):
-    """What the examples of one side may be compared with.
+    """What the examples of student or teacher are compared with.
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank, its own first.
-        places: `[batch, K + 1]`, where they stand in the data set.
+        at: `[batch, K + 1]`, the rows of each example's samples in the bank, its own first.
+        places: `[batch, K + 1]`, their positions in the data set.
         every_index: `[whole batch]`, where the examples of all ranks stand in the data set.
-        valid: `[whole batch]`, False for those that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        valid: `[whole batch]`, False for those that do not count.
+        kept: `[batch]`, False for examples that do not count.
     """
 
     bank: Tensor
@@ -61,7 +61,7 @@ def contrasted(
     sharded_memory: bool,
     update: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum of the two sides, and the next state's fields: two memories and two normalisers.
+    """The sum for student and teacher, and the fields of the next state: two memories and two normalisers.
 
     The memories of a state that is `held` by a module are written in place: a copy of all rows would be made for a few.
     """
@@ -101,7 +101,7 @@ def contrasted(
     )
     finite = torch.isfinite(every_student).all() & torch.isfinite(every_teacher).all()
     here, last = every_index, torch.where(finite, _last_of_equals(every_index, every_valid), -1)
-    if sharded_memory:  # the rows of other ranks are theirs to remember
+    if sharded_memory:  # the other ranks store their own rows
         here = here - rank(group) * rows
         inside = (here >= 0) & (here < rows)
         here, last = here[inside], last[inside]
@@ -157,7 +157,7 @@ def joined(parts: Tensor) -> Tensor:
 
 
 def _last_of_equals(index: Tensor, valid: Tensor) -> Tensor:
-    """For each example the last valid one with the same index, -1 if there is none."""
+    """For each example, the last valid example with the same index, or -1 if there is none."""
     order = torch.arange(len(index), device=index.device)
     return torch.where((index[:, None] == index) & valid, order, -1).amax(1) if len(index) else order
 

@@ -146,7 +146,7 @@ def through_products(weight: Tensor, x: Tensor, ours: slice) -> Tensor:
 
 
 class Squares(NamedTuple):
-    """Squared distances in a unit of their own.
+    """Squared distances, scaled by a unit.
 
     Attributes:
         square: |x_i - x_j|² / unit² of this rank's i and every j.
@@ -182,14 +182,14 @@ class Squares(NamedTuple):
 
 
 def squares(x: Tensor, ours: slice) -> Squares:
-    """Of the rows of x. They come from the differences, a row at a time, where a product would lose digits."""
+    """Squared distances of the rows of x; from the differences, one row at a time, if a product would lose digits."""
     x = x / 2  # so that no difference is too large
     z = x - x[:1]
     largest = z.abs().amax()
     unit = torch.where(
         largest < torch.finfo(x.dtype).tiny, math.inf, largest / torch.frexp(largest)[0]
     )  # so that ties stay ties
-    z.div_(unit)  # what is common to all rows only costs digits
+    z.div_(unit)  # a part that all rows share only costs digits
     length = torch.linalg.vecdot(z, z)
     square = products(z, ours).mul_(-2).add_(length).add_(length[ours, None])
     themselves = square.diagonal(ours.start)

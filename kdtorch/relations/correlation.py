@@ -1,4 +1,4 @@
-"""Kernels between samples, the student's against the teacher's."""
+"""Compares the kernels between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _evaluate(pairs: Pairs, gamma: Tensor, order: int) -> tuple[Tensor, Tensor]:
         cosine[block] = gap.mul_(slope).mul_(2 / number * pairs.weights[block, None])
     if not pairs.asked:
         return value, x.new_empty(0)
-    cosine.diagonal(pairs.ours.start).zero_()  # of a row and itself, which is constant
+    cosine.diagonal(pairs.ours.start).zero_()  # of a row with itself, which is constant
     return value, unit_pull(pairs.student, through_products(cosine, x, pairs.ours))
 
 

@@ -189,11 +189,11 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, where they stand in the data set.
+        places: `[batch, K + 1]`, their positions in the data set.
         anchors: `[whole batch, dim]`.
         anchor_places: `[whole batch]`, where these stand in the data set.
         valid: `[whole batch]`, False for anchors that count for nothing.
-        kept: `[batch]`, False for examples that count for nothing.
+        kept: `[batch]`, False for examples that do not count.
         num_data: the number of samples in the data set.
     """
 
@@ -291,7 +291,7 @@ def _contrast(
             continue
         slope = drawn.sigmoid_()
         positive.neg_()
-        if of_temperature:  # an unset normaliser moves with it too
+        if of_temperature:  # an unset normaliser depends on it too
             along = torch.linalg.vecdot(slope, relation) - middle * slope.sum(-1)
             cooling[rows] += torch.where(valid, along, 0).sum(-1)
         if of_embedding:
@@ -349,7 +349,7 @@ def _relations(known: _Known, embedding: Tensor, rows: slice, columns: slice) ->
     """
     anchors, at, places = known.anchors, known.at[rows, columns], known.places[rows, columns]
     rho, rho_length = _unit_and_length((embedding[rows, None] - anchors) + 1e-6)
-    middle = anchors.mean(0)  # what is common to all rows only costs digits
+    middle = anchors.mean(0)  # a part that all rows share only costs digits
     a, w = anchors - 1e-6 - middle, known.bank[at].sub_(middle)
 
     same = _same(known.anchor_places, places)
@@ -361,7 +361,7 @@ def _relations(known: _Known, embedding: Tensor, rows: slice, columns: slice) ->
     limit = math.sqrt(torch.finfo(w.dtype).eps) * 30 * torch.maximum(a_square.amax(), w_square.amax())
     clear = not square.amin() < limit
 
-    def differences() -> Iterator[Tensor]:  # of all places from one anchor after the other
+    def differences() -> Iterator[Tensor]:  # for all positions, one anchor after another
         remembered = known.bank[at]
         return ((remembered - anchor) + 1e-6 for anchor in anchors)
 

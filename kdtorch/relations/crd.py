@@ -159,7 +159,7 @@ class _Known(NamedTuple):
     Attributes:
         bank: `[number, dim]`, remembered rows.
         at: `[batch, K + 1]`, where each example's places stand in the bank.
-        valid: `[whole batch]`, False for examples that count for nothing.
+        valid: `[whole batch]`, False for examples that do not count.
         kept: `[batch]`, the same of this rank's.
         num_data: the number of samples in the data set.
     """
@@ -245,7 +245,7 @@ def _contrast(
     if of_embedding or of_temperature:
         slope = drawn.sigmoid_()
         slope[:, 0].neg_()
-        if of_temperature:  # an unset normaliser moves with it too
+        if of_temperature:  # an unset normaliser depends on it too
             cooling = torch.linalg.vecdot(slope, scores) - middle * slope.sum(-1)
         if of_embedding:
             gradient = unit_pull(promoted(embedding, known), _pulled(slope, known) / temperature)

@@ -1,4 +1,4 @@
-"""Distances between samples, the student's against the teacher's."""
+"""Compares the distances between samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _blocks(start: int, stop: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
 
 def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tensor, bool]]:
     """|x_i - x_j| of some i and j, and whether none of them loses its digits in a product of matrices."""
-    centered = x - x.mean(0)  # what is common to all rows only costs digits
+    centered = x - x.mean(0)  # a part that all rows share only costs digits
     length = torch.linalg.vecdot(centered, centered)
 
     def distances(rows: slice, columns: slice, masked_pairs: Tensor | None) -> tuple[Tensor, bool]:

@@ -1,4 +1,4 @@
-"""Probabilities of samples given one another, the student's against the teacher's."""
+"""Compares the conditional probabilities of samples of student and teacher."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _evaluate(pairs: Pairs) -> tuple[Tensor, Tensor]:
         value[block] = (torch.linalg.vecdot(q, gap.div_(p).log1p_()) - error) / number
         if pairs.asked:
             h = q.div_(p)
-            h.sub_(1 - EPSILON * h.sum(1, keepdim=True))  # of which p's mean is 0
+            h.sub_(1 - EPSILON * h.sum(1, keepdim=True))  # its mean under p is 0
             t.above[block] = h.mul_(-pairs.weights[block, None] / (number * total))
     return value, s.pulled(t.above) if pairs.asked else value.new_empty(0)
 

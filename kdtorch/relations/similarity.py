@@ -1,4 +1,4 @@
-"""Similarities between samples, the student's against the teacher's."""
+"""Compares the similarities between samples of student and teacher."""
 
 from __future__ import annotations
 

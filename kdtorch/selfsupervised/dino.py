@@ -75,7 +75,7 @@ def dino_teacher_temperature(
     >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    # `as_tensor` of an integer would be compiled anew for each
+    # `as_tensor` of an integer would be recompiled for each value
     epoch = torch.as_tensor(torch.full((), epoch) if isinstance(epoch, int) else epoch, dtype=torch.float64)
     for name, value in (("warmup", warmup), ("final", final)):
         positive(name, value, epoch)
@@ -179,7 +179,7 @@ def dino_loss(
 
 
 def moved_center(center: Tensor, total: Tensor, number: Tensor, momentum: Scalar) -> Tensor:
-    """m times the centre plus 1 - m times the mean, or the centre as it was if there is none, or one that is not finite."""
+    """m times the centre plus 1 - m times the mean; the unchanged centre if there is no mean or it is not finite."""
     mean = (total / number.clamp(min=1)).to(center.dtype)
     padding = torch.isneginf(mean)
     moved = torch.where(padding, center, momentum * center + (1 - momentum) * mean)
@@ -189,7 +189,7 @@ def moved_center(center: Tensor, total: Tensor, number: Tensor, momentum: Scalar
 def pairs_and_gradient(
     x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """Of the views of an example, which are the axis before the last, and the teacher's, which are centred."""
+    """Value and gradient for the views of an example, on the axis before the last, and the centred teacher's views."""
     return pairs_of_targets_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
 
 

@@ -1,4 +1,4 @@
-"""Gram anchoring: the cosines between an image's patches stay those of a teacher."""
+"""Gram anchoring: keeps the cosines between an image's patches close to those of a teacher."""
 
 from __future__ import annotations
 

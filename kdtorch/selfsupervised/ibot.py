@@ -136,7 +136,7 @@ def ibot_loss(
 def patch_and_gradient(
     x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """Of patches, and the teacher's, which are centred."""
+    """Value and gradient for patches and the centred teacher's patches."""
     return cross_entropy_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
 
 

@@ -1,4 +1,4 @@
-"""KoLeo: a batch whose rows keep away from their nearest neighbours."""
+"""KoLeo: pushes the rows of a batch away from their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def _evaluate(
     every = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept
     paired = every[rows] & (every.sum() > 1)
     nearest = _nearest(x, kept, rows)
-    equal = (student[rows] == student[nearest]).all(-1, keepdim=True)  # whose rounded unit rows need not be
+    equal = (student[rows] == student[nearest]).all(
+        -1, keepdim=True
+    )  # rounded unit rows of equal rows need not be equal
     gap = (x[rows] - x[nearest]).masked_fill_(equal, 0).add_(EPSILON)
     distance = torch.linalg.vector_norm(gap, dim=-1)
     value = torch.where(paired, (distance + EPSILON).log().neg_(), 0)
@@ -94,7 +96,7 @@ def _evaluate(
     if asked:
         scale = torch.where(paired & (distance != 0), (distance * (distance + EPSILON)).reciprocal_(), 0)
         gap.mul_((scale if weights is None else scale * weights).unsqueeze(-1))
-        # what two rows that are each other's nearest give each other comes first: near ones nearly cancel
+        # the terms of two rows that are each other's nearest come first, because close ones nearly cancel
         back = nearest - start
         here = (back >= 0) & (back < stop - start)
         back = torch.where(here, back, 0)
@@ -116,17 +118,17 @@ def _nearest(x: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
     because it is near or has a rival, are gone through one by one.
     """
     digits, zero = torch.finfo(x.dtype).eps, (x == 0).all(-1).to(x.dtype)
-    centered = x - x.mean(0)  # what is common to all rows only costs digits
+    centered = x - x.mean(0)  # a part that all rows share only costs digits
     length = torch.linalg.vecdot(centered, centered) + zero
     masked = None if kept is None else ~kept
     whole = rows.stop - rows.start == len(x)
-    # of all rows: the least square, its place, and the least of the others
+    # for all rows: the smallest square, its index, and the smallest of the others
     far = torch.full_like(length, math.inf)
     best = far, torch.zeros_like(length, dtype=torch.int64), far.clone()
     number = max(BLOCK // max(len(x), 1), 1) if x.is_cpu else max(len(x), 1)
     for first in range(rows.start, rows.stop, number):
         part = slice(first, min(first + number, rows.stop))
-        columns = slice(first if whole else 0, len(x))  # each pair once, where all rows are here
+        columns = slice(first if whole else 0, len(x))  # each pair once, if all rows are on this device
         square = torch.addmm(length[columns], centered[part], centered[columns].T, alpha=-2).add_(length[part, None])
         square.diagonal(part.start - columns.start).fill_(math.inf)
         if masked is not None:
