@@ -1,0 +1,121 @@
+"""A language model distilled as large ones are trained in JAX: a mesh, remat, bfloat16, and heads in the loss.
+
+    python examples/recipes/nnx_mesh.py
+
+The batch is spread over `data`, the wide weights over `model`, here on eight devices that a CPU pretends to have. Layers
+are computed again in the backward pass. The networks compute in bfloat16 on float32 weights; the loss takes hidden states
+and heads, makes no logits of the whole batch, and is float32.
+"""
+
+import functools
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before anything else asks for a device; not where there are accelerators
+
+import jax.numpy as jnp
+import optax
+from _text import BYTES, LENGTH, batches
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax import linear_kl_loss
+
+MESH = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+SPREAD = NamedSharding(MESH, P("data"))
+
+
+def spread(init, *axes):
+    return nnx.with_partitioning(init, axes)
+
+
+class Layer(nnx.Module):
+    def __init__(self, width, heads, rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
+        init = nnx.initializers.lecun_normal()
+        self.heads = heads
+        self.norm1, self.norm2 = (nnx.RMSNorm(width, dtype=jnp.bfloat16, rngs=rngs) for _ in range(2))
+        self.into = linear(width, 3 * width, kernel_init=spread(init, None, "model"))
+        self.out = linear(width, width, kernel_init=spread(init, "model", None))
+        self.up = linear(width, 4 * width, kernel_init=spread(init, None, "model"))
+        self.down = linear(4 * width, width, kernel_init=spread(init, "model", None))
+
+    def __call__(self, x):
+        parts = (y.reshape(*y.shape[:2], self.heads, -1) for y in jnp.split(self.into(self.norm1(x)), 3, -1))
+        x = x + self.out(jax.nn.dot_product_attention(*parts, is_causal=True).reshape(x.shape))
+        return x + self.down(nnx.silu(self.up(self.norm2(x))))
+
+
+class Model(nnx.Module):
+    """Hidden states `[batch, positions, width]`, and the table of embeddings, which is the head too."""
+
+    def __init__(self, width, heads, layers, rngs):
+        init = nnx.initializers.normal(width**-0.5)
+        self.tokens = nnx.Embed(BYTES, width, dtype=jnp.bfloat16, embedding_init=spread(init, "model", None), rngs=rngs)
+        self.places = nnx.Param(0.02 * jax.random.normal(rngs.params(), (LENGTH, width)))
+        self.layers = nnx.List([Layer(width, heads, rngs) for _ in range(layers)])
+        self.norm = nnx.RMSNorm(width, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.tokens(tokens) + self.places[...][None, : tokens.shape[1]].astype(jnp.bfloat16)
+        for layer in self.layers:
+            x = nnx.remat(lambda layer, x: layer(x))(layer, x)
+        return self.norm(x), self.tokens.embedding[...].astype(jnp.bfloat16)
+
+
+@nnx.jit(static_argnums=(0, 1, 2))
+def made(width, heads, layers):
+    """Under `jax.set_mesh` each device makes its own parts of the weights."""
+    return Model(width, heads, layers, nnx.Rngs(0))
+
+
+@functools.partial(
+    jax.shard_map, mesh=MESH, in_specs=(P("data"), P(), P("data"), P(), P("data")), out_specs=P()
+)
+def divergence(hidden, head, teacher_hidden, teacher_head, where):
+    """The sum over the tokens of all devices: each makes the logits of its own, a block at a time."""
+    heads = hidden, head, teacher_hidden, teacher_head
+    options = {"temperature": 2.0, "where": where, "reduction": "sum", "axis_name": "data"}
+    return jax.lax.pmean(linear_kl_loss(*heads, **options), "data")
+
+
+def next_byte(model, tokens, taught, number):
+    """The cross-entropy, for the teacher; optax computes in what it is given."""
+    hidden, head = model(tokens[:, :-1])
+    logits = (hidden @ head.T).astype(jnp.float32)
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return loss.sum(where=tokens[:, 1:] > 0) / number
+
+
+def distilled(model, tokens, taught, number):
+    """Divided by the tokens of the whole batch, so that the sums of its parts add up to it."""
+    return divergence(*model(tokens[:, :-1]), *taught, tokens[:, 1:] > 0) / number
+
+
+@nnx.jit(static_argnums=0)
+def step(objective, model, optimizer, *batch):
+    loss, gradients = nnx.value_and_grad(objective)(model, *batch)
+    optimizer.update(model, gradients)
+    return loss
+
+
+@nnx.jit
+def ask(teacher, tokens):
+    return teacher(tokens[:, :-1])
+
+
+def train(objective, model, steps, seed, ask=lambda tokens: None):
+    optimizer, losses = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param), []
+    for tokens in batches(steps, seed):
+        tokens = jax.device_put(tokens.astype("int32"), SPREAD)
+        losses.append(step(objective, model, optimizer, tokens, ask(tokens), (tokens[:, 1:] > 0).sum()))
+    return losses
+
+
+with jax.set_mesh(MESH):
+    teacher, student = made(64, 4, 2), made(32, 2, 1)
+    lessons = train(next_byte, teacher, steps=60, seed=0)
+    losses = train(distilled, student, steps=60, seed=1, ask=functools.partial(ask, teacher))
+print(f"teacher {lessons[0]:.2f} to {lessons[-1]:.2f}")
+print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
