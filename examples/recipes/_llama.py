@@ -12,10 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from _text import LINES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 PROMPT = 8  # characters of a line that are given; the rest is the answer
 TEXTS = [line.decode() for line in LINES if len(line) >= PROMPT + 8]
@@ -39,7 +38,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llama(width: int, layers: int) -> LlamaForCausalLM:
     size = {"vocab_size": len(tokenizer()), "max_position_embeddings": 64}
-    size |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    size |= {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
     special = {"pad_token_id": tokenizer().pad_token_id, "eos_token_id": tokenizer().eos_token_id, "bos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(**size, **special))
 

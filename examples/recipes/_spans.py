@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 from _text import LINES
-
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXTS = [line.decode() for line in LINES[:1200]]
@@ -20,9 +19,7 @@ def tokenizer(size: int) -> Tokenizer:
     """Byte pairs learned from the lines; token 0 is padding."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>"], show_progress=False)
-    )
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>"], show_progress=False))
     return made
 
 
@@ -49,7 +46,7 @@ def aligned(texts: list[str], student: Tokenizer, teacher: Tokenizer) -> dict[st
     return {**arrays, "where": where}
 
 
-def batches(arrays: dict[str, np.ndarray], steps: int, size: int = 32) -> Iterator[dict[str, np.ndarray]]:
+def batches(arrays: dict[str, np.ndarray], steps: int, size: int = 16) -> Iterator[dict[str, np.ndarray]]:
     draw, number = np.random.default_rng(0), len(arrays["where"])
     for _ in range(steps):
         index = draw.choice(number, size, replace=False)

@@ -59,7 +59,7 @@ def arguments(folder, **options):
     settings = {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 4,
-        "max_steps": 60,
+        "max_steps": 40,
         "learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
         "logging_steps": 10,

@@ -66,7 +66,7 @@ def train(kind, student):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             use_cpu=True,
         )

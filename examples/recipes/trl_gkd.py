@@ -19,7 +19,9 @@ from kdtorch import jsd_loss
 
 class Distillation(GKDTrainer):
     @staticmethod
-    def generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5, temperature=1.0, num_items_in_batch=None):
+    def generalized_jsd_loss(
+        student_logits, teacher_logits, labels, beta=0.5, temperature=1.0, num_items_in_batch=None
+    ):
         """The trainer has shifted all three. `num_items_in_batch` counts the tokens of all parts of the batch."""
         options = {"beta": beta, "temperature": temperature, "where": labels != -100}
         if num_items_in_batch is None:
@@ -48,7 +50,7 @@ def train(kind, student):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             use_cpu=True,
         )
