@@ -110,10 +110,8 @@ def test_huggingface_tokens(run, offline, tmp_path):
     names = run("huggingface_tokens")
     for before, after in names["results"].values():
         assert after < 0.5 * before
-    student, data = (
-        names["llama"](16, 1),
-        names["rows"](sorted(names["TRAIN"], key=len)[:: len(names["TRAIN"]) // 8][:8]),
-    )
+    student, texts = names["llama"](16, 1), sorted(names["TRAIN"], key=len)
+    data = names["rows"](texts[:: len(texts) // 8][:8])
     lengths = [len(row["input_ids"]) for row in data]
     assert max(lengths) > 1.5 * min(lengths)  # the parts keep different numbers of tokens
 
@@ -123,9 +121,8 @@ def test_huggingface_tokens(run, offline, tmp_path):
         settings |= {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
         trainer = kind(model, names["arguments"](tmp_path, **settings), train_dataset=data, teacher=names["teacher"]())
         trainer.train()
-        return torch.cat(
-            [(x - y).detach().flatten() for x, y in zip(model.parameters(), student.parameters(), strict=True)]
-        )
+        weights = zip(model.parameters(), student.parameters(), strict=True)
+        return torch.cat([(after - before).detach().flatten() for after, before in weights])
 
     for kind in (names["DistillationTrainer"], names["HeadDistillationTrainer"]):
         whole = moved(kind, 1)
@@ -251,7 +248,7 @@ def test_nnx_mesh(run):
     value, gradients = jax.jit(jax.value_and_grad(by_logits, (0, 1)))(*wide[:2])
     for parts in (1, 2):
         same, others = spread(parts)
-        assert same == pytest.approx(value, rel=1e-5)
+        assert float(same) == pytest.approx(float(value), rel=1e-5)
         assert max(norm([x], [y]) / norm([x], [0 * x]) for x, y in zip(gradients, others, strict=True)) < 1e-5
 
 

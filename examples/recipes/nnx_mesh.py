@@ -2,10 +2,10 @@
 
     python examples/recipes/nnx_mesh.py
 
-The batch is spread over `data`, the wide weights over `model`, here on four of the devices that a CPU pretends to have.
+The batch is spread over `data`, the wide weights over `model`, here on four of eight CPU devices.
 Layers are computed again in the backward pass. The networks compute in bfloat16 on float32 weights; the loss takes hidden
-states and heads, makes no logits of the whole batch, and is float32. The teacher's weights are random ones, in the place
-of a checkpoint.
+states and heads, makes no logits of the whole batch, and is float32. The teacher has random weights in place of a
+checkpoint.
 """
 
 import functools
@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import linear_kl_loss
 
-jax.config.update(
-    "jax_num_cpu_devices", 8
-)  # before anything asks for a device; leave it out where there are accelerators
+# before anything asks for a device; leave it out where there are accelerators
+jax.config.update("jax_num_cpu_devices", 8)
 MESH = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
 SPREAD = NamedSharding(MESH, P("data"))
 
