@@ -42,9 +42,9 @@ check: .venv/installed
 	$(INSTALL) -e '.[all]' --group examples
 	touch $@
 
-# these come without torchvision, datasets, triton, torchao and the like, which their losses do not use; tests/test_moving.py
+# these come without torchvision, triton, torchao and the like, which their losses do not use; tests/test_moving.py
 # runs them
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
-	$(INSTALL) --no-deps torchdistill liger-kernel torchtune trl lightly
+	$(INSTALL) --no-deps torchdistill liger-kernel torchtune lightly
 	touch $@ .venv/demo

@@ -153,9 +153,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def trl(name):
     """The module of TRL."""
-    import transformers.trainer  # noqa: F401 - which looks for datasets itself, and is not to find them
-
-    return imported(f"trl.{name}", "datasets", "pandas", "pyarrow")
+    return imported(f"trl.{name}")
 
 
 def lightly(name):

@@ -6,16 +6,18 @@ import re
 import runpy
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+import kdjax
 from kdtorch import kl_loss
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +93,7 @@ def test_lightning(run):
     assert all(p.grad is None for p in names["module"].teacher.parameters())
 
 
-def test_huggingface(run, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # to be put back after the recipe has set it
+def test_huggingface(run, offline):
     names = run("huggingface_trainer")
     falls(names["losses"])
     assert names["accuracy"] > 0.88
@@ -100,42 +101,178 @@ def test_huggingface(run, monkeypatch):
     assert names["losses"][0] < 16  # of a student that guesses: the accumulated loss is a mean, not a sum
 
 
-def test_the_page_of_huggingface_on_tokens(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # to be put back after the recipe has set it
 
-    names = {"Trainer": Trainer, "torch": torch, "kl_loss": kl_loss}
-    (code,) = re.findall(r"    ```py\n(.*?)    ```", (ROOT / "docs" / "recipes" / "huggingface.md").read_text(), re.S)
-    exec(textwrap.dedent(code), names)
-    torch.manual_seed(0)
-    size = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    student, tokens, data = GPT2LMHeadModel(config), torch.randint(50, (8, 16)), []
-    names["DistillationTrainer"].teacher = GPT2LMHeadModel(config).eval()
-    for row, text in enumerate(tokens):  # the labels of each row end elsewhere
-        data.append({"input_ids": text, "labels": torch.where(torch.arange(16) < 2 + row, text, -100)})
 
-    def moved(parts):
+def test_huggingface_tokens(run, offline, tmp_path):
+    names = run("huggingface_tokens")
+    for before, after in names["results"].values():
+        assert after < 0.5 * before
+    student, texts = names["llama"](16, 1), sorted(names["TRAIN"], key=len)
+    data = names["rows"](texts[:: len(texts) // 8][:8])
+    lengths = [len(row["input_ids"]) for row in data]
+    assert max(lengths) > 1.5 * min(lengths)  # the parts keep different numbers of tokens
+
+    def moved(kind, parts):
         model = copy.deepcopy(student)
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=1,
-            per_device_train_batch_size=8 // parts,
-            gradient_accumulation_steps=parts,
-            optim="sgd",
-            learning_rate=0.5,
-            max_grad_norm=0.0,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-        )
-        names["DistillationTrainer"](model, arguments, train_dataset=data).train()
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+        settings |= {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        trainer = kind(model, names["arguments"](tmp_path, **settings), train_dataset=data, teacher=names["teacher"]())
+        trainer.train()
         weights = zip(model.parameters(), student.parameters(), strict=True)
         return torch.cat([(after - before).detach().flatten() for after, before in weights])
 
-    whole = moved(1)
-    assert whole.norm() > 0.1
-    assert (moved(4) - whole).norm() < 1e-5 * whole.norm()
+    for kind in (names["DistillationTrainer"], names["HeadDistillationTrainer"]):
+        whole = moved(kind, 1)
+        assert whole.norm() > 0.1
+        assert (moved(kind, 4) - whole).norm() < 1e-5 * whole.norm()
+
+    # the mask: what the labels leave out, and padding, is as if it were not there
+    trainer, batch = names["trainer"], names["collate"](data)
+    alone = [names["collate"]([row]) for row in data]
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    with torch.no_grad():
+        together = trainer.compute_loss(trainer.model, batch).item() * tokens.item()
+        one_by_one = [trainer.compute_loss(trainer.model, x, num_items_in_batch=1).item() for x in alone]
+        assert together == pytest.approx(sum(one_by_one), rel=1e-5)
+        # the shift: from hidden states as from logits, each of which is for the token after it
+        logits, taught = (net(batch["input_ids"]).logits for net in (trainer.model, trainer.teacher))
+        losses = kl_loss(logits, taught, temperature=2.0, reduction="none")
+        predicting = [(i, t - 1) for i, row in enumerate(data) for t, x in enumerate(row["labels"]) if x != -100]
+        assert together == pytest.approx(sum(losses[place].item() for place in predicting), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own, and those of what it imports
+def test_trl_gkd(run, offline):
+    names = run("trl_gkd")
+    theirs, ours = names["losses"].values()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert np.mean(ours[-5:]) < 0.6 * ours[0]
+    weights = zip(*(model.parameters() for model in names["students"].values()), strict=True)
+    assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in weights)
+    (value, gradient), (ours, our_gradient) = names["values"].values()
+    assert ours == pytest.approx(value, rel=1e-5)
+    assert (our_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    theirs, ours = names["held"].values()
+    assert ours < 80 < 500 < theirs  # of which the gradient takes 62.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_distillation(run, offline):
+    names = run("trl_distillation")
+    theirs, ours = names["losses"].values()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert ours[-1] < 0.6 * ours[0]
+    theirs, ours = names["values"].values()
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    for x, y in zip(ours[1:], theirs[1:], strict=True):
+        assert (x - y).norm() < 1e-5 * y.norm()
+    assert names["held"]["kdtorch"] < 0.3 * names["held"]["TRL"]
+    draw = torch.Generator().manual_seed(0)
+    h, t, w, v = (torch.randn(*shape, generator=draw) for shape in [(2, 9, 5), (2, 9, 7), (11, 5), (11, 7)])
+    bias, other_bias = torch.randn(2, 11, generator=draw)
+    mask = torch.rand(2, 9, generator=draw) < 0.6
+    for beta in (0.0, 0.3, 1.0):
+        for options in ({}, {"temperature": 2.0, "num_items_in_batch": torch.tensor(30)}):
+            options = {"student_lm_head_bias": bias, "teacher_lm_head_bias": other_bias} | options
+            arguments = (h, t, w, v, mask, beta)
+            theirs, _, number = names["theirs"](*arguments, **options)
+            ours, _, same = names["ours"](*arguments, **options)
+            assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+            assert same == number
+    with pytest.raises(NotImplementedError, match="cap their logits"):
+        names["ours"](h, t, w, v, mask, 0.5, student_final_logit_softcapping=30.0)
+
+
+@pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:The '(train|test)_dataloader' does not have many workers")
+def test_lightning_cache(run, tmp_path):
+    names = run("lightning_cache")
+    falls(names["losses"], 0.5)
+    assert names["result"]["next_byte"] < 3
+    student, teacher = names["Model"](8), names["teacher"]
+    tokens = names["TOKENS"]
+    cache = names["record"](tmp_path / "cache", teacher)
+
+    def curve(parts):
+        torch.manual_seed(0)
+        module = names["Distillation"](copy.deepcopy(student))
+        names["fit"](module, cache, parts, epochs=1)
+        return torch.tensor(module.losses).view(-1, parts).sum(1)
+
+    whole = curve(1)
+    assert whole[-1] < 0.95 * whole[0]
+    assert torch.allclose(curve(4), whole, rtol=1e-5)  # the same steps, of parts that keep different numbers of tokens
+
+    index = torch.tensor([5, 300, 7])
+    (part,) = names["read"](cache, 1, index.tolist())
+    with torch.no_grad():
+        logits, taught = student(tokens[index, :-1]), teacher(tokens[index, :-1])
+        kept = tokens[index, 1:] > 0
+        hard = names["next_byte"](logits, tokens[index], reduction="sum")
+        full = kl_loss(logits, taught, temperature=names["T"], where=kept, reduction="sum")
+        soft = names["Distillation"](student).total(**part) - hard
+    assert 0.8 * full < soft < 1.001 * full  # less than of all logits, on the same places
+
+
+def test_nnx_mesh(run):
+    names = run("nnx_mesh")
+    falls(names["losses"], 0.5)
+    student, teacher, loss = names["student"], names["teacher"], names["losses"][-1]
+    assert loss.dtype == "float32"
+    assert {x.dtype.name for x in jax.tree.leaves(student)} == {"float32"}
+    assert student.layers[0].up.kernel[...].sharding.spec == P(None, "model")
+    assert student.tokens.embedding[...].sharding.spec[0] == "model"
+    tokens = jax.device_put(next(names["batches"](1, 2, 16)).astype("int32"), names["SPREAD"])
+    assert tokens.addressable_shards[0].data.shape == (8, names["LENGTH"])
+    with jax.set_mesh(names["MESH"]):
+        (hidden, head), taught = names["ask"](student, tokens), names["ask"](teacher, tokens)
+    assert hidden.dtype == head.dtype == taught[0].dtype == "bfloat16"
+
+    def by_logits(hidden, head):
+        logits, teacher_logits = hidden @ head.T, wide[2] @ wide[3].T
+        return kdjax.kl_loss(logits, teacher_logits, temperature=2.0, where=kept, reduction="sum") / kept.sum()
+
+    def spread(parts):
+        def total(hidden, head):
+            given = zip(*(jnp.split(x, parts) for x in (hidden, wide[2], kept)), strict=True)
+            return sum(names["divergence"](h, head, t, wide[3], where) for h, t, where in given) / kept.sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(*wide[:2])
+
+    # on eight devices, whole and in parts, as on one by way of the logits
+    kept = np.asarray(tokens)[:, 1:] > 0
+    wide = [np.asarray(x, "float32") for x in (hidden, head, *taught)]
+    value, gradients = jax.jit(jax.value_and_grad(by_logits, (0, 1)))(*wide[:2])
+    for parts in (1, 2):
+        same, others = spread(parts)
+        assert float(same) == pytest.approx(float(value), rel=1e-5)
+        assert max(norm([x], [y]) / norm([x], [0 * x]) for x, y in zip(gradients, others, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_tokenizers(framework, run):
+    names = run(f"tokenizers_{framework}")
+    for losses in names["losses"].values():
+        falls(losses, 0.8)
+    (before, hard), (_, both), (_, alone) = names["bits"].values()
+    assert hard < 0.8 * before
+    assert both < 0.8 * before
+    assert alone > before  # which knows no token
+    assert names["blind"] < 1e-5
+    # the logits that are compared follow the same text, and something follows
+    student, teacher, text = names["STUDENT"], names["TEACHER"], names["TRAIN"][0]
+    ours, theirs = student.encode(text).offsets, teacher.encode(text).offsets
+    data = {name: x[0] for name, x in names["data"].items()}
+    places = [data[f"{side}_places"][data["where"]] for side in ("student", "teacher")]
+    assert len(places[0]) > 3
+    for i, j in zip(*places, strict=True):
+        assert ours[i][1] == theirs[j][1] == ours[i + 1][0] == theirs[j + 1][0] < len(text)
+    ends = {end for _, end in ours} & {end for _, end in theirs}
+    assert len(places[0]) == len(ends) - 1
+    assert data["student"][: len(ours)].tolist() == student.encode(text).ids
 
 
 def test_accumulation_torch(run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -12,11 +12,17 @@ _text = (line.strip().encode("ascii", "ignore") for topic in topics.values() for
 LINES = [line[:LENGTH] for line in _text if len(line) >= 8]
 
 
+def rows(places: Iterable[int]) -> np.ndarray:
+    """`[lines, 40]`: bytes of these lines, and 0 after the end of a line."""
+    chosen = [LINES[place] for place in places]
+    tokens = np.zeros((len(chosen), LENGTH), np.int64)
+    for row, line in zip(tokens, chosen, strict=True):
+        row[: len(line)] = np.frombuffer(line, np.uint8)
+    return tokens
+
+
 def batches(steps: int, seed: int = 0, size: int = 32) -> Iterator[np.ndarray]:
     """`[size, 40]`: bytes of lines, drawn anew for each step, and 0 after the end of a line."""
     draw = np.random.default_rng(seed)
     for _ in range(steps):
-        tokens = np.zeros((size, LENGTH), np.int64)
-        for row, place in zip(tokens, draw.integers(len(LINES), size=size), strict=True):
-            row[: len(LINES[place])] = np.frombuffer(LINES[place], np.uint8)
-        yield tokens
+        yield rows(draw.integers(len(LINES), size=size))
