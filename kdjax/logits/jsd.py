@@ -60,8 +60,8 @@ def jsd_loss(
         TypeError: a shape or dtype that does not fit, a β that is an array.
 
     Agarwal et al., *On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes*, ICLR 2024,
-    https://arxiv.org/abs/2306.13649. TRL and Liger weigh as here; in DistiLLM's code the weight is 1 - β. Their
-    gradients are NaN where a logit is -inf.
+    https://arxiv.org/abs/2306.13649. In TRL and Liger β is the same weight; in DistiLLM's code the weight is 1 - β.
+    Their gradients are NaN if a logit is -inf.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import jsd_loss

@@ -49,15 +49,15 @@ def kl_loss(
         ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
         TypeError: a shape or dtype that does not fit.
 
-    The second argument is constant, whichever model it comes from: `kl_loss(teacher, student)` trains nothing. The
-    other direction, KL(p‖q), is `reverse_kl_loss`, and the Jensen–Shannon divergence `jsd_loss`. Built as
-    `(kl_loss(m, t) + kl_loss(m, s)) / 2`, with m the logarithm of the mean of the two softmaxes, it has the right value
-    and gradient 0, because its whole gradient goes through the second argument of `kl_loss(m, s)`. kdtorch warns,
-    once, if a constant requires a gradient and the first argument does not.
+    The second argument is constant, whichever model it comes from, so `kl_loss(teacher, student)` trains nothing. For
+    the other direction, KL(p‖q), use `reverse_kl_loss`, and for the Jensen–Shannon divergence `jsd_loss`. Do not build
+    the latter as `(kl_loss(m, t) + kl_loss(m, s)) / 2`, where m is the logarithm of the mean of the two softmaxes: the
+    value is right, but the gradient is 0, because all of it goes through the second argument of `kl_loss(m, s)`.
+    kdtorch warns once if a constant requires a gradient and the first argument does not.
 
     Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531.
     Released codes differ in the factor T² and in the mean: PyTorch's `kl_div` averages over classes too, unless its
-    reduction is `batchmean`. Here the factor T² is always there, and the mean is over examples.
+    reduction is `batchmean`. This function always includes T², and takes the mean over examples.
 
     >>> import jax.numpy as jnp
     >>> from kdjax import kl_loss

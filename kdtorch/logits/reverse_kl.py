@@ -55,8 +55,8 @@ def reverse_kl_loss(
         TypeError: a shape or dtype that does not fit.
 
     Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, ICLR 2024, https://arxiv.org/abs/2306.08543.
-    The paper samples from the student; the released code of DistiLLM and torchtune sum over the vocabulary, as here,
-    without a temperature. Both give a gradient of NaN where any logit is -inf.
+    The paper samples from the student; the released codes of DistiLLM and torchtune sum over the vocabulary, as this
+    function does, without a temperature. Both have a gradient of NaN if any logit is -inf.
 
     >>> import torch
     >>> from kdtorch import reverse_kl_loss
