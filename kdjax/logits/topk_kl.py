@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import class_max, class_sum, on_first
 from kdjax._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import kl_divergence, rowwise
@@ -32,6 +33,7 @@ def topk_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""KL divergence to a teacher of which k logits per example are kept; all others count as one class, or are left out.
 
@@ -68,6 +70,7 @@ def topk_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
@@ -91,8 +94,8 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    check_classes(student_logits)
-    entries, classes = indices.shape[-1], student_logits.shape[-1]
+    first, classes = check_classes(student_logits, class_axis_name, axis_name)
+    entries = indices.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
@@ -117,13 +120,19 @@ def topk_kl_loss(
         indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
     places = jnp.sort(indices, -1)
     twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
+    if class_axis_name is not None:  # what another device has is padding here
+        indices = indices - first
+        own = (indices >= 0) & (indices < student_logits.shape[-1])
+        indices, values = jnp.where(own, indices, -1), jnp.where(own, values, -jnp.inf)
     left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
     values = jnp.where(twice | jnp.isnan(left)[..., None] | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
-        value = _ROWS[compared](jnp.where(indices < 0, -jnp.inf, own), values, *settings, where=where)
+        rows = jnp.where(indices < 0, -jnp.inf, own), values, *settings
+        value = _ROWS[compared](*rows, where=where, class_axis_name=class_axis_name)
     else:
-        value = _TOPK[compared](student_logits, values, indices, left[..., None], *settings, where=where)
+        rows = student_logits, values, indices, left[..., None], *settings
+        value = _TOPK[compared](*rows, where=where, class_axis_name=class_axis_name)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
 
 
@@ -164,27 +173,31 @@ def topk_and_gradient(
     indices: jax.Array,
     rest: jax.Array,
     *settings: Scalar,
+    class_axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over devices each
+    compares the entries of its own classes, and the first the rest too.
     """
     temperature = settings[-1]
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
     others = jnp.where(_put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
-    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(x.dtype).min
-    largest = jnp.maximum(jnp.maximum(peak, own.max(-1, keepdims=True)), lowest)
-    peak, largest = jax.lax.stop_gradient((peak, largest))
+    peak, lowest = class_max(others, class_axis_name), jnp.finfo(x.dtype).min
+    largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)), lowest)
     # in the derivative by T infinity would meet the 0 of an excluded class
     below = jnp.maximum(others - jnp.maximum(peak, lowest), -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
     weight = jnp.exp(below / temperature)
-    total = weight.sum(-1, keepdims=True)
+    total = class_sum(weight, class_axis_name)
     total = jnp.where(total == 0, 1, total)
-    student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    value, gradient = divergence_and_gradient(student, jnp.concatenate([values, rest], -1), *settings)
-    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
+    together = (peak - largest) + temperature * jnp.log(total)
+    together, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (together, rest))
+    rows = jnp.concatenate([own - largest, together], -1), jnp.concatenate([values, rest], -1)
+    value, gradient = divergence_and_gradient(*rows, *settings, class_axis_name=class_axis_name)
+    of_rest = class_sum(gradient[..., -1:], class_axis_name)
+    return value, _put(weight * (of_rest / total), places, gradient[..., :-1])
 
 
 @functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
