@@ -247,9 +247,7 @@ def kl_of_softmaxes(
     return jnp.where(value < 0, 0, value), difference
 
 
-def less_common_error(
-    difference: Array, q: Array, class_axis_name: AxisName | None = None
-) -> tuple[Array, Array]:
+def less_common_error(difference: Array, q: Array, class_axis_name: AxisName | None = None) -> tuple[Array, Array]:
     """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
     total = class_sum(jax.lax.stop_gradient(difference), class_axis_name)
     common = jnp.where(jnp.abs(total) < 0.1, total, 0)  # p or q may be empty

@@ -70,7 +70,9 @@ def kl_loss(
     """
     check_classes(student_logits, class_axis_name, axis_name)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where, class_axis_name=class_axis_name)
+    divergence = kl_divergence(
+        student_logits, teacher_logits, temperature, where=where, class_axis_name=class_axis_name
+    )
     return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import class_max, class_sum, on_first
 from kdtorch._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import kl_divergence, rowwise
@@ -33,6 +34,7 @@ def topk_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""KL divergence to a teacher of which k logits per example are kept; all others count as one class, or are left out.
 
@@ -69,6 +71,7 @@ def topk_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
@@ -93,19 +96,19 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    check_classes(student_logits)
-    entries, classes = indices.shape[-1], student_logits.shape[-1]
+    first, classes = check_classes(student_logits, class_group, group)
+    entries, known = indices.shape[-1], not isinstance(classes, Tensor)  # by a compiler, unless by other ranks
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
         raise ValueError(f'`divergence` must be one of "kl", "reverse_kl", "jsd", got {divergence!r}')
-    if entries < 1 or (kept is None and entries > classes):
+    if entries < 1 or (kept is None and known and entries > classes):
         raise ValueError(
             f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
+    if tail == "bucket" and rest is None and (kept is not None or not known or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes if known else "all"} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
     weight = fraction("beta", beta, student_logits, values)
@@ -119,13 +122,18 @@ def topk_kl_loss(
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
+    if class_group is not None:  # what another rank has is padding here
+        indices = indices - first
+        own = (indices >= 0) & (indices < student_logits.shape[-1])
+        indices, values = torch.where(own, indices, -1), torch.where(own, values, -math.inf)
     left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
     values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        value = _ROWS[compared](own, values, *settings, where=where)
+        value = _ROWS[compared](own, values, *settings, where=where, class_group=class_group)
     else:
-        value = _TOPK[compared](student_logits, values, indices, left.unsqueeze(-1), *settings, where=where)
+        rows = student_logits, values, indices, left.unsqueeze(-1), *settings
+        value = _TOPK[compared](*rows, where=where, class_group=class_group)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
 
 
@@ -189,26 +197,30 @@ def topk_and_gradient(
     indices: Tensor,
     rest: Tensor,
     *settings: Scalar,
+    class_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over ranks each
+    compares the entries of its own classes, and the first the rest too.
     """
     temperature = settings[-1]
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
-    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(x.dtype).min
-    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True)).clamp(min=lowest)
+    peak, lowest = class_max(others, class_group), torch.finfo(x.dtype).min
+    largest = torch.maximum(peak, class_max(own, class_group)).clamp(min=lowest)
     below = others.sub_(peak.clamp(min=lowest))
     if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
         below = torch.maximum(below, -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
-    total = weight.sum(-1, keepdim=True).clamp(min=1)
-    student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
-    value, gradient = divergence_and_gradient(student, torch.cat([values, rest], -1), *settings)
-    spread = weight * (gradient[..., -1:] / total)
+    total = class_sum(weight, class_group).clamp(min=1)
+    together = (peak - largest) + temperature * total.log()
+    together, rest = (on_first(z, class_group, -math.inf) for z in (together, rest))
+    rows = torch.cat([own - largest, together], -1), torch.cat([values, rest], -1)
+    value, gradient = divergence_and_gradient(*rows, *settings, class_group=class_group)
+    spread = weight * (class_sum(gradient[..., -1:], class_group) / total)
     return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
 
 
