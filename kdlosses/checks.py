@@ -320,8 +320,17 @@ _ALIASES = {
     **dict.fromkeys(("target", "targets", "label", "gt", "y"), "labels"),
     **dict.fromkeys(("group", "process_group"), "axis_name"),
     "axis_name": "group",
+    "class_group": "class_axis_name",
+    "class_axis_name": "class_group",
 }
-_DEVICES = "axis_name (kdjax) or group (kdtorch)"
+_DEVICES = {x: "axis_name (kdjax) or group (kdtorch)" for x in ("axis_name", "group")}
+_DEVICES |= {x: "class_axis_name (kdjax) or class_group (kdtorch)" for x in ("class_axis_name", "class_group")}
+
+
+_WHOLE = (
+    "it needs all classes of an example in one place: gather them, or take kl_loss, reverse_kl_loss, symmetric_kl_loss, jsd_loss "
+    "or topk_kl_loss, of which classes may be spread over devices"
+)
 
 
 def misfit(
@@ -333,7 +342,7 @@ def misfit(
     keywords: tuple[str, ...],
 ) -> str:
     """The error of a call with so many positional arguments, and with these keywords."""
-    options = [_DEVICES if name in _DEVICES else name for name in names if name not in positional]
+    options = [_DEVICES.get(name, name) for name in names if name not in positional]
     taken = f"the arguments are {', '.join(positional)}; the options, given by name, {', '.join(options)}"
     if number > len(positional):
         return f"{function}: takes {len(positional)} positional arguments, got {number}; {taken}"
@@ -344,6 +353,9 @@ def misfit(
             wanted = _ALIASES.get(keyword.lower(), keyword.lower())
             words = set(wanted.split("_"))
             near = [name for name in names if (len(wanted) > 3 and wanted in name) or words == set(name.split("_"))]
+            near = [wanted] if wanted in near else near
+            if not near and wanted in ("class_axis_name", "class_group"):
+                return f"{function}: got an unexpected keyword argument {keyword!r}; {_WHOLE}"
             near = near or difflib.get_close_matches(wanted, names, 1)
             mend = "write " + " or ".join(f"`{name}`" for name in near) if near else taken
             return f"{function}: got an unexpected keyword argument {keyword!r}; {mend}"

@@ -197,6 +197,11 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             if not (learned or (traced and x.requires_grad)):
                 return by_rows(parts, where, *inputs, axes=axes, fixed=(class_group, None, ()))[0]
             if torch.compiler.is_compiling():
+                if learned and class_group is not None:
+                    raise NotImplementedError(
+                        "under torch.compile a temperature has no gradient with `class_group`; give temperature.detach(), or "
+                        "call the loss outside of what is compiled, by torch.compiler.disable"
+                    )
                 return Rowwise.apply(None, class_group, tuple(learned), where, *inputs)[0]
             apply = Rowwise.apply if torch._C._are_functorch_transforms_active() else apply_in_eager
             return apply(_check_of((where, *inputs)), class_group, tuple(learned), where, *inputs)[0]

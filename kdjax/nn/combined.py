@@ -67,6 +67,7 @@ class CombinedLoss(nnx.Module):
         where: Array | None = None,
         reduction: Reduction | None = None,
         axis_name: AxisName | None = None,
+        class_axis_name: AxisName | None = None,
         update: bool = True,
     ) -> jax.Array:
         """The weighted sum of the losses of a batch.
@@ -81,6 +82,8 @@ class CombinedLoss(nnx.Module):
                 take them.
             reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+            class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+                A loss of `score_stu` and `score_tea` that needs all classes in one place refuses it.
             update: False leaves the states of the losses as they were.
 
         Returns:
@@ -91,9 +94,13 @@ class CombinedLoss(nnx.Module):
                 loss refuses.
             TypeError: a `feat` that is no mapping; what a loss refuses.
         """
-        terms = self.terms(
-            score, feat, fea, target, epoch, where=where, reduction=reduction, axis_name=axis_name, update=update
-        )
+        options: dict[str, Any] = {
+            "where": where,
+            "reduction": reduction,
+            "axis_name": axis_name,
+            "class_axis_name": class_axis_name,
+        }
+        terms = self.terms(score, feat, fea, target, epoch, **options, update=update)
         return self.weigh(terms, epoch)
 
     def terms(
@@ -107,6 +114,7 @@ class CombinedLoss(nnx.Module):
         where: Array | None = None,
         reduction: Reduction | None = None,
         axis_name: AxisName | None = None,
+        class_axis_name: AxisName | None = None,
         update: bool = True,
     ) -> dict[str, jax.Array]:
         """The value of each loss by name, not weighted. States move as in a call; `weigh` makes the sum of it.
@@ -121,23 +129,41 @@ class CombinedLoss(nnx.Module):
                 take them.
             reduction: None leaves each loss its own, which is `"mean"` unless it was built with another.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+            class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+                A loss of `score_stu` and `score_tea` that needs all classes in one place refuses it.
             update: False leaves the states of the losses as they were.
 
         Returns:
             As many scalars as losses, or values of each example with `reduction="none"`.
 
         Raises:
-            ValueError: an input that a loss reads is absent; what a loss refuses.
+            ValueError: an input that a loss reads is absent; a `class_axis_name` beside a loss of logits that takes none; what a loss
+                refuses.
             TypeError: a `feat` that is no mapping; what a loss refuses.
         """
         if not isinstance(feat, Mapping | None):
             raise TypeError(f"`feat` must be a mapping of what the losses read, got {describe(feat)}; give it by name")
         inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
         inputs |= {} if target is None else {"target": target}
-        options = {"where": where, "reduction": reduction, "axis_name": axis_name, "update": None if update else False}
+        options: dict[str, Any] = {
+            "where": where,
+            "reduction": reduction,
+            "axis_name": axis_name,
+            "class_axis_name": class_axis_name,
+        }
+        options |= {} if update else {"update": False}
         options = {key: value for key, value in options.items() if value is not None}
         terms = {}
         for name, reads, takes in zip(self.names, self.reads, self._takes, strict=True):
+            if (
+                "class_axis_name" in options
+                and "class_axis_name" not in takes
+                and any(x in ("score_stu", "score_tea") for x in reads)
+            ):
+                raise ValueError(
+                    f"the loss {name!r} takes no `class_axis_name`, for it needs all classes of an example in one place; gather its logits "
+                    "and call it apart"
+                )
             given = (_read(name, source, inputs) for source in reads)
             terms[name] = self.losses[name](*given, **{key: x for key, x in options.items() if key in takes})
         return terms
