@@ -190,13 +190,11 @@ def test_laws(loss, dtype):
     assert (each[np.array([0, 3])] == 0).all()
     assert (gradient[np.array([0, 3])] == 0).all()
     assert (gradient[2, 10:] == 0).all()
-    eps = np.finfo(np.float32).eps
-    assert (np.abs(each - want) <= 64 * eps * np.abs(want)).all()
-    step = 256 * max(eps, float(jnp.finfo(dtype).eps) / 64)
-    np.testing.assert_array_less(
-        np.abs(np.asarray(gradient, "float64") - np.asarray(slope, "float64")),
-        step * np.maximum(np.abs(np.asarray(slope, "float64")).max(-1, keepdims=True), 1e-30),
-    )
+    others = np.array([1, 2, 4, 5, 6, 7])  # of those on one device XLA may round the two equal sums differently
+    each, want, gradient, slope = (np.asarray(x, "float64")[others] for x in (each, want, gradient, slope))
+    assert (np.abs(each - want) <= 64 * np.finfo(np.float32).eps * want).all()
+    eps = 256 * np.finfo(np.float32).eps if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
+    assert (np.abs(gradient - slope) <= eps * np.abs(slope).max(-1, keepdims=True)).all()
 
 
 @slow
@@ -278,7 +276,7 @@ def test_top_k_over_devices():
         functools.partial(local, name="model"), mesh=mesh(1, 8), in_specs=(spec, P(), P(), P(), P()), out_specs=P()
     )
     arguments = student, values, indices, rest, kept
-    got, want = jax.jit(over)(*arguments), local(*arguments, None)
+    got, want = jax.jit(over)(*arguments), jax.jit(functools.partial(local, name=None))(*arguments)
     assert np.isnan(got[:2, 2:]).all()
     assert np.isfinite(got[2, 4])
     np.testing.assert_allclose(got, want, rtol=1e-14)
@@ -310,7 +308,8 @@ def test_a_combined_loss_hands_the_axis_on():
     specs = {k: P(None, "model") if "score" in k else P() for k in feat}
 
     def over(names):
-        return jax.shard_map(functools.partial(local, names), mesh=mesh(1, 8), in_specs=(specs,), out_specs=P())(feat)
+        step = functools.partial(local, names)
+        return jax.jit(jax.shard_map(step, mesh=mesh(1, 8), in_specs=(specs,), out_specs=P()))(feat)
 
     assert float(over("kld-jsd-mse")) == pytest.approx(float(combined("kld-jsd-mse", feat)), rel=1e-12)
     with pytest.raises(
