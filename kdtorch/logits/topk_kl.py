@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,45 @@ def topk_kl_loss(
     0.4112
     """
     check_classes(student_logits)
-    entries, classes = indices.shape[-1], student_logits.shape[-1]
+    temperature = positive("temperature", temperature, student_logits, values)
+    teacher = values, indices, rest
+    options = tail, divergence, beta, kept, where
+    compared, values, indices, left, settings = recorded(
+        "topk_kl_loss", student_logits.shape[-1], *teacher, temperature, *options
+    )
+    if tail == "renormalize":
+        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
+        value = _ROWS[compared](own, values, *settings, where=where)
+    else:
+        value = _TOPK[compared](student_logits, values, indices, left, *settings, where=where)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+
+
+class Recorded(NamedTuple):
+    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+
+    divergence: str
+    values: Tensor
+    indices: Tensor
+    rest: Tensor
+    settings: tuple[Scalar, ...]
+
+
+def recorded(
+    loss: str,
+    classes: int,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor | Mapping[str, Tensor] | None,
+    temperature: Scalar,
+    tail: str,
+    divergence: str,
+    beta: float,
+    kept: Tensor | None,
+    where: Tensor | None,
+) -> Recorded:
+    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used."""
+    entries = indices.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
@@ -108,34 +146,28 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    weight = fraction("beta", beta, student_logits, values)
-    temperature = positive("temperature", temperature, student_logits, values)
+    weight = fraction("beta", beta, values)
     ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
     compared = ends if divergence == "jsd" else divergence
-    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
-    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(loss, rest, temperature, values)
     values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
-    if tail == "renormalize":
-        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        value = _ROWS[compared](own, values, *settings, where=where)
-    else:
-        value = _TOPK[compared](student_logits, values, indices, left.unsqueeze(-1), *settings, where=where)
-    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
+    return Recorded(compared, values, indices, left.unsqueeze(-1), settings)
 
 
-def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
+def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
             raise TypeError(
-                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+                f"{loss}: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
             )
     if not isinstance(rest, Mapping):
         return rest
@@ -195,6 +227,14 @@ def topk_and_gradient(
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
     temperature = settings[-1]
+    student, places, weight, total = kept_and_rest(x, indices, temperature)
+    value, gradient = divergence_and_gradient(student, torch.cat([values, rest], -1), *settings)
+    spread = weight * (gradient[..., -1:] / total)
+    return value, spread.scatter_add_(-1, places, torch.where(indices < 0, 0.0, gradient[..., :-1]))
+
+
+def kept_and_rest(x: Tensor, indices: Tensor, temperature: Scalar) -> tuple[Tensor, ...]:
+    """The logits of the kept classes and of the rest, less the largest; where the kept are; the weights of the rest, their sum."""
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
@@ -207,9 +247,7 @@ def topk_and_gradient(
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = weight.sum(-1, keepdim=True).clamp(min=1)
     student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
-    value, gradient = divergence_and_gradient(student, torch.cat([values, rest], -1), *settings)
-    spread = weight * (gradient[..., -1:] / total)
-    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
+    return student, places, weight, total
 
 
 _ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}
