@@ -275,9 +275,8 @@ def _by_classes(
         return totals
 
     known = () if fixed.weight is not None else tuple(others)
-    value, gradient_of = divergence.by_classes(
-        over_classes, (number, dtype), *known, *fixed.settings, student.temperature
-    )
+    settings = *fixed.settings, student.temperature
+    value, gradient_of = divergence.by_classes(over_classes, jnp.zeros(number, dtype), *known, *settings)
     if any(x is not None for x in totals):
         totals = over_classes(add, totals)
     return zero_masked(kept, value)[0], totals
@@ -295,72 +294,75 @@ class Sums(NamedTuple):
 
 
 def of_heads(
-    terms: Callable[..., tuple[Array, Array]], means: Callable[[Array, Array], tuple[Any, Any]] | None = None
+    f: Callable[..., Array],
+    g: Callable[..., Array],
+    means: Callable[[Array, Array], tuple[Array | None, Array | None]] | None = None,
 ) -> Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]:
     """`by_classes` of a divergence E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
 
-    `terms(p, q, ratio, *settings)` gives p f and q g of classes, where ratio = log(p / q). The gradients by x and y must be
-    p (f - E_p[f]) / T and q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g] of E_p[ratio] and E_q[ratio], one pass
-    over the classes comes before the gradients, and two where it is None.
+    `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
+    q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
+    pass over the classes comes before the gradients, and two where it is None.
     """
 
     def by_classes(
-        over_classes: Callable[..., Any], rows: tuple[int, DTypeLike], *settings: Any
+        over_classes: Callable[..., Any], rows: Array, *settings: Any
     ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
         *settings, temperature = settings
-        least = jnp.full(*rows[:1], jnp.finfo(rows[1]).min, rows[1])
-        start = Sums(least, jnp.zeros_like(least), jnp.zeros_like(least))
+        least, zero = jnp.full_like(rows, jnp.finfo(rows.dtype).min), jnp.zeros_like(rows)
 
         def gather(sums: tuple[Sums, Sums], first: Any, x: Array, y: Array) -> tuple[Sums, Sums]:
             peaks = [jnp.maximum(old.peak, z.max(-1)) for old, z in zip(sums, (x, y), strict=True)]
-            d = _difference(x, y, *peaks)
+            x, y = (z - peak[:, None] for z, peak in zip((x, y), peaks, strict=True))
+            d = difference(x, y)
             step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
             new = []
             for old, z, peak in zip(sums, (x, y), peaks, strict=True):
-                weight = jnp.exp((z - peak[:, None]) / temperature)
+                weight = jnp.exp(z / temperature)
                 decay = jnp.exp((old.peak - peak) / temperature)
                 moved = jnp.where(decay == 0, 0, decay * (old.apart + step * old.total))
                 new.append(Sums(peak, decay * old.total + weight.sum(-1), moved + dot(weight, d)))
             return new[0], new[1]
 
-        ours, theirs = over_classes(gather, (start, start))
-        logs = jnp.log(ours.total) - jnp.log(theirs.total)
+        ours, theirs = over_classes(gather, (Sums(least, zero, zero), Sums(least, zero, zero)))
+        logs = jnp.log(ours.total), jnp.log(theirs.total)
 
-        def softmaxes(x: Array, y: Array) -> tuple[Array, Array, Array]:
-            p, q = (
-                jnp.exp((z - one.peak[:, None]) / temperature) / one.total[:, None]
-                for z, one in ((x, ours), (y, theirs))
-            )
-            return p, q, _difference(x, y, ours.peak, theirs.peak) / temperature - logs[:, None]
+        def log_softmaxes(*logits: Array) -> list[Array]:
+            each = zip(logits, (ours, theirs), logs, strict=True)
+            return [(z - one.peak[:, None]) / temperature - log[:, None] for z, one, log in each]
 
+        mean: Any
         if means is not None:
-            mean = means(*(one.apart / one.total / temperature - logs for one in (ours, theirs)))
+            mean = means(*(one.apart / one.total / temperature - (logs[0] - logs[1]) for one in (ours, theirs)))
         else:
 
             def add(sums: tuple[Array, Array], first: Any, x: Array, y: Array) -> tuple[Array, Array]:
-                f, g = terms(*softmaxes(x, y), *settings)
-                return sums[0] + f.sum(-1), sums[1] + g.sum(-1)
+                both = *log_softmaxes(x, y), *settings
+                return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
 
-            mean = over_classes(add, (jnp.zeros_like(least), jnp.zeros_like(least)))
-        value = mean[0] + mean[1]
-        # where one of the two excludes a class the mean may be infinite, and no gradient is
-        mean = tuple(jnp.where(jnp.isfinite(value), m, 0) for m in mean)
+            mean = over_classes(add, (zero, zero))
+        value = sum(m for m in mean if m is not None)
+
+        def centred(of: Callable[..., Array], log: Array, mean: Array | None, both: tuple[Any, ...]) -> Array:
+            result = of(*both)
+            if mean is not None:  # infinite where one of the two excludes a class, and no gradient is
+                result = result - jnp.exp(log) * jnp.where(jnp.isfinite(mean), mean, 0)[:, None]
+            return result / temperature
 
         def gradient(first: Any, x: Array, y: Array) -> tuple[Array, Array]:
-            p, q, ratio = softmaxes(x, y)
-            f, g = terms(p, q, ratio, *settings)
-            pull = dot((g - q * mean[1][:, None]) / temperature, y)
-            return (f - p * mean[0][:, None]) / temperature, pull
+            log_p, log_q = log_softmaxes(x, y)
+            both = log_p, log_q, *settings
+            return centred(f, log_p, mean[0], both), dot(centred(g, log_q, mean[1], both), y)
 
-        return jnp.where(value < 0, 0, value), gradient
+        return jnp.maximum(value, 0), gradient
 
     return by_classes
 
 
-def _difference(x: Array, y: Array, peak: Array, other: Array) -> Array:
-    """x - y, each less its largest; 0 of a class that both exclude, so that no NaN is on the way."""
+def difference(x: Array, y: Array) -> Array:
+    """x - y; 0 of a class that both exclude, so that no NaN is on the way."""
     both = jnp.isneginf(x) & jnp.isneginf(y)
-    return jnp.where(both, 0, (jnp.where(both, 0, x) - jnp.where(both, 0, y)) - (peak - other)[:, None])
+    return jnp.where(both, 0, jnp.where(both, 0, x) - jnp.where(both, 0, y))
 
 
 def of_kept(
@@ -373,15 +375,14 @@ def of_kept(
 
     def by_classes(
         over_classes: Callable[..., Any],
-        rows: tuple[int, DTypeLike],
+        rows: Array,
         values: Array,
         indices: Array,
         rest: Array,
         *settings: Any,
     ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
         temperature = settings[-1]
-        lowest = jnp.finfo(rows[1]).min
-        start = jnp.full(values.shape, -jnp.inf, rows[1]), jnp.full(rows[0], lowest, rows[1]), jnp.zeros(*rows)
+        lowest = jnp.finfo(rows.dtype).min
 
         def places(first: Any, x: Array) -> tuple[Array, Array]:
             """Where the kept classes are in a block; beyond its end those that are not in it."""
@@ -401,6 +402,7 @@ def of_kept(
             weight = jnp.exp((others - new[:, None]) / temperature)
             return own, new, jnp.exp((peak - new) / temperature) * total + weight.sum(-1)
 
+        start = jnp.full_like(values, -jnp.inf), jnp.full_like(rows, lowest), jnp.zeros_like(rows)
         own, peak, total = over_classes(gather, start)
         student, teacher = own, values
         if bucket:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kdjax._linear import Divergence, Fixed, Output, Student, linear, of_heads, of_kept, put
+from kdjax._linear import Divergence, Fixed, Output, Student, difference, linear, of_heads, of_kept, put
 from kdjax._numerics import check_fixed, dot, fraction, kl_and_gradient, positive, times_square
 from kdjax._reduce import check_reduction, reduce, reduce_sum, weighted_mean
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
@@ -415,25 +415,24 @@ def _reduced(
     return reduce_sum(value, math.prod(hidden.shape[:-1]), where, reduction, axis_name)
 
 
-def _kl_terms(p: jax.Array, q: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return p - q, -_times(q, ratio)
+def _kl_of_student(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    return jnp.exp(log_p) - jnp.exp(log_q)
 
 
-def _reverse_kl_terms(p: jax.Array, q: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # an infinite one counts as if the teacher gave the class the least number there is
-    return _times(p, jnp.where(jnp.isposinf(ratio), -math.log(jnp.finfo(ratio.dtype).tiny), ratio)), q - p
+def _kl_of_teacher(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """q log(q / p). An infinite one counts as if the student gave the class the least number there is."""
+    ratio = jnp.where(jnp.isneginf(log_q), 0, difference(log_q, log_p))
+    return jnp.exp(log_q) * jnp.where(jnp.isposinf(ratio), -math.log(jnp.finfo(log_q.dtype).tiny), ratio)
 
 
-def _jsd_terms(p: jax.Array, q: jax.Array, ratio: jax.Array, beta: Scalar) -> tuple[jax.Array, jax.Array]:
-    """(1 - b) p log(p / m) and b q log(q / m), m = b q + (1 - b) p."""
-    ratio = jnp.clip(ratio, -80, 80)  # infinite where one of the two excludes a class
-    of_p, of_q = jnp.log1p(beta * jnp.expm1(-ratio)), jnp.log1p((1 - beta) * jnp.expm1(ratio))
-    return (beta - 1) * p * of_p, -beta * q * of_q
+def _jsd_of_student(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
+    """(1 - b) p log(p / m), m = b q + (1 - b) p."""
+    ratio = jnp.clip(difference(log_q, log_p), -80, 80)  # infinite where one of the two excludes a class
+    return (beta - 1) * jnp.exp(log_p) * jnp.log1p(beta * jnp.expm1(ratio))
 
 
-def _times(p: jax.Array, x: jax.Array) -> jax.Array:
-    """p x, where 0 times infinity is 0."""
-    return jnp.where(p == 0, 0, p * jnp.where(p == 0, 0, x))
+def _jsd_of_teacher(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
+    return _jsd_of_student(log_q, log_p, 1 - beta)
 
 
 def _pull(of_teacher: Any, x: jax.Array, y: jax.Array, *settings: Scalar) -> jax.Array:
@@ -480,7 +479,13 @@ def _of_kept(name: str, tail: str) -> Any:
     return linear(Divergence(functools.partial(rows, divergence), pull, of_kept(divergence, of_teacher, bucket)))
 
 
-_kl = _of_heads("kl", of_heads(_kl_terms, lambda p, q: (0, -q)))
-_reverse_kl = _of_heads("reverse_kl", of_heads(_reverse_kl_terms, lambda p, q: (p, 0)))
-_jsd = _of_heads("jsd", of_heads(_jsd_terms))
+def _swapped(of: Any) -> Any:
+    return lambda log_p, log_q: of(log_q, log_p)
+
+
+_kl = _of_heads("kl", of_heads(_kl_of_student, _kl_of_teacher, lambda p, q: (None, -q)))
+_reverse_kl = _of_heads(
+    "reverse_kl", of_heads(_swapped(_kl_of_teacher), _swapped(_kl_of_student), lambda p, q: (p, None))
+)
+_jsd = _of_heads("jsd", of_heads(_jsd_of_student, _jsd_of_teacher))
 _TOPK = {(name, tail): _of_kept(name, tail) for name in _AND_GRADIENT for tail in ("bucket", "renormalize")}
