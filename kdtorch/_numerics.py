@@ -256,7 +256,7 @@ def with_gradients(
     of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The gradients,
     in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is held, so they may
     be written into. A second derivative is refused. The gradients of a loss that is named as `once`, which may be most of
-    what a step holds, are handed over in the backward pass and not copied; a second one is refused.
+    what a step holds, are handed over in the last backward pass and not copied.
     """
 
     class WithGradients(torch.autograd.Function):
@@ -285,11 +285,14 @@ def with_gradients(
             number = sum(ctx.asked)
             if getattr(ctx, "handed_over", False):
                 raise RuntimeError(
-                    f"{once}: a scalar's gradients were made in the forward pass and handed over in the first backward pass; for "
-                    'a second one call the loss again, or give reduction="none" and reduce the values yourself'
+                    f"{once}: a scalar's gradients are made in the forward pass, and the backward pass before has handed them over; "
+                    "give retain_graph=True to every backward pass but the last, or call the loss again"
                 )
             edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
-            ctx.handed_over = handed_over = bool(once) and eager(cotangent) and not torch.is_grad_enabled()
+            handed_over = bool(once) and not torch.is_grad_enabled() and eager(cotangent)
+            handed_over = handed_over and not torch._C._autograd._get_current_graph_task_keep_graph()
+            if handed_over:
+                ctx.handed_over = True
             results: list[Tensor | None] = []
             for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
                 if not wanted or cotangent is None:
@@ -324,7 +327,7 @@ def with_gradients(
 
 
 def eager(x: Tensor | None) -> bool:
-    """Whether no compiler and no transform of torch.func is at work."""
+    """Whether x is an ordinary tensor, and no compiler and no transform of torch.func is at work."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and type(x) is Tensor
 
 
