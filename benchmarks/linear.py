@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
     parser.add_argument("--json", metavar="FILE", help="every figure")
     parser.add_argument("--png", metavar="FILE", help="memory against tokens, and against the vocabulary")
-    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # of this process, which takes its steps when told
+    parser.add_argument(
+        "--form", choices=FORMS, help=argparse.SUPPRESS
+    )  # of this process, which takes its steps when told
     options = parser.parse_args(arguments)
     if options.form:
         return _serve(options)
@@ -56,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _turns(options: argparse.Namespace, tokens: int, vocabulary: int) -> list[dict[str, Any]]:
     """All forms in turn, and what is printed of them."""
-    print(f"{options.loss}, {tokens} tokens x {vocabulary} x {options.dim}, {options.dtype}, {options.device}", flush=True)
+    print(
+        f"{options.loss}, {tokens} tokens x {vocabulary} x {options.dim}, {options.dtype}, {options.device}", flush=True
+    )
     settings = [f"--{name}={getattr(options, name)}" for name in ("loss", "dim", "dtype", "device", "threads")]
     settings += [f"--tokens={tokens}", f"--vocabulary={vocabulary}"]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.linear", *settings]
@@ -94,7 +98,13 @@ def _turns(options: argparse.Namespace, tokens: int, vocabulary: int) -> list[di
             print(f"{row['form']:>16}  {row['error']}", flush=True)
             continue
         scale = max(map(abs, first["ends"]))
-        apart = max(abs(a - b) for a, b in zip(row.pop("ends") if row is not first else row["ends"], first["ends"], strict=True)) / scale
+        apart = (
+            max(
+                abs(a - b)
+                for a, b in zip(row.pop("ends") if row is not first else row["ends"], first["ends"], strict=True)
+            )
+            / scale
+        )
         if apart > LIMITS[options.dtype]:
             row["apart"] = apart
         print(
@@ -273,7 +283,9 @@ def _draw(rows: list[dict[str, Any]], path: str) -> None:
     for axis, grows, fixed in zip(axes, ("tokens", "vocabulary"), ("vocabulary", "tokens"), strict=True):
         held = max(row[fixed] for row in rows) if fixed == "vocabulary" else min(row[fixed] for row in rows)
         for form in dict.fromkeys(row["form"] for row in rows):
-            points = [(row[grows], row["MiB"]) for row in rows if row["form"] == form and row[fixed] == held and "MiB" in row]
+            points = [
+                (row[grows], row["MiB"]) for row in rows if row["form"] == form and row[fixed] == held and "MiB" in row
+            ]
             axis.plot(*zip(*sorted(points), strict=True), marker=".", label=form)
         axis.set(xlabel=f"{grows}, at {held:,} {fixed.replace('vocabulary', 'classes')}", ylim=0, xscale="log")
     axes[0].set_ylabel("MiB at the peak")

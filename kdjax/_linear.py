@@ -1,4 +1,4 @@
-"""What compares the logits of linear heads, which are made a block at a time and dropped: of rows, or of classes."""
+"""What compares the logits of linear heads, which are made for a block of classes at a time and dropped."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kdjax._reduce import zero_masked
 from kdjax._rowwise import pack
 from kdjax._typing import Scalar
 
-BLOCK = 2**22  # entries of the logits of a block of rows, and of a part of a head's gradient
-LEAST = 2**21  # entries of the logits of a block of classes
+BLOCK = 2**22  # entries of the logits of a block of classes
+LEAST = 2**21  # the same where memory is least
 
 
 class Output(NamedTuple):
@@ -63,23 +63,12 @@ class Fixed(NamedTuple):
     settings: tuple[Scalar, ...] = ()
 
 
-class Divergence(NamedTuple):
-    """How rows of logits x are compared with y: the teacher's logits, or the arrays that are known of them.
-
-    Attributes:
-        by_rows: `(x, *y, *settings, T)` to the value of each row and its gradient by x. The value must be one of x / T and
-            y / T, so that its derivative by T is -(x · ∂x + y · ∂y) / T.
-        pull: the same to y · ∂y of each row.
-        by_classes: the same of blocks of classes, as `of_heads` and `of_kept` make it.
-    """
-
-    by_rows: Callable[..., tuple[Array, Array]]
-    pull: Callable[..., Array]
-    by_classes: Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]
+# of a divergence: `of_heads` and `of_kept` make it
+ByClasses = Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]
 
 
-def linear(divergence: Divergence) -> Callable[..., Array]:
-    """A function of a student's hidden states and head, and of what is constant, from a divergence of rows of logits.
+def linear(divergence: ByClasses) -> Callable[..., Array]:
+    """A function of a student's hidden states and head, and of what is constant, from a divergence of logits by classes.
 
     What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
     `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
@@ -120,7 +109,9 @@ def linear(divergence: Divergence) -> Callable[..., Array]:
 
     def differentiable(student: Student, fixed: Fixed, summed: bool, least: bool) -> Array:
         student, fixed = jax.tree.map(jnp.asarray, (student, fixed))
-        return values(summed, least, *jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed)))
+        return values(
+            summed, least, *jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed))
+        )
 
     return differentiable
 
@@ -137,7 +128,7 @@ def _varying(axes: frozenset[str], x: Array) -> Array:
 
 
 def _evaluate(
-    divergence: Divergence, least: bool, student: Student, fixed: Fixed, above: Array | None, asked: Student
+    divergence: ByClasses, least: bool, student: Student, fixed: Fixed, above: Array | None, asked: Student
 ) -> tuple[Array, Student]:
     """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
     batch = student.hidden.shape[:-1]
@@ -151,76 +142,28 @@ def _evaluate(
     factor = weights if above is None else above if weights is None else above * weights
 
     def start(wanted: bool, like: Any) -> Array | None:
-        # summed over blocks of rows, or, of a block of classes at a time, rounded as it is written
-        exact = dtype if like is not student.weight or not least or like.dtype != jnp.bfloat16 else like.dtype
+        # a class is written once, so that its gradient may be rounded at once
+        exact = like.dtype if like is student.weight and like.dtype == jnp.bfloat16 else dtype
         return _varying(axes, jnp.zeros(jnp.shape(like), exact)) if wanted else None
 
     if fixed.weight is None:
         rows = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, fixed.rows)
         fixed = fixed._replace(rows=rows)
     totals = Student(*map(start, asked, student))
-    flat = jax.tree.map(
-        lambda x: x.reshape(number, *x.shape[len(batch) :]), (student.hidden, fixed.rows, kept, factor)
-    )
+    flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[len(batch) :]), (student.hidden, fixed.rows, kept, factor))
     if totals.hidden is not None:
         totals = totals._replace(hidden=totals.hidden.reshape(number, -1))
-    run = _by_classes if least else _by_rows
-    value, totals = run(divergence, student, fixed, flat, totals, dtype, axes)
+    entries = LEAST if least else BLOCK
+    value, totals = _by_classes(divergence, entries, student, fixed, flat, totals, dtype, axes)
     if totals.hidden is not None:
         totals = totals._replace(hidden=totals.hidden.reshape(student.hidden.shape))
     value = value.reshape(batch)
     return value if weights is None else value * weights, totals
 
 
-def _by_rows(
-    divergence: Divergence,
-    student: Student,
-    fixed: Fixed,
-    rows: tuple[Any, ...],
-    totals: Student,
-    dtype: DTypeLike,
-    axes: frozenset[str],
-) -> tuple[Array, Student]:
-    (number, _), (classes, _) = rows[0].shape, student.weight.shape
-    size = max(min(number, BLOCK // classes), 1)
-
-    def blocks(x: Array) -> Array:
-        x = jnp.pad(x, ((0, -number % size), *((0, 0) for _ in x.shape[1:])))
-        return x.reshape(-1, size, *x.shape[1:])
-
-    def step(totals: Student, rows: tuple[Any, ...]) -> tuple[Student, tuple[Array, Array | None]]:
-        h, others, kept, factor = rows
-        h, *others = zero_masked(kept, h, *others)
-        x = _logits(h, student.weight, student.bias, fixed.outputs[0], dtype)
-        y = others
-        if fixed.weight is not None:
-            y = [_logits(others[0], fixed.weight, fixed.bias, fixed.outputs[1], dtype)]
-        value, gradient = divergence.by_rows(x, *y, *fixed.settings, student.temperature)
-        value, gradient = zero_masked(kept, value, gradient if factor is None else gradient * factor[:, None])
-        if totals.temperature is not None:
-            pull = divergence.pull(x, *y, *fixed.settings, student.temperature)
-            (pull,) = zero_masked(kept, pull if factor is None else pull * factor)
-            slope = -(dot(gradient, x) + pull).sum() / student.temperature
-            totals = totals._replace(temperature=totals.temperature + slope)
-        gradient = _through(gradient, x, fixed.outputs[0])
-        if totals.bias is not None:
-            totals = totals._replace(bias=totals.bias + gradient.sum(0))
-        if totals.weight is not None:
-            totals = totals._replace(weight=_add_product(totals.weight, gradient, h))
-        return totals, (value, _contracted(gradient, student.weight, 1, 0, dtype) if wanted else None)
-
-    wanted = totals.hidden is not None
-    hidden, others, kept, factor = rows
-    kept = jnp.ones(number, bool) if kept is None else kept
-    rows = jax.tree.map(blocks, (hidden, others, kept, factor))
-    totals, (value, pulled) = jax.lax.scan(step, totals._replace(hidden=None), rows)
-    if pulled is not None:
-        totals = totals._replace(hidden=pulled.reshape(-1, pulled.shape[-1])[:number])
-    return value.reshape(-1)[:number], totals
-
-
 def _by_classes(
-    divergence: Divergence,
+    divergence: ByClasses,
+    entries: int,
     student: Student,
     fixed: Fixed,
     rows: tuple[Any, ...],
@@ -232,7 +175,7 @@ def _by_classes(
     h, others, kept, factor = rows
     h, *others = zero_masked(kept, h, *others)
     (number, dim), (classes, _) = h.shape, student.weight.shape
-    size = min(classes, max(LEAST // max(number, dim), 16))
+    size = min(classes, max(entries // max(number, dim), 16))
 
     def cut(x: Array | None, first: Array | int, size: int) -> Array | None:
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size)
@@ -276,7 +219,7 @@ def _by_classes(
 
     known = () if fixed.weight is not None else tuple(others)
     settings = *fixed.settings, student.temperature
-    value, gradient_of = divergence.by_classes(over_classes, jnp.zeros(number, dtype), *known, *settings)
+    value, gradient_of = divergence(over_classes, jnp.zeros(number, dtype), *known, *settings)
     if any(x is not None for x in totals):
         totals = over_classes(add, totals)
     return zero_masked(kept, value)[0], totals
@@ -297,8 +240,8 @@ def of_heads(
     f: Callable[..., Array],
     g: Callable[..., Array],
     means: Callable[[Array, Array], tuple[Array | None, Array | None]] | None = None,
-) -> Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]:
-    """`by_classes` of a divergence E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
+) -> ByClasses:
+    """A divergence, by blocks of classes, E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
 
     `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
     q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
@@ -367,8 +310,8 @@ def difference(x: Array, y: Array) -> Array:
 
 def of_kept(
     divergence_and_gradient: Callable[..., tuple[Array, Array]], of_teacher: Callable[..., Array], bucket: bool
-) -> Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]:
-    """`by_classes` of a divergence over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
+) -> ByClasses:
+    """A divergence, by blocks of classes, over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
 
     An index below 0 is none. `of_teacher` is the divergence's gradient by y.
     """
@@ -456,19 +399,3 @@ def _contracted(a: Array, b: Array, axis: int, other: int, dtype: DTypeLike) -> 
     return jax.lax.dot_general(
         a, b, (((axis,), (other,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.dtype(dtype)
     )
-
-
-def _add_product(total: Array, gradient: Array, hidden: Array) -> Array:
-    """total + gradientᵀ hidden, a part of the classes at a time and in place, so that no second array is as large."""
-    classes, dim = total.shape
-    size = max(BLOCK // dim, 1)
-
-    def add(first: Array | int, total: Array, size: int = size) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(gradient, first, size, 1)
-        product = _contracted(part, hidden, 0, 0, total.dtype)
-        old = jax.lax.dynamic_slice_in_dim(total, first, size)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + product, first, 0)
-
-    whole = classes // size
-    total = jax.lax.fori_loop(0, whole, lambda i, total: add(i * size, total), total) if whole else total
-    return add(whole * size, total, classes % size) if classes % size else total

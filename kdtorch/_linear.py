@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdtorch._numerics import coupled, custom_op, dot, widest
 
-BLOCK = 2**24  # entries of the logits of a block of rows
+BLOCK = 3 * 2**22  # entries of the logits of a block of rows
 PART = 2**22  # entries of a part of a head in half precision
 LEAST = 2**21  # entries of the logits of a block of classes
 
@@ -119,7 +119,7 @@ def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
         "bool of_hidden, bool of_weight, bool of_bias, bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _shapes,
     )(evaluate)
-    evaluated = coupled(operator, learns=4, once=name)
+    evaluated = coupled(operator, learns=4, hands_over=True)
 
     def differentiable(student: Student, fixed: Fixed, summed: bool, least: bool) -> Tensor:
         rows = (*fixed.rows, None, None)[:3]
@@ -189,10 +189,12 @@ def _by_rows(
     values: Tensor,
     totals: Student,
 ) -> None:
-    dtype, size = values.dtype, max(BLOCK // len(student.weight), 1)
+    dtype, number = values.dtype, len(values) if places is None else len(places)
+    size = max(BLOCK // len(student.weight), 1)
+    size = -(-number // max(-(-number // size), 1)) or 1  # blocks of one size
     settings = *fixed.settings, student.temperature
     output, other_output = fixed.outputs
-    blocks = _slices(len(values), size) if places is None else places.split(size)
+    blocks = _slices(number, size) if places is None else places.split(size)
     for kept in blocks:
         h, *others = (x[kept] for x in rows)
         x, y = _logits(h, student.weight, student.bias, output, dtype), others
@@ -405,7 +407,9 @@ def of_kept(
         def gradient(part: slice, x: Tensor, learns_temperature: bool) -> tuple[Tensor, Tensor | None]:
             pull = None
             if learns_temperature:  # once
-                pull = dot(of_teacher(student, teacher, *settings), teacher) if part.start == 0 else rows.new_zeros(len(x))
+                pull = (
+                    dot(of_teacher(student, teacher, *settings), teacher) if part.start == 0 else rows.new_zeros(len(x))
+                )
             inside, at = places(part)
             if bucket:
                 spread = without(x.clone(), inside, at).sub_(peak.unsqueeze(-1)).div_(temperature).exp_()

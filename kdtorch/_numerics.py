@@ -247,7 +247,7 @@ BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then ho
 
 
 def with_gradients(
-    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, once: str = ""
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A differentiable function from one that makes its value and its gradients in one go.
 
@@ -255,8 +255,8 @@ def with_gradients(
     else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes
     of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The gradients,
     in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is held, so they may
-    be written into. A second derivative is refused. The gradients of a loss that is named as `once`, which may be most of
-    what a step holds, are handed over in the last backward pass and not copied.
+    be written into. A second derivative is refused. A loss whose gradients may be most of what a
+    step holds `hands_over` what it held in the last backward pass, and copies nothing.
     """
 
     class WithGradients(torch.autograd.Function):
@@ -283,22 +283,15 @@ def with_gradients(
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             number = sum(ctx.asked)
-            if getattr(ctx, "handed_over", False):
-                raise RuntimeError(
-                    f"{once}: a scalar's gradients are made in the forward pass, and the backward pass before has handed them over; "
-                    "give retain_graph=True to every backward pass but the last, or call the loss again"
-                )
             edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
-            handed_over = bool(once) and not torch.is_grad_enabled() and eager(cotangent)
-            handed_over = handed_over and not torch._C._autograd._get_current_graph_task_keep_graph()
-            if handed_over:
-                ctx.handed_over = True
+            last = hands_over and not torch.is_grad_enabled() and _eager(cotangent)
+            last = last and not torch._C._autograd._get_current_graph_task_keep_graph()
             results: list[Tensor | None] = []
             for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
                 if not wanted or cotangent is None:
                     results.append(None)
                     continue
-                if handed_over:
+                if last:
                     gradient = next(parts)
                     results.append(_scale(gradient, cotangent * next(parts) if dtype == torch.float16 else cotangent))
                     continue
@@ -326,7 +319,7 @@ def with_gradients(
     return differentiable
 
 
-def eager(x: Tensor | None) -> bool:
+def _eager(x: Tensor | None) -> bool:
     """Whether x is an ordinary tensor, and no compiler and no transform of torch.func is at work."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and type(x) is Tensor
 
@@ -335,7 +328,7 @@ def _scale(x: Tensor, factor: Tensor) -> Tensor:
     """x times a number, in place; in half precision a part at a time, as the number has more digits."""
     if x.dtype == factor.dtype:
         return x.mul_(factor)
-    for part in x.view(-1).split(2**22):
+    for part in x.view(-1).split(2**20):
         part.copy_(part.to(factor.dtype).mul_(factor.flatten()))
     return x
 
@@ -364,7 +357,9 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
     return (gradient / unit).to(dtype), unit
 
 
-def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int, once: str = "") -> Callable[..., Tensor]:
+def coupled(
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
+) -> Callable[..., Tensor]:
     """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
 
     `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
@@ -404,7 +399,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int, once: str 
                 results.append(gradient if wanted else None)
             return None, *results, *(None for _ in inputs[learns:])
 
-    summed_up = with_gradients(total, learns, once)
+    summed_up = with_gradients(total, learns, hands_over)
 
     def differentiable(*inputs: Any, summed: bool) -> Tensor:
         if summed:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from kdjax._linear import Divergence, Fixed, Output, Student, difference, linear, of_heads, of_kept, put
-from kdjax._numerics import check_fixed, dot, fraction, kl_and_gradient, positive, times_square
+from kdjax._linear import Fixed, Output, Student, difference, linear, of_heads, of_kept
+from kdjax._numerics import check_fixed, fraction, kl_and_gradient, positive, times_square
 from kdjax._reduce import check_reduction, reduce, reduce_sum, weighted_mean
 from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 from kdjax.logits.jsd import jsd_and_gradient
 from kdjax.logits.reverse_kl import reverse_kl_and_gradient
-from kdjax.logits.topk_kl import kept_and_rest, recorded, topk_and_gradient
+from kdjax.logits.topk_kl import recorded
 
 Memory = Literal["low", "least"]
 
@@ -45,8 +45,8 @@ def linear_kl_loss(
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -63,7 +63,7 @@ def linear_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -126,8 +126,8 @@ def linear_reverse_kl_loss(
     $$T^2\,\mathrm{KL}(p\,\|\,q),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -144,7 +144,7 @@ def linear_reverse_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -172,7 +172,9 @@ def linear_reverse_kl_loss(
     REVERSE
     """
     least = _least(memory)
-    check_fixed("linear_reverse_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
+    check_fixed(
+        "linear_reverse_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0]
+    )
     temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
@@ -206,8 +208,8 @@ def linear_jsd_loss(
     $$\beta\,\mathrm{KL}(q\,\|\,m)+(1-\beta)\,\mathrm{KL}(p\,\|\,m),\qquad m=\beta q+(1-\beta)p,\quad
     p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\; q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -225,7 +227,7 @@ def linear_jsd_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes, or three where 0 < β < 1: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -297,8 +299,8 @@ def linear_topk_kl_loss(
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad s=W h+b,\quad \bar s=T\log\sum_{c\notin K}e^{s_c/T}$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -321,7 +323,7 @@ def linear_topk_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -385,7 +387,7 @@ def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: A
     """What becomes of the products of the student's head, and of the teacher's."""
     caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
     for cap in caps if len(caps) == 2 else [math.nan]:
-        number = isinstance(cap, float | int) and not isinstance(cap, bool)
+        number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
         if cap is not None and not (number and 0 < cap < math.inf):
             raise ValueError(
                 "`softcap` must be None, a number greater than 0, or a pair of these for student and teacher, "
@@ -396,7 +398,8 @@ def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: A
         for name, scale in (("student", student_scale), ("teacher", teacher_scale))
     )
     student, teacher = (None if isinstance(scale, float) and scale == 1 else scale for scale in scales)
-    return Output(student, caps[0]), Output(teacher, caps[1])
+    first, second = (None if cap is None else float(cap) for cap in caps)
+    return Output(student, first), Output(teacher, second)
 
 
 def _reduced(
@@ -435,31 +438,6 @@ def _jsd_of_teacher(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Arr
     return _jsd_of_student(log_q, log_p, 1 - beta)
 
 
-def _pull(of_teacher: Any, x: jax.Array, y: jax.Array, *settings: Scalar) -> jax.Array:
-    return dot(of_teacher(x, y, *settings), y)
-
-
-def _renormalized_and_gradient(
-    divergence_and_gradient: Any, x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, *settings: Scalar
-) -> tuple[jax.Array, jax.Array]:
-    """A divergence over the classes of `indices`, of which one below 0 is none; its gradient over all."""
-    value, gradient = divergence_and_gradient(_kept(x, indices), values, *settings)
-    return value, put(jnp.zeros_like(x), jnp.where(indices < 0, x.shape[-1], indices), gradient)
-
-
-def _kept(x: jax.Array, indices: jax.Array) -> jax.Array:
-    return jnp.where(indices < 0, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
-
-
-def _pull_of_kept(
-    of_teacher: Any, bucket: bool, x: jax.Array, values: jax.Array, indices: jax.Array, rest: jax.Array, *settings: Scalar
-) -> jax.Array:
-    if not bucket:
-        return _pull(of_teacher, _kept(x, indices), values, *settings)
-    student = kept_and_rest(x, indices, settings[-1])[0]
-    return _pull(of_teacher, student, jnp.concatenate([values, rest], -1), *settings)
-
-
 _AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
 _OF_TEACHER = {
     "kl": lambda x, y, t: reverse_kl_and_gradient(y, x, t)[1],
@@ -468,24 +446,15 @@ _OF_TEACHER = {
 }
 
 
-def _of_heads(name: str, by_classes: Any) -> Any:
-    return linear(Divergence(_AND_GRADIENT[name], functools.partial(_pull, _OF_TEACHER[name]), by_classes))
-
-
-def _of_kept(name: str, tail: str) -> Any:
-    rows = topk_and_gradient if tail == "bucket" else _renormalized_and_gradient
-    divergence, of_teacher, bucket = _AND_GRADIENT[name], _OF_TEACHER[name], tail == "bucket"
-    pull = functools.partial(_pull_of_kept, of_teacher, bucket)
-    return linear(Divergence(functools.partial(rows, divergence), pull, of_kept(divergence, of_teacher, bucket)))
-
-
 def _swapped(of: Any) -> Any:
     return lambda log_p, log_q: of(log_q, log_p)
 
 
-_kl = _of_heads("kl", of_heads(_kl_of_student, _kl_of_teacher, lambda p, q: (None, -q)))
-_reverse_kl = _of_heads(
-    "reverse_kl", of_heads(_swapped(_kl_of_teacher), _swapped(_kl_of_student), lambda p, q: (p, None))
-)
-_jsd = _of_heads("jsd", of_heads(_jsd_of_student, _jsd_of_teacher))
-_TOPK = {(name, tail): _of_kept(name, tail) for name in _AND_GRADIENT for tail in ("bucket", "renormalize")}
+_kl = linear(of_heads(_kl_of_student, _kl_of_teacher, lambda p, q: (None, -q)))
+_reverse_kl = linear(of_heads(_swapped(_kl_of_teacher), _swapped(_kl_of_student), lambda p, q: (p, None)))
+_jsd = linear(of_heads(_jsd_of_student, _jsd_of_teacher))
+_TOPK = {
+    (name, tail): linear(of_kept(_AND_GRADIENT[name], _OF_TEACHER[name], tail == "bucket"))
+    for name in _AND_GRADIENT
+    for tail in ("bucket", "renormalize")
+}

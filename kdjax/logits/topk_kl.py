@@ -202,13 +202,7 @@ def topk_and_gradient(
 
     By hand, so that no more than that gradient is held, and from weights that value and gradient share.
     """
-    student, places, weight, total = kept_and_rest(x, indices, settings[-1])
-    value, gradient = divergence_and_gradient(student, jnp.concatenate([values, rest], -1), *settings)
-    return value, put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
-
-
-def kept_and_rest(x: jax.Array, indices: jax.Array, temperature: Scalar) -> tuple[jax.Array, ...]:
-    """The logits of the kept classes and of the rest, less the largest; where the kept are; the weights of the rest, their sum."""
+    temperature = settings[-1]
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
     others = jnp.where(put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
@@ -222,7 +216,8 @@ def kept_and_rest(x: jax.Array, indices: jax.Array, temperature: Scalar) -> tupl
     total = weight.sum(-1, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    return student, places, weight, total
+    value, gradient = divergence_and_gradient(student, jnp.concatenate([values, rest], -1), *settings)
+    return value, put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
 
 
 _ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from kdtorch.logits.topk_kl import kept_and_rest, recorded, topk_and_gradient
 Memory = Literal["low", "least"]
 
 
-@checked
+@checked(learns=("student_hidden", "student_weight", "student_bias", "temperature"))
 def linear_kl_loss(
     student_hidden: Float[Tensor, "*batch student_dim"],
     student_weight: Float[Tensor, "classes student_dim"],
@@ -45,8 +46,8 @@ def linear_kl_loss(
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -63,7 +64,7 @@ def linear_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -101,7 +102,7 @@ def linear_kl_loss(
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, group)
 
 
-@checked
+@checked(learns=("student_hidden", "student_weight", "student_bias", "temperature"))
 def linear_reverse_kl_loss(
     student_hidden: Float[Tensor, "*batch student_dim"],
     student_weight: Float[Tensor, "classes student_dim"],
@@ -125,8 +126,8 @@ def linear_reverse_kl_loss(
     $$T^2\,\mathrm{KL}(p\,\|\,q),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -143,7 +144,7 @@ def linear_reverse_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -179,7 +180,7 @@ def linear_reverse_kl_loss(
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, group)
 
 
-@checked
+@checked(learns=("student_hidden", "student_weight", "student_bias", "temperature"))
 def linear_jsd_loss(
     student_hidden: Float[Tensor, "*batch student_dim"],
     student_weight: Float[Tensor, "classes student_dim"],
@@ -204,8 +205,8 @@ def linear_jsd_loss(
     $$\beta\,\mathrm{KL}(q\,\|\,m)+(1-\beta)\,\mathrm{KL}(p\,\|\,m),\qquad m=\beta q+(1-\beta)p,\quad
     p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\; q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -223,7 +224,7 @@ def linear_jsd_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes, or three where 0 < β < 1: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -267,7 +268,7 @@ def linear_jsd_loss(
     return _reduced(value, student_hidden, weights, where, reduction, group)
 
 
-@checked
+@checked(learns=("student_hidden", "student_weight", "student_bias", "temperature"))
 def linear_topk_kl_loss(
     student_hidden: Float[Tensor, "*batch student_dim"],
     student_weight: Float[Tensor, "classes student_dim"],
@@ -294,8 +295,8 @@ def linear_topk_kl_loss(
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad s=W h+b,\quad \bar s=T\log\sum_{c\notin K}e^{s_c/T}$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -318,7 +319,7 @@ def linear_topk_kl_loss(
         weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
             sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
-        memory: `"low"` makes the logits of a few rows at a time, `"least"` those of a few classes at a time, in two passes over the
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
             classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
@@ -366,9 +367,7 @@ def linear_topk_kl_loss(
 def _checked(weight: Tensor, temperature: Scalar, *like: Tensor) -> Scalar:
     """The temperature, if there are two classes."""
     if weight.shape[0] < 2:
-        raise ValueError(
-            f"`student_weight` must have at least 2 classes on its first axis, got shape {sizes(weight)}"
-        )
+        raise ValueError(f"`student_weight` must have at least 2 classes on its first axis, got shape {sizes(weight)}")
     return positive("temperature", temperature, weight, *like)
 
 
@@ -382,7 +381,7 @@ def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: T
     """What becomes of the products of the student's head, and of the teacher's."""
     caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
     for cap in caps if len(caps) == 2 else [math.nan]:
-        number = isinstance(cap, float | int) and not isinstance(cap, bool)
+        number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
         if cap is not None and not (number and 0 < cap < math.inf):
             raise ValueError(
                 "`softcap` must be None, a number greater than 0, or a pair of these for student and teacher, "
@@ -393,7 +392,8 @@ def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: T
         for name, scale in (("student", student_scale), ("teacher", teacher_scale))
     )
     student, teacher = (None if isinstance(x, float) and x == 1 else scalar(x, like) for x in scales)
-    return Output(student, caps[0]), Output(teacher, caps[1])
+    first, second = (None if cap is None else float(cap) for cap in caps)
+    return Output(student, first), Output(teacher, second)
 
 
 def _student(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Scalar) -> Student:
