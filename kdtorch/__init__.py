@@ -76,7 +76,7 @@ from kdtorch.logits.dist import dist_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
-from kdtorch.logits.linear import linear_jsd_loss, linear_kl_loss
+from kdtorch.logits.linear import linear_jsd_loss, linear_kl_loss, linear_reverse_kl_loss, linear_topk_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.reverse_kl import reverse_kl_loss
 from kdtorch.logits.sampled_kl import sampled_kl_loss
@@ -141,6 +141,8 @@ __all__ = [
     "koleo_loss",
     "linear_jsd_loss",
     "linear_kl_loss",
+    "linear_reverse_kl_loss",
+    "linear_topk_kl_loss",
     "make_loss",
     "minilm_loss",
     "mse_loss",

@@ -264,14 +264,17 @@ class _Refused(torch.autograd.Function):
 BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then hold all that is made of them
 
 
-def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
+def with_gradients(
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
+) -> Callable[..., tuple[Tensor, ...]]:
     """A differentiable function from one that makes its value and its gradients in one go.
 
     `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and what
     else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the axes
     of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The gradients,
     in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is held, so they may
-    be written into. A second derivative is refused.
+    be written into. A second derivative is refused. A loss whose gradients may be most of what a
+    step holds `hands_over` what it held in the last backward pass, and copies nothing.
     """
 
     class WithGradients(torch.autograd.Function):
@@ -299,10 +302,16 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
         def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             number = sum(ctx.asked)
             edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
+            last = hands_over and not torch.is_grad_enabled() and _eager(cotangent)
+            last = last and not torch._C._autograd._get_current_graph_task_keep_graph()
             results: list[Tensor | None] = []
             for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
                 if not wanted or cotangent is None:
                     results.append(None)
+                    continue
+                if last:
+                    gradient = next(parts)
+                    results.append(_scale(gradient, cotangent * next(parts) if dtype == torch.float16 else cotangent))
                     continue
                 gradient = next(parts).to(cotangent.dtype)
                 if dtype == torch.float16:
@@ -326,6 +335,20 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
             return results[: len(results) - _parts(learned, asked)]
 
     return differentiable
+
+
+def _eager(x: Tensor | None) -> bool:
+    """Whether x is an ordinary tensor, and no compiler and no transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and type(x) is Tensor
+
+
+def _scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a number, in place; in half precision a part at a time, as the number has more digits."""
+    if x.dtype == factor.dtype:
+        return x.mul_(factor)
+    for part in x.view(-1).split(2**20):
+        part.copy_(part.to(factor.dtype).mul_(factor.flatten()))
+    return x
 
 
 def _constant(x: Any) -> Any:
@@ -352,7 +375,9 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
     return (gradient / unit).to(dtype), unit
 
 
-def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., Tensor]:
+def coupled(
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
+) -> Callable[..., Tensor]:
     """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
 
     `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
@@ -392,7 +417,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
                 results.append(gradient if wanted else None)
             return None, *results, *(None for _ in inputs[learns:])
 
-    summed_up = with_gradients(total, learns)
+    summed_up = with_gradients(total, learns, hands_over)
 
     def differentiable(*inputs: Any, summed: bool) -> Tensor:
         if summed:

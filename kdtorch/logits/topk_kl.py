@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,50 @@ def topk_kl_loss(
     0.4112
     """
     first, classes = check_classes(student_logits, class_group, group)
+    shard = None if class_group is None else (first, student_logits.shape[-1])
+    temperature = positive("temperature", temperature, student_logits, values)
+    teacher = values, indices, rest
+    options = tail, divergence, beta, kept, where
+    compared, values, indices, left, settings = recorded(
+        "topk_kl_loss", classes, *teacher, temperature, *options, shard
+    )
+    if tail == "renormalize":
+        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
+        value = _ROWS[compared](own, values, *settings, where=where, class_group=class_group)
+    else:
+        rows = student_logits, values, indices, left, *settings
+        value = _TOPK[compared](*rows, where=where, class_group=class_group)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+
+
+class Recorded(NamedTuple):
+    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+
+    divergence: str
+    values: Tensor
+    indices: Tensor
+    rest: Tensor
+    settings: tuple[Scalar, ...]
+
+
+def recorded(
+    loss: str,
+    classes: int | Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor | Mapping[str, Tensor] | None,
+    temperature: Scalar,
+    tail: str,
+    divergence: str,
+    beta: float,
+    kept: Tensor | None,
+    where: Tensor | None,
+    shard: tuple[int | Tensor, int] | None = None,
+) -> Recorded:
+    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used.
+
+    Of a `shard`, which is the first class and the number of those on this rank, what others have is padding.
+    """
     entries, known = indices.shape[-1], not isinstance(classes, Tensor)  # by a compiler, unless by other ranks
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
@@ -111,39 +155,32 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes if known else "all"} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    weight = fraction("beta", beta, student_logits, values)
-    temperature = positive("temperature", temperature, student_logits, values)
+    weight = fraction("beta", beta, values)
     ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
     compared = ends if divergence == "jsd" else divergence
-    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
-    if class_group is not None:  # what another rank has is padding here
-        indices = indices - first
-        own = (indices >= 0) & (indices < student_logits.shape[-1])
+    if shard is not None:
+        indices = indices - shard[0]
+        own = (indices >= 0) & (indices < shard[1])
         indices, values = torch.where(own, indices, -1), torch.where(own, values, -math.inf)
-    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(loss, rest, temperature, values)
     values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
-    if tail == "renormalize":
-        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        value = _ROWS[compared](own, values, *settings, where=where, class_group=class_group)
-    else:
-        rows = student_logits, values, indices, left.unsqueeze(-1), *settings
-        value = _TOPK[compared](*rows, where=where, class_group=class_group)
-    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
+    return Recorded(compared, values, indices, left.unsqueeze(-1), settings)
 
 
-def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
+def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
             raise TypeError(
-                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+                f"{loss}: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
             )
     if not isinstance(rest, Mapping):
         return rest
@@ -205,6 +242,17 @@ def topk_and_gradient(
     compares the entries of its own classes, and the first the rest too.
     """
     temperature = settings[-1]
+    student, places, weight, total = kept_and_rest(x, indices, temperature, class_group)
+    teacher = torch.cat([values, on_first(rest, class_group, -math.inf)], -1)
+    value, gradient = divergence_and_gradient(student, teacher, *settings, class_group=class_group)
+    spread = weight * (class_sum(gradient[..., -1:], class_group) / total)
+    return value, spread.scatter_add_(-1, places, torch.where(indices < 0, 0.0, gradient[..., :-1]))
+
+
+def kept_and_rest(
+    x: Tensor, indices: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, ...]:
+    """The logits of the kept classes and of the rest, less the largest; where the kept are; the weights of the rest, their sum."""
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
@@ -216,12 +264,8 @@ def topk_and_gradient(
     # of a row without others all weights are 0, and its logit is -inf
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = class_sum(weight, class_group).clamp(min=1)
-    together = (peak - largest) + temperature * total.log()
-    together, rest = (on_first(z, class_group, -math.inf) for z in (together, rest))
-    rows = torch.cat([own - largest, together], -1), torch.cat([values, rest], -1)
-    value, gradient = divergence_and_gradient(*rows, *settings, class_group=class_group)
-    spread = weight * (class_sum(gradient[..., -1:], class_group) / total)
-    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
+    together = on_first((peak - largest) + temperature * total.log(), class_group, -math.inf)
+    return torch.cat([own - largest, together], -1), places, weight, total
 
 
 _ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}
