@@ -13,10 +13,11 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from kdjax._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdjax._numerics import HIGHEST, dot, widest
 from kdjax._reduce import zero_masked
 from kdjax._rowwise import pack
-from kdjax._typing import Scalar
+from kdjax._typing import AxisName, Scalar
 
 BLOCK = 2**22  # entries of the logits of a block of classes
 LEAST = 2**21  # the same where memory is least
@@ -71,32 +72,42 @@ def linear(divergence: ByClasses) -> Callable[..., Array]:
     """A function of a student's hidden states and head, and of what is constant, from a divergence of logits by classes.
 
     What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
-    `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
+    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_axis_name` each
+    device has the heads' rows of some classes.
     """
     nothing = Student(False, False, False, False)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-    def values(summed: bool, least: bool, student: Student, fixed: Fixed) -> Array:
-        value = _evaluate(divergence, least, student, fixed, None, nothing)[0]
-        return value.sum() if summed else value
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+    def values(summed: bool, least: bool, class_axis_name: AxisName | None, student: Student, fixed: Fixed) -> Array:
+        """Of devices that share the classes the first has the value, and the others 0, so that JAX sums their gradients."""
+        value = _evaluate(divergence, least, class_axis_name, student, fixed, None, nothing)[0]
+        return on_first(value.sum() if summed else value, class_axis_name, 0.0)
 
-    def forward(summed: bool, least: bool, student: Student, fixed: Fixed) -> tuple[Array, tuple[Any, Any]]:
+    def forward(
+        summed: bool, least: bool, class_axis_name: AxisName | None, student: Student, fixed: Fixed
+    ) -> tuple[Array, tuple[Any, Any]]:
         asked = Student(*(jax.tree.leaves(jax.tree.map(lambda v: v.perturbed, x)) == [True] for x in student))
         student, fixed = jax.tree.map(lambda v: v.value, (student, fixed))
-        value, gradients = _evaluate(divergence, least, student, fixed, None, asked if summed else nothing)
+        wanted = asked if summed else nothing
+        value, gradients = _evaluate(divergence, least, class_axis_name, student, fixed, None, wanted)
         if summed:
             held = (None if g is None else pack(g, x.dtype, 0) for g, x in zip(gradients, student, strict=True))
-            return value.sum(), (Student(*held), None)
-        return value, (Student(*(() if wanted else None for wanted in asked)), (student, fixed))
+            return on_first(value.sum(), class_axis_name, 0.0), (Student(*held), None)
+        return on_first(value, class_axis_name, 0.0), (
+            Student(*(() if wanted else None for wanted in asked)),
+            (student, fixed),
+        )
 
-    def backward(summed: bool, least: bool, held: tuple[Any, Any], cotangent: Any) -> tuple[Student, None]:
+    def backward(
+        summed: bool, least: bool, class_axis_name: AxisName | None, held: tuple[Any, Any], cotangent: Any
+    ) -> tuple[Student, None]:
         gradients, inputs = held
         if isinstance(cotangent, SymbolicZero):
             cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         if not summed:
             asked = Student(*(x is not None for x in gradients))
             student, fixed = inputs
-            gradients = _evaluate(divergence, least, student, fixed, cotangent, asked)[1]
+            gradients = _evaluate(divergence, least, class_axis_name, student, fixed, cotangent, asked)[1]
             return Student(*map(lambda g, x: None if g is None else g.astype(x.dtype), gradients, student)), None
 
         def scaled(gradient: Array, unit: Array | None = None) -> Array:
@@ -107,11 +118,12 @@ def linear(divergence: ByClasses) -> Callable[..., Array]:
 
     values.defvjp(forward, backward, symbolic_zeros=True)
 
-    def differentiable(student: Student, fixed: Fixed, summed: bool, least: bool) -> Array:
+    def differentiable(
+        student: Student, fixed: Fixed, summed: bool, least: bool, class_axis_name: AxisName | None
+    ) -> Array:
         student, fixed = jax.tree.map(jnp.asarray, (student, fixed))
-        return values(
-            summed, least, *jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed))
-        )
+        varying = jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed))
+        return all_sum(values(summed, least, class_axis_name, *varying), class_axis_name)
 
     return differentiable
 
@@ -128,7 +140,13 @@ def _varying(axes: frozenset[str], x: Array) -> Array:
 
 
 def _evaluate(
-    divergence: ByClasses, least: bool, student: Student, fixed: Fixed, above: Array | None, asked: Student
+    divergence: ByClasses,
+    least: bool,
+    class_axis_name: AxisName | None,
+    student: Student,
+    fixed: Fixed,
+    above: Array | None,
+    asked: Student,
 ) -> tuple[Array, Student]:
     """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
     batch = student.hidden.shape[:-1]
@@ -154,7 +172,7 @@ def _evaluate(
     if totals.hidden is not None:
         totals = totals._replace(hidden=totals.hidden.reshape(number, -1))
     entries = LEAST if least else BLOCK
-    value, totals = _by_classes(divergence, entries, student, fixed, flat, totals, dtype, axes)
+    value, totals = _by_classes(divergence, entries, class_axis_name, student, fixed, flat, totals, dtype, axes)
     if totals.hidden is not None:
         totals = totals._replace(hidden=totals.hidden.reshape(student.hidden.shape))
     value = value.reshape(batch)
@@ -164,6 +182,7 @@ def _evaluate(
 def _by_classes(
     divergence: ByClasses,
     entries: int,
+    class_axis_name: AxisName | None,
     student: Student,
     fixed: Fixed,
     rows: tuple[Any, ...],
@@ -219,7 +238,8 @@ def _by_classes(
 
     known = () if fixed.weight is not None else tuple(others)
     settings = *fixed.settings, student.temperature
-    value, gradient_of = divergence(over_classes, jnp.zeros(number, dtype), *known, *settings)
+    start = jnp.zeros(number, dtype)
+    value, gradient_of = divergence(over_classes, start, *known, *settings, class_axis_name=class_axis_name)
     if any(x is not None for x in totals):
         totals = over_classes(add, totals)
     return zero_masked(kept, value)[0], totals
@@ -249,25 +269,35 @@ def of_heads(
     """
 
     def by_classes(
-        over_classes: Callable[..., Any], rows: Array, *settings: Any
+        over_classes: Callable[..., Any], rows: Array, *settings: Any, class_axis_name: AxisName | None
     ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
         *settings, temperature = settings
         least, zero = jnp.full_like(rows, jnp.finfo(rows.dtype).min), jnp.zeros_like(rows)
+
+        def moved(sums: tuple[Sums, Sums], peaks: list[Array]) -> list[Sums]:
+            """The sums with other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            new = []
+            for old, peak in zip(sums, peaks, strict=True):
+                decay = jnp.exp((old.peak - peak) / temperature)
+                apart = jnp.where(decay == 0, 0, decay * (old.apart + step * old.total))
+                new.append(Sums(peak, decay * old.total, apart))
+            return new
 
         def gather(sums: tuple[Sums, Sums], first: Any, x: Array, y: Array) -> tuple[Sums, Sums]:
             peaks = [jnp.maximum(old.peak, z.max(-1)) for old, z in zip(sums, (x, y), strict=True)]
             x, y = (z - peak[:, None] for z, peak in zip((x, y), peaks, strict=True))
             d = difference(x, y)
-            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
             new = []
-            for old, z, peak in zip(sums, (x, y), peaks, strict=True):
+            for old, z in zip(moved(sums, peaks), (x, y), strict=True):
                 weight = jnp.exp(z / temperature)
-                decay = jnp.exp((old.peak - peak) / temperature)
-                moved = jnp.where(decay == 0, 0, decay * (old.apart + step * old.total))
-                new.append(Sums(peak, decay * old.total + weight.sum(-1), moved + dot(weight, d)))
+                new.append(Sums(old.peak, old.total + weight.sum(-1), old.apart + dot(weight, d)))
             return new[0], new[1]
 
         ours, theirs = over_classes(gather, (Sums(least, zero, zero), Sums(least, zero, zero)))
+        if class_axis_name is not None:
+            each = moved((ours, theirs), [all_max(one.peak, class_axis_name) for one in (ours, theirs)])
+            ours, theirs = (Sums(x.peak, *all_sum(x[1:], class_axis_name)) for x in each)
         logs = jnp.log(ours.total), jnp.log(theirs.total)
 
         def log_softmaxes(*logits: Array) -> list[Array]:
@@ -283,7 +313,7 @@ def of_heads(
                 both = *log_softmaxes(x, y), *settings
                 return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
 
-            mean = over_classes(add, (zero, zero))
+            mean = all_sum(over_classes(add, (zero, zero)), class_axis_name)
         value = sum(m for m in mean if m is not None)
 
         def centred(of: Callable[..., Array], log: Array, mean: Array | None, both: tuple[Any, ...]) -> Array:
@@ -323,6 +353,7 @@ def of_kept(
         indices: Array,
         rest: Array,
         *settings: Any,
+        class_axis_name: AxisName | None,
     ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
         temperature = settings[-1]
         lowest = jnp.finfo(rows.dtype).min
@@ -346,22 +377,26 @@ def of_kept(
             return own, new, jnp.exp((peak - new) / temperature) * total + weight.sum(-1)
 
         start = jnp.full_like(values, -jnp.inf), jnp.full_like(rows, lowest), jnp.zeros_like(rows)
-        own, peak, total = over_classes(gather, start)
+        own, local_peak, total = over_classes(gather, start)
+        peak = all_max(local_peak, class_axis_name)
         student, teacher = own, values
         if bucket:
-            largest = jnp.maximum(jnp.maximum(peak, own.max(-1)), lowest)
+            largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)[:, 0]), lowest)
+            total = all_sum(jnp.exp((local_peak - peak) / temperature) * total, class_axis_name)
             total = jnp.where(total == 0, 1, total)
             others = jnp.where(peak == lowest, -jnp.inf, peak - largest) + temperature * jnp.log(total)
-            student = jnp.concatenate([own - largest[:, None], others[:, None]], -1)
+            others, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (others[:, None], rest))
+            student = jnp.concatenate([own - largest[:, None], others], -1)
             teacher = jnp.concatenate([values, rest], -1)
-        value, slope = divergence_and_gradient(student, teacher, *settings)
-        pull = dot(of_teacher(student, teacher, *settings), teacher)
+        value, slope = divergence_and_gradient(student, teacher, *settings, class_axis_name=class_axis_name)
+        pull = dot(of_teacher(student, teacher, *settings, class_axis_name=class_axis_name), teacher)
+        of_rest = class_sum(slope[:, -1:], class_axis_name)
 
         def gradient(first: Any, x: Array) -> tuple[Array, Array]:
             at = places(first, x)[1]
             spread = jnp.zeros_like(x)
             if bucket:
-                spread = jnp.exp((without(x, at) - peak[:, None]) / temperature) * (slope[:, -1:] / total[:, None])
+                spread = jnp.exp((without(x, at) - peak[:, None]) / temperature) * (of_rest / total[:, None])
             return put(spread, at, slope[:, : values.shape[-1]]), jnp.where(first == 0, pull, 0)  # once
 
         return value, gradient

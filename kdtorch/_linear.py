@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
+from kdtorch._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdtorch._numerics import coupled, custom_op, dot, widest
 
 BLOCK = 3 * 2**22  # entries of the logits of a block of rows
@@ -76,7 +79,8 @@ def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
     """A function of a student's hidden states and head, and of what is constant, from a divergence of rows of logits.
 
     What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
-    `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
+    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_group` each rank has
+    the heads' rows of some classes.
     """
 
     def evaluate(
@@ -95,6 +99,7 @@ def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
         teacher_scale: Tensor | None,
         cap: float | None,
         teacher_cap: float | None,
+        class_group: str | None,
         setting: float | None,
         least: bool,
         above: Tensor | None,
@@ -109,23 +114,27 @@ def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
         settings = () if setting is None else (setting,)
         fixed = Fixed(rows, teacher_weight, teacher_bias, where, weights, outputs, settings)
         asked = Student(of_hidden, of_weight, of_bias, of_temperature)
-        return _evaluate(divergence, least, student, fixed, above, asked)
+        group = None if class_group is None else _resolve_process_group(class_group)
+        return _evaluate(divergence, least, group, student, fixed, above, asked)
 
     evaluate.__name__ = evaluate.__qualname__ = name
     operator = custom_op(
         "(Tensor hidden, Tensor weight, Tensor bias, Tensor temperature, Tensor first, Tensor? second, Tensor? third, "
         "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? where, Tensor? weights, Tensor? scale, "
-        "Tensor? teacher_scale, float? cap, float? teacher_cap, float? setting, bool least, Tensor? above, "
+        "Tensor? teacher_scale, float? cap, float? teacher_cap, str? class_group, float? setting, bool least, Tensor? above, "
         "bool of_hidden, bool of_weight, bool of_bias, bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _shapes,
     )(evaluate)
     evaluated = coupled(operator, learns=4, hands_over=True)
 
-    def differentiable(student: Student, fixed: Fixed, summed: bool, least: bool) -> Tensor:
+    def differentiable(
+        student: Student, fixed: Fixed, summed: bool, least: bool, class_group: ProcessGroup | None
+    ) -> Tensor:
         rows = (*fixed.rows, None, None)[:3]
         scales, caps = zip(*fixed.outputs, strict=True)
         setting = fixed.settings[0] if fixed.settings else None
-        others = fixed.weight, fixed.bias, fixed.where, fixed.weights, *scales, *caps, setting, least
+        group = None if class_group is None else class_group.group_name
+        others = fixed.weight, fixed.bias, fixed.where, fixed.weights, *scales, *caps, group, setting, least
         return evaluated(*student, *rows, *others, summed=summed)
 
     return differentiable
@@ -154,7 +163,13 @@ def _empty(student: Student, asked: Any, least: bool, dtype: torch.dtype) -> Stu
 
 
 def _evaluate(
-    divergence: Divergence, least: bool, student: Student, fixed: Fixed, above: Tensor | None, asked: Student
+    divergence: Divergence,
+    least: bool,
+    class_group: ProcessGroup | None,
+    student: Student,
+    fixed: Fixed,
+    above: Tensor | None,
+    asked: Student,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
     hidden = student.hidden
@@ -174,12 +189,18 @@ def _evaluate(
         rows[1:] = (x.to(dtype) if x.is_floating_point() else x for x in rows[1:])
     flat = values.view(-1), totals._replace(hidden=totals.hidden.view(-1, hidden.shape[-1]))
     run = _by_classes if least else _by_rows
-    run(divergence, student, fixed, rows, places, None if factor is None else factor.flatten(), asked, *flat)
+    factor = None if factor is None else factor.flatten()
+    run(divergence, class_group, student, fixed, rows, places, factor, asked, *flat)
+    if class_group is not None:  # what the ranks share is felt in the logits of all
+        for x in (totals.hidden, totals.temperature):
+            if x.numel():
+                x.copy_(all_sum(x, class_group))
     return values if weights is None else values.mul_(torch.where(weights == 0, 0, weights)), *totals
 
 
 def _by_rows(
     divergence: Divergence,
+    class_group: ProcessGroup | None,
     student: Student,
     fixed: Fixed,
     rows: list[Tensor],
@@ -190,7 +211,8 @@ def _by_rows(
     totals: Student,
 ) -> None:
     dtype, number = values.dtype, len(values) if places is None else len(places)
-    size = max(BLOCK // len(student.weight), 1)
+    most = student.weight.new_tensor(len(student.weight), dtype=torch.int64)
+    size = max(BLOCK // int(all_max(most, class_group)), 1)  # on all ranks the same
     size = -(-number // max(-(-number // size), 1)) or 1  # blocks of one size
     settings = *fixed.settings, student.temperature
     output, other_output = fixed.outputs
@@ -200,13 +222,13 @@ def _by_rows(
         x, y = _logits(h, student.weight, student.bias, output, dtype), others
         if fixed.weight is not None:
             y = [_logits(others[0], fixed.weight, fixed.bias, other_output, dtype)]
-        value, gradient = divergence.by_rows(x, *y, *settings)
+        value, gradient = divergence.by_rows(x, *y, *settings, class_group=class_group)
         values[kept] = value
         of_row = None if factor is None else factor[kept]
         if of_row is not None:
             gradient = gradient * of_row.unsqueeze(-1)
         if asked.temperature:
-            pull = divergence.pull(x, *y, *settings)
+            pull = divergence.pull(x, *y, *settings, class_group=class_group)
             pull = pull if of_row is None else pull * of_row
             totals.temperature.sub_((dot(gradient, x) + pull).sum() / student.temperature)
         del y
@@ -222,6 +244,7 @@ def _by_rows(
 
 def _by_classes(
     divergence: Divergence,
+    class_group: ProcessGroup | None,
     student: Student,
     fixed: Fixed,
     rows: list[Tensor],
@@ -271,7 +294,8 @@ def _by_classes(
 
     known = others if fixed.weight is None else []
     given = *known, *fixed.settings, student.temperature
-    values[kept], gradient_of = divergence.by_classes(over_classes, h.new_empty(len(h), dtype=dtype), *given)
+    start = h.new_empty(len(h), dtype=dtype)
+    values[kept], gradient_of = divergence.by_classes(over_classes, start, *given, class_group=class_group)
     if any(asked):
         pulled = over_classes(add, h.new_zeros(h.shape, dtype=dtype) if asked.hidden else None)
         if asked.hidden:
@@ -302,26 +326,36 @@ def of_heads(
     """
 
     def by_classes(
-        over_classes: Callable[..., Any], rows: Tensor, *settings: Any
+        over_classes: Callable[..., Any], rows: Tensor, *settings: Any, class_group: ProcessGroup | None
     ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
         *settings, temperature = settings
         least, zero = torch.full_like(rows, torch.finfo(rows.dtype).min), torch.zeros_like(rows)
+
+        def moved(sums: tuple[Sums, Sums], peaks: list[Tensor]) -> list[Sums]:
+            """The sums with other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            new = []
+            for old, peak in zip(sums, peaks, strict=True):
+                decay = ((old.peak - peak) / temperature).exp()
+                apart = torch.where(decay == 0, 0, decay * (old.apart + step * old.total))
+                new.append(Sums(peak, decay * old.total, apart))
+            return new
 
         def gather(sums: tuple[Sums, Sums], part: slice, x: Tensor, y: Tensor) -> tuple[Sums, Sums]:
             peaks = [torch.maximum(old.peak, z.amax(-1)) for old, z in zip(sums, (x, y), strict=True)]
             x, y = (z.sub_(peak.unsqueeze(-1)) for z, peak in zip((x, y), peaks, strict=True))
             d = x - y if means is not None else None
-            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
             new = []
-            for old, z, peak in zip(sums, (x, y), peaks, strict=True):
+            for old, z in zip(moved(sums, peaks), (x, y), strict=True):
                 weight = z.div_(temperature).exp_()
-                decay = ((old.peak - peak) / temperature).exp()
-                moved = torch.where(decay == 0, 0, decay * (old.apart + step * old.total))
-                apart = moved if d is None else moved + dot(weight, d)
-                new.append(Sums(peak, decay * old.total + weight.sum(-1), apart))
+                apart = old.apart if d is None else old.apart + dot(weight, d)
+                new.append(Sums(old.peak, old.total + weight.sum(-1), apart))
             return new[0], new[1]
 
         ours, theirs = over_classes(gather, (Sums(least, zero, zero), Sums(least, zero, zero)))
+        if class_group is not None:
+            each = moved((ours, theirs), [all_max(one.peak, class_group) for one in (ours, theirs)])
+            ours, theirs = (Sums(x.peak, *(all_sum(z, class_group) for z in x[1:])) for x in each)
         logs = ours.total.log(), theirs.total.log()
 
         def log_softmaxes(*logits: Tensor) -> Iterator[Tensor]:
@@ -337,7 +371,7 @@ def of_heads(
                 both = *log_softmaxes(x, y), *settings
                 return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
 
-            mean = over_classes(add, (zero, zero))
+            mean = tuple(all_sum(x, class_group) for x in over_classes(add, (zero, zero)))
         value = sum(m for m in mean if m is not None)
 
         def centred(of: Callable[..., Tensor], log: Tensor, mean: Tensor | None, both: tuple[Any, ...]) -> Tensor:
@@ -372,6 +406,7 @@ def of_kept(
         indices: Tensor,
         rest: Tensor,
         *settings: Any,
+        class_group: ProcessGroup | None,
     ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
         temperature = settings[-1]
         lowest = torch.finfo(rows.dtype).min
@@ -394,26 +429,30 @@ def of_kept(
             return own, new, ((peak - new) / temperature).exp() * total + weight.sum(-1)
 
         start = torch.full_like(values, -math.inf), torch.full_like(rows, lowest), torch.zeros_like(rows)
-        own, peak, total = over_classes(gather, start)
+        own, local_peak, total = over_classes(gather, start)
+        peak = all_max(local_peak, class_group)
         student, teacher = own, values
         if bucket:
-            largest = torch.maximum(peak, own.amax(-1)).clamp(min=lowest)
+            largest = torch.maximum(peak, class_max(own, class_group).squeeze(-1)).clamp(min=lowest)
+            total = all_sum(((local_peak - peak) / temperature).exp() * total, class_group)
             total = torch.where(total == 0, 1, total)
             others = torch.where(peak == lowest, -math.inf, peak - largest) + temperature * total.log()
-            student = torch.cat([own - largest.unsqueeze(-1), others.unsqueeze(-1)], -1)
+            others, rest = (on_first(z, class_group, -math.inf) for z in (others.unsqueeze(-1), rest))
+            student = torch.cat([own - largest.unsqueeze(-1), others], -1)
             teacher = torch.cat([values, rest], -1)
-        value, slope = divergence_and_gradient(student, teacher, *settings)
+        value, slope = divergence_and_gradient(student, teacher, *settings, class_group=class_group)
+        of_rest = class_sum(slope[:, -1:], class_group)
 
         def gradient(part: slice, x: Tensor, learns_temperature: bool) -> tuple[Tensor, Tensor | None]:
             pull = None
-            if learns_temperature:  # once
-                pull = (
-                    dot(of_teacher(student, teacher, *settings), teacher) if part.start == 0 else rows.new_zeros(len(x))
-                )
+            if learns_temperature:
+                pull = rows.new_zeros(len(x))
+                if part.start == 0:  # once
+                    pull = dot(of_teacher(student, teacher, *settings, class_group=class_group), teacher)
             inside, at = places(part)
             if bucket:
                 spread = without(x.clone(), inside, at).sub_(peak.unsqueeze(-1)).div_(temperature).exp_()
-                spread = spread.mul_(slope[:, -1:] / total.unsqueeze(-1))
+                spread = spread.mul_(of_rest / total.unsqueeze(-1))
             else:
                 spread = torch.zeros_like(x)
             return spread.scatter_add_(-1, at, torch.where(inside, slope[:, : values.shape[-1]], 0)), pull

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import class_devices, rank
 from kdjax._linear import Fixed, Output, Student, difference, linear, of_heads, of_kept
 from kdjax._numerics import check_fixed, fraction, kl_and_gradient, positive, times_square
 from kdjax._reduce import check_reduction, reduce, reduce_sum, weighted_mean
@@ -39,6 +40,7 @@ def linear_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""KL divergence of hidden states through two linear heads: `kl_loss` of hidden·weightᵀ + bias.
 
@@ -68,6 +70,7 @@ def linear_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `kl_loss` of the logits. A scalar makes its gradients in the
@@ -93,12 +96,13 @@ def linear_kl_loss(
     0.0826
     """
     least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
     check_fixed("linear_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
-    value = _kl(student, fixed, summed=reduction != "none", least=least)
+    value = _kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, axis_name)
 
 
@@ -120,6 +124,7 @@ def linear_reverse_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Reverse KL divergence through two linear heads: `reverse_kl_loss` of hidden·weightᵀ + bias.
 
@@ -149,6 +154,7 @@ def linear_reverse_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `reverse_kl_loss` of the logits. What is held is what
@@ -172,14 +178,15 @@ def linear_reverse_kl_loss(
     REVERSE
     """
     least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
     check_fixed(
         "linear_reverse_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0]
     )
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
-    value = _reverse_kl(student, fixed, summed=reduction != "none", least=least)
+    value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, axis_name)
 
 
@@ -202,6 +209,7 @@ def linear_jsd_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Generalised Jensen-Shannon divergence through two linear heads: `jsd_loss` of hidden·weightᵀ + bias.
 
@@ -232,6 +240,7 @@ def linear_jsd_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `jsd_loss` of the logits, without a factor T². What is held is
@@ -257,18 +266,25 @@ def linear_jsd_loss(
     0.0183
     """
     least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
     check_fixed("linear_jsd_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
     weight = fraction("beta", beta, student_hidden, teacher_hidden)
     if weight == 0:
-        value = _kl(student, fixed, summed=reduction != "none", least=least)
+        value = _kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     elif weight == 1:
-        value = _reverse_kl(student, fixed, summed=reduction != "none", least=least)
+        value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     else:
-        value = _jsd(student, fixed._replace(settings=(weight,)), summed=reduction != "none", least=least)
+        value = _jsd(
+            student,
+            fixed._replace(settings=(weight,)),
+            summed=reduction != "none",
+            least=least,
+            class_axis_name=class_axis_name,
+        )
     return _reduced(value, student_hidden, weights, where, reduction, axis_name)
 
 
@@ -293,6 +309,7 @@ def linear_topk_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""`topk_kl_loss` of a student's hidden states through its head, against the recorded largest logits of a teacher.
 
@@ -328,6 +345,7 @@ def linear_topk_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `topk_kl_loss` of the logits. What is held is what
@@ -353,28 +371,33 @@ def linear_topk_kl_loss(
     0.4112
     """
     least = _least(memory)
+    first, classes = _classes(student_weight, class_axis_name, axis_name)
     check_fixed("linear_topk_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
-    temperature = _checked(student_weight, temperature, student_hidden, values)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, values)
     outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
     teacher = values, indices, rest
     options = tail, divergence, beta, kept, where
-    compared, *teacher, settings = recorded(
-        "linear_topk_kl_loss", student_weight.shape[0], *teacher, temperature, *options
-    )
+    shard = None if class_axis_name is None else (first, student_weight.shape[0])
+    compared, *teacher, settings = recorded("linear_topk_kl_loss", classes, *teacher, temperature, *options, shard)
     student = Student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
-    value = _TOPK[compared, tail](student, fixed, summed=reduction != "none", least=least)
+    value = _TOPK[compared, tail](
+        student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name
+    )
     value = value if divergence == "jsd" else times_square(temperature, value)
     return _reduced(value, student_hidden, weights, where, reduction, axis_name)
 
 
-def _checked(weight: Array, temperature: Scalar, *like: Array) -> Scalar:
-    """The temperature, if there are two classes."""
-    if weight.shape[0] < 2:
+def _classes(
+    weight: Array, class_axis_name: AxisName | None, axis_name: AxisName | None
+) -> tuple[jax.Array | int, int]:
+    """The first class of this device, and the number of classes on all devices, which is at least 2."""
+    classes, devices = weight.shape[0], class_devices(class_axis_name, axis_name)
+    if classes * devices < 2:
         raise ValueError(
             f"`student_weight` must have at least 2 classes on its first axis, got shape {list(weight.shape)}"
         )
-    return positive("temperature", temperature, weight, *like)
+    return rank(class_axis_name) * classes, classes * devices
 
 
 def _least(memory: str) -> bool:
@@ -440,9 +463,9 @@ def _jsd_of_teacher(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Arr
 
 _AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
 _OF_TEACHER = {
-    "kl": lambda x, y, t: reverse_kl_and_gradient(y, x, t)[1],
-    "reverse_kl": lambda x, y, t: kl_and_gradient(y, x, t)[1],
-    "jsd": lambda x, y, beta, t: jsd_and_gradient(y, x, 1 - beta, t)[1],
+    "kl": lambda x, y, t, **over: reverse_kl_and_gradient(y, x, t, **over)[1],
+    "reverse_kl": lambda x, y, t, **over: kl_and_gradient(y, x, t, **over)[1],
+    "jsd": lambda x, y, beta, t, **over: jsd_and_gradient(y, x, 1 - beta, t, **over)[1],
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import class_range, on_first
 from kdtorch._linear import Divergence, Fixed, Output, Student, linear, of_heads, of_kept
 from kdtorch._numerics import dot, fraction, kl_and_gradient, positive, scalar, times_square
 from kdtorch._reduce import check_reduction, reduce, reduce_sum, weighted_mean
@@ -40,6 +41,7 @@ def linear_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""KL divergence of hidden states through two linear heads: `kl_loss` of hidden·weightᵀ + bias.
 
@@ -69,6 +71,7 @@ def linear_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `kl_loss` of the logits. A scalar makes its gradients in the
@@ -94,11 +97,12 @@ def linear_kl_loss(
     0.0826
     """
     least = _least(memory)
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    _classes(student_hidden, student_weight, class_group, group)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = _student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
-    value = _kl(student, fixed, summed=reduction != "none", least=least)
+    value = _kl(student, fixed, summed=reduction != "none", least=least, class_group=class_group)
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, group)
 
 
@@ -120,6 +124,7 @@ def linear_reverse_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Reverse KL divergence through two linear heads: `reverse_kl_loss` of hidden·weightᵀ + bias.
 
@@ -149,6 +154,7 @@ def linear_reverse_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `reverse_kl_loss` of the logits. What is held is what
@@ -172,11 +178,12 @@ def linear_reverse_kl_loss(
     REVERSE
     """
     least = _least(memory)
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    _classes(student_hidden, student_weight, class_group, group)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = _student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
-    value = _reverse_kl(student, fixed, summed=reduction != "none", least=least)
+    value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_group=class_group)
     return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, group)
 
 
@@ -199,6 +206,7 @@ def linear_jsd_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence through two linear heads: `jsd_loss` of hidden·weightᵀ + bias.
 
@@ -229,6 +237,7 @@ def linear_jsd_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `jsd_loss` of the logits, without a factor T². What is held is
@@ -254,17 +263,24 @@ def linear_jsd_loss(
     0.0183
     """
     least = _least(memory)
-    temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
+    _classes(student_hidden, student_weight, class_group, group)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
     outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = _student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
     weight = fraction("beta", beta, student_hidden, teacher_hidden)
     if weight == 0:
-        value = _kl(student, fixed, summed=reduction != "none", least=least)
+        value = _kl(student, fixed, summed=reduction != "none", least=least, class_group=class_group)
     elif weight == 1:
-        value = _reverse_kl(student, fixed, summed=reduction != "none", least=least)
+        value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_group=class_group)
     else:
-        value = _jsd(student, fixed._replace(settings=(weight,)), summed=reduction != "none", least=least)
+        value = _jsd(
+            student,
+            fixed._replace(settings=(weight,)),
+            summed=reduction != "none",
+            least=least,
+            class_group=class_group,
+        )
     return _reduced(value, student_hidden, weights, where, reduction, group)
 
 
@@ -289,6 +305,7 @@ def linear_topk_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""`topk_kl_loss` of a student's hidden states through its head, against the recorded largest logits of a teacher.
 
@@ -324,6 +341,7 @@ def linear_topk_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `topk_kl_loss` of the logits. What is held is what
@@ -350,25 +368,28 @@ def linear_topk_kl_loss(
     0.4112
     """
     least = _least(memory)
-    temperature = _checked(student_weight, temperature, student_hidden, values)
+    first, classes = _classes(student_hidden, student_weight, class_group, group)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, values)
     outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
     teacher = values, indices, rest
     options = tail, divergence, beta, kept, where
-    compared, *teacher, settings = recorded(
-        "linear_topk_kl_loss", student_weight.shape[0], *teacher, temperature, *options
-    )
+    shard = None if class_group is None else (first, student_weight.shape[0])
+    compared, *teacher, settings = recorded("linear_topk_kl_loss", classes, *teacher, temperature, *options, shard)
     student = _student(student_hidden, student_weight, student_bias, temperature)
     fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
-    value = _TOPK[compared, tail](student, fixed, summed=reduction != "none", least=least)
+    value = _TOPK[compared, tail](student, fixed, summed=reduction != "none", least=least, class_group=class_group)
     value = value if divergence == "jsd" else times_square(temperature, value)
     return _reduced(value, student_hidden, weights, where, reduction, group)
 
 
-def _checked(weight: Tensor, temperature: Scalar, *like: Tensor) -> Scalar:
-    """The temperature, if there are two classes."""
-    if weight.shape[0] < 2:
+def _classes(
+    hidden: Tensor, weight: Tensor, class_group: ProcessGroup | None, group: ProcessGroup | None
+) -> tuple[int | Tensor, int | Tensor]:
+    """The first class of this rank, and the number of classes on all ranks, which is at least 2."""
+    first, classes = class_range(hidden, weight.shape[0], class_group, group)
+    if not isinstance(classes, Tensor) and classes < 2:
         raise ValueError(f"`student_weight` must have at least 2 classes on its first axis, got shape {sizes(weight)}")
-    return positive("temperature", temperature, weight, *like)
+    return first, classes
 
 
 def _least(memory: str) -> bool:
@@ -438,15 +459,21 @@ def _jsd_of_teacher(log_p: Tensor, log_q: Tensor, beta: Scalar) -> Tensor:
     return _jsd_of_student(log_q, log_p, 1 - beta)
 
 
-def _pull(of_teacher: Any, x: Tensor, y: Tensor, *settings: Scalar) -> Tensor:
-    return dot(of_teacher(x, y, *settings), y)
+def _pull(of_teacher: Any, x: Tensor, y: Tensor, *settings: Scalar, class_group: ProcessGroup | None) -> Tensor:
+    return dot(of_teacher(x, y, *settings, class_group=class_group), y)
 
 
 def _renormalized_and_gradient(
-    divergence_and_gradient: Any, x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, *settings: Scalar
+    divergence_and_gradient: Any,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    *settings: Scalar,
+    class_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """A divergence over the classes of `indices`, of which one below 0 is none; its gradient over all."""
-    value, gradient = divergence_and_gradient(_kept(x, indices), values, *settings)
+    value, gradient = divergence_and_gradient(_kept(x, indices), values, *settings, class_group=class_group)
     entries = torch.where(indices < 0, 0, gradient)
     return value, torch.zeros_like(x).scatter_add_(-1, indices.clamp(min=0), entries)
 
@@ -456,19 +483,27 @@ def _kept(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def _pull_of_kept(
-    of_teacher: Any, bucket: bool, x: Tensor, values: Tensor, indices: Tensor, rest: Tensor, *settings: Scalar
+    of_teacher: Any,
+    bucket: bool,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor,
+    *settings: Scalar,
+    class_group: ProcessGroup | None,
 ) -> Tensor:
-    if not bucket:
-        return _pull(of_teacher, _kept(x, indices), values, *settings)
-    student = kept_and_rest(x, indices, settings[-1])[0]
-    return _pull(of_teacher, student, torch.cat([values, rest], -1), *settings)
+    student, teacher = _kept(x, indices), values
+    if bucket:
+        student = kept_and_rest(x, indices, settings[-1], class_group)[0]
+        teacher = torch.cat([values, on_first(rest, class_group, -math.inf)], -1)
+    return _pull(of_teacher, student, teacher, *settings, class_group=class_group)
 
 
 _AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
 _OF_TEACHER = {
-    "kl": lambda x, y, t: reverse_kl_and_gradient(y, x, t)[1],
-    "reverse_kl": lambda x, y, t: kl_and_gradient(y, x, t)[1],
-    "jsd": lambda x, y, beta, t: jsd_and_gradient(y, x, 1 - beta, t)[1],
+    "kl": lambda x, y, t, **over: reverse_kl_and_gradient(y, x, t, **over)[1],
+    "reverse_kl": lambda x, y, t, **over: kl_and_gradient(y, x, t, **over)[1],
+    "jsd": lambda x, y, beta, t, **over: jsd_and_gradient(y, x, 1 - beta, t, **over)[1],
 }
 
 
