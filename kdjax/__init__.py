@@ -35,9 +35,10 @@ What all losses share:
   batches of one size. The mean over devices of what they return is then the loss of the whole batch, for `"mean"` and `"sum"`
   alike; in kdtorch the mean of their gradients is its gradient. The next state is the same on all devices.
 - **`class_axis_name`** in kdjax, **`class_group`** in kdtorch: the devices that the classes are spread over, in losses that need
-  no more than a few numbers of each example from the others: the KL divergences, Jensen–Shannon and top-k. Each device
-  gives the logits of the same examples for a contiguous range of the classes, in the order of the devices. The loss is the
-  same on all of them, and the gradient of a device's logits is its part of the whole.
+  no more than a few numbers of each example from the others: the KL divergences, Jensen–Shannon, top-k, and those of
+  linear heads. Each device gives the logits of the same examples, or the heads, for a contiguous range of the classes, in
+  the order of the devices. The loss is the same on all of them, and the gradient of a device's logits or heads is its part
+  of the whole.
 - **Finite results**: value and gradient are finite for every finite input, unless the exact number is too large for the dtype.
   A class at -inf in student and teacher is padding and contributes nothing. A loss is inf where the formula is, as where the
   student gives -inf to a class that the teacher uses. An example whose logits are all -inf has no distribution: its value and

