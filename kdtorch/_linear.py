@@ -211,8 +211,10 @@ def _by_rows(
     totals: Student,
 ) -> None:
     dtype, number = values.dtype, len(values) if places is None else len(places)
-    most = student.weight.new_tensor(len(student.weight), dtype=torch.int64)
-    size = max(BLOCK // int(all_max(most, class_group)), 1)  # on all ranks the same
+    classes = len(student.weight)
+    if class_group is not None:  # whose ranks make blocks of one size
+        classes = int(all_max(student.weight.new_tensor(classes, dtype=torch.int64), class_group))
+    size = max(BLOCK // classes, 1)
     size = -(-number // max(-(-number // size), 1)) or 1  # blocks of one size
     settings = *fixed.settings, student.temperature
     output, other_output = fixed.outputs

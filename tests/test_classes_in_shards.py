@@ -29,9 +29,9 @@ def mesh(*shape):
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def layout(kind):
+def layout(kind, data="data"):
     """The batch over one axis of the mesh, the classes over the other."""
-    axes = {KINDS[kind].axis: "data", divided(kind): "model"}
+    axes = {KINDS[kind].axis: data, divided(kind): "model"}
     return P(*(axes.get(i) for i in range(2) if any(k is not None and k >= i for k in axes)))
 
 
@@ -50,18 +50,18 @@ def split(loss, inputs):
     return {k: inputs[k] for k in loss.learns}, {k: x for k, x in inputs.items() if k not in loss.learns}
 
 
-def sharded(loss, options, shape, vma=True, masked=False, inside=True):
+def sharded(loss, options, shape, vma=True, masked=False, inside=True, data="data"):
     """Value and gradients on a mesh of batch by classes, of a loss and its temperature, differentiated inside `shard_map` or outside."""
 
     def mean(learned, fixed, temperature, where):
-        names = {"axis_name": "data", "class_axis_name": "model"}
+        names = {"axis_name": data, "class_axis_name": "model"}
         value = objective(loss, {**options, **names}, learned, fixed, temperature, where)
-        return jax.lax.pmean(value, "data") if value.ndim == 0 else value
+        return value if data is None else jax.lax.pmean(value, data)
 
     def slopes(function):
         return jax.value_and_grad(function, (0, 2))
 
-    learned, fixed = ({k: layout(loss.inputs[k]) for k in names} for names in split(loss, loss.inputs))
+    learned, fixed = ({k: layout(loss.inputs[k], data) for k in names} for names in split(loss, loss.inputs))
     specs = learned, fixed, P(), P("data") if masked else None
     over = functools.partial(jax.shard_map, mesh=mesh(*shape), in_specs=specs, check_vma=vma)
     if inside:
@@ -134,7 +134,7 @@ def test_what_is_sent(loss):
     totals = []
     for classes in (64, 512):
         inputs = given(loss, batch=(16,), classes=classes, kept=5)
-        found = sent(sharded(loss, {}, (1, 8)), *split(loss, inputs), jnp.asarray(2.0), None)
+        found = sent(sharded(loss, {}, (1, 8), data=None), *split(loss, inputs), jnp.asarray(2.0), None)
         assert {name for name, _ in found} == {"all-reduce"}
         totals.append(sum(entries for _, entries in found))
     hidden = sum(16 * Sizes().dim for k in loss.learns if loss.inputs[k] == "hidden")
