@@ -42,6 +42,40 @@ def all_max(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     return x if axis_name is None else jax.lax.pmax(x, _bound(axis_name))
 
 
+def class_devices(class_axis_name: AxisName | None, axis_name: AxisName | None = None) -> int:
+    """The number of devices that the classes are spread over, which are not those of the batch."""
+    if class_axis_name is None:
+        return 1
+    names, others = ((x,) if isinstance(x, str) else x or () for x in (class_axis_name, axis_name))
+    if set(names) & set(others):
+        raise ValueError(
+            f"`class_axis_name` must be another mesh axis than `axis_name`, got {class_axis_name!r} and {axis_name!r}; the "
+            "first has the classes, the second the examples"
+        )
+    try:
+        return jax.lax.axis_size(class_axis_name)
+    except NameError:
+        raise ValueError(
+            f"`class_axis_name` must be a mesh axis of the shard_map around the call, got {class_axis_name!r}; under jit alone "
+            "leave it out, the compiler sees all classes"
+        ) from None
+
+
+def class_sum(x: jax.Array, class_axis_name: AxisName | None = None) -> jax.Array:
+    """The sum over the last axis, of all devices that have a part of it, `[*batch, 1]`."""
+    return all_sum(x.sum(-1, keepdims=True), class_axis_name)
+
+
+def class_max(x: jax.Array, class_axis_name: AxisName | None = None) -> jax.Array:
+    """The largest entry of the last axis on any device, `[*batch, 1]`; constant to the gradient."""
+    return all_max(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)), class_axis_name)
+
+
+def on_first(x: jax.Array, class_axis_name: AxisName | None, elsewhere: float) -> jax.Array:
+    """x on the first device, another number on the others."""
+    return x if class_axis_name is None else jnp.where(rank(class_axis_name) == 0, x, elsewhere)
+
+
 def all_gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
     """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True)

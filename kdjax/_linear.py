@@ -1,4 +1,4 @@
-"""What runs a function of rows on the logits of two linear heads, which are made a block at a time and dropped."""
+"""What compares the logits of linear heads, which are made for a block of classes at a time and dropped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from kdjax._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdjax._numerics import HIGHEST, dot, widest
 from kdjax._reduce import zero_masked
 from kdjax._rowwise import pack
-from kdjax._typing import Scalar
+from kdjax._typing import AxisName, Scalar
 
-BLOCK = 2**22  # entries of the logits of a block of rows, and of a part of a head's gradient
+BLOCK = 2**22  # entries of the logits of a block of classes
+LEAST = 2**21  # the same where memory is least
+
+
+class Output(NamedTuple):
+    """What a head's products become: scale (h · w + b), and with a cap c then c tanh(· / c). None: as they are."""
+
+    scale: Scalar | None = None
+    cap: Scalar | None = None
 
 
 class Student(NamedTuple):
@@ -34,49 +43,71 @@ class Student(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What is constant."""
+    """What is constant.
 
-    hidden: Array
-    weight: Array
+    Attributes:
+        rows: the teacher's hidden states; where it has no head, all that is known of its logits. Each is `[*batch, ...]`.
+        weight: of the teacher's head, or None.
+        bias: of the same.
+        where: which rows are kept.
+        weights: what the rows' values are multiplied by, `[*batch]`.
+        outputs: the student's and the teacher's.
+        settings: of the divergence, without T.
+    """
+
+    rows: tuple[Array, ...]
+    weight: Array | None
     bias: Array | None
     where: Array | None
+    weights: Array | None
+    outputs: tuple[Output, Output]
     settings: tuple[Scalar, ...] = ()
 
 
-def linear(
-    value_and_gradient: Callable[..., tuple[Array, Array]], of_teacher: Callable[..., Array]
-) -> Callable[..., Array]:
-    """A function of a student's and a teacher's hidden states and heads from one of rows of logits.
+# of a divergence: `of_heads` and `of_kept` make it
+ByClasses = Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]
 
-    `value_and_gradient(x, y, *settings, temperature)` returns the value of each row and its gradient by x, and
-    `of_teacher` the gradient by y; the value must be one of x / T and y / T, so that its derivative by T is
-    -(x · ∂x + y · ∂y) / T. What is returned gives the sum over the kept rows, whose gradients are made with it and are all
-    that is held, or with `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
+
+def linear(divergence: ByClasses) -> Callable[..., Array]:
+    """A function of a student's hidden states and head, and of what is constant, from a divergence of logits by classes.
+
+    What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
+    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_axis_name` each
+    device has the heads' rows of some classes.
     """
-    evaluate = functools.partial(_evaluate, value_and_gradient, of_teacher)
+    nothing = Student(False, False, False, False)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def values(summed: bool, student: Student, fixed: Fixed) -> Array:
-        value = evaluate(student, fixed, None, Student(False, False, False, False))[0]
-        return value.sum() if summed else value
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+    def values(summed: bool, least: bool, class_axis_name: AxisName | None, student: Student, fixed: Fixed) -> Array:
+        """Of devices that share the classes the first has the value, and the others 0, so that JAX sums their gradients."""
+        value = _evaluate(divergence, least, class_axis_name, student, fixed, None, nothing)[0]
+        return on_first(value.sum() if summed else value, class_axis_name, 0.0)
 
-    def forward(summed: bool, student: Student, fixed: Fixed) -> tuple[Array, tuple[Any, Any]]:
+    def forward(
+        summed: bool, least: bool, class_axis_name: AxisName | None, student: Student, fixed: Fixed
+    ) -> tuple[Array, tuple[Any, Any]]:
         asked = Student(*(jax.tree.leaves(jax.tree.map(lambda v: v.perturbed, x)) == [True] for x in student))
         student, fixed = jax.tree.map(lambda v: v.value, (student, fixed))
-        value, gradients = evaluate(student, fixed, None, asked if summed else Student(False, False, False, False))
+        wanted = asked if summed else nothing
+        value, gradients = _evaluate(divergence, least, class_axis_name, student, fixed, None, wanted)
         if summed:
             held = (None if g is None else pack(g, x.dtype, 0) for g, x in zip(gradients, student, strict=True))
-            return value.sum(), (Student(*held), None)
-        return value, (Student(*(() if wanted else None for wanted in asked)), (student, fixed))
+            return on_first(value.sum(), class_axis_name, 0.0), (Student(*held), None)
+        return on_first(value, class_axis_name, 0.0), (
+            Student(*(() if wanted else None for wanted in asked)),
+            (student, fixed),
+        )
 
-    def backward(summed: bool, held: tuple[Any, Any], cotangent: Any) -> tuple[Student, None]:
+    def backward(
+        summed: bool, least: bool, class_axis_name: AxisName | None, held: tuple[Any, Any], cotangent: Any
+    ) -> tuple[Student, None]:
         gradients, inputs = held
         if isinstance(cotangent, SymbolicZero):
             cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         if not summed:
             asked = Student(*(x is not None for x in gradients))
             student, fixed = inputs
-            gradients = evaluate(student, fixed, cotangent, asked)[1]
+            gradients = _evaluate(divergence, least, class_axis_name, student, fixed, cotangent, asked)[1]
             return Student(*map(lambda g, x: None if g is None else g.astype(x.dtype), gradients, student)), None
 
         def scaled(gradient: Array, unit: Array | None = None) -> Array:
@@ -87,9 +118,12 @@ def linear(
 
     values.defvjp(forward, backward, symbolic_zeros=True)
 
-    def differentiable(student: Student, fixed: Fixed, summed: bool) -> Array:
+    def differentiable(
+        student: Student, fixed: Fixed, summed: bool, least: bool, class_axis_name: AxisName | None
+    ) -> Array:
         student, fixed = jax.tree.map(jnp.asarray, (student, fixed))
-        return values(summed, *jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed)))
+        varying = jax.tree.map(functools.partial(_varying, _axes((student, fixed))), (student, fixed))
+        return all_sum(values(summed, least, class_axis_name, *varying), class_axis_name)
 
     return differentiable
 
@@ -106,84 +140,297 @@ def _varying(axes: frozenset[str], x: Array) -> Array:
 
 
 def _evaluate(
-    value_and_gradient: Callable[..., tuple[Array, Array]],
-    of_teacher: Callable[..., Array],
+    divergence: ByClasses,
+    least: bool,
+    class_axis_name: AxisName | None,
     student: Student,
     fixed: Fixed,
-    weights: Array | None,
+    above: Array | None,
     asked: Student,
 ) -> tuple[Array, Student]:
-    """The value of each row, and the gradients of their weighted sum that are asked for."""
-    arrays = student.hidden, student.weight, fixed.hidden, fixed.weight
-    dtype, (classes, _) = widest(*arrays), student.weight.shape
+    """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
     batch = student.hidden.shape[:-1]
     number = math.prod(batch)
-    size = max(min(number, BLOCK // classes), 1)
     axes = _axes((student, fixed))
+    dtype = widest(student.hidden, student.weight, *fixed.rows, *([] if fixed.weight is None else [fixed.weight]))
+    kept, weights = fixed.where, fixed.weights
+    if weights is not None:
+        kept = (weights != 0) if kept is None else kept & (weights != 0)
+        weights = jnp.where(kept, weights, 0).astype(dtype)
+    factor = weights if above is None else above if weights is None else above * weights
 
-    def blocks(x: Array) -> Array:
-        x = x.reshape(number, *x.shape[len(batch) :])
-        x = jnp.pad(x, ((0, -number % size), *((0, 0) for _ in x.shape[1:])))
-        return x.reshape(-1, size, *x.shape[1:])
+    def start(wanted: bool, like: Any) -> Array | None:
+        # a class is written once, so that its gradient may be rounded at once
+        exact = like.dtype if like is student.weight and like.dtype == jnp.bfloat16 else dtype
+        return _varying(axes, jnp.zeros(jnp.shape(like), exact)) if wanted else None
 
-    def step(totals: Student, rows: tuple[Array, ...]) -> tuple[Student, tuple[Array, Array | None]]:
-        h, of_other, kept, factor = rows
-        h, of_other = zero_masked(kept, h, of_other)
-        x = _logits(h, student.weight, student.bias, dtype)
-        y = _logits(of_other, fixed.weight, fixed.bias, dtype)
-        value, gradient = value_and_gradient(x, y, *fixed.settings, student.temperature)
-        value, gradient = zero_masked(kept, value, gradient if factor is None else gradient * factor[:, None])
-        if asked.temperature:
-            pull = of_teacher(x, y, *fixed.settings, student.temperature)
-            (pull,) = zero_masked(kept, pull if factor is None else pull * factor[:, None])
-            slope = -(dot(gradient, x) + dot(pull, y)).sum() / student.temperature
+    if fixed.weight is None:
+        rows = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, fixed.rows)
+        fixed = fixed._replace(rows=rows)
+    totals = Student(*map(start, asked, student))
+    flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[len(batch) :]), (student.hidden, fixed.rows, kept, factor))
+    if totals.hidden is not None:
+        totals = totals._replace(hidden=totals.hidden.reshape(number, -1))
+    entries = LEAST if least else BLOCK
+    value, totals = _by_classes(divergence, entries, class_axis_name, student, fixed, flat, totals, dtype, axes)
+    if totals.hidden is not None:
+        totals = totals._replace(hidden=totals.hidden.reshape(student.hidden.shape))
+    value = value.reshape(batch)
+    return value if weights is None else value * weights, totals
+
+
+def _by_classes(
+    divergence: ByClasses,
+    entries: int,
+    class_axis_name: AxisName | None,
+    student: Student,
+    fixed: Fixed,
+    rows: tuple[Any, ...],
+    totals: Student,
+    dtype: DTypeLike,
+    axes: frozenset[str],
+) -> tuple[Array, Student]:
+    """Passes over blocks of classes: what each row sums over all of them, then the gradients, each of a class once."""
+    h, others, kept, factor = rows
+    h, *others = zero_masked(kept, h, *others)
+    (number, dim), (classes, _) = h.shape, student.weight.shape
+    size = min(classes, max(entries // max(number, dim), 16))
+
+    def cut(x: Array | None, first: Array | int, size: int) -> Array | None:
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size)
+
+    def logits(first: Array | int, size: int) -> list[Array]:
+        x = _logits(h, cut(student.weight, first, size), cut(student.bias, first, size), fixed.outputs[0], dtype)
+        if fixed.weight is None:
+            return [x]
+        head = cut(fixed.weight, first, size), cut(fixed.bias, first, size)
+        return [x, _logits(others[0], *head, fixed.outputs[1], dtype)]
+
+    def over_classes(step: Callable[..., Any], start: Any) -> Any:
+        """`step(sums, first, *logits)` of each block of classes, one after the other."""
+
+        def one(first: Array | int, sums: Any, size: int = size) -> Any:
+            return step(sums, first, *logits(first, size))
+
+        start = jax.tree.map(functools.partial(_varying, axes), start)
+        sums = jax.lax.fori_loop(0, classes // size, lambda i, sums: one(i * size, sums), start)
+        return one(classes - classes % size, sums, classes % size) if classes % size else sums
+
+    def add(totals: Student, first: Array | int, *logits: Array) -> Student:
+        gradient, pull = gradient_of(first, *logits)
+        if factor is not None:
+            gradient, pull = gradient * factor[:, None], pull * factor
+        gradient, pull = zero_masked(kept, gradient, pull)
+        if totals.temperature is not None:
+            slope = -(dot(gradient, logits[0]) + pull).sum() / student.temperature
             totals = totals._replace(temperature=totals.temperature + slope)
-        if asked.bias:
-            totals = totals._replace(bias=totals.bias + gradient.sum(0))
-        if asked.weight:
-            totals = totals._replace(weight=_add_product(totals.weight, gradient, h))
-        return totals, (value, _product(gradient, student.weight, dtype) if asked.hidden else None)
+        gradient = _through(gradient, logits[0], fixed.outputs[0])
+        if totals.bias is not None:
+            part = gradient.sum(0)
+            totals = totals._replace(bias=jax.lax.dynamic_update_slice_in_dim(totals.bias, part, first, 0))
+        if totals.weight is not None:
+            part = _contracted(gradient, h, 0, 0, dtype).astype(totals.weight.dtype)
+            totals = totals._replace(weight=jax.lax.dynamic_update_slice_in_dim(totals.weight, part, first, 0))
+        if totals.hidden is not None:
+            weight = cut(student.weight, first, gradient.shape[1])
+            totals = totals._replace(hidden=totals.hidden + _contracted(gradient, weight, 1, 0, dtype))
+        return totals
 
-    def zeros(wanted: bool, like: Any) -> Array | None:
-        return _varying(axes, jnp.zeros(jnp.shape(like), dtype)) if wanted else None
-
-    start = Student(None, *(zeros(*x) for x in zip(asked[1:], student[1:], strict=True)))
-    where = jnp.ones(batch, bool) if fixed.where is None else fixed.where
-    rows = student.hidden, fixed.hidden, where, weights
-    totals, (value, pulled) = jax.lax.scan(step, start, jax.tree.map(blocks, rows))
-    value = value.reshape(-1)[:number].reshape(batch)
-    if pulled is not None:
-        pulled = pulled.reshape(-1, pulled.shape[-1])[:number].reshape(student.hidden.shape)
-    return value, totals._replace(hidden=pulled)
+    known = () if fixed.weight is not None else tuple(others)
+    settings = *fixed.settings, student.temperature
+    start = jnp.zeros(number, dtype)
+    value, gradient_of = divergence(over_classes, start, *known, *settings, class_axis_name=class_axis_name)
+    if any(x is not None for x in totals):
+        totals = over_classes(add, totals)
+    return zero_masked(kept, value)[0], totals
 
 
-def _logits(hidden: Array, weight: Array, bias: Array | None, dtype: DTypeLike) -> Array:
-    """hidden weightᵀ + bias, summed in `dtype` from what the two are in, so that there is no wider copy of the head."""
+class Sums(NamedTuple):
+    """Of the classes so far, in each row: the largest logit, Σ w of w = exp((logit - largest) / T), and Σ w d.
+
+    d is x - y, each less its largest.
+    """
+
+    peak: Array
+    total: Array
+    apart: Array
+
+
+def of_heads(
+    f: Callable[..., Array],
+    g: Callable[..., Array],
+    means: Callable[[Array, Array], tuple[Array | None, Array | None]] | None = None,
+) -> ByClasses:
+    """A divergence, by blocks of classes, E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
+
+    `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
+    q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
+    pass over the classes comes before the gradients, and two where it is None.
+    """
+
+    def by_classes(
+        over_classes: Callable[..., Any], rows: Array, *settings: Any, class_axis_name: AxisName | None
+    ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
+        *settings, temperature = settings
+        least, zero = jnp.full_like(rows, jnp.finfo(rows.dtype).min), jnp.zeros_like(rows)
+
+        def moved(sums: tuple[Sums, Sums], peaks: list[Array]) -> list[Sums]:
+            """The sums with other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            new = []
+            for old, peak in zip(sums, peaks, strict=True):
+                decay = jnp.exp((old.peak - peak) / temperature)
+                apart = jnp.where(decay == 0, 0, decay * (old.apart + step * old.total))
+                new.append(Sums(peak, decay * old.total, apart))
+            return new
+
+        def gather(sums: tuple[Sums, Sums], first: Any, x: Array, y: Array) -> tuple[Sums, Sums]:
+            peaks = [jnp.maximum(old.peak, z.max(-1)) for old, z in zip(sums, (x, y), strict=True)]
+            x, y = (z - peak[:, None] for z, peak in zip((x, y), peaks, strict=True))
+            d = difference(x, y)
+            new = []
+            for old, z in zip(moved(sums, peaks), (x, y), strict=True):
+                weight = jnp.exp(z / temperature)
+                new.append(Sums(old.peak, old.total + weight.sum(-1), old.apart + dot(weight, d)))
+            return new[0], new[1]
+
+        ours, theirs = over_classes(gather, (Sums(least, zero, zero), Sums(least, zero, zero)))
+        if class_axis_name is not None:
+            each = moved((ours, theirs), [all_max(one.peak, class_axis_name) for one in (ours, theirs)])
+            ours, theirs = (Sums(x.peak, *all_sum(x[1:], class_axis_name)) for x in each)
+        logs = jnp.log(ours.total), jnp.log(theirs.total)
+
+        def log_softmaxes(*logits: Array) -> list[Array]:
+            each = zip(logits, (ours, theirs), logs, strict=True)
+            return [(z - one.peak[:, None]) / temperature - log[:, None] for z, one, log in each]
+
+        mean: Any
+        if means is not None:
+            mean = means(*(one.apart / one.total / temperature - (logs[0] - logs[1]) for one in (ours, theirs)))
+        else:
+
+            def add(sums: tuple[Array, Array], first: Any, x: Array, y: Array) -> tuple[Array, Array]:
+                both = *log_softmaxes(x, y), *settings
+                return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
+
+            mean = all_sum(over_classes(add, (zero, zero)), class_axis_name)
+        value = sum(m for m in mean if m is not None)
+
+        def centred(of: Callable[..., Array], log: Array, mean: Array | None, both: tuple[Any, ...]) -> Array:
+            result = of(*both)
+            if mean is not None:  # infinite where one of the two excludes a class, and no gradient is
+                result = result - jnp.exp(log) * jnp.where(jnp.isfinite(mean), mean, 0)[:, None]
+            return result / temperature
+
+        def gradient(first: Any, x: Array, y: Array) -> tuple[Array, Array]:
+            log_p, log_q = log_softmaxes(x, y)
+            both = log_p, log_q, *settings
+            return centred(f, log_p, mean[0], both), dot(centred(g, log_q, mean[1], both), y)
+
+        return jnp.maximum(value, 0), gradient
+
+    return by_classes
+
+
+def difference(x: Array, y: Array) -> Array:
+    """x - y; 0 of a class that both exclude, so that no NaN is on the way."""
+    both = jnp.isneginf(x) & jnp.isneginf(y)
+    return jnp.where(both, 0, jnp.where(both, 0, x) - jnp.where(both, 0, y))
+
+
+def of_kept(
+    divergence_and_gradient: Callable[..., tuple[Array, Array]], of_teacher: Callable[..., Array], bucket: bool
+) -> ByClasses:
+    """A divergence, by blocks of classes, over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
+
+    An index below 0 is none. `of_teacher` is the divergence's gradient by y.
+    """
+
+    def by_classes(
+        over_classes: Callable[..., Any],
+        rows: Array,
+        values: Array,
+        indices: Array,
+        rest: Array,
+        *settings: Any,
+        class_axis_name: AxisName | None,
+    ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
+        temperature = settings[-1]
+        lowest = jnp.finfo(rows.dtype).min
+
+        def places(first: Any, x: Array) -> tuple[Array, Array]:
+            """Where the kept classes are in a block; beyond its end those that are not in it."""
+            size = x.shape[-1]
+            inside = (indices >= first) & (indices < first + size)
+            return inside, jnp.where(inside, indices - first, size)
+
+        def without(x: Array, at: Array) -> Array:
+            return put(x, at, jnp.full(at.shape, -jnp.inf, x.dtype))
+
+        def gather(sums: tuple[Array, Array, Array], first: Any, x: Array) -> tuple[Array, Array, Array]:
+            own, peak, total = sums
+            inside, at = places(first, x)
+            own = jnp.where(inside, jnp.take_along_axis(x, jnp.where(inside, at, 0), axis=-1), own)
+            others = without(x, at)
+            new = jnp.maximum(peak, others.max(-1))
+            weight = jnp.exp((others - new[:, None]) / temperature)
+            return own, new, jnp.exp((peak - new) / temperature) * total + weight.sum(-1)
+
+        start = jnp.full_like(values, -jnp.inf), jnp.full_like(rows, lowest), jnp.zeros_like(rows)
+        own, local_peak, total = over_classes(gather, start)
+        peak = all_max(local_peak, class_axis_name)
+        student, teacher = own, values
+        if bucket:
+            largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)[:, 0]), lowest)
+            total = all_sum(jnp.exp((local_peak - peak) / temperature) * total, class_axis_name)
+            total = jnp.where(total == 0, 1, total)
+            others = jnp.where(peak == lowest, -jnp.inf, peak - largest) + temperature * jnp.log(total)
+            others, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (others[:, None], rest))
+            student = jnp.concatenate([own - largest[:, None], others], -1)
+            teacher = jnp.concatenate([values, rest], -1)
+        value, slope = divergence_and_gradient(student, teacher, *settings, class_axis_name=class_axis_name)
+        pull = dot(of_teacher(student, teacher, *settings, class_axis_name=class_axis_name), teacher)
+        of_rest = class_sum(slope[:, -1:], class_axis_name)
+
+        def gradient(first: Any, x: Array) -> tuple[Array, Array]:
+            at = places(first, x)[1]
+            spread = jnp.zeros_like(x)
+            if bucket:
+                spread = jnp.exp((without(x, at) - peak[:, None]) / temperature) * (of_rest / total[:, None])
+            return put(spread, at, slope[:, : values.shape[-1]]), jnp.where(first == 0, pull, 0)  # once
+
+        return value, gradient
+
+    return by_classes
+
+
+@functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
+def put(row: Array, places: Array, entries: Array) -> Array:
+    """Entries at their places in a row; one beyond its end is dropped."""
+    return row.at[places].set(entries, mode="drop")
+
+
+def _logits(hidden: Array, weight: Array, bias: Array | None, output: Output, dtype: DTypeLike) -> Array:
+    """What a head makes of hidden states, summed in `dtype` from what the two are in, without a wider copy of the head."""
     logits = _contracted(hidden, weight, 1, 1, dtype)
-    return logits if bias is None else logits + bias.astype(dtype)[None]
+    if bias is not None:
+        logits = logits + bias.astype(dtype)[None]
+    if output.scale is not None:
+        logits = output.scale * logits
+    if output.cap is not None:
+        capped = output.cap * jnp.tanh(logits / output.cap)
+        logits = capped if bias is None else jnp.where(jnp.isneginf(bias), -jnp.inf, capped)
+    return logits
 
 
-def _product(gradient: Array, weight: Array, dtype: DTypeLike) -> Array:
-    return _contracted(gradient, weight, 1, 0, dtype)
+def _through(gradient: Array, logits: Array, output: Output) -> Array:
+    """The gradient by h · w + b, from that by the logits."""
+    if output.cap is not None:  # an excluded class, at -inf, has a gradient of 0
+        gradient = gradient * (1 - (jnp.maximum(logits, -output.cap) / output.cap) ** 2)
+    return gradient if output.scale is None else output.scale * gradient
 
 
 def _contracted(a: Array, b: Array, axis: int, other: int, dtype: DTypeLike) -> Array:
     return jax.lax.dot_general(
         a, b, (((axis,), (other,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.dtype(dtype)
     )
-
-
-def _add_product(total: Array, gradient: Array, hidden: Array) -> Array:
-    """total + gradientᵀ hidden, a part of the classes at a time and in place, so that no second array is as large."""
-    classes, dim = total.shape
-    size = max(BLOCK // dim, 1)
-
-    def add(first: Array | int, total: Array, size: int = size) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(gradient, first, size, 1)
-        product = _contracted(part, hidden, 0, 0, total.dtype)
-        old = jax.lax.dynamic_slice_in_dim(total, first, size)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + product, first, 0)
-
-    whole = classes // size
-    total = jax.lax.fori_loop(0, whole, lambda i, total: add(i * size, total), total) if whole else total
-    return add(whole * size, total, classes % size) if classes % size else total

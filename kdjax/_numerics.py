@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from jax.export import is_symbolic_dim
 
-from kdjax._typing import Scalar
+from kdjax._collectives import class_devices, class_max, class_sum, rank
+from kdjax._typing import AxisName, Scalar
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -82,9 +83,14 @@ def weigh(weight: Scalar, value: Array) -> Array:
     return jnp.where((weight == 0) & jnp.isinf(value), 0, weight * value)
 
 
-def check_classes(logits: Array) -> None:
-    if logits.shape[-1] < 2:
+def check_classes(
+    logits: Array, class_axis_name: AxisName | None = None, axis_name: AxisName | None = None
+) -> tuple[Array | int, int]:
+    """The first class of this device, and the number of classes on all devices, which is at least 2."""
+    classes, devices = logits.shape[-1], class_devices(class_axis_name, axis_name)
+    if classes * devices < 2:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {list(logits.shape)}")
+    return rank(class_axis_name) * classes, classes * devices
 
 
 def check_fixed(loss: str, **sizes: int) -> None:
@@ -134,19 +140,21 @@ class Softmax(NamedTuple):
     log_total: Array
 
 
-def softmax(x: Array, temperature: Scalar = 1.0, may_be_empty: bool = False) -> Softmax:
-    """Over the last axis. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+def softmax(
+    x: Array, temperature: Scalar = 1.0, may_be_empty: bool = False, class_axis_name: AxisName | None = None
+) -> Softmax:
+    """Over the last axis, which may be spread over devices. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
 
     The largest entry is taken off before the division, whose rounding would be that of the largest. (XLA may even compute
     x / T twice, rounded to find the largest and unrounded inside a multiply-add.)
     """
-    peak = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+    peak = class_max(x, class_axis_name)
     if may_be_empty:
         peak = jnp.maximum(peak, jnp.finfo(x.dtype).min)
     # in the derivative by T infinity would meet the 0 of an excluded class
     below = jnp.maximum(x - peak, -1e5 * temperature)
     weight = jnp.exp(below / temperature)
-    total = jnp.sum(weight, -1, keepdims=True)
+    total = class_sum(weight, class_axis_name)
     if may_be_empty:
         total = jnp.where(total == 0, 1, total)  # at a total of 1, one class, `maximum` would halve the derivative
     return Softmax(weight / total, peak, jnp.log(total))
@@ -159,9 +167,12 @@ def dot(q: Array, x: Array) -> Array:
     return jnp.where(none, 0, q * jnp.where(none, 0, x)).sum(-1)
 
 
-def log_ratio(x: Array, y: Array, temperature: Scalar, may_be_empty: bool = False) -> tuple[Softmax, Softmax, Array]:
+def log_ratio(
+    x: Array, y: Array, temperature: Scalar, may_be_empty: bool = False, class_axis_name: AxisName | None = None
+) -> tuple[Softmax, Softmax, Array]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
+    # over devices each sends numbers of its own, in arrays of one shape, so that equal rows have equal sums
+    p, q = (softmax(z, temperature, may_be_empty, class_axis_name) for z in (x, y))
     both = jnp.isneginf(x) & jnp.isneginf(y)
     x, y = (jnp.where(both, 0, z) for z in (x, y))  # whose difference is no NaN, which `jax_debug_nans` would stop at
     return p, q, ((x - y) - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
@@ -214,18 +225,20 @@ def difference_of_softmaxes(p: Array, q: Array, ratio: Array) -> Array:
     return jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
 
 
-def pulled_back(h: Array, p: Array) -> Array:
+def pulled_back(h: Array, p: Array, class_axis_name: AxisName | None = None) -> Array:
     """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
 
     An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
     the value is infinite there, and the gradient is finite and leads away from the class.
     """
     h = jnp.where(p == 0, 0, jnp.where(jnp.isposinf(h), -math.log(jnp.finfo(h.dtype).tiny), h))
-    centered = h - (p * h).sum(-1, keepdims=True)
-    return p * (centered - (p * centered).sum(-1, keepdims=True))
+    centered = h - class_sum(p * h, class_axis_name)
+    return p * (centered - class_sum(p * centered, class_axis_name))
 
 
-def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]:
+def kl_of_softmaxes(
+    p: Softmax, q: Softmax, ratio: Array, class_axis_name: AxisName | None = None
+) -> tuple[Array, Array]:
     """KL(q || p) over the last axis, and p - q.
 
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
@@ -234,15 +247,15 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Array) -> tuple[Array, Array]
     used = jnp.where(q.p == 0, 0, ratio)
     difference = difference_of_softmaxes(p.p, q.p, used)
     near = (jnp.abs(used) < NEAR) & (q.p > 0)
-    value = jnp.where(near, q.p * exp_remainder(jnp.where(near, used, 0)), difference - q.p * used).sum(-1)
-    difference, common = less_common_error(difference, q.p)
-    value = value - common.squeeze(-1) ** 2 / 2
+    terms = jnp.where(near, q.p * exp_remainder(jnp.where(near, used, 0)), difference - q.p * used)
+    difference, common = less_common_error(difference, q.p, class_axis_name)
+    value = (class_sum(terms, class_axis_name) - common**2 / 2).squeeze(-1)
     return jnp.where(value < 0, 0, value), difference
 
 
-def less_common_error(difference: Array, q: Array) -> tuple[Array, Array]:
+def less_common_error(difference: Array, q: Array, class_axis_name: AxisName | None = None) -> tuple[Array, Array]:
     """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
-    total = jax.lax.stop_gradient(difference).sum(-1, keepdims=True)
+    total = class_sum(jax.lax.stop_gradient(difference), class_axis_name)
     common = jnp.where(jnp.abs(total) < 0.1, total, 0)  # p or q may be empty
     return (difference - common * q) / (1 + common), common
 
@@ -271,9 +284,12 @@ def series_of_log1p(x: Array) -> tuple[Array, Array]:
     return s * (2 + tail), s * (x - tail)
 
 
-def kl_and_gradient(x: Array, y: Array, temperature: Scalar) -> tuple[Array, Array]:
+def kl_and_gradient(
+    x: Array, y: Array, temperature: Scalar, class_axis_name: AxisName | None = None
+) -> tuple[Array, Array]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
-    value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
+    p, q, ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
+    value, difference = kl_of_softmaxes(p, q, ratio, class_axis_name)
     return value, difference / temperature
 
 

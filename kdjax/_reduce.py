@@ -45,6 +45,15 @@ def reduce_sum(
     return value / (max(number, 1) if where is None else count(where, value.dtype, axis_name) / devices)
 
 
+def weighted_mean(
+    value: jax.Array, weights: Array, where: Array | None, axis_name: AxisName | None = None
+) -> jax.Array:
+    """The mean over kept examples from the sum of their weighted values: over the sum of the weights, or 1 where that is 0."""
+    (weights,) = zero_masked(where, weights.astype(value.dtype))
+    total = all_sum(jax.lax.stop_gradient(weights.sum()), axis_name)
+    return value / (jnp.where(total == 0, 1, total) / size(axis_name))
+
+
 def count(kept: Array, dtype: DTypeLike, axis_name: AxisName | None = None) -> jax.Array:
     """The number of kept examples on all devices, at least one."""
     return jnp.maximum(all_sum(kept.sum(dtype=dtype), axis_name), 1)

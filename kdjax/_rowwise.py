@@ -14,8 +14,10 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from kdjax._collectives import all_sum
 from kdjax._numerics import kl_and_gradient, widest
 from kdjax._reduce import zero_masked
+from kdjax._typing import AxisName
 
 
 def rowwise(value_and_gradients: Callable[..., tuple[Array, ...]], learns: int = 1) -> Callable[..., Array]:
@@ -23,42 +25,52 @@ def rowwise(value_and_gradients: Callable[..., tuple[Array, ...]], learns: int =
 
     The value of a row depends on that row alone. The inputs are `[*batch, ...]`, or numbers; those that do not learn are
     constant, but a number that has a tangent gets a gradient. What is returned takes them as the user gave them, in half
-    precision too, and a mask of the batch, `where=`.
+    precision too, and a mask of the batch, `where=`. With `class_axis_name=`, which it hands on, each device has a part of
+    every row, and the value of the whole.
 
     Until the backward pass only the gradients are held, in the dtypes of their arguments: neither another copy of these
     nor anything of the others. The gradients are themselves made of differentiable operations, so the result can be
     differentiated again.
     """
 
-    def with_slopes(numbers: Sequence[int], *inputs: Any) -> tuple[Array, ...]:
+    def over(class_axis_name: AxisName | None) -> Callable[..., tuple[Array, ...]]:
+        if class_axis_name is None:
+            return value_and_gradients
+        return functools.partial(value_and_gradients, class_axis_name=class_axis_name)
+
+    def with_slopes(class_axis_name: AxisName | None, numbers: Sequence[int], *inputs: Any) -> tuple[Array, ...]:
         """The value, its gradients, and its derivative with respect to each of the numbers that have one."""
+        evaluate = over(class_axis_name)
 
         def slope(i: int) -> Array:
             def value(number: Array) -> Array:
-                return value_and_gradients(*inputs[:i], number, *inputs[i + 1 :])[0]
+                return evaluate(*inputs[:i], number, *inputs[i + 1 :])[0]
 
             return jax.jvp(value, (inputs[i],), (jnp.ones_like(inputs[i]),))[1]
 
-        return *value_and_gradients(*inputs), *map(slope, numbers)
+        return *evaluate(*inputs), *map(slope, numbers)
 
-    @jax.custom_jvp
-    def values(where: Array | None, *inputs: Any) -> Array:
-        return by_rows(lambda *rows: value_and_gradients(*rows)[:1], where, *inputs)[0]
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def values(class_axis_name: AxisName | None, where: Array | None, *inputs: Any) -> Array:
+        return by_rows(lambda *rows: over(class_axis_name)(*rows)[:1], where, *inputs)[0]
 
     @functools.partial(values.defjvp, symbolic_zeros=True)
-    def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    def _(class_axis_name: AxisName | None, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
         (where, *inputs), (_, *steps) = primals, tangents
         moved = [i for i, step in enumerate(steps) if not isinstance(step, SymbolicZero)]
         numbers = [i for i in moved if i >= learns and _is_number(inputs[i])]
-        result, *slopes = by_rows(functools.partial(with_slopes, numbers), where, *inputs)
+        result, *slopes = by_rows(functools.partial(with_slopes, class_axis_name, numbers), where, *inputs)
         parts = [
-            _dot(result.ndim, steps[i], *pack(slopes[i], inputs[i].dtype, result.ndim)) for i in moved if i < learns
+            all_sum(_dot(result.ndim, steps[i], *pack(slopes[i], inputs[i].dtype, result.ndim)), class_axis_name)
+            for i in moved
+            if i < learns
         ]
         parts += [slope * steps[i] for i, slope in zip(numbers, slopes[learns:], strict=True)]
         return result, functools.reduce(operator.add, parts) if parts else jnp.zeros_like(result)
 
-    def value(*inputs: Any, where: Array | None = None) -> Array:
-        return values(*jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, (where, *inputs)))
+    def value(*inputs: Any, where: Array | None = None, class_axis_name: AxisName | None = None) -> Array:
+        arrays = jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, (where, *inputs))
+        return values(class_axis_name, *arrays)
 
     return value
 

@@ -221,7 +221,9 @@ def _fits(
         elif kind == "float":
             fits = isinstance(value, numbers.Real) and not isinstance(value, (bool, *arrays))
         else:
-            fits = kind == "any" or isinstance(value, types[kind])
+            fits = kind == "any"
+            for one in () if fits else types[kind]:  # torch.compile asks a process group for one type only
+                fits = fits or isinstance(value, one)
         if fits:
             return True
     return False
@@ -284,7 +286,13 @@ def _inside(path: str, value: Any, argument: Argument, framework: Framework) -> 
     """How to get the argument from the object that was given."""
     form = argument.forms[0]
     if form.kind == "Array":
-        for name in ("logits", "last_hidden_state"):
+        if path.endswith("_weight"):
+            for name, of_head in (("weight", f"{path}.weight"), ("kernel", f"{path}.kernel[...].T")):
+                if hasattr(value, name):
+                    return f"give {of_head}"
+        if path.endswith("_hidden") and getattr(value, "hidden_states", None) is not None:
+            return f"give {path}.hidden_states[-1]"
+        for name in ("last_hidden_state",) if path.endswith("_hidden") else ("logits", "last_hidden_state"):
             if hasattr(value, name):
                 return f"give {path}.{name}"
             if isinstance(value, Mapping) and name in value:
@@ -317,9 +325,20 @@ _ALIASES = {
     **dict.fromkeys(("size_average", "reduce"), "reduction"),
     **dict.fromkeys(("target", "targets", "label", "gt", "y"), "labels"),
     **dict.fromkeys(("group", "process_group"), "axis_name"),
+    **dict.fromkeys(("final_logit_softcapping", "logit_softcapping", "soft_cap"), "softcap"),
+    "logit_scale": "scale",
     "axis_name": "group",
+    "class_group": "class_axis_name",
+    "class_axis_name": "class_group",
 }
-_DEVICES = "axis_name (kdjax) or group (kdtorch)"
+_DEVICES = dict.fromkeys(("axis_name", "group"), "axis_name (kdjax) or group (kdtorch)")
+_DEVICES |= dict.fromkeys(("class_axis_name", "class_group"), "class_axis_name (kdjax) or class_group (kdtorch)")
+
+
+_WHOLE = (
+    "it needs all classes of an example in one place: gather them, or take kl_loss, reverse_kl_loss, symmetric_kl_loss, "
+    "jsd_loss, topk_kl_loss or one of linear heads, whose classes may be spread over devices"
+)
 
 
 def misfit(
@@ -331,7 +350,7 @@ def misfit(
     keywords: tuple[str, ...],
 ) -> str:
     """The error for a call with this number of positional arguments and these keywords."""
-    options = [_DEVICES if name in _DEVICES else name for name in names if name not in positional]
+    options = [_DEVICES.get(name, name) for name in names if name not in positional]
     taken = f"the arguments are {', '.join(positional)}; the options, given by name, {', '.join(options)}"
     if number > len(positional):
         return f"{function}: takes {len(positional)} positional arguments, got {number}; {taken}"
@@ -342,6 +361,9 @@ def misfit(
             wanted = _ALIASES.get(keyword.lower(), keyword.lower())
             words = set(wanted.split("_"))
             near = [name for name in names if (len(wanted) > 3 and wanted in name) or words == set(name.split("_"))]
+            near = [wanted] if wanted in near else near
+            if not near and wanted in ("class_axis_name", "class_group"):
+                return f"{function}: got an unexpected keyword argument {keyword!r}; {_WHOLE}"
             near = near or difflib.get_close_matches(wanted, names, 1)
             mend = "write " + " or ".join(f"`{name}`" for name in near) if near else taken
             return f"{function}: got an unexpected keyword argument {keyword!r}; {mend}"
@@ -412,6 +434,14 @@ def _mend(given: Given, arrays: list[Given]) -> str:
 
 def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list[str]) -> str:
     name, shape, first, like = given.path, given.shape or (), arrays[0].path, arrays[0].shape or ()
+    if name.endswith(("_hidden", "_weight", "_bias")):
+        return _mend_head(given, {x.path: x for x in arrays})
+    if name == "weights" and "float" not in given.dtype:
+        return (
+            "give where=weights"
+            if "bool" in given.dtype
+            else "give weights in the dtype of the loss, or where=weights != 0"
+        )
     if "float" not in given.dtype:
         return f"the order of the arrays is {', '.join(x.path for x in arrays)}" if "int" in given.dtype else ""
     if len(shape) == len(axes) + 1 and shape[0] == 1 and name.startswith("state."):
@@ -449,3 +479,47 @@ def _mend_float(given: Given, axes: list[str], arrays: list[Given], floats: list
     if "batch" in axes[0] and shape[1:] == like[1:]:
         return "give both the same examples"
     return ""
+
+
+def _mend_head(given: Given, arrays: Mapping[str, Given]) -> str:
+    """What to write instead of hidden states, the weight of a head, or its bias."""
+    side, _, kind = given.path.partition("_")
+    shape = given.shape or ()
+    hidden, weight = (
+        arrays[f"{side}_{x}"].shape or () if f"{side}_{x}" in arrays else () for x in ("hidden", "weight")
+    )
+    if kind == "hidden":
+        if "int" in given.dtype:
+            return (
+                f"if these are labels or token ids, give the hidden states before {side}_weight, as output_hidden_states=True "
+                "returns them"
+            )
+        first = next(x for x in arrays.values() if x.path.endswith("_hidden"))
+        like = first.shape or ()
+        if len(shape) == len(like) > 2 and shape[:-2] == like[:-2] and abs(shape[-2] - like[-2]) == 1:
+            longer = given.path if shape[-2] > like[-2] else first.path
+            return f"{longer} is one longer; if the other is shifted by a token, give {longer}[{':, ' * (len(like) - 2)}:-1]"
+        return ""
+    if "float" not in given.dtype:
+        return f"cast {given.path} to floating point"
+    ours = arrays["student_weight"].shape or () if "student_weight" in arrays else ()
+    if kind == "bias":
+        if shape in ((1, *weight[:1]), (*weight[:1], 1)):
+            return f"give {given.path}.reshape(-1)"
+        return f"it must have a number for each of the {weight[0]} rows of {side}_weight" if weight else ""
+    if len(shape) != 2 or not hidden:
+        return ""
+    if shape[0] == hidden[-1] != shape[1] and (side == "student" or shape[1] == ours[0]):
+        logits = f"; if {side}_hidden are logits, the hidden states before them" if shape[0] > shape[1] else ""
+        return f"give {given.path}.T{logits}"
+    if shape[1] != hidden[-1]:
+        return (
+            f"its rows must be as wide as {side}_hidden, {hidden[-1]}, got {shape[1]}; give the weight of the head that takes "
+            "these hidden states"
+        )
+    few, many = sorted((shape[0], ours[0]))
+    wider, other = ("teacher", "student") if shape[0] == many else ("student", "teacher")
+    return (
+        f"the vocabularies have {ours[0]} and {shape[0]} classes; if the {many - few} more of {wider}_weight are padding, cut them "
+        f"off: {wider}_weight[:{few}]; if not, fill {other}_weight up by rows of 0 and give {other}_bias -inf there"
+    )

@@ -26,7 +26,10 @@ READS = {
     "labels": "target",
 }
 # keyword-only parameters that are given at each call, or by the framework, and are no settings
-NO_SETTINGS = ("teacher_targets", "where", "reduction", "axis_name", "group", "update", "rngs", "generator")
+NO_SETTINGS = (
+    *("teacher_targets", "where", "reduction", "axis_name", "group", "class_axis_name", "class_group", "update"),
+    *("rngs", "generator"),
+)
 
 
 class Term(NamedTuple):

@@ -35,6 +35,11 @@ What all losses share:
   whose ranks must have batches of the same size. The mean over devices of the returned values is the loss of the whole
   batch, for `"mean"` and for `"sum"`; in kdtorch the mean of their gradients is its gradient. The next state is the
   same on all devices.
+- **`class_axis_name`** in kdjax, **`class_group`** in kdtorch: the devices that the classes are spread over, in losses
+  that need only a few numbers per example from the other devices: the KL divergences, Jensen–Shannon, top-k, and the
+  losses of linear heads. Each device passes the logits of the same examples, or the heads, for a contiguous range of the
+  classes, in the order of the devices. The loss is the same on all devices, and the gradient of a device's logits or
+  heads is its part of the whole gradient.
 - **Finite results**: value and gradient are finite for every finite input, unless the exact number is too large for the
   dtype. A class at -inf in student and teacher is padding and contributes nothing. A loss is inf if its formula is, for
   example if the student gives -inf to a class that the teacher uses. An example whose logits are all -inf has no
@@ -74,7 +79,7 @@ from kdtorch.logits.dist import dist_loss
 from kdtorch.logits.dkd import dkd_loss
 from kdtorch.logits.jsd import jsd_loss
 from kdtorch.logits.kl import kl_loss, symmetric_kl_loss
-from kdtorch.logits.linear import linear_jsd_loss, linear_kl_loss
+from kdtorch.logits.linear import linear_jsd_loss, linear_kl_loss, linear_reverse_kl_loss, linear_topk_kl_loss
 from kdtorch.logits.nkd import nkd_loss
 from kdtorch.logits.reverse_kl import reverse_kl_loss
 from kdtorch.logits.sampled_kl import sampled_kl_loss
@@ -139,6 +144,8 @@ __all__ = [
     "koleo_loss",
     "linear_jsd_loss",
     "linear_kl_loss",
+    "linear_reverse_kl_loss",
+    "linear_topk_kl_loss",
     "make_loss",
     "minilm_loss",
     "mse_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch.distributed import ProcessGroup
 from kdlosses import checks
 
 
-def size(group: ProcessGroup | None) -> int:
+def size(group: ProcessGroup | None, name: str = "group") -> int:
     """The number of ranks."""
     if group is None:
         return 1
     if not distributed.is_initialized():
         raise ValueError(
-            "`group` must be a process group of torch.distributed, which is not initialised; call "
-            "torch.distributed.init_process_group first, or leave `group` out on a single rank"
+            f"`{name}` must be a process group of torch.distributed, which is not initialised; call "
+            f"torch.distributed.init_process_group first, or leave `{name}` out on a single rank"
         )
     return distributed.get_world_size(group)
 
@@ -61,6 +62,85 @@ def all_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
         x = x.clone()
         distributed.all_reduce(x, distributed.ReduceOp.MAX, group=group)
     return x
+
+
+def class_range(
+    x: Tensor, classes: int, class_group: ProcessGroup | None, group: ProcessGroup | None = None
+) -> tuple[int | Tensor, int | Tensor]:
+    """The first class of this rank, which has so many, and the number of all ranks' classes; a compiler has tensors.
+
+    The ranks must have the same examples, `[*batch, ...]`.
+    """
+    if class_group is None:
+        return 0, classes
+    ranks, here = size(class_group, "class_group"), distributed.get_rank(class_group)
+    tracing = torch.compiler.is_compiling()
+    if group is not None and not tracing:
+        members, others = (distributed.get_process_group_ranks(g) for g in (class_group, group))
+        if len(set(members) & set(others)) > 1:
+            raise ValueError(
+                f"`class_group` must be another process group than `group`, got ranks {members} and {others}; the first has the "
+                "classes, the second the examples"
+            )
+    numbers = torch.empty(ranks, 2, dtype=torch.int64, device=x.device)
+    examples = math.prod(x.shape[:-1])
+    distributed.all_gather(list(numbers.unbind()), numbers.new_tensor([classes, examples]), group=class_group)
+    if tracing:
+        return numbers[:here, 0].sum(), numbers[:, 0].sum()
+    for other, (theirs, rows) in enumerate(numbers.tolist()):
+        if not theirs:
+            raise ValueError(
+                f"every rank of `class_group` must have a class, got none on rank {other}; divide the classes among fewer ranks"
+            )
+        if rows != examples:
+            raise ValueError(
+                f"the ranks of `class_group` must hold the same examples, got {examples} on rank {here} and {rows} on rank "
+                f"{other}; give each rank its classes of all of them"
+            )
+    return int(numbers[:here, 0].sum()), int(numbers[:, 0].sum())
+
+
+def class_sum(x: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
+    """The sum over the last axis, of all ranks that have a part of it, `[*batch, 1]`."""
+    total = x.sum(-1, keepdim=True)
+    return total if class_group is None else _OverRanks.apply(total, False, class_group)
+
+
+def class_max(x: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
+    """The largest entry of the last axis on any rank, `[*batch, 1]`; constant to the gradient."""
+    largest = x.detach().amax(-1, keepdim=True)
+    return largest if class_group is None else _OverRanks.apply(largest, True, class_group)
+
+
+def on_first(x: Tensor, class_group: ProcessGroup | None, elsewhere: float) -> Tensor:
+    """x on the first rank, another number on the others."""
+    return x if rank(class_group) == 0 else torch.full_like(x, elsewhere)
+
+
+class _OverRanks(torch.autograd.Function):
+    """The sum, or the largest, of what the ranks have; it has a derivative in forward mode alone."""
+
+    @staticmethod
+    def forward(x: Tensor, largest: bool, group: ProcessGroup) -> Tensor:
+        x = x.clone()
+        distributed.all_reduce(x, distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM, group=group)
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.largest, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
+        raise NotImplementedError("this loss of kdtorch has no second derivative with `class_group`; kdjax has it")
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: None) -> Tensor | None:
+        return None if tangent is None or ctx.largest else _OverRanks.apply(tangent, False, ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, largest: bool, group: ProcessGroup) -> tuple[Tensor, int | None]:
+        return _OverRanks.apply(x, largest, group), in_dims[0]
 
 
 def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -126,11 +206,12 @@ def check_dtensors(function: str, leaves: list[tuple[str, Any, checks.Argument]]
             f"{function}: `{name}` must not be a DTensor; give x.full_tensor(), or, if each rank holds examples of its own, "
             "x.to_local() and group="
         )
-    if any(path == "group" and value is not None for path, value, _ in leaves):
-        raise TypeError(
-            f"{function}: `group` must be None together with the DTensor `{name}`, which holds the whole batch; leave it out, or give "
-            "x.to_local() for every DTensor"
-        )
+    for path, held in (("group", "the whole batch"), ("class_group", "all classes")):
+        if any(given == path and value is not None for given, value, _ in leaves):
+            raise TypeError(
+                f"{function}: `{path}` must be None together with the DTensor `{name}`, which holds {held}; leave it out, or give "
+                "x.to_local() for every DTensor"
+            )
     for path, value, argument in tensors:
         if not is_dtensor(value):
             if value.ndim or value.requires_grad:

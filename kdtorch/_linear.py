@@ -1,26 +1,86 @@
-"""What runs a function of rows on the logits of two linear heads, which are made a block at a time and dropped."""
+"""What compares the logits of linear heads, which are made a block at a time and dropped: of rows, or of classes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
+from kdtorch._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdtorch._numerics import coupled, custom_op, dot, widest
 
-BLOCK = 2**22  # entries of the logits of a block of rows, and of a part of a head in half precision
+BLOCK = 3 * 2**22  # entries of the logits of a block of rows
+PART = 2**22  # entries of a part of a head in half precision
+LEAST = 2**21  # entries of the logits of a block of classes
 
 
-def linear(
-    value_and_gradient: Callable[..., tuple[Tensor, Tensor]], of_teacher: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """A function of a student's and a teacher's hidden states and heads from one of rows of logits.
+class Output(NamedTuple):
+    """What a head's products become: scale (h · w + b), and with a cap c then c tanh(· / c). None: as they are."""
 
-    `value_and_gradient(x, y, [setting,] temperature)` returns the value of each row and its gradient by x, and
-    `of_teacher` the gradient by y; the value must be one of x / T and y / T, so that its derivative by T is
-    -(x · ∂x + y · ∂y) / T. What is returned gives the sum over the kept rows, whose gradients are made with it and are all
-    that is held, or with `summed=False` a value a row, whose gradients the backward pass makes from the inputs.
+    scale: Tensor | None = None
+    cap: float | None = None
+
+
+class Student(NamedTuple):
+    """What learns: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias, of which an empty one is none, and T.
+
+    Field by field also their gradients, or whether these are asked for.
+    """
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    temperature: Any
+
+
+class Fixed(NamedTuple):
+    """What is constant.
+
+    Attributes:
+        rows: the teacher's hidden states; where it has no head, all that is known of its logits. Each is `[*batch, ...]`.
+        weight: of the teacher's head, or None.
+        bias: of the same.
+        where: which rows are kept.
+        weights: what the rows' values are multiplied by, `[*batch]`.
+        outputs: the student's and the teacher's.
+        settings: of the divergence, without T.
+    """
+
+    rows: tuple[Tensor, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    where: Tensor | None
+    weights: Tensor | None
+    outputs: tuple[Output, Output]
+    settings: tuple[float, ...] = ()
+
+
+class Divergence(NamedTuple):
+    """How rows of logits x are compared with y: the teacher's logits, or the tensors that are known of them.
+
+    Attributes:
+        by_rows: `(x, *y, *settings, T)` to the value of each row and its gradient by x. The value must be one of x / T and
+            y / T, so that its derivative by T is -(x · ∂x + y · ∂y) / T.
+        pull: the same to y · ∂y of each row.
+        by_classes: the same of blocks of classes, as `of_heads` and `of_kept` make it.
+    """
+
+    by_rows: Callable[..., tuple[Tensor, Tensor]]
+    pull: Callable[..., Tensor]
+    by_classes: Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]]
+
+
+def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
+    """A function of a student's hidden states and head, and of what is constant, from a divergence of rows of logits.
+
+    What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
+    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_group` each rank has
+    the heads' rows of some classes.
     """
 
     def evaluate(
@@ -28,92 +88,406 @@ def linear(
         weight: Tensor,
         bias: Tensor,
         temperature: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
         where: Tensor | None,
-        setting: float | None,
         weights: Tensor | None,
+        scale: Tensor | None,
+        teacher_scale: Tensor | None,
+        cap: float | None,
+        teacher_cap: float | None,
+        class_group: str | None,
+        setting: float | None,
+        least: bool,
+        above: Tensor | None,
         of_hidden: bool,
         of_weight: bool,
         of_bias: bool,
         of_temperature: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        student, teacher = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
-        asked = of_hidden, of_weight, of_bias, of_temperature
-        return _evaluate(value_and_gradient, of_teacher, student, teacher, temperature, where, setting, weights, asked)
+        student = Student(hidden, weight, bias, temperature)
+        rows = tuple(x for x in (first, second, third) if x is not None)
+        outputs = Output(scale, cap), Output(teacher_scale, teacher_cap)
+        settings = () if setting is None else (setting,)
+        fixed = Fixed(rows, teacher_weight, teacher_bias, where, weights, outputs, settings)
+        asked = Student(of_hidden, of_weight, of_bias, of_temperature)
+        group = None if class_group is None else _resolve_process_group(class_group)
+        return _evaluate(divergence, least, group, student, fixed, above, asked)
 
-    evaluate.__name__ = evaluate.__qualname__ = value_and_gradient.__name__
+    evaluate.__name__ = evaluate.__qualname__ = name
     operator = custom_op(
-        "(Tensor hidden, Tensor weight, Tensor bias, Tensor temperature, Tensor teacher_hidden, Tensor teacher_weight, "
-        "Tensor teacher_bias, Tensor? where, float? setting, Tensor? weights, bool of_hidden, bool of_weight, "
-        "bool of_bias, bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor hidden, Tensor weight, Tensor bias, Tensor temperature, Tensor first, Tensor? second, Tensor? third, "
+        "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? where, Tensor? weights, Tensor? scale, "
+        "Tensor? teacher_scale, float? cap, float? teacher_cap, str? class_group, float? setting, bool least, Tensor? above, "
+        "bool of_hidden, bool of_weight, bool of_bias, bool of_temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _shapes,
     )(evaluate)
-    return coupled(operator, learns=4)
+    evaluated = coupled(operator, learns=4, hands_over=True)
+
+    def differentiable(
+        student: Student, fixed: Fixed, summed: bool, least: bool, class_group: ProcessGroup | None
+    ) -> Tensor:
+        rows = (*fixed.rows, None, None)[:3]
+        scales, caps = zip(*fixed.outputs, strict=True)
+        setting = fixed.settings[0] if fixed.settings else None
+        group = None if class_group is None else class_group.group_name
+        others = fixed.weight, fixed.bias, fixed.where, fixed.weights, *scales, *caps, group, setting, least
+        return evaluated(*student, *rows, *others, summed=summed)
+
+    return differentiable
 
 
-def _shapes(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor, *others: object) -> tuple[Tensor, ...]:
-    dtype, learned = widest(hidden, weight), (hidden, weight, bias, temperature)
-    gradients = (
-        x.new_empty(x.shape if wanted else 0, dtype=dtype) for x, wanted in zip(learned, others[-4:], strict=True)
+def _shapes(*given: Any) -> tuple[Tensor, ...]:
+    student, asked, least, dtype = Student(*given[:4]), given[-4:], given[-6], widest(*_floats(*given[:2], *given[4:8]))
+    gradients = _empty(student, asked, least, dtype)
+    return student.hidden.new_empty(student.hidden.shape[:-1], dtype=dtype), *gradients
+
+
+def _floats(*arrays: Tensor | None) -> Iterator[Tensor]:
+    return (x for x in arrays if x is not None and x.is_floating_point())
+
+
+def _empty(student: Student, asked: Any, least: bool, dtype: torch.dtype) -> Student:
+    """Tensors for the gradients that are asked for: summed over blocks of rows, or, of a block of classes, rounded once."""
+    written_once = least and student.weight.dtype == torch.bfloat16
+    dtypes = dtype, student.weight.dtype if written_once else dtype, dtype, dtype
+    return Student(
+        *(
+            x.new_empty(x.shape if wanted else 0, dtype=exact)
+            for x, wanted, exact in zip(student, asked, dtypes, strict=True)
+        )
     )
-    return hidden.new_empty(hidden.shape[:-1], dtype=dtype), *gradients
 
 
 def _evaluate(
-    value_and_gradient: Callable[..., tuple[Tensor, Tensor]],
-    of_teacher: Callable[..., Tensor],
-    student: tuple[Tensor, Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor, Tensor],
-    temperature: Tensor,
-    where: Tensor | None,
-    setting: float | None,
-    weights: Tensor | None,
-    asked: tuple[bool, bool, bool, bool],
+    divergence: Divergence,
+    least: bool,
+    class_group: ProcessGroup | None,
+    student: Student,
+    fixed: Fixed,
+    above: Tensor | None,
+    asked: Student,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The value of each row, and the gradients of their weighted sum that are asked for."""
-    (hidden, weight, bias), (other_hidden, other_weight, other_bias) = student, teacher
-    dtype = widest(hidden, weight, other_hidden, other_weight)
-    of_hidden, of_weight, of_bias, of_temperature = (
-        x.new_zeros(x.shape if wanted else 0, dtype=dtype)
-        for x, wanted in zip((hidden, weight, bias, temperature), asked, strict=True)
-    )
-    settings = [temperature] if setting is None else [setting, temperature]
+    """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
+    hidden = student.hidden
+    dtype = widest(*_floats(hidden, student.weight, *fixed.rows, fixed.weight))
+    kept, weights = fixed.where, fixed.weights
+    if weights is not None:
+        kept = weights != 0 if kept is None else kept & (weights != 0)
+        weights = weights.to(dtype)
+    factor = weights if above is None else above if weights is None else above * weights
+    totals = _empty(student, asked, least, dtype)
+    for x in totals if kept is not None or not least else (totals.hidden, totals.temperature):
+        x.zero_()
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
-    flat, rows, other_rows = values.view(-1), *(x.reshape(-1, x.shape[-1]) for x in (hidden, other_hidden))
-    pulled = of_hidden.view(-1, hidden.shape[-1]) if asked[0] else of_hidden
-    places = torch.arange(len(rows), device=hidden.device) if where is None else where.flatten().nonzero().squeeze(-1)
-    for kept in places.split(max(BLOCK // len(weight), 1)):
-        h = rows[kept]
-        x = _logits(h, weight, bias, dtype)
-        y = _logits(other_rows[kept], other_weight, other_bias, dtype)
-        value, gradient = value_and_gradient(x, y, *settings)
-        flat[kept] = value
-        factor = None if weights is None else weights.flatten()[kept].unsqueeze(-1)
+    places = None if kept is None else kept.flatten().nonzero().squeeze(-1)
+    rows = [x.reshape(-1, *x.shape[hidden.ndim - 1 :]) for x in (hidden, *fixed.rows)]
+    if fixed.weight is None:
+        rows[1:] = (x.to(dtype) if x.is_floating_point() else x for x in rows[1:])
+    flat = values.view(-1), totals._replace(hidden=totals.hidden.view(-1, hidden.shape[-1]))
+    run = _by_classes if least else _by_rows
+    factor = None if factor is None else factor.flatten()
+    run(divergence, class_group, student, fixed, rows, places, factor, asked, *flat)
+    if class_group is not None:  # what the ranks share is felt in the logits of all
+        for x in (totals.hidden, totals.temperature):
+            if x.numel():
+                x.copy_(all_sum(x, class_group))
+    return values if weights is None else values.mul_(torch.where(weights == 0, 0, weights)), *totals
+
+
+def _by_rows(
+    divergence: Divergence,
+    class_group: ProcessGroup | None,
+    student: Student,
+    fixed: Fixed,
+    rows: list[Tensor],
+    places: Tensor | None,
+    factor: Tensor | None,
+    asked: Student,
+    values: Tensor,
+    totals: Student,
+) -> None:
+    dtype, number = values.dtype, len(values) if places is None else len(places)
+    classes = len(student.weight)
+    if class_group is not None:  # whose ranks make blocks of one size
+        classes = int(all_max(student.weight.new_tensor(classes, dtype=torch.int64), class_group))
+    size = max(BLOCK // classes, 1)
+    size = -(-number // max(-(-number // size), 1)) or 1  # blocks of one size
+    settings = *fixed.settings, student.temperature
+    output, other_output = fixed.outputs
+    blocks = _slices(number, size) if places is None else places.split(size)
+    for kept in blocks:
+        h, *others = (x[kept] for x in rows)
+        x, y = _logits(h, student.weight, student.bias, output, dtype), others
+        if fixed.weight is not None:
+            y = [_logits(others[0], fixed.weight, fixed.bias, other_output, dtype)]
+        value, gradient = divergence.by_rows(x, *y, *settings, class_group=class_group)
+        values[kept] = value
+        of_row = None if factor is None else factor[kept]
+        if of_row is not None:
+            gradient = gradient * of_row.unsqueeze(-1)
+        if asked.temperature:
+            pull = divergence.pull(x, *y, *settings, class_group=class_group)
+            pull = pull if of_row is None else pull * of_row
+            totals.temperature.sub_((dot(gradient, x) + pull).sum() / student.temperature)
+        del y
+        gradient = _through(gradient, x, output)
+        del x
+        if asked.bias and student.bias.numel():
+            totals.bias.add_(gradient.sum(0))
+        if asked.weight:
+            totals.weight.addmm_(gradient.T, h.to(dtype))
+        if asked.hidden:
+            totals.hidden[kept] = _product(gradient, student.weight)
+
+
+def _by_classes(
+    divergence: Divergence,
+    class_group: ProcessGroup | None,
+    student: Student,
+    fixed: Fixed,
+    rows: list[Tensor],
+    places: Tensor | None,
+    factor: Tensor | None,
+    asked: Student,
+    values: Tensor,
+    totals: Student,
+) -> None:
+    """Passes over blocks of classes: what each row sums over all of them, then the gradients, each of a class once."""
+    kept = slice(None) if places is None else places
+    h, *others = (x[kept] for x in rows)
+    if not len(h):
+        return
+    dtype, (classes, dim) = values.dtype, student.weight.shape
+    size = min(classes, max(LEAST // max(len(h), dim), 16))
+    wide = h.to(dtype)
+
+    def over_classes(step: Callable[..., Any], sums: Any) -> Any:
+        """`step(sums, part, *logits)` of each block of classes, one after the other."""
+        for part in _slices(classes, size):
+            logits = [_logits(wide, student.weight[part], student.bias[part], fixed.outputs[0], dtype)]
+            if fixed.weight is not None:
+                bias = None if fixed.bias is None else fixed.bias[part]
+                logits.append(_logits(others[0], fixed.weight[part], bias, fixed.outputs[1], dtype))
+            sums = step(sums, part, *logits)
+        return sums
+
+    def add(pulled: Tensor | None, part: slice, *logits: Tensor) -> Tensor | None:
+        gradient, pull = gradient_of(part, *logits, asked.temperature)
         if factor is not None:
-            gradient = gradient * factor
-        if asked[3]:
-            pull = of_teacher(x, y, *settings)
-            pull = pull if factor is None else pull * factor
-            of_temperature -= (dot(gradient, x) + dot(pull, y)).sum() / temperature
-        if asked[2] and bias.numel():
-            of_bias += gradient.sum(0)
-        if asked[1]:
-            of_weight.addmm_(gradient.T, h.to(dtype))
-        if asked[0]:
-            pulled[kept] = _product(gradient, weight)
-    return values, of_hidden, of_weight, of_bias, of_temperature
+            gradient.mul_(factor[kept].unsqueeze(-1))
+            pull = pull if pull is None else pull * factor[kept]
+        if asked.temperature:
+            totals.temperature.sub_((dot(gradient, logits[0]) + pull).sum() / student.temperature)
+        gradient = _through(gradient, logits[0], fixed.outputs[0])
+        if asked.bias and student.bias.numel():
+            totals.bias[part] = gradient.sum(0)
+        if asked.weight:
+            if totals.weight.dtype == dtype:
+                torch.mm(gradient.T, wide, out=totals.weight[part])
+            else:
+                totals.weight[part] = gradient.T @ wide
+        if pulled is not None:
+            pulled.addmm_(gradient, student.weight[part].to(dtype))
+        return pulled
+
+    known = others if fixed.weight is None else []
+    given = *known, *fixed.settings, student.temperature
+    start = h.new_empty(len(h), dtype=dtype)
+    values[kept], gradient_of = divergence.by_classes(over_classes, start, *given, class_group=class_group)
+    if any(asked):
+        pulled = over_classes(add, h.new_zeros(h.shape, dtype=dtype) if asked.hidden else None)
+        if asked.hidden:
+            totals.hidden[kept] = pulled
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """hidden weightᵀ + bias in `dtype`, without a copy of the whole head in it."""
+class Sums(NamedTuple):
+    """Of the classes so far, in each row: the largest logit, Σ w of w = exp((logit - largest) / T), and Σ w d.
+
+    d is x - y, each less its largest.
+    """
+
+    peak: Tensor
+    total: Tensor
+    apart: Tensor
+
+
+def of_heads(
+    f: Callable[..., Tensor],
+    g: Callable[..., Tensor],
+    means: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None = None,
+) -> Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]:
+    """`by_classes` of a divergence E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
+
+    `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
+    q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
+    pass over the classes comes before the gradients, and two where it is None.
+    """
+
+    def by_classes(
+        over_classes: Callable[..., Any], rows: Tensor, *settings: Any, class_group: ProcessGroup | None
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
+        *settings, temperature = settings
+        least, zero = torch.full_like(rows, torch.finfo(rows.dtype).min), torch.zeros_like(rows)
+
+        def moved(sums: tuple[Sums, Sums], peaks: list[Tensor]) -> list[Sums]:
+            """The sums with other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            new = []
+            for old, peak in zip(sums, peaks, strict=True):
+                decay = ((old.peak - peak) / temperature).exp()
+                apart = torch.where(decay == 0, 0, decay * (old.apart + step * old.total))
+                new.append(Sums(peak, decay * old.total, apart))
+            return new
+
+        def gather(sums: tuple[Sums, Sums], part: slice, x: Tensor, y: Tensor) -> tuple[Sums, Sums]:
+            peaks = [torch.maximum(old.peak, z.amax(-1)) for old, z in zip(sums, (x, y), strict=True)]
+            x, y = (z.sub_(peak.unsqueeze(-1)) for z, peak in zip((x, y), peaks, strict=True))
+            d = x - y if means is not None else None
+            new = []
+            for old, z in zip(moved(sums, peaks), (x, y), strict=True):
+                weight = z.div_(temperature).exp_()
+                apart = old.apart if d is None else old.apart + dot(weight, d)
+                new.append(Sums(old.peak, old.total + weight.sum(-1), apart))
+            return new[0], new[1]
+
+        ours, theirs = over_classes(gather, (Sums(least, zero, zero), Sums(least, zero, zero)))
+        if class_group is not None:
+            each = moved((ours, theirs), [all_max(one.peak, class_group) for one in (ours, theirs)])
+            ours, theirs = (Sums(x.peak, *(all_sum(z, class_group) for z in x[1:])) for x in each)
+        logs = ours.total.log(), theirs.total.log()
+
+        def log_softmaxes(*logits: Tensor) -> Iterator[Tensor]:
+            for z, one, log in zip(logits, (ours, theirs), logs, strict=True):
+                yield (z - one.peak.unsqueeze(-1)).div_(temperature).sub_(log.unsqueeze(-1))
+
+        mean: Any
+        if means is not None:
+            mean = means(*(one.apart / one.total / temperature - (logs[0] - logs[1]) for one in (ours, theirs)))
+        else:
+
+            def add(sums: tuple[Tensor, Tensor], part: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                both = *log_softmaxes(x, y), *settings
+                return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
+
+            mean = tuple(all_sum(x, class_group) for x in over_classes(add, (zero, zero)))
+        value = sum(m for m in mean if m is not None)
+
+        def centred(of: Callable[..., Tensor], log: Tensor, mean: Tensor | None, both: tuple[Any, ...]) -> Tensor:
+            result = of(*both)
+            if mean is not None:  # infinite where one of the two excludes a class, and no gradient is
+                result.sub_(log.exp().mul_(torch.where(mean.isfinite(), mean, 0).unsqueeze(-1)))
+            return result.div_(temperature)
+
+        def gradient(part: slice, x: Tensor, y: Tensor, learns_temperature: bool) -> tuple[Tensor, Tensor | None]:
+            log_p, log_q = log_softmaxes(x, y)
+            both = log_p, log_q, *settings
+            pull = dot(centred(g, log_q, mean[1], both), y) if learns_temperature else None
+            return centred(f, log_p, mean[0], both), pull
+
+        return value.clamp(min=0), gradient
+
+    return by_classes
+
+
+def of_kept(
+    divergence_and_gradient: Callable[..., tuple[Tensor, Tensor]], of_teacher: Callable[..., Tensor], bucket: bool
+) -> Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]:
+    """`by_classes` of a divergence over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
+
+    An index below 0 is none. `of_teacher` is the divergence's gradient by y.
+    """
+
+    def by_classes(
+        over_classes: Callable[..., Any],
+        rows: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        rest: Tensor,
+        *settings: Any,
+        class_group: ProcessGroup | None,
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
+        temperature = settings[-1]
+        lowest = torch.finfo(rows.dtype).min
+
+        def places(part: slice) -> tuple[Tensor, Tensor]:
+            """Which of the kept classes are in a block, and where."""
+            inside = (indices >= part.start) & (indices < part.stop)
+            return inside, torch.where(inside, indices - part.start, 0)
+
+        def without(x: Tensor, inside: Tensor, at: Tensor) -> Tensor:
+            return x.scatter_add_(-1, at, torch.where(inside, -math.inf, 0.0).to(x.dtype))
+
+        def gather(sums: tuple[Tensor, Tensor, Tensor], part: slice, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            own, peak, total = sums
+            inside, at = places(part)
+            own = torch.where(inside, x.gather(-1, at), own)
+            others = without(x, inside, at)
+            new = torch.maximum(peak, others.amax(-1))
+            weight = others.sub_(new.unsqueeze(-1)).div_(temperature).exp_()
+            return own, new, ((peak - new) / temperature).exp() * total + weight.sum(-1)
+
+        start = torch.full_like(values, -math.inf), torch.full_like(rows, lowest), torch.zeros_like(rows)
+        own, local_peak, total = over_classes(gather, start)
+        peak = all_max(local_peak, class_group)
+        student, teacher = own, values
+        if bucket:
+            largest = torch.maximum(peak, class_max(own, class_group).squeeze(-1)).clamp(min=lowest)
+            total = all_sum(((local_peak - peak) / temperature).exp() * total, class_group)
+            total = torch.where(total == 0, 1, total)
+            others = torch.where(peak == lowest, -math.inf, peak - largest) + temperature * total.log()
+            others, rest = (on_first(z, class_group, -math.inf) for z in (others.unsqueeze(-1), rest))
+            student = torch.cat([own - largest.unsqueeze(-1), others], -1)
+            teacher = torch.cat([values, rest], -1)
+        value, slope = divergence_and_gradient(student, teacher, *settings, class_group=class_group)
+        of_rest = class_sum(slope[:, -1:], class_group)
+
+        def gradient(part: slice, x: Tensor, learns_temperature: bool) -> tuple[Tensor, Tensor | None]:
+            pull = None
+            if learns_temperature:
+                pull = rows.new_zeros(len(x))
+                if part.start == 0:  # once
+                    pull = dot(of_teacher(student, teacher, *settings, class_group=class_group), teacher)
+            inside, at = places(part)
+            if bucket:
+                spread = without(x.clone(), inside, at).sub_(peak.unsqueeze(-1)).div_(temperature).exp_()
+                spread = spread.mul_(of_rest / total.unsqueeze(-1))
+            else:
+                spread = torch.zeros_like(x)
+            return spread.scatter_add_(-1, at, torch.where(inside, slope[:, : values.shape[-1]], 0)), pull
+
+        return value, gradient
+
+    return by_classes
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, output: Output, dtype: torch.dtype) -> Tensor:
+    """What a head makes of hidden states, in `dtype`, without a copy of the whole head in it."""
     hidden = hidden.to(dtype)
     if weight.dtype == dtype:
         logits = hidden @ weight.T
     else:
         logits = torch.cat([hidden @ weight[part].to(dtype).T for part in _parts(weight)], -1)
-    return logits.add_(bias) if bias.numel() else logits
+    has_bias = bias is not None and bias.numel() > 0
+    if has_bias:
+        logits.add_(bias)
+    if output.scale is not None:
+        logits.mul_(output.scale)
+    if output.cap is not None:
+        logits.div_(output.cap).tanh_().mul_(output.cap)
+        if has_bias:
+            logits.masked_fill_(bias.isneginf(), -math.inf)
+    return logits
+
+
+def _through(gradient: Tensor, logits: Tensor, output: Output) -> Tensor:
+    """The gradient by h · w + b, from that by the logits."""
+    if output.cap is not None:  # an excluded class, at -inf, has a gradient of 0
+        gradient = gradient * (1 - (logits.clamp(min=-output.cap) / output.cap).square_())
+    return gradient if output.scale is None else output.scale * gradient
 
 
 def _product(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -127,5 +501,8 @@ def _product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
-    size = max(BLOCK // weight.shape[-1], 1)
-    return (slice(first, first + size) for first in range(0, len(weight), size))
+    return _slices(len(weight), max(PART // weight.shape[-1], 1))
+
+
+def _slices(number: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, number)) for first in range(0, number, size))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kdtorch._typing import Scalar, rounds, sizes
+from kdtorch._collectives import class_max, class_range, class_sum
+from kdtorch._typing import ProcessGroup, Scalar, rounds, sizes
 
 
 def widest(*arrays: Tensor) -> torch.dtype:
@@ -94,9 +95,14 @@ def weigh(weight: Scalar, value: Tensor) -> Tensor:
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
 
 
-def check_classes(logits: Tensor) -> None:
-    if logits.shape[-1] < 2:
+def check_classes(
+    logits: Tensor, class_group: ProcessGroup | None = None, group: ProcessGroup | None = None
+) -> tuple[int | Tensor, int | Tensor]:
+    """The first class of this rank, and the number of classes on all ranks, which is at least 2."""
+    first, classes = class_range(logits, logits.shape[-1], class_group, group)
+    if not isinstance(classes, Tensor) and classes < 2:
         raise ValueError(f"the logits must have at least 2 classes on the last axis, got shape {sizes(logits)}")
+    return first, classes
 
 
 def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
@@ -140,7 +146,7 @@ def own(x: Tensor) -> Tensor:
     return _copy(x) if torch.compiler.is_compiling() else x.clone()
 
 
-def _inside(index: Tensor, size: int, name: str) -> Tensor:
+def _inside(index: Tensor, size: int | Tensor, name: str) -> Tensor:
     index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
     if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
@@ -157,8 +163,18 @@ def _in_range(index: Tensor, size: int, name: str) -> Tensor:
     return _inside(index, size, name).clone()
 
 
-def valid_index(name: str, index: Tensor, size: int) -> Tensor:
-    """The index as int64; an error that names it if it is out of range."""
+@custom_op(
+    "(Tensor index, Tensor size, str name) -> Tensor",
+    lambda index, size, name: torch.empty_like(index, dtype=torch.int64),
+)
+def _in_range_of_ranks(index: Tensor, size: Tensor, name: str) -> Tensor:
+    return _inside(index, size, name).clone()
+
+
+def valid_index(name: str, index: Tensor, size: int | Tensor) -> Tensor:
+    """The index as int64; an error that names it if it is out of range. A size that ranks tell each other may be a tensor."""
+    if isinstance(size, Tensor):
+        return _in_range_of_ranks(index, size, name)
     if not torch.compiler.is_compiling():
         try:
             return _inside(index, size, name)
@@ -180,12 +196,14 @@ class Softmax(NamedTuple):
     log_total: Tensor
 
 
-def softmax(x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False) -> Softmax:
-    """Over the last axis. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+def softmax(
+    x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False, class_group: ProcessGroup | None = None
+) -> Softmax:
+    """Over the last axis, which may be spread over ranks. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
 
     The largest entry is taken off before the division, whose rounding would be that of the largest.
     """
-    peak = x.detach().amax(-1, keepdim=True)
+    peak = class_max(x, class_group)
     if may_be_empty:
         peak = peak.clamp(min=torch.finfo(x.dtype).min)
     below = x - peak
@@ -193,7 +211,7 @@ def softmax(x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False) ->
         below = torch.maximum(below, -1e5 * temperature)
     # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
-    total = weight.sum(-1, keepdim=True)
+    total = class_sum(weight, class_group)
     if may_be_empty:
         total = total.clamp(min=1)  # as much is the largest entry's, where there is one
     return Softmax(weight / total, peak, total.log())
@@ -246,14 +264,18 @@ class _Refused(torch.autograd.Function):
 BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then hold all that is made of them
 
 
-def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., tuple[Tensor, ...]]:
+def with_gradients(
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
+) -> Callable[..., tuple[Tensor, ...]]:
     """A differentiable function from one that makes its value and its gradients in one go.
 
     `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and
     what else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the
     axes of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The
     gradients, in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is
-    held, so they may be written into. A second derivative is an error.
+    held, so they may be written into. A second derivative is an error. A loss whose gradients may be
+    most of the memory of a step sets `hands_over`: the last backward pass then returns the stored gradients themselves,
+    and copies nothing.
     """
 
     class WithGradients(torch.autograd.Function):
@@ -281,10 +303,16 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
         def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             number = sum(ctx.asked)
             edges, parts = ctx.saved_tensors[:number], iter(ctx.saved_tensors[number:])
+            last = hands_over and not torch.is_grad_enabled() and _eager(cotangent)
+            last = last and not torch._C._autograd._get_current_graph_task_keep_graph()
             results: list[Tensor | None] = []
             for (dtype, summed), wanted in zip(ctx.learned, ctx.asked, strict=True):
                 if not wanted or cotangent is None:
                     results.append(None)
+                    continue
+                if last:
+                    gradient = next(parts)
+                    results.append(_scale(gradient, cotangent * next(parts) if dtype == torch.float16 else cotangent))
                     continue
                 gradient = next(parts).to(cotangent.dtype)
                 if dtype == torch.float16:
@@ -308,6 +336,20 @@ def with_gradients(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> 
             return results[: len(results) - _parts(learned, asked)]
 
     return differentiable
+
+
+def _eager(x: Tensor | None) -> bool:
+    """Whether x is an ordinary tensor, and no compiler and no transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and type(x) is Tensor
+
+
+def _scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a number, in place; in half precision a part at a time, as the number has more digits."""
+    if x.dtype == factor.dtype:
+        return x.mul_(factor)
+    for part in x.view(-1).split(2**20):
+        part.copy_(part.to(factor.dtype).mul_(factor.flatten()))
+    return x
 
 
 def _constant(x: Any) -> Any:
@@ -334,7 +376,9 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
     return (gradient / unit).to(dtype), unit
 
 
-def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callable[..., Tensor]:
+def coupled(
+    evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
+) -> Callable[..., Tensor]:
     """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
 
     `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
@@ -374,7 +418,7 @@ def coupled(evaluate: Callable[..., tuple[Tensor, ...]], learns: int) -> Callabl
                 results.append(gradient if wanted else None)
             return None, *results, *(None for _ in inputs[learns:])
 
-    summed_up = with_gradients(total, learns)
+    summed_up = with_gradients(total, learns, hands_over)
 
     def differentiable(*inputs: Any, summed: bool) -> Tensor:
         if summed:
@@ -402,9 +446,12 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
 
-def log_ratio(x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False) -> tuple[Softmax, Softmax, Tensor]:
+def log_ratio(
+    x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False, class_group: ProcessGroup | None = None
+) -> tuple[Softmax, Softmax, Tensor]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    p, q = softmax(x, temperature, may_be_empty), softmax(y, temperature, may_be_empty)
+    # over ranks each sends numbers of its own, in tensors of one shape, so that equal rows have equal sums
+    p, q = softmax(x, temperature, may_be_empty, class_group), softmax(y, temperature, may_be_empty, class_group)
     apart = torch.where(x.isneginf() & y.isneginf(), 0, x - y)
     return p, q, (apart - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
 
@@ -456,18 +503,20 @@ def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
     return torch.where(near, q * torch.where(near, ratio, 0).expm1(), p - q)
 
 
-def pulled_back(h: Tensor, p: Tensor) -> Tensor:
+def pulled_back(h: Tensor, p: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
     """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
 
     An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
     the value is infinite there, and the gradient is finite and leads away from the class.
     """
     h = torch.where(p == 0, 0, torch.where(h.isposinf(), -math.log(torch.finfo(h.dtype).tiny), h))
-    centered = h - (p * h).sum(-1, keepdim=True)
-    return p * (centered - (p * centered).sum(-1, keepdim=True))
+    centered = h - class_sum(p * h, class_group)
+    return p * (centered - class_sum(p * centered, class_group))
 
 
-def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tensor]:
+def kl_of_softmaxes(
+    p: Softmax, q: Softmax, ratio: Tensor, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """KL(q || p) over the last axis, and p - q.
 
     Summed as q (e^r - 1 - r) = p - q - q r, r = log(p / q): the terms are never negative, their sum is KL because p and
@@ -476,17 +525,17 @@ def kl_of_softmaxes(p: Softmax, q: Softmax, ratio: Tensor) -> tuple[Tensor, Tens
     difference = difference_of_softmaxes(p.p, q.p, ratio)
     used = torch.where(q.p == 0, 0, ratio)
     if not (torch.compiler.is_compiling() or ratio.is_cpu):  # where each of the operations is a kernel
-        return (difference - q.p * used).sum(-1).clamp(min=0), difference
+        return class_sum(difference - q.p * used, class_group).squeeze(-1).clamp(min=0), difference
     near = (used.abs() < NEAR) & (q.p > 0)
     close = q.p * exp_remainder(torch.where(near, used, 0))
-    value = torch.where(near, close, difference - q.p * used).sum(-1)
-    difference, common = less_common_error(difference, q.p)
-    return (value - common.squeeze(-1) ** 2 / 2).clamp(min=0), difference
+    terms = torch.where(near, close, difference - q.p * used)
+    difference, common = less_common_error(difference, q.p, class_group)
+    return (class_sum(terms, class_group) - common**2 / 2).squeeze(-1).clamp(min=0), difference
 
 
-def less_common_error(difference: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def less_common_error(difference: Tensor, q: Tensor, class_group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
-    total = difference.detach().sum(-1, keepdim=True)
+    total = class_sum(difference.detach(), class_group)
     common = torch.where(total.abs() < 0.1, total, 0)  # p or q may be empty
     return (difference - common * q) / (1 + common), common
 
@@ -531,12 +580,14 @@ class Tilt(NamedTuple):
 FAR = -1e30  # of an infinite logit, which is as good as infinite where another logit of its row is not
 
 
-def tilt(x: Tensor, y: Tensor, temperature: Scalar) -> Tilt | None:
+def tilt(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None) -> Tilt | None:
     """The way from q to p in few, large kernels; None but in eager PyTorch on a CPU, and where numbers are too far apart.
+
+    Ranks that share the classes could not go different ways, and none goes this one.
 
     No normaliser is rounded that p and q do not share, so that close rows keep their digits.
     """
-    if not eager_on_cpu(x, y, temperature) or not x.numel():
+    if class_group is not None or not eager_on_cpu(x, y, temperature) or not x.numel():
         return None
     found = _tilt(x, y, float(temperature))
     largest = float(found.growth.amax())
@@ -584,12 +635,12 @@ class Logs(NamedTuple):
     log_q: Tensor
 
 
-def quick_logs(x: Tensor, y: Tensor, temperature: Scalar) -> Logs | None:
+def quick_logs(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None) -> Logs | None:
     """Few, large kernels for rows that lie too far apart for `tilt`; None but in eager PyTorch on a CPU.
 
     What is made of them is right where `far_apart` says so.
     """
-    if not eager_on_cpu(x, y, temperature) or not x.numel():
+    if class_group is not None or not eager_on_cpu(x, y, temperature) or not x.numel():
         return None
     log_p, log_q = (torch.log_softmax(_divided(z, float(temperature)), -1) for z in (x, y))
     return Logs(log_p.exp(), log_q.exp(), log_p, log_q)
@@ -605,22 +656,27 @@ def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(x, p, -1, p.dtype)
 
 
-def kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+def kl_and_gradient(
+    x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """KL(softmax(y / T) || softmax(x / T)) over the last axis, and its gradient (p - q) / T."""
-    tilted = tilt(x, y, temperature)
+    tilted = tilt(x, y, temperature, class_group)
     if tilted is not None:
         scale = 1 + tilted.rise
         return kl_of_tilt(tilted), tilted.excess.div_(scale if _is_one(temperature) else temperature * scale)
-    far = _kl_of_logs(x, y, temperature)
+    far = _kl_of_logs(x, y, temperature, class_group)
     if far is not None:
         return far
-    value, difference = kl_of_softmaxes(*log_ratio(x, y, temperature))
+    p, q, ratio = log_ratio(x, y, temperature, class_group=class_group)
+    value, difference = kl_of_softmaxes(p, q, ratio, class_group)
     return value, difference / temperature
 
 
-def _kl_of_logs(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _kl_of_logs(
+    x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor] | None:
     """The same in few kernels where `quick_logs` gives them."""
-    logs = quick_logs(x, y, temperature)
+    logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None
     value = torch.linalg.vecdot(logs.q, logs.log_q.sub_(logs.log_p))

@@ -51,6 +51,14 @@ def reduce_sum(
     return value / (max(number, 1) if where is None else count(own(where), value.dtype, group) / ranks)
 
 
+def weighted_mean(value: Tensor, weights: Tensor, where: Tensor | None, group: ProcessGroup | None = None) -> Tensor:
+    """The mean over kept examples from the sum of their weighted values: over the sum of the weights, or 1 where that is 0."""
+    weights = weights.detach().to(value.dtype)
+    (weights,) = (weights,) if where is None else zeroed(where, weights)
+    total = all_sum(weights.sum(), group)
+    return value / (torch.where(total == 0, 1, total) / size(group))
+
+
 def count(kept: Tensor, dtype: torch.dtype, group: ProcessGroup | None = None) -> Tensor:
     """The number of kept examples on all ranks, at least one."""
     return all_sum(kept.sum(dtype=dtype), group).clamp(min=1)

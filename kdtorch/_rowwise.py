@@ -19,6 +19,7 @@ from torch.utils._triton import has_triton
 
 from kdtorch._numerics import BLOCK, eager_on_cpu, kl_and_gradient, no_autocast, pack, widest
 from kdtorch._reduce import zero_masked, zeroed
+from kdtorch._typing import ProcessGroup
 
 Input = Any  # a tensor or a number
 Setting = bool | Literal["auto"]
@@ -83,33 +84,46 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
     The value of a row depends on that row alone. The first argument is `[*batch, n]`, or has so many `axes` after the
     batch's. The others are constant: `[*batch, ...]`, or numbers; a number that is a tensor and requires a gradient gets
-    one. What is returned takes them as the user gave them, in half precision too, and a mask of the batch, `where=`.
+    one. What is returned takes them as the user gave them, in half precision too, and a mask of the batch, `where=`. With
+    `class_group=`, which it hands on, each rank has a part of every row, and the value of the whole.
 
     Until the backward pass only the gradient is held, in the dtype of the first argument: neither another copy of it nor
     anything of the others, which may be written into or come from `torch.inference_mode()`. The derivative of the
     gradient goes back to the inputs themselves, and needs them as they were.
     """
 
-    def with_slopes(learned: Sequence[int], x: Tensor, *others: Input) -> tuple[Tensor, ...]:
+    def over(class_group: ProcessGroup | None) -> Callable[..., tuple[Tensor, Tensor]]:
+        return (
+            value_and_gradient
+            if class_group is None
+            else functools.partial(value_and_gradient, class_group=class_group)
+        )
+
+    def with_slopes(
+        class_group: ProcessGroup | None, learned: Sequence[int], x: Tensor, *others: Input
+    ) -> tuple[Tensor, ...]:
         """The value, its gradient, and its derivative with respect to each of the numbers that have one."""
+        evaluate = over(class_group)
         if not learned:
-            return value_and_gradient(x, *others)
+            return evaluate(x, *others)
 
         def slope(i: int) -> Tensor:
             def value(number: Tensor) -> Tensor:
-                return value_and_gradient(x, *others[:i], number, *others[i + 1 :])[0]
+                return evaluate(x, *others[:i], number, *others[i + 1 :])[0]
 
             if not torch.compiler.is_compiling():
                 _load_forward_mode()
             return torch.func.jvp(value, (others[i],), (torch.ones_like(others[i]),))[1]
 
-        return *value_and_gradient(x, *others), *map(slope, learned)
+        return *evaluate(x, *others), *map(slope, learned)
 
-    def parts(dtype: torch.dtype | None, learned: Sequence[int], *inputs: Input) -> tuple[Tensor, ...]:
+    def parts(
+        class_group: ProcessGroup | None, dtype: torch.dtype | None, learned: Sequence[int], *inputs: Input
+    ) -> tuple[Tensor, ...]:
         """The value, and what is held of its derivatives for a first argument of that dtype, if it has a gradient."""
         if dtype is None:
-            return value_and_gradient(*inputs)[:1]
-        value, gradient, *slopes = with_slopes(learned, *inputs)
+            return over(class_group)(*inputs)[:1]
+        value, gradient, *slopes = with_slopes(class_group, learned, *inputs)
         return value, *pack(gradient, dtype, axes), *slopes
 
     parts.__name__ = getattr(value_and_gradient, "__name__", "parts")
@@ -119,13 +133,18 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
         @staticmethod
         def forward(
-            check: Callable[[], None] | None, learned: Sequence[int], where: Tensor | None, x: Tensor, *others: Input
+            check: Callable[[], None] | None,
+            class_group: ProcessGroup | None,
+            learned: Sequence[int],
+            where: Tensor | None,
+            x: Tensor,
+            *others: Input,
         ) -> tuple[Tensor, ...]:
-            return by_rows(parts, where, x, *others, axes=axes, fixed=(x.dtype, learned))
+            return by_rows(parts, where, x, *others, axes=axes, fixed=(class_group, x.dtype, learned))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.check, ctx.learned, *given = inputs
+            ctx.check, ctx.class_group, ctx.learned, *given = inputs
             held = output[1:]
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*held)
@@ -141,7 +160,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
 
         @staticmethod
         def backward(ctx: Any, cotangent: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-            asked, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+            asked, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
             result: list[Tensor | None] = [None] * len(asked)
             if cotangent is not None:
                 above = cotangent
@@ -152,19 +171,21 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
                 if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                     where, *inputs = _as_they_were(ctx, saved[ctx.held :])
                     with no_autocast(cotangent):
-                        gradient, *slopes = with_slopes(ctx.learned, *_wide(where, *inputs))[1:]
+                        gradient, *slopes = with_slopes(ctx.class_group, ctx.learned, *_wide(where, *inputs))[1:]
                     result[0] = (above * gradient).to(inputs[0].dtype)
                 elif asked[0]:
                     result[0] = _scaled(above, *held[: ctx.held - len(slopes)], axes=axes)
                 for i, slope in zip(ctx.learned, slopes, strict=True):
                     result[1 + i] = (cotangent * slope).sum()
-            return None, None, None, *result
+            return None, None, None, None, *result
 
     # `apply` binds its arguments to the signature first, which in eager code takes longer than a kernel
     Rowwise.forward.__signature__ = inspect.signature(Rowwise.forward)  # type: ignore[attr-defined]
     apply_in_eager = super(torch.autograd.Function, Rowwise).apply
 
-    def value(x: Tensor, *others: Input, where: Tensor | None = None) -> Tensor:
+    def value(
+        x: Tensor, *others: Input, where: Tensor | None = None, class_group: ProcessGroup | None = None
+    ) -> Tensor:
         traced, learned, inputs = torch.is_grad_enabled(), [], [x]
         for i, v in enumerate(others):
             if _has_rows(v):
@@ -174,11 +195,16 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
             inputs.append(v)
         with no_autocast(x):
             if not (learned or (traced and x.requires_grad)):
-                return by_rows(parts, where, *inputs, axes=axes, fixed=(None, ()))[0]
+                return by_rows(parts, where, *inputs, axes=axes, fixed=(class_group, None, ()))[0]
             if torch.compiler.is_compiling():
-                return Rowwise.apply(None, tuple(learned), where, *inputs)[0]
+                if learned and class_group is not None:
+                    raise NotImplementedError(
+                        "under torch.compile a temperature has no gradient with `class_group`; give temperature.detach(), or "
+                        "call the loss outside of what is compiled, by torch.compiler.disable"
+                    )
+                return Rowwise.apply(None, class_group, tuple(learned), where, *inputs)[0]
             apply = Rowwise.apply if torch._C._are_functorch_transforms_active() else apply_in_eager
-            return apply(_check_of((where, *inputs)), tuple(learned), where, *inputs)[0]
+            return apply(_check_of((where, *inputs)), class_group, tuple(learned), where, *inputs)[0]
 
     return value
 
@@ -195,8 +221,11 @@ def by_rows(
 
     On a CPU it is given the kept rows alone, and no more of them at once than its caches hold; so no whole copy is made
     of inputs in half precision. Elsewhere, and where `fuse` is on, it is given all, with 0 in the masked rows. It takes
-    the `fixed` arguments first.
+    the `fixed` arguments first. If the first of these is a process group, all of whose ranks must send as much, it is given
+    all too.
     """
+    if fixed and fixed[0] is not None:
+        return function(*fixed, *_wide(where, x, *others))
     if x.ndim > axes and _fuses(x, *others):
         return _compiled(function, fixed, where, x, *others, axes=axes)
     small = x.numel() < 4 * BLOCK

@@ -32,6 +32,11 @@ def own(loss: Loss, inputs: dict, rank: int, ranks: int) -> dict:
     return along(loss, inputs, lambda x, axis: part(x, axis, rank, ranks))
 
 
+def divided(kind: str) -> int | None:
+    """Which axis of an input are the classes that ranks may have parts of."""
+    return {"logits": 1, "head": 0, "wide_head": 0, "bias": 0}.get(kind)
+
+
 def spread(loss: Loss, name: str) -> bool:
     """Whether the ranks hold different parts of an input."""
     return KINDS[loss.inputs[name]].axis is not None

@@ -16,6 +16,7 @@ from tiers import first, slow
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 LOGITS, LABELS, MAP = np.zeros((4, 10)), np.zeros(4, int), np.zeros((2, 8, 8, 3))
 VIEWS = np.zeros((2, 4, 6))
+HIDDEN, HEAD = np.zeros((4, 5)), np.zeros((9, 5))
 TOKENS, IMAGE = np.zeros((2, 6, 9)), np.zeros((2, 5, 3, 4))
 
 
@@ -485,6 +486,113 @@ MISTAKES = {
         TypeError,
         r"`labels` must be .* got int(32|64)\[2, 3, 4\] beside .*; the last axis must be classes; give x.movedim\(1, -1\) in "
         r"PyTorch, jnp.moveaxis\(x, 1, -1\) in JAX, for student_logits and teacher_logits$",
+    ),
+    "a head of another width": (
+        call("linear_kl_loss", HIDDEN, np.zeros((9, 6)), HIDDEN, HEAD),
+        TypeError,
+        r"^linear_kl_loss: `student_weight` must be Float\[Array, 'classes student_dim'\], got float64\[9, 6\] beside "
+        r"student_hidden float64\[4, 5\]; its rows must be as wide as student_hidden, 5, got 6; give the weight of the head that "
+        "takes these hidden states$",
+    ),
+    "a teacher's head of another width": (
+        call("linear_jsd_loss", HIDDEN, HEAD, HIDDEN, np.zeros((9, 6))),
+        TypeError,
+        r"`teacher_weight` must be .*; its rows must be as wide as teacher_hidden, 5, got 6; give the weight of the head that ",
+    ),
+    "a transposed head": (
+        call("linear_reverse_kl_loss", HIDDEN, HEAD.T, HIDDEN, HEAD),
+        TypeError,
+        r"`student_weight` must be .* got float64\[5, 9\] beside student_hidden float64\[4, 5\]; give student_weight.T$",
+    ),
+    "a teacher's transposed head": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD.T),
+        TypeError,
+        "`teacher_weight` must be .*; give teacher_weight.T$",
+    ),
+    "a transposed head beside recorded logits": (
+        call("linear_topk_kl_loss", HIDDEN, HEAD.T, HIDDEN[:, :2], np.zeros((4, 2), int), np.zeros(4)),
+        TypeError,
+        "^linear_topk_kl_loss: `student_weight` must be .*; give student_weight.T$",
+    ),
+    "logits for hidden states": (
+        call("linear_kl_loss", np.zeros((4, 9)), HEAD, HIDDEN, HEAD),
+        TypeError,
+        "`student_weight` must be .*; give student_weight.T; if student_hidden are logits, the hidden states before them$",
+    ),
+    "a teacher of a larger vocabulary": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, np.zeros((11, 5))),
+        TypeError,
+        r"`teacher_weight` must be .*; the vocabularies have 9 and 11 classes; if the 2 more of teacher_weight are padding, cut "
+        r"them off: teacher_weight\[:9\]; if not, fill student_weight up by rows of 0 and give student_bias -inf there$",
+    ),
+    "a student of a larger vocabulary": (
+        call("linear_jsd_loss", HIDDEN, np.zeros((11, 5)), HIDDEN, HEAD),
+        TypeError,
+        r"; the vocabularies have 11 and 9 classes; if the 2 more of student_weight are padding, cut them off: "
+        r"student_weight\[:9\]; if not, fill teacher_weight up by rows of 0 and give teacher_bias -inf there$",
+    ),
+    "a bias of another length": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, np.zeros(8)),
+        TypeError,
+        r"`student_bias` must be .* got float64\[8\] beside .*; it must have a number for each of the 9 rows of student_weight$",
+    ),
+    "a teacher's bias with two axes": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, None, np.zeros((1, 9))),
+        TypeError,
+        r"`teacher_bias` must be .*; give teacher_bias.reshape\(-1\)$",
+    ),
+    "labels for hidden states": (
+        call("linear_kl_loss", HIDDEN, HEAD, np.zeros((4, 5), int), HEAD),
+        TypeError,
+        r"`teacher_hidden` must be .* got int(32|64)\[4, 5\] .*; if these are labels or token ids, give the hidden states before "
+        "teacher_weight, as output_hidden_states=True returns them$",
+    ),
+    "token ids for hidden states": (
+        call("linear_topk_kl_loss", np.zeros(4, int), HEAD, HIDDEN[:, :2], np.zeros((4, 2), int), np.zeros(4)),
+        TypeError,
+        "`student_hidden` must be .*; if these are labels or token ids, give the hidden states before student_weight",
+    ),
+    "a teacher's hidden states shifted by a token": (
+        call("linear_kl_loss", TOKENS, np.zeros((7, 9)), TOKENS[:, 1:, :4], np.zeros((7, 4))),
+        TypeError,
+        r"`teacher_hidden` must be .*; student_hidden is one longer; if the other is shifted by a token, give "
+        r"student_hidden\[:, :-1\]$",
+    ),
+    "a mask for weights": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, weights=np.ones(4, bool)),
+        TypeError,
+        r"`weights` must be Float\[Array, '\*batch'\] \| None, got bool\[4\] beside .*; give where=weights$",
+    ),
+    "a scale of 0": (
+        call("linear_jsd_loss", HIDDEN, HEAD, HIDDEN, HEAD, teacher_scale=0),
+        ValueError,
+        "^`teacher_scale` must be finite and greater than 0, got 0$",
+    ),
+    "a negative softcap": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, softcap=(None, -30.0)),
+        ValueError,
+        r"^`softcap` must be None, a number greater than 0, or a pair of these for student and teacher, such as \(None, 30.0\), "
+        r"got \(None, -30.0\)$",
+    ),
+    "three softcaps": (
+        call("linear_reverse_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, softcap=(30.0, 30.0, 30.0)),
+        ValueError,
+        "^`softcap` must be None, a number greater than 0, or a pair of these",
+    ),
+    "an unknown memory": (
+        call("linear_topk_kl_loss", HIDDEN, HEAD, HIDDEN[:, :2], np.zeros((4, 2), int), memory="less"),
+        ValueError,
+        '^`memory` must be one of "low", "least", got \'less\'$',
+    ),
+    "a softcap by its name in transformers": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, final_logit_softcapping=30.0),
+        TypeError,
+        "got an unexpected keyword argument 'final_logit_softcapping'; write `softcap`$",
+    ),
+    "a scale by its name in transformers": (
+        call("linear_kl_loss", HIDDEN, HEAD, HIDDEN, HEAD, logit_scale=0.1),
+        TypeError,
+        "got an unexpected keyword argument 'logit_scale'; write `student_scale` or `teacher_scale`$",
     ),
     "a mask of an image, channels first": (
         call("kl_loss", IMAGE, IMAGE, where=np.ones((2, 3, 4), bool)),

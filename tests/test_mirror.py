@@ -18,7 +18,7 @@ import kdtorch.nn
 from kdlosses.pages import blocks, entries, losses
 
 ROOT = pathlib.Path(kdjax.__file__).parent.parent
-RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group"}
+RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group", "class_axis_name": "class_group"}
 OTHER = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}  # each takes what the other framework has
 ONLY_JAX = {"LossState"}  # PyTorch calls it a buffer
 ONLY_TORCH = {"fuse"}  # `jax.jit` does
@@ -95,6 +95,11 @@ SAID = [
         "axis_name: the mesh axis that the batch is spread over, inside `shard_map`.",
         "group: the process group that the batch is spread over.",
     ),
+    (
+        "class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.",
+        "class_group: the process group that the classes are spread over.",
+    ),
+    ("`class_axis_name`", "`class_group`"),
     ("- 1` gives NaN for that example", "- 1` is an error"),  # an index out of range
     ("[batch, height, width, channels]", "[batch, channels, height, width]"),
     ("[batch, height, width, in_channels]", "[batch, in_channels, height, width]"),
@@ -176,7 +181,7 @@ def test_the_docstrings_of_the_packages():
 def test_what_all_losses_share_takes_one_line(package):
     for function in losses(package).values():
         arguments = entries(dict(blocks(function.__doc__))["Args"])
-        for name in arguments.keys() & {"where", "reduction", "axis_name", "group"}:
+        for name in arguments.keys() & {"where", "reduction", "axis_name", "group", "class_axis_name"}:
             assert "\n" not in arguments[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import class_sum
 from kdjax._numerics import (
     NEAR,
     check_classes,
@@ -32,6 +33,7 @@ def jsd_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Generalised Jensen–Shannon divergence: student and teacher against their mixture.
 
@@ -49,6 +51,7 @@ def jsd_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative.
@@ -69,25 +72,27 @@ def jsd_loss(
     >>> print(f"{jsd_loss(s, t, beta=0.1):.4f}")
     0.0352
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_axis_name, axis_name)
     logits = student_logits, teacher_logits
     weight, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
     if weight == 0:
-        divergence = kl_divergence(*logits, temperature, where=where)
+        divergence = kl_divergence(*logits, temperature, where=where, class_axis_name=class_axis_name)
     elif weight == 1:
-        divergence = reverse_kl_divergence(*logits, temperature, where=where)
+        divergence = reverse_kl_divergence(*logits, temperature, where=where, class_axis_name=class_axis_name)
     else:
-        divergence = jensen_shannon(*logits, weight, temperature, where=where)
+        divergence = jensen_shannon(*logits, weight, temperature, where=where, class_axis_name=class_axis_name)
     return reduce(divergence, where, reduction, axis_name)
 
 
-def jsd_and_gradient(x: jax.Array, y: jax.Array, beta: Scalar, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+def jsd_and_gradient(
+    x: jax.Array, y: jax.Array, beta: Scalar, temperature: Scalar, class_axis_name: AxisName | None = None
+) -> tuple[jax.Array, jax.Array]:
     """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
 
     Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
     w' = m / p - 1: terms that are never negative, and keep their digits.
     """
-    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
     ratio = jnp.clip(ratio, -1e5, 1e5)  # infinite where one of the two excludes a class
     near = jnp.abs(ratio) < NEAR
     close = jnp.where(near, ratio, 0)
@@ -105,14 +110,14 @@ def jsd_and_gradient(x: jax.Array, y: jax.Array, beta: Scalar, temperature: Scal
         beta * q * rest_q + (1 - beta) * p * rest_p,
         -beta * q * (log_b + far_q) - (1 - beta) * p * (log_rest + far_p),
     )
-    _, common = less_common_error(jnp.where(near, q * growth, p - q), q)
-    value = terms.sum(-1) - beta * (1 - beta) * common.squeeze(-1) ** 2 / 2
+    _, common = less_common_error(jnp.where(near, q * growth, p - q), q, class_axis_name)
+    value = class_sum(terms, class_axis_name) - beta * (1 - beta) * common**2 / 2
     # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
-    room = -beta * log_b - (1 - beta) * log_rest - jax.lax.stop_gradient(value)[..., None]
+    room = -beta * log_b - (1 - beta) * log_rest - jax.lax.stop_gradient(value)
     apart = room < 0.1 * (beta - 1) * log_rest
     h = jnp.where(near, to_p, far_p + log_rest)
     h = jnp.where(apart, jnp.where(near, to_p - log_rest, far_p), h)
-    return jnp.where(value < 0, 0, value), (beta - 1) * pulled_back(h, p) / temperature
+    return jnp.where(value < 0, 0, value).squeeze(-1), (beta - 1) * pulled_back(h, p, class_axis_name) / temperature
 
 
 jensen_shannon = rowwise(jsd_and_gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import class_sum
 from kdjax._numerics import (
     check_classes,
     difference_of_softmaxes,
@@ -28,6 +29,7 @@ def kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Knowledge distillation by KL divergence: the student's softened distribution should match the teacher's.
 
@@ -40,6 +42,7 @@ def kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -65,9 +68,11 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_axis_name, axis_name)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    divergence = kl_divergence(
+        student_logits, teacher_logits, temperature, where=where, class_axis_name=class_axis_name
+    )
     return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
@@ -80,6 +85,7 @@ def symmetric_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Symmetric KL divergence (Jeffreys), the mean of the two directions.
 
@@ -93,6 +99,7 @@ def symmetric_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -111,19 +118,22 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_axis_name, axis_name)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
+    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where, class_axis_name=class_axis_name)
     return reduce(times_square(temperature, divergence / 2), where, reduction, axis_name)
 
 
-def jeffreys_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+def jeffreys_and_gradient(
+    x: jax.Array, y: jax.Array, temperature: Scalar, class_axis_name: AxisName | None = None
+) -> tuple[jax.Array, jax.Array]:
     """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
-    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
-    gradient = difference + pulled_back(ratio, p)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
+    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q, class_axis_name)
+    gradient = difference + pulled_back(ratio, p, class_axis_name)
     # all terms have the same sign, unless r has lost its digits
-    return jnp.abs(jnp.where(difference == 0, 0, difference * ratio)).sum(-1), gradient / temperature
+    terms = jnp.abs(jnp.where(difference == 0, 0, difference * ratio))
+    return class_sum(terms, class_axis_name).squeeze(-1), gradient / temperature
 
 
 _jeffreys = rowwise(jeffreys_and_gradient)

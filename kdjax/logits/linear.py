@@ -1,17 +1,25 @@
-"""Divergences of the logits of two linear heads, which never are in memory as a whole."""
+"""Divergences of the logits of linear heads, which never are in memory as a whole."""
 
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from kdjax._linear import Fixed, Student, linear
+from kdjax._collectives import class_devices, rank
+from kdjax._linear import Fixed, Output, Student, difference, linear, of_heads, of_kept
 from kdjax._numerics import check_fixed, fraction, kl_and_gradient, positive, times_square
-from kdjax._reduce import check_reduction, reduce, reduce_sum
-from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
+from kdjax._reduce import check_reduction, reduce, reduce_sum, weighted_mean
+from kdjax._typing import Array, AxisName, Bool, Float, Integer, Reduction, Scalar, checked
 from kdjax.logits.jsd import jsd_and_gradient
 from kdjax.logits.reverse_kl import reverse_kl_and_gradient
+from kdjax.logits.topk_kl import recorded
+
+Memory = Literal["low", "least"]
 
 
 @checked
@@ -24,17 +32,23 @@ def linear_kl_loss(
     teacher_bias: Float[Array, "classes"] | None = None,
     *,
     temperature: Scalar = 1.0,
+    student_scale: Scalar = 1.0,
+    teacher_scale: Scalar = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    memory: Memory = "low",
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""KL divergence of hidden states through two linear heads: `kl_loss` of hidden·weightᵀ + bias.
 
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -44,9 +58,19 @@ def linear_kl_loss(
         student_bias: `[vocabulary]`, added to the student's logits.
         teacher_bias: `[vocabulary]`, added to the teacher's; constant.
         temperature: T > 0; an array has a gradient.
+        student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
+        teacher_scale: the same for the teacher.
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
+            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
+            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+            `cross_entropy` with class weights. A weight of 0 leaves the example out.
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
+            classes: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `kl_loss` of the logits. A scalar makes its gradients in the
@@ -54,7 +78,8 @@ def linear_kl_loss(
         and the backward pass makes the logits again. There is one derivative, by reverse mode.
 
     Raises:
-        ValueError: a temperature that is not positive, fewer than 2 classes, an unknown reduction.
+        ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
+            `memory`.
         TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
 
     Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM Training*, 2024, https://arxiv.org/abs/2410.10989, fuses the
@@ -70,12 +95,99 @@ def linear_kl_loss(
     >>> print(f"{kl_loss(h @ w.T, g @ v.T):.4f}")
     0.0826
     """
+    least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
     check_fixed("linear_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
-    temperature = _checked(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
+    outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
-    fixed = Fixed(teacher_hidden, teacher_weight, teacher_bias, where)
-    value = _kl(student, fixed, summed=reduction != "none")
-    return _reduced(times_square(temperature, value), student_hidden, where, reduction, axis_name)
+    fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
+    value = _kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
+    return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, axis_name)
+
+
+@checked
+def linear_reverse_kl_loss(
+    student_hidden: Float[Array, "*batch student_dim"],
+    student_weight: Float[Array, "classes student_dim"],
+    teacher_hidden: Float[Array, "*batch teacher_dim"],
+    teacher_weight: Float[Array, "classes teacher_dim"],
+    student_bias: Float[Array, "classes"] | None = None,
+    teacher_bias: Float[Array, "classes"] | None = None,
+    *,
+    temperature: Scalar = 1.0,
+    student_scale: Scalar = 1.0,
+    teacher_scale: Scalar = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    memory: Memory = "low",
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> jax.Array:
+    r"""Reverse KL divergence through two linear heads: `reverse_kl_loss` of hidden·weightᵀ + bias.
+
+    $$T^2\,\mathrm{KL}(p\,\|\,q),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
+    q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
+
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
+
+    Args:
+        student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
+        teacher_hidden: `[*batch, teacher_dim]`; constant.
+        teacher_weight: the teacher's head, `[vocabulary, teacher_dim]`; constant.
+        student_bias: `[vocabulary]`, added to the student's logits.
+        teacher_bias: `[vocabulary]`, added to the teacher's; constant.
+        temperature: T > 0; an array has a gradient.
+        student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
+        teacher_scale: the same for the teacher.
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
+            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
+            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+            `cross_entropy` with class weights. A weight of 0 leaves the example out.
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
+            classes: it takes longer and holds less.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`, as `reverse_kl_loss` of the logits. What is held is what
+        `linear_kl_loss` holds.
+
+    Raises:
+        ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
+            `memory`.
+        TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
+
+    Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, ICLR 2024, https://arxiv.org/abs/2306.08543,
+    with the head inside, as in *Liger Kernel*, Hsu et al., 2024, https://arxiv.org/abs/2410.10989.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import reverse_kl_loss, linear_reverse_kl_loss
+    >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [1.0, 1.0]])
+    >>> g, v = jnp.array([[0.5]]), jnp.array([[2.0], [0.0]])
+    >>> print(f"{linear_reverse_kl_loss(h, w, g, v):.4f}")
+    REVERSE
+    >>> print(f"{reverse_kl_loss(h @ w.T, g @ v.T):.4f}")
+    REVERSE
+    """
+    least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
+    check_fixed(
+        "linear_reverse_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0]
+    )
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
+    outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
+    student = Student(student_hidden, student_weight, student_bias, temperature)
+    fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
+    value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
+    return _reduced(times_square(temperature, value), student_hidden, weights, where, reduction, axis_name)
 
 
 @checked
@@ -89,17 +201,23 @@ def linear_jsd_loss(
     *,
     beta: float = 0.5,
     temperature: Scalar = 1.0,
+    student_scale: Scalar = 1.0,
+    teacher_scale: Scalar = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    memory: Memory = "low",
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Generalised Jensen-Shannon divergence through two linear heads: `jsd_loss` of hidden·weightᵀ + bias.
 
     $$\beta\,\mathrm{KL}(q\,\|\,m)+(1-\beta)\,\mathrm{KL}(p\,\|\,m),\qquad m=\beta q+(1-\beta)p,\quad
     p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\; q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made for a block of rows at a time and dropped, so that what is held does not grow with rows ×
-    vocabulary. A frozen head costs no gradient.
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
@@ -110,17 +228,28 @@ def linear_jsd_loss(
         teacher_bias: `[vocabulary]`, added to the teacher's; constant.
         beta: β from 0 to 1, the teacher's part of the mixture, a Python number. At 0 the loss is KL(q‖p), at 1 KL(p‖q).
         temperature: T > 0; an array has a gradient.
+        student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
+        teacher_scale: the same for the teacher.
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
+            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
+            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+            `cross_entropy` with class weights. A weight of 0 leaves the example out.
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
+            classes, or three where 0 < β < 1: it takes longer and holds less.
         where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`, as `jsd_loss` of the logits, without a factor T². What is held is
         what `linear_kl_loss` holds.
 
     Raises:
-        ValueError: a β that is not between 0 and 1, a temperature that is not positive, fewer than 2 classes, an unknown
-            reduction.
+        ValueError: a β that is not between 0 and 1.
+        ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
+            `memory`.
         TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
 
     Agarwal et al., *On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes*, ICLR 2024,
@@ -136,38 +265,219 @@ def linear_jsd_loss(
     >>> print(f"{jsd_loss(h @ w.T, g @ v.T):.4f}")
     0.0183
     """
+    least = _least(memory)
+    _classes(student_weight, class_axis_name, axis_name)
     check_fixed("linear_jsd_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
-    temperature = _checked(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
-    weight = fraction("beta", beta, student_hidden, teacher_hidden)
+    temperature = positive("temperature", temperature, student_weight, student_hidden, teacher_hidden, teacher_weight)
+    outputs = _outputs(softcap, student_scale, teacher_scale, student_hidden)
     student = Student(student_hidden, student_weight, student_bias, temperature)
-    fixed = Fixed(teacher_hidden, teacher_weight, teacher_bias, where)
+    fixed = Fixed((teacher_hidden,), teacher_weight, teacher_bias, where, weights, outputs)
+    weight = fraction("beta", beta, student_hidden, teacher_hidden)
     if weight == 0:
-        value = _kl(student, fixed, summed=reduction != "none")
+        value = _kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     elif weight == 1:
-        value = _reverse_kl(student, fixed, summed=reduction != "none")
+        value = _reverse_kl(student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name)
     else:
-        value = _jsd(student, fixed._replace(settings=(weight,)), summed=reduction != "none")
-    return _reduced(value, student_hidden, where, reduction, axis_name)
+        value = _jsd(
+            student,
+            fixed._replace(settings=(weight,)),
+            summed=reduction != "none",
+            least=least,
+            class_axis_name=class_axis_name,
+        )
+    return _reduced(value, student_hidden, weights, where, reduction, axis_name)
 
 
-def _checked(hidden: Array, weight: Array, teacher_hidden: Array, teacher_weight: Array, temperature: Scalar) -> Scalar:
-    """The temperature, if there are two classes."""
-    if weight.shape[0] < 2:
+@checked
+def linear_topk_kl_loss(
+    student_hidden: Float[Array, "*batch student_dim"],
+    student_weight: Float[Array, "classes student_dim"],
+    values: Float[Array, "*batch kept"],
+    indices: Integer[Array, "*batch kept"],
+    rest: Float[Array, "*batch"] | Mapping[str, Float[Array, "*batch"]] | None = None,
+    student_bias: Float[Array, "classes"] | None = None,
+    *,
+    temperature: Scalar = 1.0,
+    tail: Literal["bucket", "renormalize"] = "bucket",
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl",
+    beta: float = 0.5,
+    kept: Bool[Array, "*batch kept"] | None = None,
+    student_scale: Scalar = 1.0,
+    softcap: float | None = None,
+    weights: Float[Array, "*batch"] | None = None,
+    memory: Memory = "low",
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
+) -> jax.Array:
+    r"""`topk_kl_loss` of a student's hidden states through its head, against the recorded largest logits of a teacher.
+
+    $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
+    q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad s=W h+b,\quad \bar s=T\log\sum_{c\notin K}e^{s_c/T}$$
+
+    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
+    head costs no gradient.
+
+    Args:
+        student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
+        values: `[*batch, kept]`, the teacher's logits of the kept classes, or their logarithms of probabilities, as in
+            `topk_kl_loss`; constant.
+        indices: `[*batch, kept]`, the classes; one outside `0 .. classes - 1` gives NaN for that example. A class that
+            an example has twice makes it NaN.
+        rest: `[*batch]`, the logit of all other classes together, or a mapping from temperatures to it, as in
+            `topk_kl_loss`; constant. It holds the teacher's own scale and softcap, as `values` do.
+        student_bias: `[vocabulary]`, added to the student's logits.
+        temperature: T > 0; an array has a gradient.
+        tail: `"bucket"` compares the whole mass of the rest too, `"renormalize"` the kept classes among themselves.
+        divergence: `"kl"`, `"reverse_kl"` or `"jsd"`, as in `topk_kl_loss`.
+        beta: β from 0 to 1 of `divergence="jsd"`, a number; the others do not use it.
+        kept: `[*batch, kept]`, False for entries that are padding; their values and indices may be anything.
+        student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
+        softcap: c, for c·tanh(logits / c) of the student's scaled logits, as Gemma 2 has it. A class whose bias is -inf
+            stays excluded.
+        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
+            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+            `cross_entropy` with class weights. A weight of 0 leaves the example out.
+        memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
+            classes: it takes longer and holds less.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+        reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
+        axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+
+    Returns:
+        A scalar, or `[*batch]` with `reduction="none"`, as `topk_kl_loss` of the logits. What is held is what
+        `linear_kl_loss` holds.
+
+    Raises:
+        ValueError: a temperature, scale or softcap that is not positive, an unknown tail, divergence, reduction or `memory`,
+            a β outside 0 to 1, fewer than 2 classes, more classes kept than there are, no `rest` for the bucket, or one of
+            another temperature.
+        TypeError: a shape or dtype that does not fit.
+
+    Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015, https://arxiv.org/abs/1503.02531, on a part
+    of the classes, with the student's head inside, as in *Liger Kernel*, Hsu et al., 2024, https://arxiv.org/abs/2410.10989.
+
+    >>> import jax.numpy as jnp
+    >>> from kdjax import linear_topk_kl_loss, topk_kl_loss
+    >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> t, kept = jnp.array([[1.0, 1.0]]), jnp.array([[1, 0]])
+    >>> rest = jnp.array([-1.0])
+    >>> print(f"{linear_topk_kl_loss(h, w, t, kept, rest):.4f}")
+    0.4112
+    >>> print(f"{topk_kl_loss(h @ w.T, t, kept, rest):.4f}")
+    0.4112
+    """
+    least = _least(memory)
+    first, classes = _classes(student_weight, class_axis_name, axis_name)
+    check_fixed("linear_topk_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
+    temperature = positive("temperature", temperature, student_weight, student_hidden, values)
+    outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
+    teacher = values, indices, rest
+    options = tail, divergence, beta, kept, where
+    shard = None if class_axis_name is None else (first, student_weight.shape[0])
+    compared, *teacher, settings = recorded("linear_topk_kl_loss", classes, *teacher, temperature, *options, shard)
+    student = Student(student_hidden, student_weight, student_bias, temperature)
+    fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
+    value = _TOPK[compared, tail](
+        student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name
+    )
+    value = value if divergence == "jsd" else times_square(temperature, value)
+    return _reduced(value, student_hidden, weights, where, reduction, axis_name)
+
+
+def _classes(
+    weight: Array, class_axis_name: AxisName | None, axis_name: AxisName | None
+) -> tuple[jax.Array | int, int]:
+    """The first class of this device, and the number of classes on all devices, which is at least 2."""
+    classes, devices = weight.shape[0], class_devices(class_axis_name, axis_name)
+    if classes * devices < 2:
         raise ValueError(
             f"`student_weight` must have at least 2 classes on its first axis, got shape {list(weight.shape)}"
         )
-    return positive("temperature", temperature, hidden, weight, teacher_hidden, teacher_weight)
+    return rank(class_axis_name) * classes, classes * devices
+
+
+def _least(memory: str) -> bool:
+    if memory not in ("low", "least"):
+        raise ValueError(f'`memory` must be one of "low", "least", got {memory!r}')
+    return memory == "least"
+
+
+def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: Array) -> tuple[Output, Output]:
+    """What becomes of the products of the student's head, and of the teacher's."""
+    caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
+    for cap in caps if len(caps) == 2 else [math.nan]:
+        number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+        if cap is not None and not (number and 0 < cap < math.inf):
+            raise ValueError(
+                "`softcap` must be None, a number greater than 0, or a pair of these for student and teacher, "
+                f"such as (None, 30.0), got {softcap!r}"
+            )
+    scales = (
+        positive(f"{name}_scale", scale, like, constant=True)
+        for name, scale in (("student", student_scale), ("teacher", teacher_scale))
+    )
+    student, teacher = (None if isinstance(scale, float) and scale == 1 else scale for scale in scales)
+    first, second = (None if cap is None else float(cap) for cap in caps)
+    return Output(student, first), Output(teacher, second)
 
 
 def _reduced(
-    value: jax.Array, hidden: Array, where: Array | None, reduction: Reduction, axis_name: AxisName | None
+    value: jax.Array,
+    hidden: Array,
+    weights: Array | None,
+    where: Array | None,
+    reduction: Reduction,
+    axis_name: AxisName | None,
 ) -> jax.Array:
     if reduction == "none":
         return reduce(value, where, reduction, axis_name)
     check_reduction(reduction)
+    if weights is not None and reduction == "mean":
+        return weighted_mean(value, weights, where, axis_name)
     return reduce_sum(value, math.prod(hidden.shape[:-1]), where, reduction, axis_name)
 
 
-_kl = linear(kl_and_gradient, lambda x, y, t: reverse_kl_and_gradient(y, x, t)[1])
-_reverse_kl = linear(reverse_kl_and_gradient, lambda x, y, t: kl_and_gradient(y, x, t)[1])
-_jsd = linear(jsd_and_gradient, lambda x, y, beta, t: jsd_and_gradient(y, x, 1 - beta, t)[1])
+def _kl_of_student(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    return jnp.exp(log_p) - jnp.exp(log_q)
+
+
+def _kl_of_teacher(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """q log(q / p). An infinite one counts as if the student gave the class the least number there is."""
+    ratio = jnp.where(jnp.isneginf(log_q), 0, difference(log_q, log_p))
+    return jnp.exp(log_q) * jnp.where(jnp.isposinf(ratio), -math.log(jnp.finfo(log_q.dtype).tiny), ratio)
+
+
+def _jsd_of_student(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
+    """(1 - b) p log(p / m), m = b q + (1 - b) p."""
+    ratio = jnp.clip(difference(log_q, log_p), -80, 80)  # infinite where one of the two excludes a class
+    return (beta - 1) * jnp.exp(log_p) * jnp.log1p(beta * jnp.expm1(ratio))
+
+
+def _jsd_of_teacher(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
+    return _jsd_of_student(log_q, log_p, 1 - beta)
+
+
+_AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
+_OF_TEACHER = {
+    "kl": lambda x, y, t, **over: reverse_kl_and_gradient(y, x, t, **over)[1],
+    "reverse_kl": lambda x, y, t, **over: kl_and_gradient(y, x, t, **over)[1],
+    "jsd": lambda x, y, beta, t, **over: jsd_and_gradient(y, x, 1 - beta, t, **over)[1],
+}
+
+
+def _swapped(of: Any) -> Any:
+    return lambda log_p, log_q: of(log_q, log_p)
+
+
+_kl = linear(of_heads(_kl_of_student, _kl_of_teacher, lambda p, q: (None, -q)))
+_reverse_kl = linear(of_heads(_swapped(_kl_of_teacher), _swapped(_kl_of_student), lambda p, q: (p, None)))
+_jsd = linear(of_heads(_jsd_of_student, _jsd_of_teacher))
+_TOPK = {
+    (name, tail): linear(of_kept(_AND_GRADIENT[name], _OF_TEACHER[name], tail == "bucket"))
+    for name in _AND_GRADIENT
+    for tail in ("bucket", "renormalize")
+}

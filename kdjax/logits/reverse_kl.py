@@ -19,6 +19,7 @@ def reverse_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""Knowledge distillation by the reverse KL divergence: the student puts no probability where the teacher has none.
 
@@ -31,6 +32,7 @@ def reverse_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -51,17 +53,21 @@ def reverse_kl_loss(
     >>> print(f"{reverse_kl_loss(s, t, temperature=2.0):.4f}")
     0.3851
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_axis_name, axis_name)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = reverse_kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    divergence = reverse_kl_divergence(
+        student_logits, teacher_logits, temperature, where=where, class_axis_name=class_axis_name
+    )
     return reduce(times_square(temperature, divergence), where, reduction, axis_name)
 
 
-def reverse_kl_and_gradient(x: jax.Array, y: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+def reverse_kl_and_gradient(
+    x: jax.Array, y: jax.Array, temperature: Scalar, class_axis_name: AxisName | None = None
+) -> tuple[jax.Array, jax.Array]:
     """KL(p || q), and its gradient p (r - KL(p || q)) / T with r = log(p / q)."""
-    p, q, ratio = log_ratio(x, y, temperature)
-    value, _ = kl_of_softmaxes(q, p, -ratio)
-    return value, pulled_back(ratio, p.p) / temperature
+    p, q, ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
+    value, _ = kl_of_softmaxes(q, p, -ratio, class_axis_name)
+    return value, pulled_back(ratio, p.p, class_axis_name) / temperature
 
 
 reverse_kl_divergence = rowwise(reverse_kl_and_gradient)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kdjax._collectives import class_max, class_sum, on_first
+from kdjax._linear import put
 from kdjax._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdjax._reduce import reduce, zero_masked
 from kdjax._rowwise import kl_divergence, rowwise
@@ -32,6 +34,7 @@ def topk_kl_loss(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> jax.Array:
     r"""KL divergence to a teacher of which k logits per example are kept; all others count as one class, or are left out.
 
@@ -68,6 +71,7 @@ def topk_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+        class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
@@ -91,8 +95,53 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    check_classes(student_logits)
-    entries, classes = indices.shape[-1], student_logits.shape[-1]
+    first, classes = check_classes(student_logits, class_axis_name, axis_name)
+    shard = None if class_axis_name is None else (first, student_logits.shape[-1])
+    temperature = positive("temperature", temperature, student_logits, values)
+    teacher = values, indices, rest
+    options = tail, divergence, beta, kept, where
+    compared, values, indices, left, settings = recorded(
+        "topk_kl_loss", classes, *teacher, temperature, *options, shard
+    )
+    if tail == "renormalize":
+        own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
+        rows = jnp.where(indices < 0, -jnp.inf, own), values, *settings
+        value = _ROWS[compared](*rows, where=where, class_axis_name=class_axis_name)
+    else:
+        rows = student_logits, values, indices, left, *settings
+        value = _TOPK[compared](*rows, where=where, class_axis_name=class_axis_name)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
+
+
+class Recorded(NamedTuple):
+    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+
+    divergence: str
+    values: jax.Array
+    indices: jax.Array
+    rest: jax.Array
+    settings: tuple[Scalar, ...]
+
+
+def recorded(
+    loss: str,
+    classes: int,
+    values: Array,
+    indices: Array,
+    rest: Array | Mapping[str, Array] | None,
+    temperature: Scalar,
+    tail: str,
+    divergence: str,
+    beta: float,
+    kept: Array | None,
+    where: Array | None,
+    shard: tuple[Array | int, int] | None = None,
+) -> Recorded:
+    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used.
+
+    Of a `shard`, which is the first class and the number of those on this device, what others have is padding.
+    """
+    entries = indices.shape[-1]
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
@@ -106,34 +155,32 @@ def topk_kl_loss(
             f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    weight = fraction("beta", beta, student_logits, values)
-    temperature = positive("temperature", temperature, student_logits, values)
+    weight = fraction("beta", beta, values)
     ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
     compared = ends if divergence == "jsd" else divergence
-    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices, factor = valid_index(indices if kept is None else jnp.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = jnp.where(kept, indices, -1), jnp.where(kept, values, -jnp.inf)
     places = jnp.sort(indices, -1)
     twice = ((jnp.diff(places, axis=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdims=True)
-    left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(rest, temperature, values)
+    if shard is not None:
+        indices = indices - shard[0]
+        own = (indices >= 0) & (indices < shard[1])
+        indices, values = jnp.where(own, indices, -1), jnp.where(own, values, -jnp.inf)
+    left = jnp.full_like(values[..., 0], -jnp.inf) if rest is None else _rest_at(loss, rest, temperature, values)
     values = jnp.where(twice | jnp.isnan(left)[..., None] | jnp.isnan(factor).any(-1, keepdims=True), jnp.nan, values)
-    if tail == "renormalize":
-        own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
-        value = _ROWS[compared](jnp.where(indices < 0, -jnp.inf, own), values, *settings, where=where)
-    else:
-        value = _TOPK[compared](student_logits, values, indices, left[..., None], *settings, where=where)
-    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
+    return Recorded(compared, values, indices, left[..., None], settings)
 
 
-def _rest_at(rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
+def _rest_at(loss: str, rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape == values.shape[:-1]):
             raise TypeError(
-                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+                f"{loss}: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
             )
     if not isinstance(rest, Mapping):
         return rest
@@ -164,33 +211,31 @@ def topk_and_gradient(
     indices: jax.Array,
     rest: jax.Array,
     *settings: Scalar,
+    class_axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over devices each
+    compares the entries of its own classes, and the first the rest too.
     """
     temperature = settings[-1]
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
     own = jnp.where(none, -jnp.inf, jnp.take_along_axis(x, jnp.maximum(indices, 0), axis=-1))
-    others = jnp.where(_put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
-    peak, lowest = others.max(-1, keepdims=True), jnp.finfo(x.dtype).min
-    largest = jnp.maximum(jnp.maximum(peak, own.max(-1, keepdims=True)), lowest)
-    peak, largest = jax.lax.stop_gradient((peak, largest))
+    others = jnp.where(put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
+    peak, lowest = class_max(others, class_axis_name), jnp.finfo(x.dtype).min
+    largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)), lowest)
     # in the derivative by T infinity would meet the 0 of an excluded class
     below = jnp.maximum(others - jnp.maximum(peak, lowest), -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
     weight = jnp.exp(below / temperature)
-    total = weight.sum(-1, keepdims=True)
+    total = class_sum(weight, class_axis_name)
     total = jnp.where(total == 0, 1, total)
-    student = jnp.concatenate([own - largest, (peak - largest) + temperature * jnp.log(total)], -1)
-    value, gradient = divergence_and_gradient(student, jnp.concatenate([values, rest], -1), *settings)
-    return value, _put(weight * (gradient[..., -1:] / total), places, gradient[..., :-1])
-
-
-@functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
-def _put(row: jax.Array, places: jax.Array, entries: jax.Array) -> jax.Array:
-    """Entries at their places in a row; one beyond its end is dropped."""
-    return row.at[places].set(entries, mode="drop")
+    together = (peak - largest) + temperature * jnp.log(total)
+    together, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (together, rest))
+    rows = jnp.concatenate([own - largest, together], -1), jnp.concatenate([values, rest], -1)
+    value, gradient = divergence_and_gradient(*rows, *settings, class_axis_name=class_axis_name)
+    of_rest = class_sum(gradient[..., -1:], class_axis_name)
+    return value, put(weight * (of_rest / total), places, gradient[..., :-1])
 
 
 _ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}

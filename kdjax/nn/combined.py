@@ -66,6 +66,7 @@ class CombinedLoss(nnx.Module):
         where: Array | None = None,
         reduction: Reduction | None = None,
         axis_name: AxisName | None = None,
+        class_axis_name: AxisName | None = None,
         update: bool = True,
     ) -> jax.Array:
         """The weighted sum of the losses of a batch.
@@ -80,6 +81,8 @@ class CombinedLoss(nnx.Module):
                 losses that have them.
             reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+            class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+                A loss of `score_stu` and `score_tea` that needs all classes on one device raises an error.
             update: False leaves the states of the losses unchanged.
 
         Returns:
@@ -90,9 +93,13 @@ class CombinedLoss(nnx.Module):
                 does not accept.
             TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
-        terms = self.terms(
-            score, feat, fea, target, epoch, where=where, reduction=reduction, axis_name=axis_name, update=update
-        )
+        options: dict[str, Any] = {
+            "where": where,
+            "reduction": reduction,
+            "axis_name": axis_name,
+            "class_axis_name": class_axis_name,
+        }
+        terms = self.terms(score, feat, fea, target, epoch, **options, update=update)
         return self.weigh(terms, epoch)
 
     def terms(
@@ -106,6 +113,7 @@ class CombinedLoss(nnx.Module):
         where: Array | None = None,
         reduction: Reduction | None = None,
         axis_name: AxisName | None = None,
+        class_axis_name: AxisName | None = None,
         update: bool = True,
     ) -> dict[str, jax.Array]:
         """The value of each loss by name, not weighted. States are updated as in a call; `weigh` returns the weighted sum.
@@ -120,13 +128,16 @@ class CombinedLoss(nnx.Module):
                 losses that have them.
             reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             axis_name: the mesh axis that the batch is spread over, inside `shard_map`.
+            class_axis_name: the mesh axis that the classes are spread over, inside `shard_map`.
+                A loss of `score_stu` and `score_tea` that needs all classes on one device raises an error.
             update: False leaves the states of the losses unchanged.
 
         Returns:
             As many scalars as losses, or values of each example with `reduction="none"`.
 
         Raises:
-            ValueError: a missing input, an input that a loss does not accept.
+            ValueError: a missing input, a `class_axis_name` for a loss of logits that has no such argument, an input that a loss
+                does not accept.
             TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
         if not isinstance(feat, Mapping | None):
@@ -135,10 +146,25 @@ class CombinedLoss(nnx.Module):
             )
         inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
         inputs |= {} if target is None else {"target": target}
-        options = {"where": where, "reduction": reduction, "axis_name": axis_name, "update": None if update else False}
+        options: dict[str, Any] = {
+            "where": where,
+            "reduction": reduction,
+            "axis_name": axis_name,
+            "class_axis_name": class_axis_name,
+        }
+        options |= {} if update else {"update": False}
         options = {key: value for key, value in options.items() if value is not None}
         terms = {}
         for name, reads, takes in zip(self.names, self.reads, self._takes, strict=True):
+            if (
+                "class_axis_name" in options
+                and "class_axis_name" not in takes
+                and any(x in ("score_stu", "score_tea") for x in reads)
+            ):
+                raise ValueError(
+                    f"the loss {name!r} takes no `class_axis_name`, for it needs all classes of an example in one place; gather its logits "
+                    "and call it apart"
+                )
             given = (_read(name, source, inputs) for source in reads)
             terms[name] = self.losses[name](*given, **{key: x for key, x in options.items() if key in takes})
         return terms

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import class_sum
 from kdtorch._numerics import (
     NEAR,
     check_classes,
@@ -40,6 +41,7 @@ def jsd_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Generalised Jensen–Shannon divergence: student and teacher against their mixture.
 
@@ -57,6 +59,7 @@ def jsd_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree and never negative.
@@ -77,28 +80,30 @@ def jsd_loss(
     >>> print(f"{jsd_loss(s, t, beta=0.1):.4f}")
     0.0352
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_group, group)
     logits = student_logits, teacher_logits
     weight, temperature = fraction("beta", beta, *logits), positive("temperature", temperature, *logits)
     if weight == 0:
-        divergence = kl_divergence(*logits, temperature, where=where)
+        divergence = kl_divergence(*logits, temperature, where=where, class_group=class_group)
     elif weight == 1:
-        divergence = reverse_kl_divergence(*logits, temperature, where=where)
+        divergence = reverse_kl_divergence(*logits, temperature, where=where, class_group=class_group)
     else:
-        divergence = jensen_shannon(*logits, weight, temperature, where=where)
+        divergence = jensen_shannon(*logits, weight, temperature, where=where, class_group=class_group)
     return reduce(divergence, where, reduction, group)
 
 
-def jsd_and_gradient(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> tuple[Tensor, Tensor]:
+def jsd_and_gradient(
+    x: Tensor, y: Tensor, beta: float, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
 
     Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
     w' = m / p - 1: terms that are never negative, and keep their digits.
     """
-    quick = _of_tilt(x, y, beta, temperature) or _of_logs(x, y, beta, temperature)
+    quick = _of_tilt(x, y, beta, temperature, class_group) or _of_logs(x, y, beta, temperature, class_group)
     if quick is not None:
         return quick
-    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_group=class_group)
     ratio = ratio.clamp(-1e5, 1e5)  # infinite where one of the two excludes a class
     near = ratio.abs() < NEAR
     close = torch.where(near, ratio, 0)
@@ -116,20 +121,22 @@ def jsd_and_gradient(x: Tensor, y: Tensor, beta: float, temperature: Scalar) -> 
         beta * q * rest_q + (1 - beta) * p * rest_p,
         -beta * q * (log_b + far_q) - (1 - beta) * p * (log_rest + far_p),
     )
-    _, common = less_common_error(torch.where(near, q * growth, p - q), q)
-    value = terms.sum(-1) - beta * (1 - beta) * common.squeeze(-1) ** 2 / 2
+    _, common = less_common_error(torch.where(near, q * growth, p - q), q, class_group)
+    value = class_sum(terms, class_group) - beta * (1 - beta) * common**2 / 2
     # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
-    room = -beta * log_b - (1 - beta) * log_rest - value.detach().unsqueeze(-1)
+    room = -beta * log_b - (1 - beta) * log_rest - value.detach()
     apart = room < 0.1 * (beta - 1) * log_rest
     h = torch.where(near, to_p, far_p + log_rest)
     h = torch.where(apart, torch.where(near, to_p - log_rest, far_p), h)
-    return torch.where(value < 0, 0, value), (beta - 1) * pulled_back(h, p) / temperature
+    return torch.where(value < 0, 0, value).squeeze(-1), (beta - 1) * pulled_back(h, p, class_group) / temperature
 
 
-def _of_tilt(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _of_tilt(
+    x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar, class_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor] | None:
     """The same in few, large kernels, where `tilt` gives them: d is log(g / f) but for a number, and d - u is -v."""
     student_first, a = beta < 0.5, min(beta, 1 - beta)
-    tilted = tilt(y, x, temperature) if student_first else tilt(x, y, temperature)
+    tilted = tilt(*((y, x) if student_first else (x, y)), temperature, class_group)
     if tilted is None:
         return None
     f, temperature = tilted.q, float(temperature)
@@ -145,9 +152,11 @@ def _of_tilt(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[T
     return value, softmax_pulled_back(v.sub_(under_g.unsqueeze(-1)), g).mul_((1 - beta) / temperature)
 
 
-def _of_logs(x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _of_logs(
+    x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar, class_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor] | None:
     """The same where student and teacher are far apart."""
-    logs = quick_logs(x, y, temperature)
+    logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None
     odds = logs.log_p.sub_(logs.log_q).add_(math.log1p(-beta) - math.log(beta)).clamp_(-80, 80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import class_sum
 from kdtorch._numerics import (
     check_classes,
     difference_of_softmaxes,
@@ -30,6 +31,7 @@ def kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Knowledge distillation by KL divergence: the student's softened distribution should match the teacher's.
 
@@ -42,6 +44,7 @@ def kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -67,9 +70,9 @@ def kl_loss(
     >>> print(f"{kl_loss(s, t, temperature=2.0):.4f}")
     0.4095
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_group, group)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    divergence = kl_divergence(student_logits, teacher_logits, temperature, where=where, class_group=class_group)
     return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
@@ -82,6 +85,7 @@ def symmetric_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Symmetric KL divergence (Jeffreys), the mean of the two directions.
 
@@ -95,6 +99,7 @@ def symmetric_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -113,25 +118,28 @@ def symmetric_kl_loss(
     >>> print(f"{symmetric_kl_loss(s, t):.4f}")
     0.3648
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_group, group)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where)
+    divergence = _jeffreys(student_logits, teacher_logits, temperature, where=where, class_group=class_group)
     return reduce(times_square(temperature, divergence / 2), where, reduction, group)
 
 
-def jeffreys_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+def jeffreys_and_gradient(
+    x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """sum (p - q) r with r = log(p / q), and its gradient [(p - q) + p (r - KL(p || q))] / T."""
-    tilted = tilt(x, y, temperature)
+    tilted = tilt(x, y, temperature, class_group)
     if tilted is not None:
         scale = 1 + tilted.rise
         p, difference = torch.addcmul(tilted.q, tilted.q, tilted.growth).div_(scale), tilted.excess.div_(scale)
         value = torch.linalg.vecdot(difference, tilted.d).clamp_(min=0)
         return value, softmax_pulled_back(tilted.d, p).add_(difference).div_(temperature)
-    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
-    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
-    gradient = difference + pulled_back(ratio, p)
+    (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_group=class_group)
+    difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q, class_group)
+    gradient = difference + pulled_back(ratio, p, class_group)
     # all terms have the same sign, unless r has lost its digits
-    return torch.where(difference == 0, 0, difference * ratio).abs().sum(-1), gradient / temperature
+    terms = torch.where(difference == 0, 0, difference * ratio).abs()
+    return class_sum(terms, class_group).squeeze(-1), gradient / temperature
 
 
 _jeffreys = rowwise(jeffreys_and_gradient)

@@ -32,6 +32,7 @@ def reverse_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Knowledge distillation by the reverse KL divergence: the student puts no probability where the teacher has none.
 
@@ -44,6 +45,7 @@ def reverse_kl_loss(
         where: `[*batch]`, False for examples (or tokens) that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where student and teacher agree, never negative, and
@@ -64,29 +66,35 @@ def reverse_kl_loss(
     >>> print(f"{reverse_kl_loss(s, t, temperature=2.0):.4f}")
     0.3851
     """
-    check_classes(student_logits)
+    check_classes(student_logits, class_group, group)
     temperature = positive("temperature", temperature, student_logits, teacher_logits)
-    divergence = reverse_kl_divergence(student_logits, teacher_logits, temperature, where=where)
+    divergence = reverse_kl_divergence(
+        student_logits, teacher_logits, temperature, where=where, class_group=class_group
+    )
     return reduce(times_square(temperature, divergence), where, reduction, group)
 
 
-def reverse_kl_and_gradient(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
+def reverse_kl_and_gradient(
+    x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """KL(p || q), and its gradient p (r - KL(p || q)) / T with r = log(p / q)."""
-    tilted = tilt(y, x, temperature)  # from p to q, so that d is -r less its mean under p
+    tilted = tilt(y, x, temperature, class_group)  # from p to q, so that d is -r less its mean under p
     if tilted is not None:
         value = kl_of_tilt(tilted)
         return value, softmax_pulled_back(tilted.d, tilted.q).div_(-temperature)
-    far = _of_logs(x, y, temperature)
+    far = _of_logs(x, y, temperature, class_group)
     if far is not None:
         return far
-    p, q, ratio = log_ratio(x, y, temperature)
-    value, _ = kl_of_softmaxes(q, p, -ratio)
-    return value, pulled_back(ratio, p.p) / temperature
+    p, q, ratio = log_ratio(x, y, temperature, class_group=class_group)
+    value, _ = kl_of_softmaxes(q, p, -ratio, class_group)
+    return value, pulled_back(ratio, p.p, class_group) / temperature
 
 
-def _of_logs(x: Tensor, y: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor] | None:
+def _of_logs(
+    x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor] | None:
     """The same in few kernels where `quick_logs` gives them."""
-    logs = quick_logs(x, y, temperature)
+    logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None
     ratio = logs.log_p.sub_(logs.log_q)

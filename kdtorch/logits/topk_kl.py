@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdtorch._collectives import class_max, class_sum, on_first
 from kdtorch._numerics import check_classes, fraction, kl_and_gradient, positive, times_square, valid_index
 from kdtorch._reduce import reduce, zero_masked
 from kdtorch._rowwise import kl_divergence, rowwise
@@ -33,6 +34,7 @@ def topk_kl_loss(
     where: Bool[Tensor, "*batch"] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
+    class_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""KL divergence to a teacher of which k logits per example are kept; all others count as one class, or are left out.
 
@@ -69,6 +71,7 @@ def topk_kl_loss(
         where: `[*batch]`, False for examples that are left out.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
+        class_group: the process group that the classes are spread over.
 
     Returns:
         A scalar, or `[*batch]` with `reduction="none"`. It is 0 where the two distributions agree, never negative, inf
@@ -93,49 +96,91 @@ def topk_kl_loss(
     >>> print(f"{topk_kl_loss(s, t, kept, rest):.4f}")
     0.4112
     """
-    check_classes(student_logits)
-    entries, classes = indices.shape[-1], student_logits.shape[-1]
+    first, classes = check_classes(student_logits, class_group, group)
+    shard = None if class_group is None else (first, student_logits.shape[-1])
+    temperature = positive("temperature", temperature, student_logits, values)
+    teacher = values, indices, rest
+    options = tail, divergence, beta, kept, where
+    compared, values, indices, left, settings = recorded(
+        "topk_kl_loss", classes, *teacher, temperature, *options, shard
+    )
+    if tail == "renormalize":
+        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
+        value = _ROWS[compared](own, values, *settings, where=where, class_group=class_group)
+    else:
+        rows = student_logits, values, indices, left, *settings
+        value = _TOPK[compared](*rows, where=where, class_group=class_group)
+    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+
+
+class Recorded(NamedTuple):
+    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+
+    divergence: str
+    values: Tensor
+    indices: Tensor
+    rest: Tensor
+    settings: tuple[Scalar, ...]
+
+
+def recorded(
+    loss: str,
+    classes: int | Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor | Mapping[str, Tensor] | None,
+    temperature: Scalar,
+    tail: str,
+    divergence: str,
+    beta: float,
+    kept: Tensor | None,
+    where: Tensor | None,
+    shard: tuple[int | Tensor, int] | None = None,
+) -> Recorded:
+    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used.
+
+    Of a `shard`, which is the first class and the number of those on this rank, what others have is padding.
+    """
+    entries, known = indices.shape[-1], not isinstance(classes, Tensor)  # by a compiler, unless by other ranks
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
         raise ValueError(f'`divergence` must be one of "kl", "reverse_kl", "jsd", got {divergence!r}')
-    if entries < 1 or (kept is None and entries > classes):
+    if entries < 1 or (kept is None and known and entries > classes):
         raise ValueError(
             f"`indices` must hold from 1 to {classes} classes an example, as many as there are, got {entries}"
         )
-    if tail == "bucket" and rest is None and (kept is not None or entries < classes):
+    if tail == "bucket" and rest is None and (kept is not None or not known or entries < classes):
         raise ValueError(
-            f'`rest` must be given with tail="bucket" where {entries} of {classes} classes are kept, got None; '
+            f'`rest` must be given with tail="bucket" where {entries} of {classes if known else "all"} classes are kept, got None; '
             'leave the rest out by tail="renormalize"'
         )
-    weight = fraction("beta", beta, student_logits, values)
-    temperature = positive("temperature", temperature, student_logits, values)
+    weight = fraction("beta", beta, values)
     ends = "kl" if weight == 0 else "reverse_kl" if weight == 1 else divergence
     compared = ends if divergence == "jsd" else divergence
-    settings = (weight, temperature) if compared == "jsd" else (temperature,)
     indices, values = zero_masked(where, indices, values)
     indices = valid_index("indices", indices if kept is None else torch.where(kept, indices, 0), classes)
     if kept is not None:
         indices, values = torch.where(kept, indices, -1), torch.where(kept, values, -math.inf)
     places = indices.sort(-1).values
     twice = ((places.diff(dim=-1) == 0) & (places[..., 1:] >= 0)).any(-1, keepdim=True)
-    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(rest, temperature, values)
+    if shard is not None:
+        indices = indices - shard[0]
+        own = (indices >= 0) & (indices < shard[1])
+        indices, values = torch.where(own, indices, -1), torch.where(own, values, -math.inf)
+    left = torch.full_like(values[..., 0], -math.inf) if rest is None else _rest_at(loss, rest, temperature, values)
     values = torch.where(twice | left.isnan().unsqueeze(-1), math.nan, values)
-    if tail == "renormalize":
-        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        value = _ROWS[compared](own, values, *settings, where=where)
-    else:
-        value = _TOPK[compared](student_logits, values, indices, left.unsqueeze(-1), *settings, where=where)
-    return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
+    settings = (weight, temperature) if compared == "jsd" else (temperature,)
+    return Recorded(compared, values, indices, left.unsqueeze(-1), settings)
 
 
-def _rest_at(rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
+def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
     """The rest's logit at the temperature of the call, of those that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
             raise TypeError(
-                f"topk_kl_loss: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
+                f"{loss}: `{name}` must be Float[Array, '*batch'], got {describe(x)} beside values {describe(values)}"
             )
     if not isinstance(rest, Mapping):
         return rest
@@ -189,27 +234,38 @@ def topk_and_gradient(
     indices: Tensor,
     rest: Tensor,
     *settings: Scalar,
+    class_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share.
+    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over ranks each
+    compares the entries of its own classes, and the first the rest too.
     """
     temperature = settings[-1]
+    student, places, weight, total = kept_and_rest(x, indices, temperature, class_group)
+    teacher = torch.cat([values, on_first(rest, class_group, -math.inf)], -1)
+    value, gradient = divergence_and_gradient(student, teacher, *settings, class_group=class_group)
+    spread = weight * (class_sum(gradient[..., -1:], class_group) / total)
+    return value, spread.scatter_add_(-1, places, torch.where(indices < 0, 0.0, gradient[..., :-1]))
+
+
+def kept_and_rest(
+    x: Tensor, indices: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
+) -> tuple[Tensor, ...]:
+    """The logits of the kept classes and of the rest, less the largest; where the kept are; the weights of the rest, their sum."""
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
-    peak, lowest = others.detach().amax(-1, keepdim=True), torch.finfo(x.dtype).min
-    largest = torch.maximum(peak, own.detach().amax(-1, keepdim=True)).clamp(min=lowest)
+    peak, lowest = class_max(others, class_group), torch.finfo(x.dtype).min
+    largest = torch.maximum(peak, class_max(own, class_group)).clamp(min=lowest)
     below = others.sub_(peak.clamp(min=lowest))
     if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
         below = torch.maximum(below, -1e5 * temperature)
     # of a row without others all weights are 0, and its logit is -inf
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
-    total = weight.sum(-1, keepdim=True).clamp(min=1)
-    student = torch.cat([own - largest, (peak - largest) + temperature * total.log()], -1)
-    value, gradient = divergence_and_gradient(student, torch.cat([values, rest], -1), *settings)
-    spread = weight * (gradient[..., -1:] / total)
-    return value, spread.scatter_add_(-1, places, torch.where(none, 0.0, gradient[..., :-1]))
+    total = class_sum(weight, class_group).clamp(min=1)
+    together = on_first((peak - largest) + temperature * total.log(), class_group, -math.inf)
+    return torch.cat([own - largest, together], -1), places, weight, total
 
 
 _ROWS = {"kl": kl_divergence, "reverse_kl": reverse_kl_divergence, "jsd": jensen_shannon}

@@ -66,6 +66,7 @@ class CombinedLoss(nn.Module):
         where: Tensor | None = None,
         reduction: Reduction | None = None,
         group: ProcessGroup | None = None,
+        class_group: ProcessGroup | None = None,
         update: bool = True,
     ) -> Tensor:
         """The weighted sum of the losses of a batch.
@@ -80,6 +81,8 @@ class CombinedLoss(nn.Module):
                 losses that have them.
             reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             group: the process group that the batch is spread over.
+            class_group: the process group that the classes are spread over.
+                A loss of `score_stu` and `score_tea` that needs all classes on one device raises an error.
             update: False leaves the states of the losses unchanged.
 
         Returns:
@@ -90,9 +93,8 @@ class CombinedLoss(nn.Module):
                 does not accept.
             TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
-        terms = self.terms(
-            score, feat, fea, target, epoch, where=where, reduction=reduction, group=group, update=update
-        )
+        options: dict[str, Any] = {"where": where, "reduction": reduction, "group": group, "class_group": class_group}
+        terms = self.terms(score, feat, fea, target, epoch, **options, update=update)
         return self.weigh(terms, epoch)
 
     def terms(
@@ -106,6 +108,7 @@ class CombinedLoss(nn.Module):
         where: Tensor | None = None,
         reduction: Reduction | None = None,
         group: ProcessGroup | None = None,
+        class_group: ProcessGroup | None = None,
         update: bool = True,
     ) -> dict[str, Tensor]:
         """The value of each loss by name, not weighted. States are updated as in a call; `weigh` returns the weighted sum.
@@ -120,13 +123,16 @@ class CombinedLoss(nn.Module):
                 losses that have them.
             reduction: None uses the reduction of each loss, which is `"mean"` unless it was built with another one.
             group: the process group that the batch is spread over.
+            class_group: the process group that the classes are spread over.
+                A loss of `score_stu` and `score_tea` that needs all classes on one device raises an error.
             update: False leaves the states of the losses unchanged.
 
         Returns:
             As many scalars as losses, or values of each example with `reduction="none"`.
 
         Raises:
-            ValueError: a missing input, an input that a loss does not accept.
+            ValueError: a missing input, a `class_group` for a loss of logits that has no such argument, an input that a loss
+                does not accept.
             TypeError: a `feat` that is not a mapping, an input that a loss does not accept.
         """
         if not isinstance(feat, Mapping | None):
@@ -135,10 +141,20 @@ class CombinedLoss(nn.Module):
             )
         inputs = {**(feat or {}), "epoch": 0 if epoch is None else epoch}
         inputs |= {} if target is None else {"target": target}
-        options = {"where": where, "reduction": reduction, "group": group, "update": None if update else False}
+        options: dict[str, Any] = {"where": where, "reduction": reduction, "group": group, "class_group": class_group}
+        options |= {} if update else {"update": False}
         options = {key: value for key, value in options.items() if value is not None}
         terms = {}
         for name, reads, takes in zip(self.names, self.reads, self._takes, strict=True):
+            if (
+                "class_group" in options
+                and "class_group" not in takes
+                and any(x in ("score_stu", "score_tea") for x in reads)
+            ):
+                raise ValueError(
+                    f"the loss {name!r} takes no `class_group`, for it needs all classes of an example in one place; gather its logits "
+                    "and call it apart"
+                )
             given = (_read(name, source, inputs) for source in reads)
             terms[name] = self.losses[name](*given, **{key: x for key, x in options.items() if key in takes})
         return terms
