@@ -167,9 +167,9 @@ def linear_reverse_kl_loss(
     >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [1.0, 1.0]])
     >>> g, v = jnp.array([[0.5]]), jnp.array([[2.0], [0.0]])
     >>> print(f"{linear_reverse_kl_loss(h, w, g, v):.4f}")
-    REVERSE
+    0.0671
     >>> print(f"{reverse_kl_loss(h @ w.T, g @ v.T):.4f}")
-    REVERSE
+    0.0671
     """
     least = _least(memory)
     check_fixed(

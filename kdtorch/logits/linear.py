@@ -167,9 +167,9 @@ def linear_reverse_kl_loss(
     >>> h, w = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     >>> g, v = torch.tensor([[0.5]]), torch.tensor([[2.0], [0.0]])
     >>> print(f"{linear_reverse_kl_loss(h, w, g, v):.4f}")
-    REVERSE
+    0.0671
     >>> print(f"{reverse_kl_loss(h @ w.T, g @ v.T):.4f}")
-    REVERSE
+    0.0671
     """
     least = _least(memory)
     temperature = _checked(student_weight, temperature, student_hidden, teacher_hidden, teacher_weight)
