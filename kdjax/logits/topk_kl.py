@@ -94,10 +94,18 @@ def topk_kl_loss(
     """
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, values)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     compared, values, indices, left, settings = recorded(
-        "topk_kl_loss", student_logits.shape[-1], *teacher, temperature, *options
+        "topk_kl_loss",
+        student_logits.shape[-1],
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
     )
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -352,14 +352,23 @@ def linear_topk_kl_loss(
     least = _least(memory)
     temperature = _checked(student_weight, temperature, student_hidden, values)
     outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
-    compared, *teacher, settings = recorded(
-        "linear_topk_kl_loss", student_weight.shape[0], *teacher, temperature, *options
+    teacher = recorded(
+        "linear_topk_kl_loss",
+        student_weight.shape[0],
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
     )
     student = _student(student_hidden, student_weight, student_bias, temperature)
-    fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
-    value = _TOPK[compared, tail](student, fixed, summed=reduction != "none", least=least)
+    known = teacher.values, teacher.indices, teacher.rest
+    fixed = Fixed(known, None, None, where, weights, outputs, teacher.settings[:-1])
+    value = _TOPK[teacher.divergence, tail](student, fixed, summed=reduction != "none", least=least)
     value = value if divergence == "jsd" else times_square(temperature, value)
     return _reduced(value, student_hidden, weights, where, reduction, group)
 
@@ -464,8 +473,12 @@ def _pull_of_kept(
     return _pull(of_teacher, student, torch.cat([values, rest], -1), *settings)
 
 
-_AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
-_OF_TEACHER = {
+_AND_GRADIENT: dict[str, Callable[..., Any]] = {
+    "kl": kl_and_gradient,
+    "reverse_kl": reverse_kl_and_gradient,
+    "jsd": jsd_and_gradient,
+}
+_OF_TEACHER: dict[str, Callable[..., Any]] = {
     "kl": lambda x, y, t: reverse_kl_and_gradient(y, x, t)[1],
     "reverse_kl": lambda x, y, t: kl_and_gradient(y, x, t)[1],
     "jsd": lambda x, y, beta, t: jsd_and_gradient(y, x, 1 - beta, t)[1],

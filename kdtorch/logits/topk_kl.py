@@ -95,10 +95,18 @@ def topk_kl_loss(
     """
     check_classes(student_logits)
     temperature = positive("temperature", temperature, student_logits, values)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     compared, values, indices, left, settings = recorded(
-        "topk_kl_loss", student_logits.shape[-1], *teacher, temperature, *options
+        "topk_kl_loss",
+        student_logits.shape[-1],
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
     )
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
