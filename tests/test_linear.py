@@ -14,25 +14,13 @@ from tiers import only, slow
 
 import kdjax._linear
 import kdtorch._linear
-from parity.cases import LOSSES, Case, Sizes, draw
-from parity.run import run
+from parity.cases import LOSSES, Sizes, draw
 
 LINEAR = [loss for loss in LOSSES if loss.name.startswith("linear_")]
 both = pytest.mark.parametrize("f", only(lambda f: f is TORCH, BOTH), ids=lambda f: f.name)
 every = pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.title)
 memories = pytest.mark.parametrize("memory", ["low", "least"])
 SIZES = Sizes((5,), classes=37)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Several blocks of rows, and of classes, the last of which is smaller."""
-    for module in (kdjax._linear, kdtorch._linear):
-        monkeypatch.setattr(module, "BLOCK", 80)
-        monkeypatch.setattr(module, "LEAST", 16 * 9)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 def given(f, loss, sizes=SIZES, dtype="float64", seed=0):
@@ -140,36 +128,31 @@ def test_a_class_that_a_bias_excludes_stays_excluded(f, loss):
             assert (slopes[name][len(expected[name]) :] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"student_scale": 0.7, "softcap": 2.0}], ids=["plain", "capped"])
 @pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.title)
 @both
-def test_blocks(f, loss, options, small_blocks):
-    """Of rows and of classes give what all at once does, and the derivative by T too, with any number from above."""
-    inputs, slopes = given(f, loss), []
-    settings = [{}, {"tail": "renormalize"}, {"divergence": "jsd"}] if "values" in inputs else [{}]
-    for setting, memory, reduction in itertools.product(settings, ("low", "least"), ("mean", "none")):
-        above = np.arange(1.0, 6) if reduction == "none" else np.array(0.2)
+def test_blocks(f, loss, monkeypatch):
+    """Of rows and of classes, the last of which is smaller, give what all at once does, and the derivative by T too."""
+    inputs = given(f, loss)
+    settings = [{"tail": "renormalize"}, {"divergence": "jsd"}] if "values" in inputs else [{}]
 
-        def value(free, setting=setting, memory=memory, reduction=reduction, above=above):
-            given = {**inputs, **{k: free[k] for k in loss.learns}, "temperature": free["temperature"]}
-            function = getattr(f.kd, loss.name)
-            result = function(**given, **setting, **options, memory=memory, reduction=reduction)
-            return (result * f.array(above)).sum()
+    def slopes(memory, reduction, setting):
+        above = f.array(np.arange(1.0, 6) if reduction == "none" else np.array(0.2))
+
+        def value(free):
+            options = {"student_scale": 0.7, "softcap": 2.0, "memory": memory, "reduction": reduction}
+            return (getattr(f.kd, loss.name)(**{**inputs, **free}, **setting, **options) * above).sum()
 
         free = {**{k: inputs[k] for k in loss.learns}, "temperature": f.array(np.array(1.7))}
-        slopes.append({k: f.numpy(x) for k, x in f.jit(f.grad(value))(free).items()})
-        if reduction == "none":
-            continue
-        case = Case(loss, "blocks", draw(loss, SIZES, 0), {"temperature": 1.7, **setting, **options}, seed=None)
-        want = run("oracle", case).gradients[0]
-        for name in loss.learns:
-            scale = np.abs(want[name]).max()
-            np.testing.assert_allclose(slopes[-1][name] / 0.2, want[name].astype(float), rtol=0, atol=1e-12 * scale)
-    for i in range(0, len(slopes), 4):
-        for name in slopes[i]:
-            low, low_none, least, least_none = (x[name] for x in slopes[i : i + 4])
-            for one, other in ((low, least), (low_none, least_none)):
-                np.testing.assert_allclose(one, other, rtol=0, atol=1e-11 * np.abs(one).max())
+        return {k: f.numpy(x) for k, x in f.jit(f.grad(value))(free).items()}
+
+    for reduction, setting in itertools.product(("mean", "none"), settings):
+        whole = slopes("low", reduction, setting)
+        with monkeypatch.context() as patched:
+            for module, name in itertools.product((kdjax._linear, kdtorch._linear), ("BLOCK", "LEAST")):
+                patched.setattr(module, name, 80)  # two rows, or 16 classes
+            parts = [slopes(memory, reduction, setting) for memory in ("low", "least")]
+        for name, got in ((name, part[name]) for part in parts for name in part):
+            np.testing.assert_allclose(got, whole[name], rtol=0, atol=1e-11 * np.abs(whole[name]).max())
 
 
 @every
