@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -86,43 +85,33 @@ def _numpy(x: Any) -> np.ndarray:
 def _largest(
     logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all.
+    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    if isinstance(logits, Array) and any(device.platform != "cpu" for device in logits.devices()):
+        return _largest_on_device(logits, places, top_k, temperatures)
+    return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
 
-    In blocks, of which one alone is copied to float32, on the device of the logits.
-    """
+
+def _largest_on_device(
+    logits: Array, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
     number = len(places[0])
-    size = max(1, (2**20 if jax.default_backend() == "cpu" else 2**26) // logits.shape[-1])
-    size = min(size, 1 << (number - 1).bit_length())  # so that few sizes are compiled
+    size = max(1, min(2**26 // logits.shape[-1], 1 << (number - 1).bit_length()))  # so that few sizes are compiled
     found = []
     for start in range(0, number, size):
         at = [x[start : start + size] for x in places]
         at = [np.pad(x, (0, size - len(x)), mode="edge") for x in at]
-        found.append([np.asarray(x) for x in _largest_of(logits[tuple(at)], top_k, temperatures)])
+        found.append([_numpy(x) for x in _largest_of(logits[tuple(at)], top_k, temperatures)])
     return tuple(np.concatenate(x)[:number] for x in zip(*found, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _largest_of(x: Array, top_k: int, temperatures: tuple[float, ...]) -> tuple[Array, ...]:
-    """Of a block `[examples, classes]`.
-
-    The classes are laid out in a table whose columns are few. The largest k of all are in the k columns with the largest
-    entries, or in what is left over of the table, so that only those are sorted.
-    """
+    """Of a block `[examples, classes]`."""
     x = x.astype(jnp.float32)
-    examples, classes = x.shape
-    height = math.isqrt(classes // top_k)
-    width = classes // height
-    heads = x[:, : height * width].reshape(examples, height, width).max(1)
-    columns = lax.top_k(heads, top_k)[1]
-    picked = columns[:, None] + width * jnp.arange(height, dtype=jnp.int32)[None, :, None]
-    over = jnp.broadcast_to(jnp.arange(height * width, classes, dtype=jnp.int32), (examples, classes - height * width))
-    picked = jnp.concatenate([picked.reshape(examples, -1), over], 1)
-    values, order = lax.top_k(jnp.take_along_axis(x, picked, 1), top_k)
-    indices = jnp.take_along_axis(picked, order, 1)
-    others = x.at[jnp.arange(examples)[:, None], indices].set(-jnp.inf)
-    peak = others.max(-1, keepdims=True)
-    below = others - jnp.where(peak == -jnp.inf, 0, peak)
-    rest = [peak[:, 0] + t * jnp.log(jnp.exp(below / t).sum(-1)) for t in temperatures]
+    values, indices = lax.top_k(x, top_k)
+    others = x.at[jnp.arange(len(x))[:, None], indices].set(-jnp.inf)
+    rest = [t * jax.nn.logsumexp(others / t, -1) for t in temperatures]
     return values, indices, jnp.stack(rest, -1), x.max(-1)
 
 

@@ -467,11 +467,11 @@ def _ready(
         ("kept", kept, "b", kept.shape and values.shape),
         ("rest", arrays.get("rest", values), "f", values.shape[:-1]),
     ):
-        got = x.shape[: values.ndim - 1] if other == "rest" else x.shape
+        got = x.shape[:-1] if other == "rest" else x.shape
         if got != shape or x.dtype.kind not in kinds:
             kind = {"f": "floating-point numbers", "iu": "whole numbers", "b": "booleans"}[kinds]
             raise ValueError(
-                f"`{other}` must be {kind} {list(shape)}, as `{name}` {list(values.shape)}, got {x.dtype}{list(x.shape)}"
+                f"`{other}` must be {kind} {list(shape)}, as `{name}` {list(values.shape)}, got {x.dtype}{list(got)}"
             )
     recorded = np.ones(values.shape[:-1], bool)
     if where is not None:
@@ -555,6 +555,59 @@ def _rows(
                 x = batch.arrays[name][at]
             block[name] = _cast(name, x, row[name].base)
         yield block
+
+
+def largest_logits(
+    logits: Any,
+    places: tuple[np.ndarray, ...],
+    top_k: int,
+    temperatures: tuple[float, ...],
+    numpy: Callable[[Any], np.ndarray],
+) -> tuple[np.ndarray, ...]:
+    """The largest logits at some places, from the largest on, their classes, T log sum exp(t / T) of the others, the largest of all.
+
+    In blocks that stay in the processor's cache. `numpy` makes arrays of them.
+    """
+    number, classes = len(places[0]), logits.shape[-1]
+    values = np.empty((number, top_k), np.float32)
+    indices = np.empty((number, top_k), np.int64)
+    rest = np.empty((number, len(temperatures)), np.float32)
+    largest = np.full(number, -np.inf, np.float32)
+    sought = min(top_k + 1, classes)  # the next one too, which is the largest of the others
+    height = math.isqrt(classes // sought)
+    width = classes // height
+    size = max(1, 2**16 // classes)
+    buffers = np.empty((2, min(size, number), classes), np.float32)
+    for start in range(0, number, size):
+        here, at = slice(start, start + size), tuple(x[start : start + size] for x in places)
+        # of one place a view, without a copy
+        block = logits[at] if size > 1 else logits[tuple(int(x[0]) for x in at)][None]
+        x = numpy(block).astype(np.float32, copy=False)
+        below, scaled = buffers[:, : len(x)]
+        # In a table of an example's logits, `sought` columns have a logit that is not below the sought-largest head of a
+        # column, and few other logits are not below that one.
+        heads = x[:, : height * width].reshape(-1, height, width).max(1)
+        largest[here] = np.maximum(heads.max(1), x[:, height * width - 1 :].max(1))
+        if not (largest[here] < np.inf).all():
+            break  # the caller refuses them
+        enough = np.partition(heads, width - sought)[:, width - sought]
+        picked = np.flatnonzero(x >= enough[:, None])
+        if len(picked) > 8 * sought * len(x):  # of many that are equal, as excluded classes are
+            some = np.argpartition(x, classes - sought)[:, classes - sought :]
+            picked = (some + classes * np.arange(len(x))[:, None]).ravel()
+        rows = picked // classes
+        order = np.lexsort((-x.ravel()[picked], rows))
+        picked = picked[order[np.searchsorted(rows, np.arange(len(x)))[:, None] + np.arange(sought)]]
+        found, kept = x.ravel()[picked], picked[:, :top_k]
+        values[here], indices[here] = found[:, :top_k], kept % classes
+        peak = found[:, top_k:] if sought > top_k else np.full((len(x), 1), -np.inf, np.float32)
+        np.subtract(x, np.where(np.isneginf(peak), 0, peak), out=below)
+        below.ravel()[kept] = -np.inf
+        for i, t in enumerate(temperatures):
+            np.exp2(np.multiply(below, np.float32(math.log2(math.e) / t), out=scaled), out=scaled)
+            with np.errstate(divide="ignore"):
+                rest[here, i] = peak[:, 0] + t * np.log(scaled.sum(1))
+    return values, indices, rest, largest
 
 
 def _check_finite(largest: np.ndarray, samples: np.ndarray) -> None:

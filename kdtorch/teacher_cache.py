@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -87,52 +86,31 @@ def _numpy(x: Any) -> np.ndarray:
 def _largest(
     logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all.
+    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    if isinstance(logits, Tensor) and logits.device.type != "cpu":
+        return _largest_on_device(logits, places, top_k, temperatures)
+    logits = logits if isinstance(logits, Tensor) else _numpy(logits)
+    return cache.largest_logits(logits, places, top_k, temperatures, _numpy)
 
-    In blocks, of which one alone is copied to float32, on the device of the logits.
-    """
-    number, classes = len(places[0]), logits.shape[-1]
-    if not isinstance(logits, Tensor):
-        logits = np.asarray(logits)
-    elif logits.is_contiguous():  # one index is several times faster than two
-        places = (np.ravel_multi_index(places, logits.shape[:-1]),)
-        logits = logits.detach().flatten(0, -2)
-    on_cpu = not isinstance(logits, Tensor) or logits.device.type == "cpu"
-    size = max(1, (2**20 if on_cpu else 2**26) // classes)
+
+def _largest_on_device(
+    logits: Tensor, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
+    size = max(1, 2**26 // logits.shape[-1])
     found = []
-    for start in range(0, number, size):
-        at = tuple(x[start : start + size] for x in places)
-        if not isinstance(logits, Tensor):
-            block = torch.from_numpy(logits[at].astype(np.float32))
-        elif len(at) == 1:
-            block = logits.index_select(0, torch.from_numpy(at[0]).to(logits.device))
-        else:
-            block = logits.detach()[at]
-        found.append([_numpy(x) for x in _largest_of(block.float(), top_k, temperatures)])
+    for start in range(0, len(places[0]), size):
+        at = tuple(torch.from_numpy(x[start : start + size]).to(logits.device) for x in places)
+        found.append([_numpy(x) for x in _largest_of(logits.detach()[at].float(), top_k, temperatures)])
     return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
 def _largest_of(x: Tensor, top_k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Of a block `[examples, classes]`, which is overwritten.
-
-    The classes are laid out in a table whose columns are few. The largest k of all are in the k columns with the largest
-    entries, or in what is left over of the table, so that only those are sorted.
-    """
-    examples, classes = x.shape
-    height = math.isqrt(classes // top_k)
-    width = classes // height
-    heads = x[:, : height * width].unflatten(1, (height, width)).amax(1)
-    columns = heads.topk(top_k, sorted=False).indices
-    picked = columns[:, None] + width * torch.arange(height, device=x.device)[None, :, None]
-    over = torch.arange(height * width, classes, device=x.device).expand(examples, -1)
-    picked = torch.cat([picked.flatten(1), over], 1)
-    values, order = x.gather(1, picked).topk(top_k)
-    indices = picked.gather(1, order)
+    """Of a block `[examples, classes]`, which is overwritten."""
+    values, indices = x.topk(top_k)
     largest = x.amax(-1)
-    x.scatter_(1, indices, -math.inf)
-    peak = x.amax(-1, keepdim=True)
-    x.sub_(torch.where(peak == -math.inf, 0, peak))
-    rest = [peak[:, 0] + t * (x * (math.log2(math.e) / t)).exp2_().sum(-1).log() for t in temperatures]
+    others = x.scatter_(1, indices, -torch.inf)
+    rest = [t * (others / t).logsumexp(-1) for t in temperatures]
     return values, indices, torch.stack(rest, -1), largest
 
 
