@@ -29,13 +29,8 @@ except ImportError:  # not on Windows, where two writers of one part go unnotice
 FORMAT, SEQUENCES = "1", "2"  # a row for each sample, which any version reads, and for each token
 _HEADER, _INDEX, _ROWS, _LOCK = "header.json", "index", "rows", "lock"
 _PART = re.compile(r"part-(\d+)-of-(\d+)")
-_EMPTY: dict[str, Any] = {
-    "format": FORMAT,
-    "num_classes": None,
-    "top_k": None,
-    "temperatures": [],
-    "fields": {},
-}  # of a writer without a batch
+# of a writer without a batch
+_EMPTY: dict[str, Any] = {"format": FORMAT, "num_classes": None, "top_k": None, "temperatures": [], "fields": {}}
 _BLOCK = 2**23  # bytes of rows that are made at a time
 
 
@@ -72,10 +67,8 @@ class Cache:
         everything, lengths = (np.concatenate(x) for x in zip(*counted, strict=True))
         self._order = everything.argsort(kind="stable")
         self._sorted = everything[self._order]
-        once = np.ones(len(everything), bool)
-        once[self._order[1:]] = (
-            self._sorted[1:] != self._sorted[:-1]
-        )  # of a sample that two parts have the first counts
+        once = np.ones(len(everything), bool)  # False where a part has a sample that one before it has
+        once[self._order[1:]] = np.diff(self._sorted) > 0
         self.index = everything[once]
         self.lengths = lengths[once] if header["format"] == SEQUENCES else None
         self._spans = (lengths, lengths.cumsum()) if header["format"] == SEQUENCES else None
@@ -462,14 +455,14 @@ def _ready(
         )
     kept = arrays.get("kept", np.ones((), bool))
     for other, x, kinds, shape in (
-        (name, values, "f", values.shape),
+        (name, values, "fV", values.shape),  # V is bfloat16
         ("indices", indices, "iu", values.shape),
         ("kept", kept, "b", kept.shape and values.shape),
-        ("rest", arrays.get("rest", values), "f", values.shape[:-1]),
+        ("rest", arrays.get("rest", values), "fV", values.shape[:-1]),
     ):
         got = x.shape[:-1] if other == "rest" else x.shape
         if got != shape or x.dtype.kind not in kinds:
-            kind = {"f": "floating-point numbers", "iu": "whole numbers", "b": "booleans"}[kinds]
+            kind = {"fV": "floating-point numbers", "iu": "whole numbers", "b": "booleans"}[kinds]
             raise ValueError(
                 f"`{other}` must be {kind} {list(shape)}, as `{name}` {list(values.shape)}, got {x.dtype}{list(got)}"
             )
@@ -477,9 +470,7 @@ def _ready(
     if where is not None:
         recorded &= where.reshape(where.shape + (1,) * (recorded.ndim - 2))
     real = recorded[..., None] & kept
-    values = np.where(real, values, 0).astype(np.float64)
-    indices = np.where(real, indices, 0)
-
+    values, indices = np.where(real, values.astype(np.float64), 0), np.where(real, indices, 0)
     if at := _first(~(values < np.inf)):
         raise ValueError(f"`{name}` must be numbers or -inf, got {values[at]} for sample {index[at[0]]}")
     if at := _first((indices < 0) | (indices >= classes)):
@@ -510,7 +501,7 @@ def _ready(
         with np.errstate(divide="ignore"):
             rest = np.log(np.maximum(1 - total, least))[..., None]
     else:
-        rest = np.where(recorded[..., None], arrays.pop("rest"), 0)
+        rest = np.where(recorded[..., None], arrays.pop("rest").astype(np.float64), 0)
         if at := _first(~(rest < np.inf)):
             raise ValueError(f"`rest` must be numbers or -inf, got {rest[at]} for sample {index[at[0]]}")
     return {"values": values, "indices": indices, "rest": rest, **arrays}
@@ -534,8 +525,8 @@ def _rows(
     number, samples, made = len(places[0]), batch.samples[places[0]], {}
     if logits is not None and header["top_k"] is not None and number:
         lead = tuple(logits.shape[:-1])
-        numbers_ = np.arange(math.prod(lead)).reshape(lead)[places].ravel()
-        *found, peak = largest(logits, np.unravel_index(numbers_, lead), header["top_k"], tuple(header["temperatures"]))
+        tokens = np.unravel_index(np.arange(math.prod(lead)).reshape(lead)[places].ravel(), lead)
+        *found, peak = largest(logits, tokens, header["top_k"], tuple(header["temperatures"]))
         _check_finite(peak.reshape(number, -1), samples)
         made = {
             name: x.reshape(number, *row[name].shape)

@@ -446,7 +446,7 @@ def test_both_names_are_in_interop():
 
 # what is recorded of logits
 
-SIZES = [(2, 1), (5, 5), (37, 4), (1009, 16), (4100, 64), (32_000, 64), (131, 130)]
+SIZES = [(2, 1), (5, 5), (37, 4), (1009, 16), (32_000, 64), (4100, 64), (131, 130)]
 
 
 @torch_first
@@ -686,6 +686,19 @@ def test_the_rest_of_log_probs(tmp_path):
     batch = {"index": [0], "log_probs": np.log(q[:1, :2]), "indices": [[1, 0]]}
     x = record(TORCH, tmp_path / "all", [batch], num_classes=2).read([0], temperature=1.0)
     assert x["rest"]["1.0"].tolist() == [-np.inf]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_top_k_in_half_precision(dtype, tmp_path):
+    """As `lax.top_k` or `torch.topk` of half-precision logits gives it."""
+    top = {"values": np.array([[2, 1.5]]), "rest": np.array([-1.25])}
+    for f, array in (
+        (JAX, lambda x: jnp.asarray(x, dtype)),
+        (TORCH, lambda x: torch.from_numpy(x).to(getattr(torch, dtype))),
+    ):
+        batch = {name: array(x) for name, x in top.items()} | {"index": [0], "indices": [[3, 1]]}
+        x = record(f, tmp_path / f.name, [batch], num_classes=4).read([0], temperature=1.0)
+        assert (x["values"].tolist(), x["rest"]["1.0"].tolist()) == ([[2, 1.5]], [-1.25])
 
 
 # several writers
