@@ -596,8 +596,9 @@ def largest_logits(
         below.ravel()[kept] = -np.inf
         for i, t in enumerate(temperatures):
             np.exp2(np.multiply(below, np.float32(math.log2(math.e) / t), out=scaled), out=scaled)
+            sums = scaled[:, : height * width].reshape(-1, height, width).sum(1)  # sooner than along the rows
             with np.errstate(divide="ignore"):
-                rest[here, i] = peak[:, 0] + t * np.log(scaled.sum(1))
+                rest[here, i] = peak[:, 0] + t * np.log(sums.sum(1) + scaled[:, height * width :].sum(1))
     return values, indices, rest, largest
 
 
