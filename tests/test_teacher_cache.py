@@ -499,11 +499,11 @@ def peak():
 
 
 path, dtype, top_k = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None
-numbers = np.random.default_rng(0).standard_normal((1024, 32_000), np.float32)
+numbers = np.random.default_rng(0).standard_normal((512, 32_000), np.float32)
 {array}
 record_teacher(path + "/some", [{{"index": np.arange(64), "logits": logits[:64]}}], top_k=top_k)
 before = peak()
-record_teacher(path + "/all", [{{"index": np.arange(1024), "logits": logits}}], top_k=top_k)
+record_teacher(path + "/all", [{{"index": np.arange(512), "logits": logits}}], top_k=top_k)
 print((peak() - before) / logits.nbytes)
 """
 TO_ARRAY = {
@@ -514,9 +514,9 @@ TO_ARRAY = {
 
 @slow
 @both
-@pytest.mark.parametrize(("dtype", "top_k"), [("float32", 64), ("bfloat16", 64), ("float32", 0), ("bfloat16", 0)])
+@pytest.mark.parametrize(("dtype", "top_k"), [("float32", 64), ("bfloat16", 64), ("bfloat16", 0)])
 def test_the_memory_of_recording(f, dtype, top_k, tmp_path):
-    """Less than as much again as the logits, which are 125 or 62 MiB."""
+    """Less than as much again as the logits, which are 62 or 31 MiB."""
     code = MEMORY.format(package=f.kd.__name__, array=TO_ARRAY[f.name])
     command = [sys.executable, "-c", code, tmp_path, dtype, str(top_k)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

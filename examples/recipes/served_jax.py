@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
     cache = TeacherCache(folder, num_classes=BYTES)
     print(f"{len(cache)} lines, {cache.lengths.sum()} tokens")
     draw = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(200):
         index = draw.choice(len(LEARNED), BATCH, replace=False)
         batch = tokens(LEARNED, index)
         mask = np.arange(batch.shape[1]) < np.array([[len(LEARNED[i]) - 1] for i in index])

@@ -52,7 +52,7 @@ with tempfile.TemporaryDirectory() as folder:
     cache = TeacherCache(folder, num_classes=BYTES)
     print(f"{len(cache)} lines, {cache.lengths.sum()} tokens")
     draw = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(200):
         index = draw.choice(len(LEARNED), BATCH, replace=False)
         taught = cache.read(index, temperature=1.0)  # [batch, the longest of them, ...]
         logits = student(torch.from_numpy(tokens(LEARNED, index)))[:, : taught["where"].shape[1]]
