@@ -89,8 +89,14 @@ def _largest(
     """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
     if isinstance(logits, Tensor) and logits.device.type != "cpu":
         return _largest_on_device(logits, places, top_k, temperatures)
-    logits = logits if isinstance(logits, Tensor) else _numpy(logits)
-    return cache.largest_logits(logits, places, top_k, temperatures, _numpy)
+    if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16:  # which NumPy does not have
+        bits = logits.detach().view(torch.int16).numpy().view(np.uint16)
+        return cache.largest_logits(bits, places, top_k, temperatures, _of_bfloat16)
+    return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
+
+
+def _of_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def _largest_on_device(

@@ -478,6 +478,16 @@ def test_the_largest_logits(f, where, classes, kept):
                 assert np.allclose(rest[:, i], want, rtol=1e-6, atol=1e-5)
 
 
+def test_the_largest_of_half_precision():
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for given in (logits.to(dtype), logits.T.contiguous().T.to(dtype)):
+            places = (np.array([3, 0]),)
+            want = MODULES["torch"]._largest(given.float(), places, 4, (1.0,))
+            got = MODULES["torch"]._largest(given, places, 4, (1.0,))
+            assert all(np.array_equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_nan_and_inf_are_found_in_any_class():
     for wrong in (np.nan, np.inf):
         for place in range(38):

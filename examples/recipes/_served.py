@@ -52,8 +52,10 @@ def serve(text: bytes) -> list[dict[int, Logprob] | None]:
 
 
 def arrays(prompt_logprobs: list[dict[int, Logprob] | None]) -> tuple[np.ndarray, np.ndarray]:
-    """`[length - 1, 16]`: log-probabilities and tokens, without the prompt's own where it is a 17th."""
-    top = [[(x.logprob, token) for token, x in row.items() if x.rank <= KEPT] for row in prompt_logprobs if row]
+    """`[length - 1, 16]`: log-probabilities and tokens, from the likeliest on, without the 17th that some places have."""
+    top = [
+        sorted(((x.logprob, token) for token, x in row.items()), reverse=True)[:KEPT] for row in prompt_logprobs if row
+    ]
     both = np.array(top, np.float64).reshape(-1, KEPT, 2)
     return both[..., 0], both[..., 1].astype(np.int64)
 
