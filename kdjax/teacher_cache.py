@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
 from kdlosses import cache
 
@@ -19,28 +22,46 @@ def record_teacher(
     batches: Iterable[Mapping[str, Any]],
     *,
     top_k: int | None = None,
+    num_classes: int | None = None,
     temperatures: Sequence[float] = (1.0,),
     dtype: str = "float16",
+    part: int | None = None,
+    parts: int | None = None,
 ) -> TeacherCache:
     """Write a teacher's outputs to a folder, sample by sample; samples that are already there are skipped.
 
     Every batch is on the disk before the next is asked for, so that after a kill, or on a full disk, nothing of an earlier
-    batch is lost, and a second call with the same batches goes on where the first one stopped. One writer at a time.
+    batch is lost, and a second call with the same batches goes on where the first one stopped.
+
+    A batch is a mapping of `index`, `[batch]`, the samples' places in the data set, and
+
+    - `logits`, `[batch, ..., classes]`; or, of a teacher of which no more is known, `values` and `indices`,
+      `[batch, ..., kept]`, the largest logits and their classes, and `rest`, arrays `[batch, ...]` by temperature, as in
+      `{"1.0": ...}`, the logit of all other classes together (an array alone if there is one temperature); or `log_probs`
+      and `indices`, `[batch, ..., kept]`, logarithms of probabilities over all classes, as serving engines return them,
+      from which the rest at temperature 1 is computed, as the logarithm of 1 minus their sum. `kept`, booleans of the same
+      shape, is False for entries that are padding.
+    - `lengths`, `[batch]`, or `where`, booleans `[batch, length]`, if samples are sequences: `logits` are then `[batch,
+      length, ..., classes]`, and padding is not stored.
+    - further arrays `[batch, ...]`, such as features, by names of their own; `[batch, length, ...]` for sequences.
 
     Args:
         path: of the folder.
-        batches: mappings of `index`, `[batch]`, the samples' places in the data set; `logits`, `[batch, ..., classes]`;
-            and any further arrays `[batch, ...]`, such as features, by names of their own.
+        batches: mappings, as above.
         top_k: how many of the largest logits to keep; None keeps all.
-        temperatures: for which, with `top_k`, the logit of all other classes together is kept, in float32.
+        num_classes: of the teacher; it must be given with `values` or `log_probs`.
+        temperatures: for which, with a top k, the logit of all other classes together is kept, in float32.
         dtype: `"float16"` or `"float32"`, of the logits and of other floating-point arrays.
+        part: from 0 to `parts - 1`, which of several writers this is, such as the rank. Each writes a folder of its own
+            in that of the cache, and `TeacherCache` opens them all as one.
+        parts: how many writers there are.
 
     Returns:
-        The cache, opened.
+        The cache, opened; with `part`, what this writer wrote.
 
     Raises:
         ValueError: a batch that does not fit, logits that are NaN or inf, numbers beyond float16, a folder that holds
-            other things or was recorded in another way.
+            other things or was recorded in another way, or into which another writer is recording.
         OSError: the disk is full or cannot be written; the message says how many samples are kept.
 
     >>> import tempfile
@@ -53,8 +74,45 @@ def record_teacher(
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"].tolist())
     2 [[2]]
     """
-    cache.record(path, batches, np.asarray, top_k, temperatures, dtype)
-    return TeacherCache(path)
+    folder = cache.record(path, batches, _numpy, _largest, top_k, num_classes, temperatures, dtype, part, parts)
+    return TeacherCache(folder)
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return np.asarray(x)
+
+
+def _largest(
+    logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    if isinstance(logits, Array) and any(device.platform != "cpu" for device in logits.devices()):
+        return _largest_on_device(logits, places, top_k, temperatures)
+    return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
+
+
+def _largest_on_device(
+    logits: Array, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
+    number = len(places[0])
+    size = max(1, min(2**26 // logits.shape[-1], 1 << (number - 1).bit_length()))  # so that few sizes are compiled
+    found = []
+    for start in range(0, number, size):
+        at = [x[start : start + size] for x in places]
+        at = [np.pad(x, (0, size - len(x)), mode="edge") for x in at]
+        found.append([_numpy(x) for x in _largest_of(logits[tuple(at)], top_k, temperatures)])
+    return tuple(np.concatenate(x)[:number] for x in zip(*found, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _largest_of(x: Array, top_k: int, temperatures: tuple[float, ...]) -> tuple[Array, ...]:
+    """Of a block `[examples, classes]`."""
+    x = x.astype(jnp.float32)
+    values, indices = lax.top_k(x, top_k)
+    others = x.at[jnp.arange(len(x))[:, None], indices].set(-jnp.inf)
+    rest = [t * jax.nn.logsumexp(others / t, -1) for t in temperatures]
+    return values, indices, jnp.stack(rest, -1), x.max(-1)
 
 
 class TeacherCache(cache.Cache):
@@ -66,12 +124,13 @@ class TeacherCache(cache.Cache):
 
     Attributes:
         index: the recorded samples, in the order of recording.
+        lengths: the number of tokens of each of them, or None if samples are no sequences.
         num_classes: of the teacher.
         top_k: how many logits are kept, or None for all.
         temperatures: those for which `rest` is kept.
 
     Raises:
-        ValueError: no recorded teacher, or one of another number of classes.
+        ValueError: no recorded teacher, one of another number of classes, or parts that are missing.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -88,19 +147,38 @@ class TeacherCache(cache.Cache):
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
         super().__init__(path, num_classes)
 
-    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, Any]:
+    def read(self, index: Any, *, temperature: float | None = None, where: Any = None) -> dict[str, Any]:
         """What was recorded of some samples, by name: `logits`, or `values`, `indices` and `rest`; and the other arrays.
 
         Args:
             index: `[batch]`, the samples.
             temperature: of the loss, for `rest`; without it there is none.
+            where: `[batch, length]`, for sequences, where the tokens that were recorded are to be, in their order, as in the
+                student's batch; by default they come first.
 
         Returns:
             Arrays `[batch, ...]` by name, in the order of `index`. `rest` is a mapping from the temperature, as text, to its
-            array, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at.
+            array, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at. Sequences are padded with
+            0, `[batch, length, ...]`, and `where`, `[batch, length]`, is False for padding.
+
+        Raises:
+            IndexError: a sample that is not there.
+            ValueError: a temperature that was not recorded, or a mask that keeps another number of tokens.
+        """
+        return self._read(index, temperature, where)
+
+    def tokens(self, sample: Any, *, temperature: float | None = None) -> dict[str, Any]:
+        """What was recorded of one sample, by name; of a sequence, for each of its tokens.
+
+        Args:
+            sample: a whole number.
+            temperature: of the loss, for `rest`; without it there is none.
+
+        Returns:
+            Arrays `[length, ...]` by name, without padding; those of `read` without the batch's axis.
 
         Raises:
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        return self._read(index, temperature)
+        return self._tokens(sample, temperature)

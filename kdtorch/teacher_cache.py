@@ -20,28 +20,46 @@ def record_teacher(
     batches: Iterable[Mapping[str, Any]],
     *,
     top_k: int | None = None,
+    num_classes: int | None = None,
     temperatures: Sequence[float] = (1.0,),
     dtype: str = "float16",
+    part: int | None = None,
+    parts: int | None = None,
 ) -> TeacherCache:
     """Write a teacher's outputs to a folder, sample by sample; samples that are already there are skipped.
 
     Every batch is on the disk before the next is asked for, so that after a kill, or on a full disk, nothing of an earlier
-    batch is lost, and a second call with the same batches goes on where the first one stopped. One writer at a time.
+    batch is lost, and a second call with the same batches goes on where the first one stopped.
+
+    A batch is a mapping of `index`, `[batch]`, the samples' places in the data set, and
+
+    - `logits`, `[batch, ..., classes]`; or, of a teacher of which no more is known, `values` and `indices`,
+      `[batch, ..., kept]`, the largest logits and their classes, and `rest`, tensors `[batch, ...]` by temperature, as in
+      `{"1.0": ...}`, the logit of all other classes together (a tensor alone if there is one temperature); or `log_probs`
+      and `indices`, `[batch, ..., kept]`, logarithms of probabilities over all classes, as serving engines return them,
+      from which the rest at temperature 1 is computed, as the logarithm of 1 minus their sum. `kept`, booleans of the same
+      shape, is False for entries that are padding.
+    - `lengths`, `[batch]`, or `where`, booleans `[batch, length]`, if samples are sequences: `logits` are then `[batch,
+      length, ..., classes]`, and padding is not stored.
+    - further tensors `[batch, ...]`, such as features, by names of their own; `[batch, length, ...]` for sequences.
 
     Args:
         path: of the folder.
-        batches: mappings of `index`, `[batch]`, the samples' places in the data set; `logits`, `[batch, ..., classes]`;
-            and any further arrays `[batch, ...]`, such as features, by names of their own.
+        batches: mappings, as above.
         top_k: how many of the largest logits to keep; None keeps all.
-        temperatures: for which, with `top_k`, the logit of all other classes together is kept, in float32.
+        num_classes: of the teacher; it must be given with `values` or `log_probs`.
+        temperatures: for which, with a top k, the logit of all other classes together is kept, in float32.
         dtype: `"float16"` or `"float32"`, of the logits and of other floating-point tensors.
+        part: from 0 to `parts - 1`, which of several writers this is, such as the rank. Each writes a folder of its own
+            in that of the cache, and `TeacherCache` opens them all as one.
+        parts: how many writers there are.
 
     Returns:
-        The cache, opened.
+        The cache, opened; with `part`, what this writer wrote.
 
     Raises:
         ValueError: a batch that does not fit, logits that are NaN or inf, numbers beyond float16, a folder that holds
-            other things or was recorded in another way.
+            other things or was recorded in another way, or into which another writer is recording.
         OSError: the disk is full or cannot be written; the message says how many samples are kept.
 
     >>> import tempfile
@@ -54,8 +72,8 @@ def record_teacher(
     ...     print(len(cache), cache.read([3], temperature=1.0)["indices"].tolist())
     2 [[2]]
     """
-    cache.record(path, batches, _numpy, top_k, temperatures, dtype)
-    return TeacherCache(path)
+    folder = cache.record(path, batches, _numpy, _largest, top_k, num_classes, temperatures, dtype, part, parts)
+    return TeacherCache(folder)
 
 
 def _numpy(x: Any) -> np.ndarray:
@@ -63,6 +81,43 @@ def _numpy(x: Any) -> np.ndarray:
         return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _largest(
+    logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    if isinstance(logits, Tensor) and logits.device.type != "cpu":
+        return _largest_on_device(logits, places, top_k, temperatures)
+    if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16:  # which NumPy does not have
+        bits = logits.detach().view(torch.int16).numpy().view(np.uint16)
+        return cache.largest_logits(bits, places, top_k, temperatures, _of_bfloat16)
+    return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
+
+
+def _of_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+
+
+def _largest_on_device(
+    logits: Tensor, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, ...]:
+    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
+    size = max(1, 2**26 // logits.shape[-1])
+    found = []
+    for start in range(0, len(places[0]), size):
+        at = tuple(torch.from_numpy(x[start : start + size]).to(logits.device) for x in places)
+        found.append([_numpy(x) for x in _largest_of(logits.detach()[at].float(), top_k, temperatures)])
+    return tuple(np.concatenate(x) for x in zip(*found, strict=True))
+
+
+def _largest_of(x: Tensor, top_k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Of a block `[examples, classes]`, which is overwritten."""
+    values, indices = x.topk(top_k)
+    largest = x.amax(-1)
+    others = x.scatter_(1, indices, -torch.inf)
+    rest = [t * (others / t).logsumexp(-1) for t in temperatures]
+    return values, indices, torch.stack(rest, -1), largest
 
 
 class TeacherCache(cache.Cache):
@@ -74,12 +129,13 @@ class TeacherCache(cache.Cache):
 
     Attributes:
         index: the recorded samples, in the order of recording.
+        lengths: the number of tokens of each of them, or None if samples are no sequences.
         num_classes: of the teacher.
         top_k: how many logits are kept, or None for all.
         temperatures: those for which `rest` is kept.
 
     Raises:
-        ValueError: no recorded teacher, or one of another number of classes.
+        ValueError: no recorded teacher, one of another number of classes, or parts that are missing.
 
     >>> import tempfile
     >>> import torch
@@ -96,19 +152,38 @@ class TeacherCache(cache.Cache):
     def __init__(self, path: str | os.PathLike[str], *, num_classes: int | None = None) -> None:
         super().__init__(path, num_classes)
 
-    def read(self, index: Any, *, temperature: float | None = None) -> dict[str, Any]:
-        """What was recorded of some samples, by name: `logits`, or `values`, `indices` and `rest`; and the other arrays.
+    def read(self, index: Any, *, temperature: float | None = None, where: Any = None) -> dict[str, Any]:
+        """What was recorded of some samples, by name: `logits`, or `values`, `indices` and `rest`; and the other tensors.
 
         Args:
             index: `[batch]`, the samples.
             temperature: of the loss, for `rest`; without it there is none.
+            where: `[batch, length]`, for sequences, where the tokens that were recorded are to be, in their order, as in the
+                student's batch; by default they come first.
 
         Returns:
             Tensors `[batch, ...]` by name, in the order of `index`. `rest` is a mapping from the temperature, as text, to its
-            tensor, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at.
+            tensor, as in `{"4.0": ...}`, from which `topk_kl_loss` takes the one it is called at. Sequences are padded with
+            0, `[batch, length, ...]`, and `where`, `[batch, length]`, is False for padding.
+
+        Raises:
+            IndexError: a sample that is not there.
+            ValueError: a temperature that was not recorded, or a mask that keeps another number of tokens.
+        """
+        return self._read(index, temperature, where)
+
+    def tokens(self, sample: Any, *, temperature: float | None = None) -> dict[str, Any]:
+        """What was recorded of one sample, by name; of a sequence, for each of its tokens.
+
+        Args:
+            sample: a whole number.
+            temperature: of the loss, for `rest`; without it there is none.
+
+        Returns:
+            Tensors `[length, ...]` by name, without padding; those of `read` without the batch's axis.
 
         Raises:
             IndexError: a sample that is not there.
             ValueError: a temperature that was not recorded.
         """
-        return self._read(index, temperature)
+        return self._tokens(sample, temperature)

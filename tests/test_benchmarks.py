@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from tiers import first
 
-from benchmarks import calls, direct, gpu, hostile, scaling
+from benchmarks import calls, direct, gpu, hostile, recording, scaling
 from benchmarks.__main__ import main, tables
 from benchmarks.forms import FORMS, check, form
 from benchmarks.workloads import GROWTH, WORKLOADS, Workload
@@ -189,3 +189,12 @@ def test_a_form_that_fails_is_a_row():
     loss = next(loss for loss in TIMED if loss.name == "kl_loss")
     job = gpu.draw(loss, SMALL, "float32", "cpu", {"temperature": -1.0})
     assert gpu._row("kdtorch", job, {}, 0.0)["error"].startswith("ValueError: `temperature` must be finite and greater")
+
+
+def test_recording(capsys, monkeypatch):
+    monkeypatch.setattr(recording.torch, "set_num_threads", lambda number: None)
+    recording.main(["--tokens", "4", "--recorded", "4096", "--repeats", "1", "--vocabularies", "300"])
+    text = capsys.readouterr().out
+    assert text.count("x torch.topk") == 2 * (1 + 2 * 2)
+    assert text.count("260 bytes a token") == 2
+    assert text.count("million tokens a second") == 4

@@ -341,6 +341,15 @@ def test_on_policy(framework, run):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_served(framework, run):
+    names = run(f"served_{framework}")
+    falls(names["losses"], to=0.4)
+    before, after = names["divergences"]
+    assert after < before / 2
+    assert len(names["cache"]) == len(names["LEARNED"])
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_minilm(framework, run):
     names = run(f"minilm_{framework}")
     falls(names["lessons"], to=0.6)
