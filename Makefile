@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make test-all` need Python >= 3.11 and nothing else; each makes .venv on its first call.
+# `make demo`, `make test` and `make test-all` need Python >= 3.11 and nothing else; each creates .venv on its first call.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
@@ -6,15 +6,15 @@ export MPLBACKEND = Agg
 
 .PHONY: demo test test-all check fuzz docs docs-serve
 
-# the digits: both frameworks, and what the example itself imports
+# distillation on handwritten digits, in both frameworks
 demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
-# every loss, every law, both packages
+# every loss, every property, both packages
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# and what takes longer: trainings, many draws, browsers, processes, large meshes. `make test test-all` runs each test once
+# also the slow tests: trainings, many random draws, browsers, processes, large meshes. `make test test-all` runs each test once
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
@@ -42,8 +42,8 @@ check: .venv/installed
 	$(INSTALL) -e '.[all]' --group examples
 	touch $@
 
-# these come without torchvision, triton, torchao and the like, which their losses do not use; tests/test_moving.py
-# runs them
+# without dependencies such as torchvision, triton and torchao, which their losses do not use; tests/test_moving.py
+# runs these losses
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
 	$(INSTALL) --no-deps torchdistill liger-kernel torchtune lightly

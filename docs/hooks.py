@@ -1,4 +1,4 @@
-"""What MkDocs alone does not do: the catalogue, the API pages, formulas as MathML, and pages from files outside docs/."""
+"""Hooks of MkDocs: the catalogue, the API pages, formulas as MathML, and pages from files outside docs/."""
 
 import html
 import os
@@ -18,6 +18,7 @@ OUTSIDE = {f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIB
 OUTSIDE["README.md"] = "index.md"
 PARTS = ("", "nn", "teacher_cache", "interop")
 TWINS = {"kdjax": "kdtorch", "kdtorch": "kdjax"}
+FRAMEWORKS = {"kdjax": "JAX", "kdtorch": "PyTorch"}
 RENAMED = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}
 RENAMED |= {other: name for name, other in RENAMED.items()}
 ALONE = {"LossState", "fuse"}  # PyTorch calls the one a buffer; `jax.jit` does the other
@@ -45,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in OUTSIDE.items():
         if page != "index.md" and (ROOT / source).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    rows = ["| JAX | PyTorch | summary |", "| --- | --- | --- |"]
+    rows = ["| name | summary |", "| --- | --- |"]
     for package in (*TWINS, "parity"):
         for page, objects in public(package).items():
             content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
@@ -53,7 +54,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             for name, summary in objects.items() if package in TWINS else ():
                 if package == "kdjax" or not twin(name):
                     pair = (name, twin(name)) if package == "kdjax" else ("", name)
-                    rows.append(f"| {' | '.join(map(reference, pair))} | {summary} |")
+                    rows.append(f"| {references(pair)} | {summary} |")
     (index,) = (file for file in files if file.src_uri == "api/index.md")
     index.content_string = index.content_string.replace("TABLE", "\n".join(rows))
     return files
@@ -83,8 +84,11 @@ def twin(path: str) -> str:
     return "" if name in ALONE else ".".join([TWINS[package], *modules, RENAMED.get(name, name)])
 
 
-def reference(path: str) -> str:
-    return path and f"[`{path.partition('.')[2]}`][{path}]"
+def references(pair: tuple[str, str]) -> str:
+    """Links to both, below each other, so that a phone has room for the summary."""
+    return "<br>".join(
+        f"[`{path.partition('.')[2]}`][{path}] {FRAMEWORKS[path.partition('.')[0]]}" for path in pair if path
+    )
 
 
 class Docstrings(griffe.Extension):
@@ -139,7 +143,7 @@ def linked(markdown: str, page: Page) -> str:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """LaTeX, as arithmatex leaves it, becomes MathML; what is said of a picture stands under it."""
+    """Convert LaTeX, as arithmatex leaves it, to MathML, and the description of a picture to a caption."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"

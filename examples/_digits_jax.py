@@ -195,7 +195,7 @@ def fit(
         params, state, moments = carry
 
         def value(params: Any) -> Any:
-            module = nnx.merge(graph, params, state, copy=True)  # its state moves
+            module = nnx.merge(graph, params, state, copy=True)  # updates its state
             loss = objective(module, data, jax.tree.map(lambda x: x[i], plan))
             return loss, nnx.state(module, nnx.Not(nnx.Param))
 

@@ -202,6 +202,19 @@ def test_light_and_dark(address, browser):
     asked_nobody_else(browser, address)
 
 
+def test_search_of_a_site_that_is_opened_from_disk(site, browser):
+    show(browser, WIDE)
+    browser.get(f"file://{site}/index.html")
+    for word, place in SEARCHES.items():
+        field = browser.find_element("css selector", ".md-search__input")
+        field.clear()
+        field.send_keys(word)
+        results = f"//a[contains(@class, 'md-search-result__link')][contains(@href, '{place}')]"
+        WebDriverWait(browser, 10).until(conditions.presence_of_element_located(("xpath", results)), word)
+    said_nothing(browser)
+    asked_nobody_else(browser, f"file://{site}")
+
+
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_tabs_and_search(address, browser, size):
     show(browser, size)

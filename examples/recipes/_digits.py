@@ -1,4 +1,4 @@
-"""What the recipes share: scikit-learn's handwritten digits as arrays, and a teacher that has learned them."""
+"""Shared by the recipes: scikit-learn's handwritten digits as arrays, and a teacher trained on them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Gradient accumulation in JAX: a batch in four parts that has the gradient of the batch.
+"""Gradient accumulation in JAX: a batch in four parts that gives the gradient of the whole batch.
 
     python examples/recipes/accumulation_jax.py
 
-A mean over parts of means is not the mean where the masks of the parts differ, and a loss that compares the examples of
-a batch with one another is no sum over parts at all. The first wants sums and one divisor; the second wants the logits
-of the whole batch, and nothing else of it. Parts run one after the other in `jax.lax.scan`, so that memory is of one.
+If the masks of the parts differ, the mean of their means is not the mean of the batch: add sums and divide once. A loss that
+compares the examples of a batch with each other is not a sum over parts: it needs the logits of the whole batch, and nothing
+else of it. Parts run one after the other in `jax.lax.scan`, so that memory is of one.
 """
 
 from functools import partial

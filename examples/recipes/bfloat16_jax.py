@@ -1,8 +1,8 @@
-"""Mixed precision in JAX: the student computes in bfloat16 on float32 weights, the loss in float32 of its own accord.
+"""Mixed precision in JAX: the student computes in bfloat16 on float32 weights, the loss in float32.
 
     python examples/recipes/bfloat16_jax.py
 
-A loss computes in float32 whatever it is given, and its gradient has the precision of the logits.
+A loss computes in float32 for any input dtype, and its gradient has the dtype of the logits.
 """
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ optimizer = nnx.Optimizer(student, optax.adam(1e-2), wrt=nnx.Param)
 
 def objective(student, images, labels, teacher_logits):
     logits = student(images)  # bfloat16
-    # Optax computes in what it is given, so it is given float32; kdjax widens by itself
+    # Optax computes in the dtype of its inputs, so convert them to float32; kdjax does that itself
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
     return hard + dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=2.0, temperature=2.0), logits
 

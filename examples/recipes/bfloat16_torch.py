@@ -1,8 +1,8 @@
-"""Mixed precision in PyTorch: the networks under `torch.autocast` in bfloat16, the loss in float32 of its own accord.
+"""Mixed precision in PyTorch: the networks under `torch.autocast` in bfloat16, the loss in float32.
 
     python examples/recipes/bfloat16_torch.py
 
-A loss computes in float32 whatever it is given, and its gradient has the precision of the logits.
+A loss computes in float32 for any input dtype, and its gradient has the dtype of the logits.
 """
 
 import torch
@@ -31,9 +31,9 @@ for _epoch in range(6):
             with torch.no_grad():
                 teacher_logits = taught(images).logits
             logits = student(images)
-            loss = objective(logits, teacher_logits, labels)  # inside or outside of autocast, the same number
+            loss = objective(logits, teacher_logits, labels)  # the same number inside and outside autocast
         optimizer.zero_grad()
-        loss.backward()  # bfloat16 has the range of float32: no GradScaler, which float16 needs
+        loss.backward()  # bfloat16 has the range of float32, so no GradScaler is needed, as it would be for float16
         optimizer.step()
         losses.append(loss.item())
 

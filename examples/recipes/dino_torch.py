@@ -2,8 +2,8 @@
 
     python examples/recipes/dino_torch.py
 
-20 of 1,000 images have a label. On all of them the student predicts, from one view of an image, what its average says of
-another view. The same student without that part is trained beside it, three of each.
+20 of 1,000 images have a label. On all images the student predicts, from one view of an image, what its average outputs
+for another view. For comparison, three students are trained with this loss and three without it.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""Self-supervision in JAX as DINOv2 does it: DINO, iBOT and KoLeo on a tiny vision transformer, without a label.
+"""Self-supervised training in JAX as in DINOv2: DINO, iBOT and KoLeo on a tiny vision transformer, without a label.
 
     python examples/recipes/dinov2_jax.py
 
 The student sees two views of each image, in half of which some patches are masked. It predicts what its own moving average
-says of the other view (DINO) and of the masked patches (iBOT), while KoLeo keeps the images' features apart. The average is
+outputs for the other view (DINO) and for the masked patches (iBOT), while KoLeo keeps the images' features apart. The average is
 centred, or balanced by Sinkhorn-Knopp. In the end every test image is given the label of the nearest of 20 labelled ones.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/recipes/features_linen.py
 
-Attention transfer compares maps of any channels. CWD and the squared error need the teacher's channels, to which a
-`Projector` brings the student's maps. It is an NNX module, which `nnx.split` makes a tree of weights like any other.
+Attention transfer compares maps with any numbers of channels. CWD and the squared error need the teacher's number, to which
+a `Projector` maps the student's channels. It is an NNX module, which `nnx.split` turns into a tree of weights.
 """
 
 import jax
@@ -15,7 +15,7 @@ from kdjax import attention_transfer_loss, cwd_loss, mse_loss
 from kdjax.nn import Projector
 
 
-class Student(linen.Module):  # somebody's network; its convolutions have 4 and 6 channels
+class Student(linen.Module):  # a given network; its convolutions have 4 and 6 channels
     @linen.compact
     def __call__(self, images):
         first = linen.relu(linen.Conv(4, (3, 3))(images[..., None]))

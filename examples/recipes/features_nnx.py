@@ -1,9 +1,9 @@
-"""Feature maps of Flax NNX models that cannot be edited: `nnx.capture` sows the outputs of all methods.
+"""Feature maps of Flax NNX models that cannot be edited: `nnx.capture` records the outputs of all methods.
 
     python examples/recipes/features_nnx.py
 
-Attention transfer compares maps of any channels. CWD and the squared error need the teacher's channels, to which a
-`Projector` brings the student's maps; it learns with the student and is thrown away after it.
+Attention transfer compares maps with any numbers of channels. CWD and the squared error need the teacher's number, to which
+a `Projector` maps the student's channels; it is trained with the student and not needed afterwards.
 """
 
 import optax
@@ -24,7 +24,7 @@ def maps_of(model, images):
 taught = teacher("jax")  # maps of 8 and 16 channels
 rngs = nnx.Rngs(0)
 model = nnx.Dict(
-    student=Net((4, 6), 20, 10, rngs=rngs),  # somebody's network; its convolutions have 4 and 6 channels
+    student=Net((4, 6), 20, 10, rngs=rngs),  # a given network; its convolutions have 4 and 6 channels
     project=nnx.List(Projector(a, b, rngs=rngs) for a, b in zip((4, 6), SETTING.teacher[0], strict=True)),
 )
 optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)

@@ -1,9 +1,9 @@
-"""Feature maps of PyTorch models that cannot be edited: hooks on the student, a graph of torch.fx of the teacher.
+"""Feature maps of PyTorch models that cannot be edited: hooks for the student, and a torch.fx graph for the teacher.
 
     python examples/recipes/features_torch.py
 
-Attention transfer compares maps of any channels. CWD and the squared error need the teacher's channels, to which a
-`Projector` brings the student's maps; it learns with the student and is thrown away after it.
+Attention transfer compares maps with any numbers of channels. CWD and the squared error need the teacher's number, to which
+a `Projector` maps the student's channels; it is trained with the student and not needed afterwards.
 """
 
 import torch
@@ -41,7 +41,7 @@ def cut(model, *names):
 
 torch.manual_seed(0)
 ask = cut(teacher("torch").eval(), "relu", "relu_1")  # maps of 8 and 16 channels, after the activation
-student = Net((4, 6), 20, 10)  # somebody's network; its convolutions have 4 and 6 channels
+student = Net((4, 6), 20, 10)  # a given network; its convolutions have 4 and 6 channels
 maps = tap(student, "conv1", "conv2")
 project = nn.ModuleList(Projector(a, b) for a, b in zip((4, 6), SETTING.teacher[0], strict=True))
 optimizer = torch.optim.Adam([*student.parameters(), *project.parameters()], lr=1e-2)
@@ -53,7 +53,7 @@ for _ in range(6):
         with torch.no_grad():
             theirs = ask(images)
         logits = student(images).logits
-        ours = [maps[name].relu() for name in ("conv1", "conv2")]  # a hook sees what is before the activation
+        ours = [maps[name].relu() for name in ("conv1", "conv2")]  # a hook sees the output before the activation
         terms = {
             "attention": 100 * attention_transfer_loss(ours, theirs),
             "cwd": cwd_loss(project[1](ours[1]), theirs[1], temperature=2.0),

@@ -1,8 +1,8 @@
-"""Distillation in Flax Linen and Optax: functions and trees alone, no object that holds anything.
+"""Distillation in Flax Linen and Optax: only functions and trees, without objects that hold state.
 
     python examples/recipes/flax_linen.py
 
-Weights and moments go into a step and come out of it.
+A step takes the weights and the state of the optimiser, and returns the new ones.
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""Distillation in Flax NNX and Optax: one jitted step, the teacher's logits handed in.
+"""Distillation in Flax NNX and Optax: one jitted step, which takes the teacher's logits.
 
     python examples/recipes/flax_nnx.py
 
-The teacher is asked outside the step, so that nothing differentiates it; its logits may as well come from a disk.
+The teacher is called outside the step; its logits could as well be read from disk.
 """
 
 import optax
@@ -11,7 +11,7 @@ from flax import nnx
 
 from kdjax import dkd_loss
 
-taught = teacher("jax")  # a small CNN that has learned the digits; any function of images will do
+taught = teacher("jax")  # a small CNN trained on the digits; any function of images works
 rngs = nnx.Rngs(0)
 student = nnx.Sequential(
     lambda images: images.reshape(len(images), -1),
@@ -35,7 +35,7 @@ def step(student, optimizer, images, labels, teacher_logits):
     return loss
 
 
-ask = nnx.jit(lambda images: taught(images).logits)  # outside the step, so that nothing differentiates the teacher
+ask = nnx.jit(lambda images: taught(images).logits)  # outside the step, so the teacher is not differentiated
 losses = []
 for images, labels in batches(steps=100):
     losses.append(step(student, optimizer, images, labels, ask(images)))

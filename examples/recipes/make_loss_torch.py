@@ -1,9 +1,9 @@
-"""A mixture of losses from a configuration in PyTorch, each of them watched in TensorBoard.
+"""Several losses from a configuration in PyTorch, each of them logged to TensorBoard.
 
     python examples/recipes/make_loss_torch.py
     tensorboard --logdir out/tensorboard
 
-`terms` gives each loss by name, `weigh` makes the sum of them that is minimised.
+`terms` returns each loss by name, and `weigh` their weighted sum, which is minimised.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""MiniLMv2 in Flax NNX: a transformer takes over how a wider and deeper one relates the bytes of a line.
+"""MiniLMv2 in Flax NNX: a transformer learns the relations between bytes from a wider and deeper one.
 
     python examples/recipes/minilm_jax.py
 
-Queries, keys and values of the two last layers are compared, each by `minilm_loss`; widths and numbers of heads differ.
+`minilm_loss` compares the queries, the keys and the values of the two last layers; widths and numbers of heads differ.
 """
 
 import jax

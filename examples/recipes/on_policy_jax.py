@@ -1,9 +1,9 @@
-"""On-policy distillation in JAX, from the log-probabilities of sampled tokens alone.
+"""On-policy distillation in JAX, from only the log-probabilities of sampled tokens.
 
     python examples/recipes/on_policy_jax.py
 
-The student writes, the teacher says how likely it finds each token, and `sampled_kl_loss` reads those two numbers. Both
-are toy policies of 50 tokens, whose next token depends on the last one alone, and the student is too small to be like
+The student generates tokens, the teacher returns the log-probability of each, and `sampled_kl_loss` needs those two numbers.
+Both are toy policies with 50 tokens, whose next token depends only on the last one, and the student is too small to match
 its teacher. Over 50 tokens every mean can be taken exactly: what the estimators are off by, and how much they vary.
 """
 

@@ -1,8 +1,8 @@
-"""Distillation in PyTorch: the loop that everybody has, and a teacher in it.
+"""Distillation in PyTorch: a plain training loop with a teacher.
 
     python examples/recipes/pytorch.py
 
-The teacher is asked under `no_grad`, and the loss has one term more.
+The teacher is called under `no_grad`, and the loss has one more term.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kdtorch import dkd_loss
 
 torch.manual_seed(0)
-taught = teacher("torch").eval()  # a small CNN that has learned the digits
+taught = teacher("torch").eval()  # a small CNN trained on the digits
 student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
 loader = DataLoader(TensorDataset(*map(torch.from_numpy, train())), batch_size=64, shuffle=True)

@@ -2,7 +2,7 @@
 
     python examples/recipes/relations_jax.py
 
-CRD remembers an embedding of every image of the data set, so it is told each image's place there.
+CRD stores an embedding of every image of the data set, so it needs each image's position in the data set.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import kdjax
 from kdjax.nn import CRDLoss
 
 images, labels = map(jnp.asarray, train())
-wide = teacher("jax")  # a small CNN that has learned the digits
+wide = teacher("jax")  # a small CNN trained on the digits
 taught = nnx.jit(lambda images: wide(images).embedding)(images)  # [1000, 64]
 rngs = nnx.Rngs(0)
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128, rngs=rngs)

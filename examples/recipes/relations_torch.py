@@ -2,7 +2,7 @@
 
     python examples/recipes/relations_torch.py
 
-CRD remembers an embedding of every image of the data set, so it is told each image's place there.
+CRD stores an embedding of every image of the data set, so it needs each image's position in the data set.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from kdtorch.nn import CRDLoss
 
 torch.manual_seed(0)
 images, labels = map(torch.from_numpy, train())
-wide = teacher("torch").eval()  # a small CNN that has learned the digits
+wide = teacher("torch").eval()  # a small CNN trained on the digits
 with torch.no_grad():
     taught = wide(images).embedding  # [1000, 64]
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128)

@@ -2,7 +2,7 @@
 
     python examples/recipes/reviewkd_torch.py
 
-The connectors learn with the student and are thrown away after it.
+The connectors are trained with the student and not needed afterwards.
 """
 
 import torch

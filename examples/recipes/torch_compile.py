@@ -1,8 +1,8 @@
-"""Distillation under `torch.compile`: the student and the loss as one graph, whole.
+"""Distillation under `torch.compile`: the student and the loss as one graph.
 
     python examples/recipes/torch_compile.py
 
-The losses have no graph breaks. `fullgraph` holds the student to that too.
+The losses have no graph breaks. `fullgraph` requires the same of the student.
 """
 
 import torch
@@ -16,7 +16,7 @@ torch.manual_seed(0)
 taught = teacher("torch").eval()
 student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-# a last, smaller batch would be another shape: drop it, or be compiled once more
+# a smaller last batch would have another shape: drop it, or compile once more
 loader = DataLoader(TensorDataset(*map(torch.from_numpy, train())), batch_size=64, shuffle=True, drop_last=True)
 
 
@@ -26,7 +26,7 @@ def objective(images, labels, teacher_logits):
     return hard + dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=2.0, temperature=2.0)
 
 
-# fullgraph: an error where something could not be compiled, and not a slow step that nobody notices
+# fullgraph: an error if something cannot be compiled, instead of a slow step that nobody notices
 compiled = torch.compile(objective, fullgraph=True)
 
 losses = []
