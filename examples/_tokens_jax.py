@@ -26,7 +26,9 @@ Memory = list[
     tuple[jax.Array, jax.Array]
 ]  # the keys and values of each layer, [batch, positions, heads, width / heads]
 
-NORMAL = nnx.initializers.normal(0.1)  # one function, so that models of one build are equal to `jit`
+# of one function each, so that models of one build are equal to `jit`; uniform, as these compile soon
+IN = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+OUT = nnx.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
 class Layer(nnx.Module):
@@ -35,7 +37,7 @@ class Layer(nnx.Module):
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
         norm = functools.partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, kernel_init=IN, rngs=rngs)
         self.norm1, self.norm2 = norm(width), norm(width)
         self.into, self.out = linear(width, 3 * width), linear(width, width)
         self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
@@ -58,11 +60,11 @@ class Model(nnx.Module):
     """A transformer that reads bytes: the teacher and, smaller, the student. `head` makes logits of its hidden states."""
 
     def __init__(self, size: Size, length: int, classes: int, *, rngs: nnx.Rngs) -> None:
-        embed = functools.partial(nnx.Embed, embedding_init=NORMAL, rngs=rngs)
+        embed = functools.partial(nnx.Embed, embedding_init=OUT, rngs=rngs)
         self.bytes, self.places = embed(classes, size.width), embed(length, size.width)
         self.layers = nnx.List([Layer(size.width, size.heads, rngs) for _ in range(size.layers)])
         self.norm = nnx.LayerNorm(size.width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.head = nnx.Linear(size.width, classes, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(size.width, classes, use_bias=False, kernel_init=IN, rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, past: Memory | None = None, first: jax.Array | int = 0
@@ -158,8 +160,11 @@ def kept(tokens: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def write(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, noise: jax.Array) -> jax.Array:
-    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution."""
+def write(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution.
+
+    Only what it has written counts.
+    """
     student = nnx.merge(graph, params)
     batch, given = tokens.shape
     length, width = student.places.embedding.shape
@@ -175,21 +180,24 @@ def write(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, noise: jax.
         return (drawn, memory, place + 1), drawn
 
     _, drawn = jax.lax.scan(next_byte, (tokens[:, -1], memory, jnp.int32(given - 1)), noise.T)
-    return jnp.concatenate([tokens, drawn.T], 1)
+    tokens = jnp.concatenate([tokens, drawn.T], 1)
+    return tokens, kept(tokens) & (jnp.arange(length) >= given - 1)[None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
-    """Hidden states."""
-    return nnx.merge(graph, params)(tokens[:, :-1])[0]
+def read(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and logits."""
+    model = nnx.merge(graph, params)
+    hidden, _ = model(tokens[:, :-1])
+    return hidden, model.head(hidden)
 
 
 class Lessons(NamedTuple):
     """The training text and what the teacher says of it; the teacher itself is asked about the student's texts."""
 
     teacher: Model
-    tokens: jax.Array
-    hidden: jax.Array
+    tokens: np.ndarray
+    hidden: np.ndarray
     cache: TeacherCache
 
     def real(self, index: np.ndarray, recorded: bool) -> Text:
@@ -197,30 +205,30 @@ class Lessons(NamedTuple):
         if not recorded:
             return Text(tokens, kept(tokens), hidden)
         top = self.cache.read(index, temperature=1.0)
-        values, rest = (x.astype(hidden.dtype) for x in (top["values"], top["rest"]["1.0"]))
+        values, rest = (np.asarray(x, hidden.dtype) for x in (top["values"], top["rest"]["1.0"]))
         return Text(tokens, kept(tokens), hidden, values, top["indices"], rest)
 
-    def own(self, graph: nnx.GraphDef, params: nnx.State, index: np.ndarray, noise: np.ndarray, prompt: int) -> Text:
-        """The beginnings of texts as the student goes on with them. Only what it has written counts."""
-        tokens = write(graph, params, self.tokens[index, : prompt + 1], jnp.asarray(noise, self.hidden.dtype))
-        where = kept(tokens).at[:, :prompt].set(False)
-        return Text(tokens, where, read(*nnx.split(self.teacher), tokens))
+    def own(self, graph: nnx.GraphDef, params: nnx.State, prompts: np.ndarray, noise: np.ndarray) -> Text:
+        """The beginnings of texts as the student goes on with them."""
+        tokens, where = write(graph, params, prompts, noise.astype(self.hidden.dtype))
+        return Text(tokens, where, read(*nnx.split(self.teacher), tokens)[0])
 
 
 def listen(teacher: Model, tokens: np.ndarray, setting: Setting, folder: Path, dtype: str = "float32") -> Lessons:
     """What the teacher says of texts; its largest logits are recorded on disk."""
+    hidden = []
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for index in np.split(np.arange(len(tokens)), range(setting.batch, len(tokens), setting.batch)):
+            states, logits = read(graph, params, tokens[index])
+            hidden.append(np.asarray(states))
+            yield {"index": index, "logits": logits}
+
     with jax.enable_x64(dtype == "float64"):
         cast(teacher, dtype)
         graph, params = nnx.split(teacher)
-        text, hidden = jnp.asarray(tokens, "int32"), []
-
-        def batches() -> Iterator[dict[str, Any]]:
-            for index in np.split(np.arange(len(text)), range(setting.batch, len(text), setting.batch)):
-                hidden.append(read(graph, params, text[index]))
-                yield {"index": index, "logits": teacher.head(hidden[-1])}
-
         cache = record_teacher(folder, batches(), top_k=setting.top_k)
-        return Lessons(teacher, text, jnp.concatenate(hidden), cache)
+    return Lessons(teacher, tokens, np.concatenate(hidden), cache)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "value"))
@@ -244,6 +252,11 @@ def adam(rates: jax.Array) -> optax.GradientTransformation:
     return optax.adam(lambda i: rates[i], b2=0.98)
 
 
+@jax.jit
+def no_moments(params: nnx.State) -> Any:
+    return adam(jnp.zeros(1)).init(params)
+
+
 def fit(
     model: Model, value: Callable[..., tuple[jax.Array, jax.Array]], texts: Callable[..., Any], rates: np.ndarray
 ) -> dict[str, Any]:
@@ -252,8 +265,8 @@ def fit(
     `value` gives the part of the loss and of the cross-entropy that a part of the batch has; the parts are added.
     """
     graph, params = nnx.split(model)
-    rates = jnp.asarray(rates, params.head.kernel.dtype)
-    moments, values, start = adam(rates).init(params), [], time.perf_counter()
+    rates = rates.astype(params.head.kernel.dtype)
+    moments, values, start = no_moments(params), [], time.perf_counter()
     for i in range(len(rates)):
         params, moments, new = step(params, moments, rates, *texts(i, graph, params), graph=graph, value=value)
         values.append([float(x) for x in new])
@@ -267,7 +280,7 @@ def train_teacher(
     tokens: np.ndarray, plan: Plan, rates: np.ndarray, setting: Setting, tick: Callable[[], None]
 ) -> Model:
     """A teacher that has learned to say the next byte."""
-    teacher = Model(setting.teacher, setting.length, setting.classes, rngs=generators(0))
+    teacher = new_model(setting.teacher, setting.length, setting.classes, generators(0))
 
     def value(teacher: Model, batch: jax.Array, whole: Any) -> tuple[jax.Array, jax.Array]:
         entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -278,20 +291,26 @@ def train_teacher(
 
     def texts(i: int, graph: nnx.GraphDef, params: nnx.State) -> Any:
         tick()
-        return jnp.asarray(tokens[plan.index[i]], "int32")[None], None
+        return tokens[plan.index[i]][None], None
 
     fit(teacher, value, texts, rates)
     return teacher
 
 
 def new_student(setting: Setting, seed: int) -> Model:
-    return Model(setting.student, setting.length, setting.classes, rngs=generators(seed))
+    return new_model(setting.student, setting.length, setting.classes, generators(seed))
 
 
 def load_teacher(file: Path, setting: Setting) -> Model:
-    teacher = Model(setting.teacher, setting.length, setting.classes, rngs=generators(0))
+    teacher = nnx.eval_shape(lambda: Model(setting.teacher, setting.length, setting.classes, rngs=generators(0)))
     nnx.update(teacher, load(file))
     return teacher
+
+
+@functools.partial(nnx.jit, static_argnums=(0, 1, 2))
+def new_model(size: Size, length: int, classes: int, rngs: nnx.Rngs) -> Model:
+    """Under `jit`, for one program compiles sooner than one for each weight."""
+    return Model(size, length, classes, rngs=rngs)
 
 
 def train_students(
@@ -315,15 +334,16 @@ def train_students(
             tick()
             real, own = lessons.real(plan.index[i], "topk" in losses), None
             if writes and plan.on_policy[i]:
-                own = lessons.own(graph, params, plan.index[i], plan.noise[i], setting.prompt)
-            totals = [text.where.sum() for text in (real, own) if text is not None]
+                prompts = lessons.tokens[plan.index[i, : setting.written], : setting.prompt + 1]
+                own = lessons.own(graph, params, prompts, plan.noise[i])
+            totals = [np.sum(text.where) for text in (real, own) if text is not None]
             return (real.parts(parts), own and own.parts(parts)), (head, totals)
 
         return fit(student, value, texts, rates)
 
     runs, dtype = [], lessons.hidden.dtype.name
     with jax.enable_x64(dtype == "float64"):
-        head = lessons.teacher.head.kernel[...].T
+        head = np.asarray(lessons.teacher.head.kernel[...]).T
         for seed, plan in enumerate(plans):
             student = new_student(setting, seed)
             if start:
@@ -342,11 +362,11 @@ def entropy(graph: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.Arra
 
 def perplexity(model: Model, tokens: np.ndarray) -> float:
     """Of a byte."""
-    return math.exp(entropy(*nnx.split(model), jnp.asarray(tokens, "int32")))
+    return math.exp(entropy(*nnx.split(model), tokens))
 
 
 def cast(model: Model, dtype: str) -> None:
-    nnx.update(model, jax.tree.map(lambda x: jnp.asarray(x, dtype), nnx.state(model)))
+    nnx.update(model, jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), nnx.state(model)))
 
 
 def generators(seed: int) -> nnx.Rngs:

@@ -50,10 +50,9 @@ class Model(nn.Module):
         self.layers = nn.ModuleList([Layer(size.width, size.heads) for _ in range(size.layers)])
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, classes, bias=False)
         for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=part.in_features**-0.5)
-            elif isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.1)
+            if isinstance(part, nn.Linear | nn.Embedding):
+                bound = (3 / part.weight.shape[1]) ** 0.5  # of variance 1 / width
+                nn.init.uniform_(part.weight, -bound, bound)
 
     def forward(self, tokens: Tensor, past: Memory | None = None) -> tuple[Tensor, Memory]:
         """The hidden states of tokens, or of one more token after those that `past` remembers."""
@@ -141,15 +140,19 @@ def kept(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(student: Model, tokens: Tensor, noise: Tensor) -> Tensor:
-    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution."""
+def write(student: Model, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution.
+
+    Only what it has written counts.
+    """
+    given = tokens.shape[1]
     _, memory = student(tokens[:, :-1])
     for u in noise.T:
         hidden, memory = student(tokens[:, -1:], memory)
         odds = student.head(hidden[:, -1]).softmax(-1).cumsum(-1)
         drawn = (odds < u[:, None] * odds[:, -1:]).sum(-1, keepdim=True)
         tokens = torch.cat([tokens, drawn], 1)
-    return tokens
+    return tokens, kept(tokens) & (torch.arange(tokens.shape[1] - 1) >= given - 1)
 
 
 class Lessons(NamedTuple):
@@ -169,11 +172,9 @@ class Lessons(NamedTuple):
         return Text(tokens, kept(tokens), hidden, values, top["indices"], rest)
 
     @torch.no_grad()
-    def own(self, student: Model, index: Tensor, noise: Tensor, prompt: int) -> Text:
-        """The beginnings of texts as the student goes on with them. Only what it has written counts."""
-        tokens = write(student, self.tokens[index, : prompt + 1], noise)
-        where = kept(tokens)
-        where[:, :prompt] = False
+    def own(self, student: Model, prompts: Tensor, noise: Tensor) -> Text:
+        """The beginnings of texts as the student goes on with them."""
+        tokens, where = write(student, prompts, noise)
         return Text(tokens, where, self.teacher(tokens[:, :-1])[0])
 
 
@@ -258,7 +259,8 @@ def train_students(
             tick()
             real, own = lessons.real(index[i], "topk" in losses), None
             if writes and plan.on_policy[i]:
-                own = lessons.own(student, index[i], noise[i], setting.prompt)
+                prompts = lessons.tokens[index[i, : setting.written], : setting.prompt + 1]
+                own = lessons.own(student, prompts, noise[i])
             totals = [text.where.sum() for text in (real, own) if text is not None]
             value = entropy = torch.zeros((), dtype=head.dtype)
             for some, written in zip(real.parts(parts), own.parts(parts) if own else [None] * parts, strict=True):
