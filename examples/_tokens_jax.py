@@ -95,6 +95,7 @@ class Text(NamedTuple):
         return jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), self)
 
 
+# --8<-- [start:losses]
 class Reading:
     """A text, and what the student says of it."""
 
@@ -153,6 +154,7 @@ def objective(
     return loss, entropy
 
 
+# --8<-- [end:losses]
 def kept(tokens: jax.Array) -> jax.Array:
     """True at every byte after the first 0 and at the 0 that ends the text, False after it."""
     end = (tokens[:, 1:] == 0).astype("int32")

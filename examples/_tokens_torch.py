@@ -80,6 +80,7 @@ class Text(NamedTuple):
         return [Text(*rows) for rows in zip(*columns, strict=True)]
 
 
+# --8<-- [start:losses]
 class Reading:
     """A text, and what the student says of it."""
 
@@ -133,6 +134,7 @@ def objective(
     return loss, entropy
 
 
+# --8<-- [end:losses]
 def kept(tokens: Tensor) -> Tensor:
     """True at every byte after the first 0 and at the 0 that ends the text, False after it."""
     end = (tokens[:, 1:] == 0).long()
