@@ -371,6 +371,11 @@ def cast(model: Model, dtype: str) -> None:
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(np.asarray(x, dtype)), nnx.state(model)))
 
 
+def compile_sooner() -> None:
+    """Where little is computed, what XLA's optimisations save is less than they take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def generators(seed: int) -> nnx.Rngs:
     return nnx.Rngs(jax.random.key(seed, impl="rbg"))  # compiles in half the time of the default
 
@@ -379,4 +384,14 @@ def count(model: Model) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-__all__ = ["count", "listen", "load_teacher", "new_student", "perplexity", "save", "train_students", "train_teacher"]
+__all__ = [
+    "compile_sooner",
+    "count",
+    "listen",
+    "load_teacher",
+    "new_student",
+    "perplexity",
+    "save",
+    "train_students",
+    "train_teacher",
+]

@@ -11,11 +11,11 @@ table gives the perplexity of a byte of held-out text.
     python examples/tokens.py --quick
     python examples/tokens.py --framework torch --losses kl gkd "linear+sampled" --seeds 5
 
-The teacher is trained once, by PyTorch if both frameworks are asked for, and kept in `out/tokens-teacher-….safetensors`, which both
-frameworks read; delete the file to train another. One training is run again in both frameworks in float64, from the
-same weights on the same batches, and in each with every batch in four parts, whose sums are divided by the number of
-bytes of the whole batch; the loss curves are compared. `_tokens_jax.py` and `_tokens_torch.py`, of the same build,
-show how each loss is called.
+The teacher is trained once, by PyTorch if both frameworks are asked for, and kept in
+`out/tokens-teacher-….safetensors`, which both read; delete the file to train another. One training is run again in both
+frameworks in float64, from the same weights on the same batches, and in each with every batch in four parts, whose sums
+are divided by the number of bytes of the whole batch; the loss curves are compared. `_tokens_jax.py` and
+`_tokens_torch.py`, of the same build, show how each loss is called.
 """
 
 from __future__ import annotations
@@ -236,10 +236,8 @@ def compare(
     All runs start from the same weights and see the same batches; the student writes in every step.
     """
     setting = setting._replace(pieces=160, steps=STEPS_OF_SAME, batch=8, on_policy=1.0)
-    plan, speeds = (
-        make_plan(setting.pieces, setting.steps, setting.batch, setting, 1),
-        rates(setting.steps, setting.rate),
-    )
+    plan = make_plan(setting.pieces, setting.steps, setting.batch, setting, 1)
+    speeds = rates(setting.steps, setting.rate)
     first = next(iter(halves.values()))
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -360,7 +358,8 @@ def picture(results: dict[str, Any], file: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
-    parser = Parser(prog="tokens.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    words = "\n".join(f"  {name:<12}{loss.words}" for name, loss in LOSSES.items())
+    parser = Parser("tokens.py", description=__doc__, epilog=words, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=FRAMEWORKS, default="both")
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}, or mixtures like kl+gkd")
     parser.add_argument("--seeds", type=at_least_one, help="how many students a row (3; with --quick 2)")
@@ -388,6 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
+    if options.quick and "jax" in halves:
+        halves["jax"].compile_sooner()
     console, same = Console(), mixture(SAME)
     console.print(describe(setting, data, seeds))
     results: dict[str, Any] = {
