@@ -34,11 +34,8 @@ def distill_step(student, teacher, optimizer, images, labels):
     gradient = nn.utils.clip_grad_norm_(student.parameters(), 10.0)  # gives back the norm before clipping
     optimizer.step()
     agreement = (ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean()
-    return {name: x.detach() for name, x in terms.items()} | {
-        "total": total.detach(),
-        "gradient": gradient,
-        "agreement": agreement,
-    }
+    logs = {**terms, "total": total, "gradient": gradient, "agreement": agreement}
+    return {name: x.detach() for name, x in logs.items()}
 
 
 torch.manual_seed(0)

@@ -74,4 +74,4 @@ history = distiller.fit(images, labels, batch_size=100, epochs=10, verbose=0).hi
 report = distiller.evaluate(images, labels, batch_size=1000, verbose=0, return_dict=True)
 first, last = history["distillation_loss"][0], history["distillation_loss"][-1]
 accuracy = float((student.predict(test_images, verbose=0).argmax(-1) == test_labels).mean())
-print(f"{keras.backend.backend()}: loss {first:.2f} -> {last:.2f}; the student is right on {accuracy:.1%} of the test images")
+print(f"loss {first:.2f} -> {last:.2f}; the student is right on {accuracy:.1%} of the test images")

@@ -6,6 +6,7 @@
 clipped, DINO's weight follows a schedule, and a run that is resumed from a checkpoint ends with the same bits.
 """
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def step(run, both):
 
 def train(run, start, stop):
     losses = []
-    for both in islice(views(stop, seed=0, size=32), start, None):  # the batches from `start` on
+    for both in islice(views(stop, seed=0, size=32), start, None):  # a resumed run goes on with the next batch
         run, loss = step(run, both)
         losses.append(float(loss))
     return run, losses
@@ -114,28 +115,29 @@ def accuracy(variables):
     return (student.apply(variables, images, train=False)[0].argmax(-1) == labels).mean()
 
 
+shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # those of an earlier call
 run, losses = train(make_run(seed=0), 0, HALF)
 with ocp.CheckpointManager(CHECKPOINTS, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
-    manager.save(HALF, args=ocp.args.StandardSave(run), force=True)
+    manager.save(HALF, args=ocp.args.StandardSave(run))
 run, more = train(run, HALF, STEPS)
 losses += more
 
 # in another process, from here on
 with ocp.CheckpointManager(CHECKPOINTS) as manager:
     start = manager.latest_step()
-    # by the pattern of a fresh run, whose values do not matter, Orbax gives back a Run
+    # given a fresh run, whose values do not matter, Orbax returns a Run
     resumed = manager.restore(start, args=ocp.args.StandardRestore(make_run(seed=1)))
-    # without a pattern it gives back dictionaries and lists
+    # given nothing, it returns dictionaries and lists
     raw = manager.restore(start, args=ocp.args.StandardRestore())
-rebuilt = DINOState(**raw["loss_state"])
-resumed, _ = train(resumed.replace(loss_state=rebuilt), start, STEPS)
+resumed = resumed.replace(loss_state=DINOState(**raw["loss_state"]))  # the same as it has
+resumed, _ = train(resumed, start, STEPS)
 pairs = list(zip(jax.tree.leaves(run), jax.tree.leaves(resumed), strict=True))
 same = [bool((ours == theirs).all()) for ours, theirs in pairs]
 
 nets = {
     "student": {"params": run.params["student"], "batch_stats": run.batch_stats},
     "average": run.average,
-    # what the average would be worth if the parameters alone were averaged
+    # with the statistics of the start, as if the parameters alone were averaged
     "parameters alone": {**run.average, "batch_stats": make_run(seed=0).batch_stats},
 }
 accuracies = {name: float(accuracy(variables)) for name, variables in nets.items()}

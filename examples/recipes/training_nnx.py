@@ -6,6 +6,7 @@
 changes is in one module, so one call saves it. A run that is resumed from a checkpoint ends with the same bits.
 """
 
+import shutil
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def step(run, both):
 
 
 def train(run, start, stop):
-    return [float(step(run, both)) for both in islice(views(stop, seed=0, size=32), start, None)]  # the batches from `start` on
+    batches = islice(views(stop, seed=0, size=32), start, None)  # a resumed run goes on with the next batch
+    return [float(step(run, both)) for both in batches]
 
 
 @nnx.jit
@@ -88,10 +90,11 @@ def accuracy(model):
     return (nnx.view(model, deterministic=True, use_running_average=True)(images).argmax(-1) == labels).mean()
 
 
+shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # those of an earlier call
 run = make_run(seed=0)
 with ocp.CheckpointManager(CHECKPOINTS, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
     losses = train(run, 0, HALF)
-    manager.save(HALF, args=ocp.args.StandardSave(nnx.state(run)), force=True)
+    manager.save(HALF, args=ocp.args.StandardSave(nnx.state(run)))
 losses += train(run, HALF, STEPS)
 
 # in another process, from here on
@@ -103,7 +106,7 @@ train(resumed, start, STEPS)
 pairs = list(zip(jax.tree.leaves(nnx.state(run)), jax.tree.leaves(nnx.state(resumed)), strict=True))
 same = [bool((ours == theirs).all()) for ours, theirs in pairs]
 
-# what the average would be worth if the parameters alone were averaged
+# the average with the statistics of the start, as if its parameters alone were averaged
 parameters_alone = nnx.clone(run.average)
 nnx.update(parameters_alone, nnx.state(make_run(seed=0).average, nnx.BatchStat))
 nets = {"student": run.student, "average": run.average, "parameters alone": parameters_alone}

@@ -43,7 +43,7 @@ def make_run(seed):
         nn.Dropout(0.1),
         nn.Linear(16 * 16, 10),
     )
-    # use_buffers: the average needs the statistics of the batch norms too
+    # use_buffers: the statistics of the batch norms are averaged too, not copied from the student
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True).requires_grad_(False)
     average.update_parameters(student)  # the first call copies
     return {
@@ -58,8 +58,8 @@ def make_run(seed):
 
 def train(run, start, stop):
     student, average, dino, optimizer, scaler = run.values()
-    losses = []
-    for step, both in enumerate(islice(views(stop, seed=0, size=32), start, None), start):  # the batches from `start` on
+    batches, losses = islice(views(stop, seed=0, size=32), start, None), []  # a resumed run goes on with the next batch
+    for step, both in enumerate(batches, start):
         images = torch.cat([labelled_images, torch.from_numpy(both).flatten(0, 1)])
         with torch.autocast("cpu", dtype=torch.float16):
             theirs = average(images[len(labels) :])
@@ -115,7 +115,7 @@ train(resumed, start, STEPS)
 pairs = zip(*(values([part.state_dict() for part in x.values()]) for x in (run, resumed)), strict=True)
 same = [torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs]
 
-# what the average would be worth if the parameters alone were averaged
+# the average with the statistics of the start, as if its parameters alone were averaged
 parameters_alone = copy.deepcopy(run["average"])
 for name, buffer in make_run(seed=0)["average"].named_buffers():
     parameters_alone.get_buffer(name).copy_(buffer)
