@@ -11,7 +11,6 @@ import pathlib
 import sys
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
@@ -24,8 +23,7 @@ def main(folder: str = str(NOTEBOOKS), *names: str) -> None:
         if not names or path.stem in names:
             notebook = nbformat.read(path, as_version=4)
             place = {"metadata": {"path": str(NOTEBOOKS)}}
-            kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-            NotebookClient(notebook, kernel, timeout=300, resources=place, record_timing=False).execute()
+            NotebookClient(notebook, timeout=300, resources=place, record_timing=False).execute()
             notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}  # nothing of this machine
             nbformat.write(notebook, pathlib.Path(folder, path.name))
 

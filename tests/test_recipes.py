@@ -302,7 +302,7 @@ def test_training_torch(run):
 
 
 def check_training(names):
-    assert np.mean(names["losses"][-5:]) < 0.9 * names["losses"][0]
+    assert np.mean(names["losses"][-5:]) < 0.95 * names["losses"][0]  # though the weight of one part has grown
     accuracies = names["accuracies"]
     assert min(accuracies["student"], accuracies["average"]) > 0.5
     assert accuracies["parameters alone"] < 0.2  # chance is 0.1
@@ -358,7 +358,8 @@ images, labels = map(keras.ops.convert_to_tensor, (names["images"], names["label
 models = [names[name] for name in ("student", "teacher")]  # in this order
 embeddings = [keras.Model(x.inputs, x.get_layer("embedding").output)(images) for x in models]
 dkd = names["dkd_loss"](*(x(images) for x in models), labels, alpha=1.0, beta=2.0, temperature=2.0)
-print(float(dkd + 100 * names["similarity_loss"](*embeddings)), names["report"]["distillation_loss"])
+by_hand = dkd + 100 * names["similarity_loss"](*embeddings)
+print(float(keras.ops.convert_to_numpy(by_hand)), names["report"]["distillation_loss"])
 """
 
 
@@ -366,8 +367,8 @@ print(float(dkd + 100 * names["similarity_loss"](*embeddings)), names["report"][
 def test_keras(backend, tmp_path):
     """In a process of its own, for Keras reads its backend once; its sum is that of the losses called by hand."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]  # Keras' own, of NumPy
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KERAS_BACKEND": backend}
-    environment |= {"KERAS_HOME": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{RECIPES}", "OMP_NUM_THREADS": "1"}
+    environment |= {"KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
     command += ["-c", KERAS, str(RECIPES / "keras_distiller.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -49,5 +49,6 @@ writer.close()
 
 images, labels = test()
 accuracy = float((nnx.jit(student)(images).logits.argmax(-1) == labels).mean())
-print(", ".join(f"{name} {logs[0][name]:.3f} -> {logs[-1][name]:.3f}" for name in logs[0]))
+for name in logs[0]:
+    print(f"{name:10} {logs[0][name]:7.4f} -> {logs[-1][name]:7.4f}")
 print(f"the student is right on {accuracy:.1%} of the test images")

@@ -52,5 +52,6 @@ with SummaryWriter("out/tensorboard/distill_step_torch") as writer:
 images, labels = map(torch.from_numpy, test())
 with torch.no_grad():
     accuracy = (student(images).logits.argmax(-1) == labels).float().mean().item()
-print(", ".join(f"{name} {logs[0][name]:.3f} -> {logs[-1][name]:.3f}" for name in logs[0]))
+for name in logs[0]:
+    print(f"{name:10} {logs[0][name]:7.4f} -> {logs[-1][name]:7.4f}")
 print(f"the student is right on {accuracy:.1%} of the test images")

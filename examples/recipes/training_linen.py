@@ -59,7 +59,7 @@ graph, _ = nnx.split(DynamicCenterNormLoss(10, 256, rngs=nnx.Rngs(0)))
 
 def make_run(seed):
     key = jax.random.key(seed)
-    variables = student.init(key, labelled_images, train=False)
+    variables = jax.jit(student.init, static_argnames="train")(key, labelled_images, train=False)
     _, centers = nnx.split(DynamicCenterNormLoss(10, 256, rngs=nnx.Rngs(seed)))
     run = Run.create(
         apply_fn=student.apply,
