@@ -1,6 +1,8 @@
-"""Hooks of MkDocs: the catalogue, the API pages, formulas as MathML, and pages from files outside docs/."""
+"""Hooks of MkDocs: the catalogue, the API pages, notebooks, formulas as MathML, and pages from files outside docs/."""
 
+import base64
 import html
+import json
 import os
 import pathlib
 import re
@@ -55,9 +57,30 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 if package == "kdjax" or not twin(name):
                     pair = (name, twin(name)) if package == "kdjax" else ("", name)
                     rows.append(f"| {references(pair)} | {summary} |")
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        for name, content in notebook(path).items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     (index,) = (file for file in files if file.src_uri == "api/index.md")
     index.content_string = index.content_string.replace("TABLE", "\n".join(rows))
     return files
+
+
+def notebook(path: pathlib.Path) -> dict[str, str | bytes]:
+    """The page of a notebook, with what it printed when it was run, and the pictures that it drew."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"``` {{.python}}\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}```")
+            if "image/png" in output.get("data", {}):
+                name = f"{path.stem}_{len(pictures)}.png"
+                pictures[name] = base64.b64decode(output["data"]["image/png"])
+                parts.append(f"![{cell['metadata']['caption']}]({name})")
+    title, _, rest = parts[0].partition("\n")
+    parts[0] = f"---\nhide: [toc]\n---\n\n{title}\n\n[Download this notebook]({path.name})\n{rest}"
+    return {f"{path.stem}.md": "\n\n".join(parts), **pictures}
 
 
 def public(package: str) -> dict[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 import kdjax
+from kdjax import DINOState, crcd_init, crd_init, dino_init, ibot_init
 from kdtorch import kl_loss
 
 ROOT = Path(__file__).parent.parent
@@ -401,6 +402,126 @@ def test_dinov2(framework, run):
         assert np.mean(losses[-5:]) < 0.95 * losses[0]
     accuracies = names["accuracies"]
     assert min(accuracies["centre"], accuracies["assignments"]) > accuracies["untrained"] + 0.04
+
+
+def test_training_nnx(run):
+    """A resumed run has the same bits, which it has not without the centre; the average is worth nothing without statistics."""
+    names = run("training_nnx")
+    check_training(names)
+    half, stop = names["HALF"], names["HALF"] + 3
+    again = names["make_run"](seed=2)
+    with names["ocp"].CheckpointManager(names["CHECKPOINTS"]) as manager:
+        state = manager.restore(half, args=names["ocp"].args.StandardRestore(names["nnx"].state(again)))
+    names["nnx"].update(again, state)
+    assert names["train"](again, half, stop) == names["losses"][half:stop]
+    names["nnx"].update(again, state)
+    again["dino"].center[...] = 0 * again["dino"].center[...]
+    assert names["train"](again, half, stop)[0] != names["losses"][half]
+
+
+def test_training_linen(run):
+    names = run("training_linen")
+    check_training(names)
+    half, stop = names["HALF"], names["HALF"] + 3
+    restore = names["ocp"].args.StandardRestore(names["make_run"](seed=2))
+    with names["ocp"].CheckpointManager(names["CHECKPOINTS"]) as manager:
+        state = manager.restore(half, args=restore)
+    assert type(state.loss_state) is DINOState
+    assert type(names["raw"]["loss_state"]) is dict
+    assert names["train"](state, half, stop)[1] == names["losses"][half:stop]
+    assert names["train"](state.replace(loss_state=dino_init(10)), half, stop)[1][0] != names["losses"][half]
+    centers = jax.tree.leaves(names["run"].params["dcn"])
+    assert all(abs(x - y).max() > 0.01 for x, y in zip(centers, jax.tree.leaves(state.params["dcn"]), strict=True))
+
+
+def test_training_torch(run):
+    names = run("training_torch")
+    check_training(names)
+    half, stop = names["HALF"], names["HALF"] + 3
+    again = names["make_run"](seed=2)
+    assert names["restore"](again) == half
+    assert names["train"](again, half, stop) == names["losses"][half:stop]
+    names["restore"](again)
+    again["dino"].center.zero_()
+    assert names["train"](again, half, stop)[0] != names["losses"][half]
+    assert names["run"]["scaler"].get_scale() > 1.0
+
+
+def check_training(names):
+    assert np.mean(names["losses"][-5:]) < 0.95 * names["losses"][0]  # though the weight of one part has grown
+    accuracies = names["accuracies"]
+    assert min(accuracies["student"], accuracies["average"]) > 0.5
+    assert accuracies["parameters alone"] < 0.2  # chance is 0.1
+    assert len(names["same"]) > 90
+    assert all(names["same"])
+
+
+def test_every_state_of_a_loss_is_rebuilt_from_what_orbax_returns(tmp_path):
+    import orbax.checkpoint
+
+    key = jax.random.key(0)
+    states = [dino_init(3), ibot_init(3), crcd_init(key, 5, 2), crd_init(key, 5, 2)]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", {type(state).__name__: state for state in states})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "states")
+    for state in states:
+        rebuilt = type(state)(**restored[type(state).__name__])
+        for x, y in zip(rebuilt, state, strict=True):
+            np.testing.assert_array_equal(x, y, strict=True)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_distill_step(framework, run, tmp_path):
+    logs = run(f"distill_step_{framework}")["logs"]
+    source = (RECIPES / f"distill_step_{framework}.py").read_text()
+    step = source[source.index("LOSSES = {") :].partition("return {")[0]
+    assert len(step.splitlines()) <= 30  # with its losses
+    written = EventAccumulator(
+        str(tmp_path / "out" / "tensorboard" / f"distill_step_{framework}"), {"tensors": 0, "scalars": 0}
+    )
+    tags = written.Reload().Tags()
+    weights = {"hard": 1, "dkd": 1, "attention": 100, "similarity": 1000}
+    assert {*tags["tensors"], *tags["scalars"]} == {*weights, "total", "gradient", "agreement"} == logs[0].keys()
+    for log in (logs[0], logs[-1]):
+        assert log["total"] == pytest.approx(sum(weight * log[name] for name, weight in weights.items()), rel=1e-5)
+    for name in (*weights, "total"):
+        falls([log[name] for log in logs], 0.6)
+    assert logs[-1]["agreement"] > 0.85
+
+
+def test_equinox(run):
+    names = run("equinox_student")
+    falls(names["losses"])
+    assert names["accuracy"] > 0.88
+
+
+KERAS = """
+import runpy, sys
+import keras
+names = runpy.run_path(sys.argv[1], run_name="__main__")
+images, labels = map(keras.ops.convert_to_tensor, (names["images"], names["labels"]))
+models = [names[name] for name in ("student", "teacher")]  # in this order
+embeddings = [keras.Model(x.inputs, x.get_layer("embedding").output)(images) for x in models]
+dkd = names["dkd_loss"](*(x(images) for x in models), labels, alpha=1.0, beta=2.0, temperature=2.0)
+by_hand = dkd + 100 * names["similarity_loss"](*embeddings)
+print(float(keras.ops.convert_to_numpy(by_hand)), names["report"]["distillation_loss"])
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_keras(backend, tmp_path):
+    """In a process of its own, for Keras reads its backend once; its sum is that of the losses called by hand."""
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]  # Keras' own, of NumPy
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{RECIPES}", "OMP_NUM_THREADS": "1"}
+    environment |= {"KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
+    command += ["-c", KERAS, str(RECIPES / "keras_distiller.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, last, accuracy, by_hand, reported = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert last < 0.2 * first
+    assert accuracy > 88
+    assert by_hand == pytest.approx(reported, rel=1e-4)
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
