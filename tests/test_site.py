@@ -143,7 +143,7 @@ def asked_nobody_else(browser, address):
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {x["params"]["request"]["url"] for x in messages if x["method"] == "Network.requestWillBeSent"}
     assert asked
-    assert {x for x in asked if not x.startswith((f"{address}/", "data:", "blob:", "chrome"))} == set()
+    assert {x for x in asked if not x.startswith((f"{address}/", "data:", "blob:", "about:", "chrome"))} == set()
 
 
 def said_nothing(browser):
