@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kdtorch._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdtorch._numerics import coupled, custom_op, dot, widest
@@ -119,7 +119,7 @@ def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
         settings = () if setting is None else (setting,)
         fixed = Fixed(rows, teacher_weight, teacher_bias, where, weights, outputs, settings)
         asked = Student(of_hidden, of_weight, of_bias, of_temperature)
-        group = None if class_group is None else _resolve_process_group(class_group)
+        group = None if class_group is None else _resolve_process_group(class_group)  # type: ignore[arg-type]  # a name
         return _evaluate(divergence, least, group, student, fixed, above, asked)
 
     evaluate.__name__ = evaluate.__qualname__ = name

@@ -142,9 +142,9 @@ def test_what_is_sent(loss):
 
 
 @slow
-@pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
+@pytest.mark.parametrize("loss", [x for x in TAKE if "logits" in x.inputs.values()], ids=lambda loss: loss.title)
 def test_what_the_compiler_sends(loss):
-    """The same of inputs that are laid out on a mesh."""
+    """The same of logits that are laid out on a mesh; heads, which are sliced by classes, it may gather."""
     devices, totals = mesh(1, 8), []
     for classes in (64, 512):
         inputs = given(loss, batch=(16,), classes=classes, kept=5)

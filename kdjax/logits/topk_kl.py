@@ -112,13 +112,12 @@ def topk_kl_loss(
         where,
         shard,
     )
+    over = {"where": where, "class_axis_name": class_axis_name}
     if tail == "renormalize":
         own = jnp.take_along_axis(student_logits, jnp.maximum(indices, 0), axis=-1)
-        rows = jnp.where(indices < 0, -jnp.inf, own), values, *settings
-        value = _ROWS[compared](*rows, where=where, class_axis_name=class_axis_name)
+        value = _ROWS[compared](jnp.where(indices < 0, -jnp.inf, own), values, *settings, **over)
     else:
-        rows = student_logits, values, indices, left, *settings
-        value = _TOPK[compared](*rows, where=where, class_axis_name=class_axis_name)
+        value = _TOPK[compared](student_logits, values, indices, left, *settings, **over)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, axis_name)
 
 

@@ -113,12 +113,12 @@ def topk_kl_loss(
         where,
         shard,
     )
+    over = {"where": where, "class_group": class_group}
     if tail == "renormalize":
         own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
-        value = _ROWS[compared](own, values, *settings, where=where, class_group=class_group)
+        value = _ROWS[compared](own, values, *settings, **over)
     else:
-        rows = student_logits, values, indices, left, *settings
-        value = _TOPK[compared](*rows, where=where, class_group=class_group)
+        value = _TOPK[compared](student_logits, values, indices, left, *settings, **over)
     return reduce(value if divergence == "jsd" else times_square(temperature, value), where, reduction, group)
 
 
