@@ -171,7 +171,7 @@ def _evaluate(
     totals = Student(*map(start, asked, student))
     flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[len(batch) :]), (student.hidden, fixed.rows, kept, factor))
     if totals.hidden is not None:
-        totals = totals._replace(hidden=totals.hidden.reshape(number, -1))
+        totals = totals._replace(hidden=totals.hidden.reshape(number, student.hidden.shape[-1]))
     entries = LEAST if least else BLOCK
     value, totals = _by_classes(divergence, entries, class_axis_name, student, fixed, flat, totals, dtype, axes)
     if totals.hidden is not None:
@@ -198,7 +198,11 @@ def _by_classes(
     size = min(classes, max(entries // max(number, dim), 16))
 
     def cut(x: Any, first: Array | int, size: int) -> Any:
-        return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size)
+        if x is None:
+            return None
+        part = jax.lax.dynamic_slice_in_dim(x, first, size)
+        # XLA on a CPU multiplies in float32, and would make a copy of the whole head in it before the first block
+        return jax.lax.optimization_barrier(part) if x.dtype.itemsize < 4 else part
 
     def logits(first: Array | int, size: int) -> list[Array]:
         x = _logits(h, cut(student.weight, first, size), cut(student.bias, first, size), fixed.outputs[0], dtype)

@@ -185,7 +185,8 @@ def _evaluate(
         weights = weights.to(dtype)
     factor = weights if above is None else above if weights is None else above * weights
     totals = _empty(student, asked, least, dtype)
-    for x in totals if kept is not None or not least else (totals.hidden, totals.temperature):
+    written = least and kept is None and hidden.numel() > 0  # a class at a time, all of it
+    for x in (totals.hidden, totals.temperature) if written else totals:
         x.zero_()
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
     places = None if kept is None else kept.flatten().nonzero().squeeze(-1)

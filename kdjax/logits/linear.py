@@ -362,7 +362,8 @@ def linear_topk_kl_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import linear_topk_kl_loss, topk_kl_loss
-    >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> h = jnp.array([[1.0, -1.0]])
+    >>> w = jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     >>> t, kept = jnp.array([[1.0, 1.0]]), jnp.array([[1, 0]])
     >>> rest = jnp.array([-1.0])
     >>> print(f"{linear_topk_kl_loss(h, w, t, kept, rest):.4f}")

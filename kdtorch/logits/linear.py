@@ -359,7 +359,8 @@ def linear_topk_kl_loss(
 
     >>> import torch
     >>> from kdtorch import linear_topk_kl_loss, topk_kl_loss
-    >>> h, w = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> h = torch.tensor([[1.0, -1.0]])
+    >>> w = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     >>> t, kept = torch.tensor([[1.0, 1.0]]), torch.tensor([[1, 0]])
     >>> rest = torch.tensor([-1.0])
     >>> print(f"{linear_topk_kl_loss(h, w, t, kept, rest):.4f}")
