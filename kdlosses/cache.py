@@ -574,7 +574,7 @@ def largest_logits(
         # of one place a view, without a copy
         block = logits[at] if size > 1 else logits[tuple(int(x[0]) for x in at)][None]
         x = numpy(block).astype(np.float32, copy=False)
-        below, scaled = buffers[:, : len(x)]
+        below, spare = buffers[:, : len(x)]
         # In a table of an example's logits, `sought` columns have a logit that is not below the sought-largest head of a
         # column, and few other logits are not below that one.
         heads = x[:, : height * width].reshape(-1, height, width).max(1)
@@ -595,6 +595,7 @@ def largest_logits(
         np.subtract(x, np.where(np.isneginf(peak), 0, peak), out=below)
         below.ravel()[kept] = -np.inf
         for i, t in enumerate(temperatures):
+            scaled = below if i == len(temperatures) - 1 else spare  # the last in its place
             np.exp2(np.multiply(below, np.float32(math.log2(math.e) / t), out=scaled), out=scaled)
             sums = scaled[:, : height * width].reshape(-1, height, width).sum(1)  # sooner than along the rows
             with np.errstate(divide="ignore"):
