@@ -48,7 +48,7 @@ class Layer(nnx.Module):
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in jnp.split(self.into(self.norm1(x)), 3, -1))
         if past is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(*pair, first, 1) for pair in zip(past, (k, v), strict=True))
-        seen = jnp.arange(k.shape[1]) <= first + jnp.arange(q.shape[1])[:, None]
+        seen = jnp.arange(k.shape[1])[None] <= first + jnp.arange(q.shape[1])[:, None]
         # `jax.nn.dot_product_attention` is float32 inside, whatever comes
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf))
