@@ -30,34 +30,34 @@ def record_teacher(
 ) -> TeacherCache:
     """Write a teacher's outputs to a folder, sample by sample; samples that are already there are skipped.
 
-    Every batch is on the disk before the next is asked for, so that after a kill, or on a full disk, nothing of an earlier
-    batch is lost, and a second call with the same batches goes on where the first one stopped.
+    Every batch is on disk before the next one is requested, so nothing of an earlier batch is lost if the process is
+    killed or the disk is full. A second call with the same batches continues where the first one stopped.
 
-    A batch is a mapping of `index`, `[batch]`, the samples' places in the data set, and
+    A batch is a mapping with `index`, `[batch]`, the positions of the samples in the data set, and
 
-    - `logits`, `[batch, ..., classes]`; or, of a teacher of which no more is known, `values` and `indices`,
-      `[batch, ..., kept]`, the largest logits and their classes, and `rest`, arrays `[batch, ...]` by temperature, as in
-      `{"1.0": ...}`, the logit of all other classes together (an array alone if there is one temperature); or `log_probs`
-      and `indices`, `[batch, ..., kept]`, logarithms of probabilities over all classes, as serving engines return them,
-      from which the rest at temperature 1 is computed, as the logarithm of 1 minus their sum. `kept`, booleans of the same
+    - one of the following: `logits`, `[batch, ..., classes]`; or `values` and `indices`, `[batch, ..., kept]`, the largest
+      logits and their classes, with `rest`, the logit of all other classes together, as arrays `[batch, ...]` by
+      temperature, such as `{"1.0": ...}` (or one array if there is one temperature); or `log_probs` and `indices`,
+      `[batch, ..., kept]`, log-probabilities over all classes, as serving engines return them. From these the rest at
+      temperature 1 is computed, as the logarithm of 1 minus the sum of the probabilities. `kept`, booleans of the same
       shape, is False for entries that are padding.
     - `lengths`, `[batch]`, or `where`, booleans `[batch, length]`, if samples are sequences: `logits` are then `[batch,
       length, ..., classes]`, and padding is not stored.
-    - further arrays `[batch, ...]`, such as features, by names of their own; `[batch, length, ...]` for sequences.
+    - further arrays `[batch, ...]`, such as features, under names of your choice; `[batch, length, ...]` for sequences.
 
     Args:
         path: of the folder.
         batches: mappings, as above.
         top_k: how many of the largest logits to keep; None keeps all.
-        num_classes: of the teacher; it must be given with `values` or `log_probs`.
-        temperatures: for which, with a top k, the logit of all other classes together is kept, in float32.
+        num_classes: the number of the teacher's classes; required with `values` and with `log_probs`.
+        temperatures: with a top k, the temperatures for which the logit of all other classes together is stored, in float32.
         dtype: `"float16"` or `"float32"`, of the logits and of other floating-point arrays.
-        part: from 0 to `parts - 1`, which of several writers this is, such as the rank. Each writes a folder of its own
-            in that of the cache, and `TeacherCache` opens them all as one.
-        parts: how many writers there are.
+        part: the number of this writer if there are several, from 0 to `parts - 1`, such as the rank. Each writes its own
+            folder inside that of the cache, and `TeacherCache` opens all of them as one.
+        parts: the number of writers.
 
     Returns:
-        The cache, opened; with `part`, what this writer wrote.
+        The opened cache; with `part`, only the part of this writer.
 
     Raises:
         ValueError: a batch that does not fit, logits that are NaN or inf, numbers beyond float16, a folder that holds
@@ -124,7 +124,7 @@ class TeacherCache(cache.Cache):
 
     Attributes:
         index: the recorded samples, in the order of recording.
-        lengths: the number of tokens of each of them, or None if samples are no sequences.
+        lengths: the number of tokens of each recorded sample, or None if samples are not sequences.
         num_classes: of the teacher.
         top_k: how many logits are kept, or None for all.
         temperatures: those for which `rest` is kept.
@@ -153,8 +153,8 @@ class TeacherCache(cache.Cache):
         Args:
             index: `[batch]`, the samples.
             temperature: of the loss, for `rest`; without it there is none.
-            where: `[batch, length]`, for sequences, where the tokens that were recorded are to be, in their order, as in the
-                student's batch; by default they come first.
+            where: `[batch, length]`, for sequences, True at the positions of the recorded tokens in the student's batch, in
+                their order; by default these positions come first.
 
         Returns:
             Arrays `[batch, ...]` by name, in the order of `index`. `rest` is a mapping from the temperature, as text, to its
@@ -163,19 +163,19 @@ class TeacherCache(cache.Cache):
 
         Raises:
             IndexError: a sample that is not there.
-            ValueError: a temperature that was not recorded, or a mask that keeps another number of tokens.
+            ValueError: a temperature that was not recorded, or a mask that keeps a different number of tokens.
         """
         return self._read(index, temperature, where)
 
     def tokens(self, sample: Any, *, temperature: float | None = None) -> dict[str, Any]:
-        """What was recorded of one sample, by name; of a sequence, for each of its tokens.
+        """What was recorded of one sample, by name; for a sequence, of each of its tokens.
 
         Args:
-            sample: a whole number.
+            sample: the index of the sample, an integer.
             temperature: of the loss, for `rest`; without it there is none.
 
         Returns:
-            Arrays `[length, ...]` by name, without padding; those of `read` without the batch's axis.
+            Arrays `[length, ...]` by name, without padding; for samples that are not sequences, as `read` but without the batch axis.
 
         Raises:
             IndexError: a sample that is not there.

@@ -336,7 +336,7 @@ _DEVICES |= dict.fromkeys(("class_axis_name", "class_group"), "class_axis_name (
 
 
 _WHOLE = (
-    "it needs all classes of an example in one place: gather them, or take kl_loss, reverse_kl_loss, symmetric_kl_loss, "
+    "it needs all classes of an example in one place: gather them, or use kl_loss, reverse_kl_loss, symmetric_kl_loss, "
     "jsd_loss, topk_kl_loss or one of linear heads, whose classes may be spread over devices"
 )
 

@@ -162,8 +162,8 @@ class CombinedLoss(nnx.Module):
                 and any(x in ("score_stu", "score_tea") for x in reads)
             ):
                 raise ValueError(
-                    f"the loss {name!r} takes no `class_axis_name`, for it needs all classes of an example in one place; gather its logits "
-                    "and call it apart"
+                    f"the loss {name!r} has no `class_axis_name`, because it needs all classes of an example in one place; gather its logits "
+                    "and call it separately"
                 )
             given = (_read(name, source, inputs) for source in reads)
             terms[name] = self.losses[name](*given, **{key: x for key, x in options.items() if key in takes})

@@ -1,4 +1,4 @@
-"""Divergences of the logits of linear heads, which never are in memory as a whole."""
+"""Divergences between the logits of linear heads, which are never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def linear_kl_loss(
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
-    head costs no gradient.
+    The logits are computed one block at a time and not stored, so the memory does not grow with rows × vocabulary. A
+    frozen head needs no memory for its gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
-        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied without a conversion.
         teacher_hidden: `[*batch, teacher_dim]`; constant.
         teacher_weight: the teacher's head, `[vocabulary, teacher_dim]`; constant.
         student_bias: `[vocabulary]`, added to the student's logits.
@@ -61,30 +61,31 @@ def linear_kl_loss(
         temperature: T > 0; a tensor has a gradient.
         student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
         teacher_scale: the same for the teacher.
-        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
-            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
-        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
-            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as in Gemma 2: one number for both heads, or a pair for student
+            and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, a factor for the value of each example (or token); constant. The mean is then the sum of
+            weight times value over the kept examples, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
         memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
-            classes: it takes longer and holds less.
-        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+            classes. This takes longer and needs less memory.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They contribute nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
         class_group: the process group that the classes are spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`, as `kl_loss` of the logits. A scalar makes its gradients in the
-        forward pass and holds those of the hidden states, the head and the bias alone. With `"none"` the inputs are held,
-        and the backward pass makes the logits again. There is one derivative, by reverse mode.
+        A scalar, or `[*batch]` with `reduction="none"`, as `kl_loss` of the logits. For a scalar, the
+        forward pass computes the gradients of the hidden states, the head and the bias, and stores nothing else. With
+        `"none"` the inputs are stored, and the backward pass computes the logits again. There are only first derivatives,
+        in reverse mode.
 
     Raises:
         ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
             `memory`.
-        TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
+        TypeError: a shape or dtype that does not fit, for example vocabularies that differ.
 
     Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM Training*, 2024, https://arxiv.org/abs/2410.10989, fuses the
-    head with the divergence in the same way, and fills a smaller student's vocabulary up with logits of 0, which take
+    head with the divergence in the same way. It fills a smaller vocabulary of a student up with logits of 0, which take
     probability.
 
     >>> import torch
@@ -131,12 +132,12 @@ def linear_reverse_kl_loss(
     $$T^2\,\mathrm{KL}(p\,\|\,q),\qquad p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\quad
     q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
-    head costs no gradient.
+    The logits are computed one block at a time and not stored, so the memory does not grow with rows × vocabulary. A
+    frozen head needs no memory for its gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
-        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied without a conversion.
         teacher_hidden: `[*batch, teacher_dim]`; constant.
         teacher_weight: the teacher's head, `[vocabulary, teacher_dim]`; constant.
         student_bias: `[vocabulary]`, added to the student's logits.
@@ -144,26 +145,26 @@ def linear_reverse_kl_loss(
         temperature: T > 0; a tensor has a gradient.
         student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
         teacher_scale: the same for the teacher.
-        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
-            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
-        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
-            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as in Gemma 2: one number for both heads, or a pair for student
+            and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, a factor for the value of each example (or token); constant. The mean is then the sum of
+            weight times value over the kept examples, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
         memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
-            classes: it takes longer and holds less.
-        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+            classes. This takes longer and needs less memory.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They contribute nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
         class_group: the process group that the classes are spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`, as `reverse_kl_loss` of the logits. What is held is what
-        `linear_kl_loss` holds.
+        A scalar, or `[*batch]` with `reduction="none"`, as `reverse_kl_loss` of the logits. It stores the same
+        tensors as `linear_kl_loss`.
 
     Raises:
         ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
             `memory`.
-        TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
+        TypeError: a shape or dtype that does not fit, for example vocabularies that differ.
 
     Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, ICLR 2024, https://arxiv.org/abs/2306.08543,
     with the head inside, as in *Liger Kernel*, Hsu et al., 2024, https://arxiv.org/abs/2410.10989.
@@ -213,12 +214,12 @@ def linear_jsd_loss(
     $$\beta\,\mathrm{KL}(q\,\|\,m)+(1-\beta)\,\mathrm{KL}(p\,\|\,m),\qquad m=\beta q+(1-\beta)p,\quad
     p=\mathrm{softmax}\big((W_s h_s+b_s)/T\big),\; q=\mathrm{softmax}\big((W_t h_t+b_t)/T\big)$$
 
-    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
-    head costs no gradient.
+    The logits are computed one block at a time and not stored, so the memory does not grow with rows × vocabulary. A
+    frozen head needs no memory for its gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
-        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied without a conversion.
         teacher_hidden: `[*batch, teacher_dim]`; constant.
         teacher_weight: the teacher's head, `[vocabulary, teacher_dim]`; constant.
         student_bias: `[vocabulary]`, added to the student's logits.
@@ -227,27 +228,27 @@ def linear_jsd_loss(
         temperature: T > 0; a tensor has a gradient.
         student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
         teacher_scale: the same for the teacher.
-        softcap: c, for c·tanh(logits / c) of the scaled logits, as Gemma 2 has it: one number for both heads, or a pair for
-            student and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
-        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
-            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+        softcap: c, for c·tanh(logits / c) of the scaled logits, as in Gemma 2: one number for both heads, or a pair for student
+            and teacher, such as `(None, 30.0)`. A class whose bias is -inf stays excluded.
+        weights: `[*batch]`, a factor for the value of each example (or token); constant. The mean is then the sum of
+            weight times value over the kept examples, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
         memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
-            classes, or three where 0 < β < 1: it takes longer and holds less.
-        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+            classes, or three if 0 < β < 1. This takes longer and needs less memory.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They contribute nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
         class_group: the process group that the classes are spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`, as `jsd_loss` of the logits, without a factor T². What is held is
-        what `linear_kl_loss` holds.
+        A scalar, or `[*batch]` with `reduction="none"`, as `jsd_loss` of the logits, without a factor T². It stores
+        the same tensors as `linear_kl_loss`.
 
     Raises:
         ValueError: a β that is not between 0 and 1.
         ValueError: a temperature, scale or softcap that is not positive, fewer than 2 classes, an unknown reduction or
             `memory`.
-        TypeError: a shape or dtype that does not fit, as of vocabularies that differ.
+        TypeError: a shape or dtype that does not fit, for example vocabularies that differ.
 
     Agarwal et al., *On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes*, ICLR 2024,
     https://arxiv.org/abs/2306.13649, with the head inside, as in *Liger Kernel*, Hsu et al., 2024,
@@ -307,45 +308,45 @@ def linear_topk_kl_loss(
     group: ProcessGroup | None = None,
     class_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""`topk_kl_loss` of a student's hidden states through its head, against the recorded largest logits of a teacher.
+    r"""`topk_kl_loss` between a student's hidden states through its head and the recorded largest logits of a teacher.
 
     $$T^2\,\mathrm{KL}(q\,\|\,p),\qquad p=\mathrm{softmax}\big((s_K, \bar s)/T\big),\quad
     q=\mathrm{softmax}\big((t_K, \bar t)/T\big),\qquad s=W h+b,\quad \bar s=T\log\sum_{c\notin K}e^{s_c/T}$$
 
-    The logits are made a block at a time and dropped, so that what is held does not grow with rows × vocabulary. A frozen
-    head costs no gradient.
+    The logits are computed one block at a time and not stored, so the memory does not grow with rows × vocabulary. A
+    frozen head needs no memory for its gradient.
 
     Args:
         student_hidden: `[*batch, student_dim]`, with any leading axes, as in `[batch, tokens, student_dim]`.
-        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied as it is.
-        values: `[*batch, kept]`, the teacher's logits of the kept classes, or their logarithms of probabilities, as in
-            `topk_kl_loss`; constant.
+        student_weight: the student's head, `[vocabulary, student_dim]`; half precision is multiplied without a conversion.
+        values: `[*batch, kept]`, the teacher's logits of the kept classes, or their log-probabilities, as in `topk_kl_loss`;
+            constant.
         indices: `[*batch, kept]`, the classes; one outside `0 .. classes - 1` is an error. A class that an
             example has twice makes it NaN.
         rest: `[*batch]`, the logit of all other classes together, or a mapping from temperatures to it, as in
-            `topk_kl_loss`; constant. It holds the teacher's own scale and softcap, as `values` do.
+            `topk_kl_loss`; constant. It includes the teacher's own scale and softcap, as `values` do.
         student_bias: `[vocabulary]`, added to the student's logits.
         temperature: T > 0; a tensor has a gradient.
-        tail: `"bucket"` compares the whole mass of the rest too, `"renormalize"` the kept classes among themselves.
+        tail: `"bucket"` also compares the mass of all other classes, `"renormalize"` only the kept classes.
         divergence: `"kl"`, `"reverse_kl"` or `"jsd"`, as in `topk_kl_loss`.
         beta: β from 0 to 1 of `divergence="jsd"`, a number; the others do not use it.
         kept: `[*batch, kept]`, False for entries that are padding; their values and indices may be anything.
         student_scale: a number greater than 0 that the student's logits are multiplied by, such as Cohere's `logit_scale`.
-        softcap: c, for c·tanh(logits / c) of the student's scaled logits, as Gemma 2 has it. A class whose bias is -inf
-            stays excluded.
-        weights: `[*batch]`, what each example's (or token's) value is multiplied by; constant. The mean is then the
-            sum over kept examples of weight times value, divided by the sum of their weights, as in PyTorch's
+        softcap: c, for c·tanh(logits / c) of the student's scaled logits, as in Gemma 2. A class whose bias is -inf stays
+            excluded.
+        weights: `[*batch]`, a factor for the value of each example (or token); constant. The mean is then the sum of
+            weight times value over the kept examples, divided by the sum of their weights, as in PyTorch's
             `cross_entropy` with class weights. A weight of 0 leaves the example out.
         memory: `"low"`, or `"least"` for smaller blocks of logits, of a few classes each, in two passes over the
-            classes: it takes longer and holds less.
-        where: `[*batch]`, False for examples (or tokens) that are left out. They add nothing to any gradient.
+            classes. This takes longer and needs less memory.
+        where: `[*batch]`, False for examples (or tokens) that are left out. They contribute nothing to any gradient.
         reduction: `"mean"`, `"sum"`, or `"none"` for `[*batch]`.
         group: the process group that the batch is spread over.
         class_group: the process group that the classes are spread over.
 
     Returns:
-        A scalar, or `[*batch]` with `reduction="none"`, as `topk_kl_loss` of the logits. What is held is what
-        `linear_kl_loss` holds.
+        A scalar, or `[*batch]` with `reduction="none"`, as `topk_kl_loss` of the logits. It stores the same
+        tensors as `linear_kl_loss`.
 
     Raises:
         ValueError: a temperature, scale or softcap that is not positive, an unknown tail, divergence, reduction or `memory`,
