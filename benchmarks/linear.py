@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.linear", description=__doc__)
     parser.add_argument("--loss", choices=LOSSES, default="kl")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128_256])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="each at the first vocabulary")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128_256], help="each at the first tokens")
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--dtype", choices=LIMITS, default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -46,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.form:
         return _serve(options)
     rows = []
-    for vocabulary in options.vocabulary:
-        for tokens in options.tokens:
-            rows += _turns(options, tokens, vocabulary)
+    sizes = [(tokens, options.vocabulary[0]) for tokens in options.tokens]
+    sizes += [(options.tokens[0], vocabulary) for vocabulary in options.vocabulary[1:]]
+    for tokens, vocabulary in sizes:
+        rows += _turns(options, tokens, vocabulary)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(rows, indent=1))
     if options.png:
@@ -155,6 +156,9 @@ def _measured(step: Callable[[], tuple[Any, Any]], device: str) -> dict[str, Any
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    if device == "cuda" and "jax" in sys.modules:  # whose peak is that since the process began
+        statistics_of = sys.modules["jax"].devices()[0].memory_stats()
+        before, peak = statistics_of["bytes_in_use"], statistics_of["peak_bytes_in_use"]
     return {"s": seconds, "MiB": (peak - before) / 2**20, "value": float(value), "ends": _ends(gradient)}
 
 
@@ -281,7 +285,7 @@ def _draw(rows: list[dict[str, Any]], path: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, grows, fixed in zip(axes, ("tokens", "vocabulary"), ("vocabulary", "tokens"), strict=True):
-        held = max(row[fixed] for row in rows) if fixed == "vocabulary" else min(row[fixed] for row in rows)
+        held = rows[0][fixed]
         for form in dict.fromkeys(row["form"] for row in rows):
             points = [
                 (row[grows], row["MiB"]) for row in rows if row["form"] == form and row[fixed] == held and "MiB" in row

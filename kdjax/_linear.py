@@ -64,7 +64,8 @@ class Fixed(NamedTuple):
     settings: tuple[Scalar, ...] = ()
 
 
-# of a divergence: `of_heads` and `of_kept` make it
+# from how `over_classes` folds a step over blocks of classes, a row's dtype, y, the settings and T to the value of each row, and
+# a function that makes the gradient of a block by x, and y · ∂y of each row
 ByClasses = Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]
 
 
@@ -170,7 +171,7 @@ def _evaluate(
     totals = Student(*map(start, asked, student))
     flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[len(batch) :]), (student.hidden, fixed.rows, kept, factor))
     if totals.hidden is not None:
-        totals = totals._replace(hidden=totals.hidden.reshape(number, -1))
+        totals = totals._replace(hidden=totals.hidden.reshape(number, student.hidden.shape[-1]))
     entries = LEAST if least else BLOCK
     value, totals = _by_classes(divergence, entries, class_axis_name, student, fixed, flat, totals, dtype, axes)
     if totals.hidden is not None:
@@ -196,8 +197,12 @@ def _by_classes(
     (number, dim), (classes, _) = h.shape, student.weight.shape
     size = min(classes, max(entries // max(number, dim), 16))
 
-    def cut(x: Array | None, first: Array | int, size: int) -> Array | None:
-        return None if x is None else jax.lax.dynamic_slice_in_dim(x, first, size)
+    def cut(x: Any, first: Array | int, size: int) -> Any:
+        if x is None:
+            return None
+        part = jax.lax.dynamic_slice_in_dim(x, first, size)
+        # XLA on a CPU multiplies in float32, and would make a copy of the whole head in it before the first block
+        return jax.lax.optimization_barrier(part) if x.dtype.itemsize < 4 else part
 
     def logits(first: Array | int, size: int) -> list[Array]:
         x = _logits(h, cut(student.weight, first, size), cut(student.bias, first, size), fixed.outputs[0], dtype)
@@ -271,7 +276,7 @@ def of_heads(
     def by_classes(
         over_classes: Callable[..., Any], rows: Array, *settings: Any, class_axis_name: AxisName | None
     ) -> tuple[Array, Callable[..., tuple[Array, Array]]]:
-        *settings, temperature = settings
+        *others, temperature = settings
         least, zero = jnp.full_like(rows, jnp.finfo(rows.dtype).min), jnp.zeros_like(rows)
 
         def moved(sums: tuple[Sums, Sums], peaks: list[Array]) -> list[Sums]:
@@ -310,7 +315,7 @@ def of_heads(
         else:
 
             def add(sums: tuple[Array, Array], first: Any, x: Array, y: Array) -> tuple[Array, Array]:
-                both = *log_softmaxes(x, y), *settings
+                both = *log_softmaxes(x, y), *others
                 return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
 
             mean = all_sum(over_classes(add, (zero, zero)), class_axis_name)
@@ -324,7 +329,7 @@ def of_heads(
 
         def gradient(first: Any, x: Array, y: Array) -> tuple[Array, Array]:
             log_p, log_q = log_softmaxes(x, y)
-            both = log_p, log_q, *settings
+            both = log_p, log_q, *others
             return centred(f, log_p, mean[0], both), dot(centred(g, log_q, mean[1], both), y)
 
         return jnp.maximum(value, 0), gradient

@@ -57,7 +57,12 @@ class Fixed(NamedTuple):
     where: Tensor | None
     weights: Tensor | None
     outputs: tuple[Output, Output]
-    settings: tuple[float, ...] = ()
+    settings: tuple[Any, ...] = ()
+
+
+# from how `over_classes` folds a step over blocks of classes, a row's dtype, y, the settings and T to the value of each row, and
+# a function that makes the gradient of a block by x, and y · ∂y of each row if T learns
+ByClasses = Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]
 
 
 class Divergence(NamedTuple):
@@ -72,7 +77,7 @@ class Divergence(NamedTuple):
 
     by_rows: Callable[..., tuple[Tensor, Tensor]]
     pull: Callable[..., Tensor]
-    by_classes: Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]]
+    by_classes: ByClasses
 
 
 def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
@@ -180,7 +185,8 @@ def _evaluate(
         weights = weights.to(dtype)
     factor = weights if above is None else above if weights is None else above * weights
     totals = _empty(student, asked, least, dtype)
-    for x in totals if kept is not None or not least else (totals.hidden, totals.temperature):
+    written = least and kept is None and hidden.numel() > 0  # a class at a time, all of it
+    for x in (totals.hidden, totals.temperature) if written else totals:
         x.zero_()
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
     places = None if kept is None else kept.flatten().nonzero().squeeze(-1)
@@ -280,7 +286,7 @@ def _by_classes(
         if factor is not None:
             gradient.mul_(factor[kept].unsqueeze(-1))
             pull = pull if pull is None else pull * factor[kept]
-        if asked.temperature:
+        if pull is not None:
             totals.temperature.sub_((dot(gradient, logits[0]) + pull).sum() / student.temperature)
         gradient = _through(gradient, logits[0], fixed.outputs[0])
         if asked.bias and student.bias.numel():
@@ -319,7 +325,7 @@ def of_heads(
     f: Callable[..., Tensor],
     g: Callable[..., Tensor],
     means: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None = None,
-) -> Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]:
+) -> ByClasses:
     """`by_classes` of a divergence E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
 
     `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
@@ -330,7 +336,7 @@ def of_heads(
     def by_classes(
         over_classes: Callable[..., Any], rows: Tensor, *settings: Any, class_group: ProcessGroup | None
     ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
-        *settings, temperature = settings
+        *others, temperature = settings
         least, zero = torch.full_like(rows, torch.finfo(rows.dtype).min), torch.zeros_like(rows)
 
         def moved(sums: tuple[Sums, Sums], peaks: list[Tensor]) -> list[Sums]:
@@ -370,7 +376,7 @@ def of_heads(
         else:
 
             def add(sums: tuple[Tensor, Tensor], part: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-                both = *log_softmaxes(x, y), *settings
+                both = *log_softmaxes(x, y), *others
                 return sums[0] + f(*both).sum(-1), sums[1] + g(*both).sum(-1)
 
             mean = tuple(all_sum(x, class_group) for x in over_classes(add, (zero, zero)))
@@ -384,7 +390,7 @@ def of_heads(
 
         def gradient(part: slice, x: Tensor, y: Tensor, learns_temperature: bool) -> tuple[Tensor, Tensor | None]:
             log_p, log_q = log_softmaxes(x, y)
-            both = log_p, log_q, *settings
+            both = log_p, log_q, *others
             pull = dot(centred(g, log_q, mean[1], both), y) if learns_temperature else None
             return centred(f, log_p, mean[0], both), pull
 
@@ -395,7 +401,7 @@ def of_heads(
 
 def of_kept(
     divergence_and_gradient: Callable[..., tuple[Tensor, Tensor]], of_teacher: Callable[..., Tensor], bucket: bool
-) -> Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]:
+) -> ByClasses:
     """`by_classes` of a divergence over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
 
     An index below 0 is none. `of_teacher` is the divergence's gradient by y.
@@ -471,14 +477,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, output: Output,
         logits = hidden @ weight.T
     else:
         logits = torch.cat([hidden @ weight[part].to(dtype).T for part in _parts(weight)], -1)
-    has_bias = bias is not None and bias.numel() > 0
-    if has_bias:
+    if bias is not None and not bias.numel():
+        bias = None
+    if bias is not None:
         logits.add_(bias)
     if output.scale is not None:
         logits.mul_(output.scale)
     if output.cap is not None:
         logits.div_(output.cap).tanh_().mul_(output.cap)
-        if has_bias:
+        if bias is not None:
             logits.masked_fill_(bias.isneginf(), -math.inf)
     return logits
 

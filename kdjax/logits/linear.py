@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -173,9 +173,9 @@ def linear_reverse_kl_loss(
     >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [1.0, 1.0]])
     >>> g, v = jnp.array([[0.5]]), jnp.array([[2.0], [0.0]])
     >>> print(f"{linear_reverse_kl_loss(h, w, g, v):.4f}")
-    REVERSE
+    0.0671
     >>> print(f"{reverse_kl_loss(h @ w.T, g @ v.T):.4f}")
-    REVERSE
+    0.0671
     """
     least = _least(memory)
     _classes(student_weight, class_axis_name, axis_name)
@@ -362,7 +362,8 @@ def linear_topk_kl_loss(
 
     >>> import jax.numpy as jnp
     >>> from kdjax import linear_topk_kl_loss, topk_kl_loss
-    >>> h, w = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> h = jnp.array([[1.0, -1.0]])
+    >>> w = jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     >>> t, kept = jnp.array([[1.0, 1.0]]), jnp.array([[1, 0]])
     >>> rest = jnp.array([-1.0])
     >>> print(f"{linear_topk_kl_loss(h, w, t, kept, rest):.4f}")
@@ -375,13 +376,25 @@ def linear_topk_kl_loss(
     check_fixed("linear_topk_kl_loss", batch=math.prod(student_hidden.shape[:-1]), vocabulary=student_weight.shape[0])
     temperature = positive("temperature", temperature, student_weight, student_hidden, values)
     outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     shard = None if class_axis_name is None else (first, student_weight.shape[0])
-    compared, *teacher, settings = recorded("linear_topk_kl_loss", classes, *teacher, temperature, *options, shard)
+    teacher = recorded(
+        "linear_topk_kl_loss",
+        classes,
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
+        shard,
+    )
     student = Student(student_hidden, student_weight, student_bias, temperature)
-    fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
-    value = _TOPK[compared, tail](
+    known = teacher.values, teacher.indices, teacher.rest
+    fixed = Fixed(known, None, None, where, weights, outputs, teacher.settings[:-1])
+    value = _TOPK[teacher.divergence, tail](
         student, fixed, summed=reduction != "none", least=least, class_axis_name=class_axis_name
     )
     value = value if divergence == "jsd" else times_square(temperature, value)
@@ -461,8 +474,12 @@ def _jsd_of_teacher(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Arr
     return _jsd_of_student(log_q, log_p, 1 - beta)
 
 
-_AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
-_OF_TEACHER = {
+_AND_GRADIENT: dict[str, Callable[..., Any]] = {
+    "kl": kl_and_gradient,
+    "reverse_kl": reverse_kl_and_gradient,
+    "jsd": jsd_and_gradient,
+}
+_OF_TEACHER: dict[str, Callable[..., Any]] = {
     "kl": lambda x, y, t, **over: reverse_kl_and_gradient(y, x, t, **over)[1],
     "reverse_kl": lambda x, y, t, **over: kl_and_gradient(y, x, t, **over)[1],
     "jsd": lambda x, y, beta, t, **over: jsd_and_gradient(y, x, 1 - beta, t, **over)[1],

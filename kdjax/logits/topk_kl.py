@@ -98,10 +98,19 @@ def topk_kl_loss(
     first, classes = check_classes(student_logits, class_axis_name, axis_name)
     shard = None if class_axis_name is None else (first, student_logits.shape[-1])
     temperature = positive("temperature", temperature, student_logits, values)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     compared, values, indices, left, settings = recorded(
-        "topk_kl_loss", classes, *teacher, temperature, *options, shard
+        "topk_kl_loss",
+        classes,
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
+        shard,
     )
     over = {"where": where, "class_axis_name": class_axis_name}
     if tail == "renormalize":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -173,9 +173,9 @@ def linear_reverse_kl_loss(
     >>> h, w = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     >>> g, v = torch.tensor([[0.5]]), torch.tensor([[2.0], [0.0]])
     >>> print(f"{linear_reverse_kl_loss(h, w, g, v):.4f}")
-    REVERSE
+    0.0671
     >>> print(f"{reverse_kl_loss(h @ w.T, g @ v.T):.4f}")
-    REVERSE
+    0.0671
     """
     least = _least(memory)
     _classes(student_hidden, student_weight, class_group, group)
@@ -359,7 +359,8 @@ def linear_topk_kl_loss(
 
     >>> import torch
     >>> from kdtorch import linear_topk_kl_loss, topk_kl_loss
-    >>> h, w = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> h = torch.tensor([[1.0, -1.0]])
+    >>> w = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     >>> t, kept = torch.tensor([[1.0, 1.0]]), torch.tensor([[1, 0]])
     >>> rest = torch.tensor([-1.0])
     >>> print(f"{linear_topk_kl_loss(h, w, t, kept, rest):.4f}")
@@ -371,13 +372,27 @@ def linear_topk_kl_loss(
     first, classes = _classes(student_hidden, student_weight, class_group, group)
     temperature = positive("temperature", temperature, student_weight, student_hidden, values)
     outputs = _outputs(softcap, student_scale, 1.0, student_hidden)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     shard = None if class_group is None else (first, student_weight.shape[0])
-    compared, *teacher, settings = recorded("linear_topk_kl_loss", classes, *teacher, temperature, *options, shard)
+    teacher = recorded(
+        "linear_topk_kl_loss",
+        classes,
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
+        shard,
+    )
     student = _student(student_hidden, student_weight, student_bias, temperature)
-    fixed = Fixed(tuple(teacher), None, None, where, weights, outputs, settings[:-1])
-    value = _TOPK[compared, tail](student, fixed, summed=reduction != "none", least=least, class_group=class_group)
+    known = teacher.values, teacher.indices, teacher.rest
+    fixed = Fixed(known, None, None, where, weights, outputs, teacher.settings[:-1])
+    value = _TOPK[teacher.divergence, tail](
+        student, fixed, summed=reduction != "none", least=least, class_group=class_group
+    )
     value = value if divergence == "jsd" else times_square(temperature, value)
     return _reduced(value, student_hidden, weights, where, reduction, group)
 
@@ -499,8 +514,12 @@ def _pull_of_kept(
     return _pull(of_teacher, student, teacher, *settings, class_group=class_group)
 
 
-_AND_GRADIENT = {"kl": kl_and_gradient, "reverse_kl": reverse_kl_and_gradient, "jsd": jsd_and_gradient}
-_OF_TEACHER = {
+_AND_GRADIENT: dict[str, Callable[..., Any]] = {
+    "kl": kl_and_gradient,
+    "reverse_kl": reverse_kl_and_gradient,
+    "jsd": jsd_and_gradient,
+}
+_OF_TEACHER: dict[str, Callable[..., Any]] = {
     "kl": lambda x, y, t, **over: reverse_kl_and_gradient(y, x, t, **over)[1],
     "reverse_kl": lambda x, y, t, **over: kl_and_gradient(y, x, t, **over)[1],
     "jsd": lambda x, y, beta, t, **over: jsd_and_gradient(y, x, 1 - beta, t, **over)[1],

@@ -99,10 +99,19 @@ def topk_kl_loss(
     first, classes = check_classes(student_logits, class_group, group)
     shard = None if class_group is None else (first, student_logits.shape[-1])
     temperature = positive("temperature", temperature, student_logits, values)
-    teacher = values, indices, rest
-    options = tail, divergence, beta, kept, where
     compared, values, indices, left, settings = recorded(
-        "topk_kl_loss", classes, *teacher, temperature, *options, shard
+        "topk_kl_loss",
+        classes,
+        values,
+        indices,
+        rest,
+        temperature,
+        tail,
+        divergence,
+        beta,
+        kept,
+        where,
+        shard,
     )
     over = {"where": where, "class_group": class_group}
     if tail == "renormalize":
