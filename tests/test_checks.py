@@ -104,8 +104,8 @@ def test_what_is_decorated_stays_documented(f):
 
 @both
 def test_every_annotation_is_read(f):
-    """Each argument is an array, a number or of a type. Choices among texts are left to the losses, and top-k's rest, which may
-    be a mapping by its temperature."""
+    """Each argument is an array, a number or of a type. Choices among texts are left to the losses, and so are top-k's rest,
+    which may be a mapping by its temperature, and a soft cap, which may be a pair."""
     for loss in LOSSES:
         plan, _ = checks.read(getattr(f.kd, loss.name).__wrapped__)
         free = {a.name for a in plan.arguments if any(form.kind == "any" for form in a.forms)}
@@ -118,6 +118,8 @@ def test_every_annotation_is_read(f):
             "sampled_from",
             "gradient",
             "clip_negative",
+            "memory",
+            "softcap",
         }
 
 
@@ -364,7 +366,7 @@ def test_a_constant_under_transforms():
 def test_a_constant_under_a_compiler():
     x, y = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
     torch._dynamo.reset()
-    with pytest.warns(UserWarning, match="mse_loss: `teacher` requires a gradient and gets none"):
+    with pytest.warns(UserWarning, match="mse_loss: `teacher` requires a gradient but gets none"):
         torch.compile(kdtorch.mse_loss, backend="eager", fullgraph=True)(x, y)
 
 
