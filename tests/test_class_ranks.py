@@ -145,8 +145,8 @@ def test_a_temperature_that_learns_under_a_compiler(loss, second):
         "inside": "",
         "many": "ValueError: `indices` must hold from 1 to 12 classes an example, as many as there are, got 13",
         "no rest": '`ValueError: `rest` must be given with tail="bucket" where 3 of 12 classes are kept, got None'[1:],
-        "DTensors": "TypeError: kl_loss: `class_group` must be None beside the DTensor `student_logits`, which holds all cla",
-        "combined mistake": "ValueError: the loss 'dkd' takes no `class_group`, for it needs all classes of an example in one",
+        "DTensors": "TypeError: kl_loss: `class_group` must be None together with the DTensor `student_logits`, which holds all",
+        "combined mistake": "ValueError: the loss 'dkd' has no `class_group`, because it needs all classes of an example in one",
     }.items(),
 )
 def test_mistakes_of_one(mistake, text, second):

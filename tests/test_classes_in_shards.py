@@ -313,6 +313,6 @@ def test_a_combined_loss_hands_the_axis_on():
 
     assert float(over("kld-jsd-mse")) == pytest.approx(float(combined("kld-jsd-mse", feat)), rel=1e-12)
     with pytest.raises(
-        ValueError, match=r"^the loss 'dkd' takes no `class_axis_name`, for it needs all classes of an exam"
+        ValueError, match=r"^the loss 'dkd' has no `class_axis_name`, because it needs all classes of an exam"
     ):
         over("kld-dkd")
