@@ -140,8 +140,8 @@ def test_a_temperature_that_learns_under_a_compiler(loss, second):
 @pytest.mark.parametrize(
     ("mistake", "text"),
     {
-        "index": "IndexError: `indices` must lie in 0 .. 11, got 12; mask",
-        "negative": "IndexError: `indices` must lie in 0 .. 11, got -1; mask",
+        "index": "IndexError: `indices` must be in 0 .. 11, got 12; mask",
+        "negative": "IndexError: `indices` must be in 0 .. 11, got -1; mask",
         "inside": "",
         "many": "ValueError: `indices` must hold from 1 to 12 classes an example, as many as there are, got 13",
         "no rest": '`ValueError: `rest` must be given with tail="bucket" where 3 of 12 classes are kept, got None'[1:],
