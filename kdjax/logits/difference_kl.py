@@ -131,7 +131,7 @@ def _span(x: jax.Array) -> jax.Array:
 def _are_near(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
     """Student and teacher, which then have the same classes."""
     same = (jnp.isneginf(x) == jnp.isneginf(y)).all()
-    return same & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 4).all()
+    return same & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 2).all()
 
 
 def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:

@@ -180,7 +180,7 @@ def _span(x: Tensor) -> Tensor:
 def _are_near(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
     """Student and teacher, which then have the same classes."""
     d = ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    return bool((_levelled(d).abs().amax(-1) < 4).all())
+    return bool((_levelled(d).abs().amax(-1) < 2).all())
 
 
 def _by_products(
