@@ -173,7 +173,9 @@ def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
     inputs = f.arrays(inputs)
     function = getattr(f.kd, loss.name)
     for name, values in ((k, v) for k, v in loss.forms.items() if type(v[0]) is float):
-        with pytest.raises(TypeError, match=rf"`{name}` must be a number, got .*; it chooses .*: give float\({name}\)"):
+        with pytest.raises(
+            TypeError, match=rf"`{name}` must be a number, got .*; it determines .*: give float\({name}\)"
+        ):
             function(**inputs, **{name: f.array(np.array(values[-1]))})
         for number in (int, np.float64):
             if number(values[-1]) == values[-1]:
