@@ -384,15 +384,18 @@ def of_kept(
         start = jnp.full_like(values, -jnp.inf), jnp.full_like(rows, lowest), jnp.zeros_like(rows)
         own, local_peak, total = over_classes(gather, start)
         peak = all_max(local_peak, class_axis_name)
-        student, teacher = own, values
+        largest = jnp.maximum(class_max(own, class_axis_name)[:, 0], lowest)
         if bucket:
-            largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)[:, 0]), lowest)
+            largest = jnp.maximum(largest, peak)
             total = all_sum(jnp.exp((local_peak - peak) / temperature) * total, class_axis_name)
             total = jnp.where(total == 0, 1, total)
             others = jnp.where(peak == lowest, -jnp.inf, peak - largest) + temperature * jnp.log(total)
             others, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (others[:, None], rest))
-            student = jnp.concatenate([own - largest[:, None], others], -1)
-            teacher = jnp.concatenate([values, rest], -1)
+        # each less its largest, for the logits of the one may be far from those of the other
+        student, teacher = own - largest[:, None], values
+        if bucket:
+            student, teacher = jnp.concatenate([student, others], -1), jnp.concatenate([values, rest], -1)
+        teacher = teacher - jnp.maximum(class_max(teacher, class_axis_name), lowest)
         value, slope = divergence_and_gradient(student, teacher, *settings, class_axis_name=class_axis_name)
         pull = dot(of_teacher(student, teacher, *settings, class_axis_name=class_axis_name), teacher)
         of_rest = class_sum(slope[:, -1:], class_axis_name)

@@ -439,15 +439,18 @@ def of_kept(
         start = torch.full_like(values, -math.inf), torch.full_like(rows, lowest), torch.zeros_like(rows)
         own, local_peak, total = over_classes(gather, start)
         peak = all_max(local_peak, class_group)
-        student, teacher = own, values
+        largest = class_max(own, class_group).squeeze(-1).clamp(min=lowest)
         if bucket:
-            largest = torch.maximum(peak, class_max(own, class_group).squeeze(-1)).clamp(min=lowest)
+            largest = torch.maximum(largest, peak)
             total = all_sum(((local_peak - peak) / temperature).exp() * total, class_group)
             total = torch.where(total == 0, 1, total)
             others = torch.where(peak == lowest, -math.inf, peak - largest) + temperature * total.log()
             others, rest = (on_first(z, class_group, -math.inf) for z in (others.unsqueeze(-1), rest))
-            student = torch.cat([own - largest.unsqueeze(-1), others], -1)
-            teacher = torch.cat([values, rest], -1)
+        # each less its largest, for the logits of the one may be far from those of the other
+        student, teacher = own - largest.unsqueeze(-1), values
+        if bucket:
+            student, teacher = torch.cat([student, others], -1), torch.cat([values, rest], -1)
+        teacher = teacher - class_max(teacher, class_group).clamp(min=lowest)
         value, slope = divergence_and_gradient(student, teacher, *settings, class_group=class_group)
         of_rest = class_sum(slope[:, -1:], class_group)
 

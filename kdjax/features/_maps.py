@@ -162,8 +162,8 @@ def are_equal(x: Array, y: Array) -> jax.Array | None:
     """`[batch]`: whether the maps of an example are equal; None if they cannot be."""
     if x.shape != y.shape:
         return None
-    none = jnp.zeros(len(x), bool)
-    return jax.lax.cond((x[:, 0, 0, 0] == y[:, 0, 0, 0]).any(), lambda: (x == y).all((1, 2, 3)), lambda: none)
+    first = x[:, 0, 0, 0] == y[:, 0, 0, 0]
+    return jax.lax.cond(first.any(), lambda: (x == y).all((1, 2, 3)), lambda: first)
 
 
 def unless(equal: Array | None, difference: Array) -> jax.Array:
