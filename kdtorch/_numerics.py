@@ -601,7 +601,10 @@ def tilt(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | 
                 return None
     if largest > 1e7:  # e^d of a class that p needs not feel, unless its mean under p is large too
         largest = float((torch.linalg.vecdot(found.excess, found.growth) / (1 + found.rise.squeeze(-1))).amax())
-    return found if largest < 5e8 else None  # else p would rest on what has few digits in q
+    if not largest < 5e8:  # p would rest on what has few digits in q
+        return None
+    # the mean of e^d is at least 1, unless rounding has moved all d of a row, whose logits are then far above their differences
+    return found if float(found.rise.amin()) > -0.5 else None
 
 
 def _tilt(x: Tensor, y: Tensor, temperature: float) -> Tilt:

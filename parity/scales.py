@@ -20,12 +20,14 @@ class Given(NamedTuple):
         inputs: of the loss, by name.
         options: its settings; not all of them need be there.
         tiny: the least normal number of the inputs' precision.
+        eps: its rounding.
     """
 
     largest: float
     inputs: dict[str, Any]
     options: dict[str, float]
     tiny: float
+    eps: float
 
 
 # the least numbers to measure the errors of (value, gradient) by

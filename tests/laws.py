@@ -383,7 +383,8 @@ def _given(loss: Loss, given: Example) -> scales.Given:
     """What the row's scales depend on."""
     entries = [x for k in _numbers(loss) for x in _leaves(given.inputs[k])]
     largest = max(map(scales.size, entries), default=0.0)
-    return scales.Given(largest, given.inputs, given.options, float(_limits(given.dtype).tiny))
+    limits = _limits(given.dtype)
+    return scales.Given(largest, given.inputs, given.options, float(limits.tiny), float(limits.eps))
 
 
 def _scales(loss: Loss, given: Example) -> tuple[float, float]:

@@ -77,7 +77,7 @@ def test_batches_of_different_sizes(name, wrong):
         here, there = (3, 2) if rank == 0 else (2, 3)
         assert result[f"sizes {name}"].startswith(
             f"ValueError: the ranks of `group` must have batches of the same size, got {here} on rank {rank} and {there} on rank "
-            f"{1 - rank}; fill the smaller ones up and mask"
+            f"{1 - rank}; pad the smaller ones, and mask"
         )
 
 

@@ -70,7 +70,7 @@ def vid_loss(
     eps = positive("eps", eps, predicted_mean, teacher_map, log_scale, constant=True)
     mean, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (predicted_mean, teacher_map))
     *_, scale = promote(predicted_mean, teacher_map, log_scale)  # whose gradients are summed over the batch
-    value = _likelihood(mean, jnp.broadcast_to(scale, (len(mean), channels)), teacher, eps, where=where)
+    value = _likelihood(mean, jnp.broadcast_to(scale, (mean.shape[0], channels)), teacher, eps, where=where)
     return reduce(value, where, reduction, axis_name)
 
 
