@@ -40,7 +40,7 @@ def ours(
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight, student_lm_head_bias, teacher_lm_head_bias
     where = completion_mask != 0
     tokens = where.sum()
-    total = linear_jsd_loss(*heads, beta=beta, temperature=temperature, where=where, reduction="sum")
+    total = linear_jsd_loss(*heads, beta=beta, temperature=temperature, where=where, memory="least", reduction="sum")
     entropy = torch.tensor(torch.nan)  # which is not computed; TRL leaves NaN out of its log
     return total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, tokens
 
