@@ -284,7 +284,7 @@ def of_heads(
             step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
             new = []
             for old, peak in zip(sums, peaks, strict=True):
-                decay = jnp.exp((old.peak - peak) / temperature)
+                decay = _weight(old.peak - peak, temperature)
                 apart = jnp.where(decay == 0, 0, decay * (old.apart + step * old.total))
                 new.append(Sums(peak, decay * old.total, apart))
             return new
@@ -295,7 +295,7 @@ def of_heads(
             d = difference(x, y)
             new = []
             for old, z in zip(moved(sums, peaks), (x, y), strict=True):
-                weight = jnp.exp(z / temperature)
+                weight = _weight(z, temperature)
                 new.append(Sums(old.peak, old.total + weight.sum(-1), old.apart + dot(weight, d)))
             return new[0], new[1]
 
@@ -335,6 +335,11 @@ def of_heads(
         return jnp.maximum(value, 0), gradient
 
     return by_classes
+
+
+def _weight(below: Array, temperature: Scalar) -> Array:
+    """exp(below / T), of a class below the largest; in its derivative by T infinity would meet the 0 of an excluded class."""
+    return jnp.exp(jnp.maximum(below, -1e5 * temperature) / temperature)
 
 
 def difference(x: Array, y: Array) -> Array:
@@ -378,8 +383,8 @@ def of_kept(
             own = jnp.where(inside, jnp.take_along_axis(x, jnp.where(inside, at, 0), axis=-1), own)
             others = without(x, at)
             new = jnp.maximum(peak, others.max(-1))
-            weight = jnp.exp((others - new[:, None]) / temperature)
-            return own, new, jnp.exp((peak - new) / temperature) * total + weight.sum(-1)
+            weight = _weight(others - new[:, None], temperature)
+            return own, new, _weight(peak - new, temperature) * total + weight.sum(-1)
 
         start = jnp.full_like(values, -jnp.inf), jnp.full_like(rows, lowest), jnp.zeros_like(rows)
         own, local_peak, total = over_classes(gather, start)
@@ -387,7 +392,7 @@ def of_kept(
         largest = jnp.maximum(class_max(own, class_axis_name)[:, 0], lowest)
         if bucket:
             largest = jnp.maximum(largest, peak)
-            total = all_sum(jnp.exp((local_peak - peak) / temperature) * total, class_axis_name)
+            total = all_sum(_weight(local_peak - peak, temperature) * total, class_axis_name)
             total = jnp.where(total == 0, 1, total)
             others = jnp.where(peak == lowest, -jnp.inf, peak - largest) + temperature * jnp.log(total)
             others, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (others[:, None], rest))
@@ -404,7 +409,7 @@ def of_kept(
             at = places(first, x)[1]
             spread = jnp.zeros_like(x)
             if bucket:
-                spread = jnp.exp((without(x, at) - peak[:, None]) / temperature) * (of_rest / total[:, None])
+                spread = _weight(without(x, at) - peak[:, None], temperature) * (of_rest / total[:, None])
             return put(spread, at, slope[:, : values.shape[-1]]), jnp.where(first == 0, pull, 0)  # once
 
         return value, gradient
