@@ -684,7 +684,7 @@ def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
         assert kept.sum() / number == pytest.approx(f.numpy(mean[name]), rel=1e-4), name
 
     with pytest.raises(
-        ValueError, match=r"must give values of one shape to be summed, got .*'dino': \[3\].*by `terms`"
+        ValueError, match=r"must give values of one shape to be summed, got .*'dino': \[3\].*use `terms`"
     ):
         loss(feat=broken, target=target, where=f.array(rows), reduction="none", epoch=0)
     plain = f.kd.make_loss(configuration("kd-kld-mse", [1.0, 2.0]), CLASSES, 20)
