@@ -320,7 +320,17 @@ def program(sizes, memory, name="linear_kl_loss", dtype="float32", frozen=False)
 
 @slow
 @memories
-@pytest.mark.parametrize("name", ["linear_kl_loss", "linear_reverse_kl_loss", "linear_jsd_loss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear_kl_loss",
+        "linear_reverse_kl_loss",
+        pytest.param(
+            "linear_jsd_loss",
+            marks=pytest.mark.xfail(strict=True, reason="its three passes hold 12.7 small blocks, and grow by 29 MiB"),
+        ),
+    ],
+)
 def test_what_kdjax_holds(name, memory):
     """Beside the gradients a few blocks, and of more tokens a few copies of their hidden states."""
     with jax.enable_x64(False):
@@ -329,10 +339,10 @@ def test_what_kdjax_holds(name, memory):
         shapes = re.findall(r"\w\[([\d,]+)\]", compiled.as_text())
         head = BIG["classes"] * BIG["dim"]
         assert max(math.prod(map(int, shape.split(","))) for shape in shapes) <= head
-        assert most <= 4 * 16 * (kdjax._linear.LEAST if memory == "least" else kdjax._linear.BLOCK)
+        assert most <= 4 * 12 * (kdjax._linear.LEAST if memory == "least" else kdjax._linear.BLOCK)
         more = program({**BIG, "tokens": 1024}, memory, name).memory_analysis().temp_size_in_bytes
     # blocks are rounded to whole classes; the logits of all would be 59 MiB each
-    assert more - most <= 4 * 4 * (1024 - BIG["tokens"]) * BIG["dim"] + 8 * kdjax._linear.BLOCK
+    assert more - most <= 4 * 4 * (1024 - BIG["tokens"]) * BIG["dim"] + 4 * kdjax._linear.BLOCK
 
 
 @slow
