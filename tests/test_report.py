@@ -7,6 +7,7 @@ import pathlib
 import jax
 import pytest
 import torch
+from tiers import slow
 
 import kdtorch
 from parity import report
@@ -80,6 +81,7 @@ def test_one_framework_alone(capsys):
     assert "to jax" not in capsys.readouterr().out
 
 
+@slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
 def test_compiled(capsys):
     torch._dynamo.reset()
