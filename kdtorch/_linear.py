@@ -13,8 +13,9 @@ from torch.distributed import ProcessGroup
 
 from kdtorch._collectives import all_max, all_sum, class_max, class_sum, on_first
 from kdtorch._numerics import coupled, custom_op, dot, widest
+from kdtorch._rowwise import by_rows
 
-BLOCK = 3 * 2**22  # entries of the logits of a block of rows
+BLOCK = 2**24  # entries of the logits of a block of rows
 PART = 2**22  # entries of a part of a head in half precision
 LEAST = 2**21  # entries of the logits of a block of classes
 
@@ -230,15 +231,13 @@ def _by_rows(
         x, y = _logits(h, student.weight, student.bias, output, dtype), others
         if fixed.weight is not None:
             y = [_logits(others[0], fixed.weight, fixed.bias, other_output, dtype)]
-        value, gradient = divergence.by_rows(x, *y, *settings, class_group=class_group)
-        values[kept] = value
+        fixed_first = class_group, divergence, asked.temperature
+        values[kept], gradient, *pull = by_rows(_of_rows, None, x, *y, *settings, fixed=fixed_first)
         of_row = None if factor is None else factor[kept]
         if of_row is not None:
-            gradient = gradient * of_row.unsqueeze(-1)
-        if asked.temperature:
-            pull = divergence.pull(x, *y, *settings, class_group=class_group)
-            pull = pull if of_row is None else pull * of_row
-            totals.temperature.sub_((dot(gradient, x) + pull).sum() / student.temperature)
+            gradient.mul_(of_row.unsqueeze(-1))
+        if pull:
+            totals.temperature.sub_((pull[0] if of_row is None else pull[0] * of_row).sum() / student.temperature)
         del y
         gradient = _through(gradient, x, output)
         del x
@@ -248,6 +247,16 @@ def _by_rows(
             totals.weight.addmm_(gradient.T, h.to(dtype))
         if asked.hidden:
             totals.hidden[kept] = _product(gradient, student.weight)
+
+
+def _of_rows(
+    class_group: ProcessGroup | None, divergence: Divergence, learns_temperature: bool, x: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """The value of each row, its gradient by x, and if T learns x · ∂x + y · ∂y."""
+    value, gradient = divergence.by_rows(x, *others, class_group=class_group)
+    if not learns_temperature:
+        return value, gradient
+    return value, gradient, dot(gradient, x) + divergence.pull(x, *others, class_group=class_group)
 
 
 def _by_classes(

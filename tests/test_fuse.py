@@ -131,6 +131,23 @@ def test_what_is_no_function_of_rows(fused, name):
     assert count() == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["linear_kl_loss", first(0, ["linear_topk_kl_loss"])[0]])
+def test_logits_of_linear_heads(fused, name):
+    """Their rows are compared by the compiled program."""
+    count = fused(EAGER)
+    loss = next(loss for loss in LOSSES if loss.name == name)
+    inputs, temperature = given(loss), torch.tensor(2.0, requires_grad=True)
+
+    def gradients():
+        value = evaluate(loss, inputs, temperature=temperature)
+        return [value.detach(), *torch.autograd.grad(value, [*learned(loss, inputs), temperature])]
+
+    ours = gradients()
+    assert count()[0] == 1
+    kdtorch.fuse(False)
+    close(ours, gradients())
+
+
 @slow
 def test_a_compiled_kernel(fused):
     """By PyTorch's own compiler: one program for many sizes, and of the logits' size the gradient and p - q in float32, which

@@ -285,12 +285,23 @@ def test_what_kdtorch_holds_at_least(name):
 
 
 def test_what_kdtorch_holds_of_a_frozen_head():
+    """No more than the two logits of a block and its gradient, with what is made of a few rows at once; or blocks of classes."""
     head = 4 * BIG["classes"] * BIG["dim"]
-    for memory, blocks in (("low", 7 * 4 * kdtorch._linear.BLOCK), ("least", 7 * 4 * kdtorch._linear.LEAST)):
-        small = {**BIG, "tokens": 64} if memory == "low" else BIG
-        most, largest = held(small, memory, frozen=True)
-        assert largest < head
-        assert most < blocks + head // 2
+    most, largest = held({**BIG, "tokens": 64}, "low", frozen=True)
+    logits = 4 * 64 * BIG["classes"]
+    assert largest == logits
+    assert most <= 3.5 * logits
+    most, largest = held(BIG, "least", frozen=True)
+    assert largest < head
+    assert most < 7 * 4 * kdtorch._linear.LEAST + head // 2
+
+
+@slow
+@pytest.mark.parametrize("name", ["linear_kl_loss", "linear_reverse_kl_loss", "linear_jsd_loss"])
+def test_what_kdtorch_holds_of_many_tokens(name):
+    """The gradient of the head, and of one block its two logits, their gradient, and what is made of a few rows at once."""
+    most, _ = held({**BIG, "tokens": 1024}, "low", name=name)
+    assert most <= 4 * (BIG["classes"] * BIG["dim"] + 3.5 * kdtorch._linear.BLOCK)
 
 
 def test_what_kdtorch_holds_of_a_head_in_bfloat16():
