@@ -6,7 +6,6 @@ import sys
 import pytest
 from tiers import REPRESENTATIVES, first, slow
 
-from parity.arrays import HALVES
 from parity.cases import LOSSES, PERTURBATIONS, cases, random_case
 from parity.check import DTYPES, check
 from parity.compare import Comparison, difference
@@ -15,6 +14,12 @@ from parity.run import run
 CASES = [case for loss in LOSSES for case in cases(loss)]
 # half precision is a cast at the boundary: the cases that share one compiled program are enough here
 ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
+# the rounding of these is that of the ordinary case: only their shape or reduction differs, which float64 shows
+OTHER_SHAPES = ("axes", "classes", "example", "none", "sum")
+
+
+def is_run(case, dtype):
+    return case.name in ONE_PROGRAM or dtype == "float64" or (dtype == "float32" and case.name not in OTHER_SHAPES)
 
 
 def tier(case, dtype):
@@ -26,7 +31,7 @@ def tier(case, dtype):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [tier(case, dtype) for case in CASES for dtype in DTYPES if dtype not in HALVES or case.name in ONE_PROGRAM],
+    [tier(case, dtype) for case in CASES for dtype in DTYPES if is_run(case, dtype)],
     ids=str,
 )
 def test_both_packages_agree_with_the_oracle(case, dtype):
