@@ -380,7 +380,7 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
 def coupled(
     evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
 ) -> Callable[..., Tensor]:
-    """The same for a loss that compares examples: `differentiable(*inputs, summed)` returns one value, or one each.
+    """The same for a loss that compares examples; `differentiable(*inputs, summed)` returns the sum, or one value each.
 
     `evaluate(*inputs, weights, *asked)` returns one value per example, and the gradients of their weighted sum (None:
     all weights are 1). If the values are not summed, the weights are known only in the backward pass, which evaluates
@@ -579,7 +579,7 @@ class Tilt(NamedTuple):
     excess: Tensor
 
 
-FAR = -1e30  # replaces -inf; beside another logit of its row that is above it, it has the same effect
+FAR = -1e30  # replaces -inf; if another logit of the row is above it, the effect is the same
 
 
 def tilt(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None) -> Tilt | None:
@@ -680,7 +680,7 @@ def kl_and_gradient(
 def _kl_of_logs(
     x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same in few kernels where `quick_logs` gives them."""
+    """The same in few kernels, if `quick_logs` gives a result that is accurate."""
     logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None

@@ -196,7 +196,8 @@ def pairs_and_gradient(
 def pairs_of_targets_and_gradient(x: Tensor, q: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
     """Of the student's views and the teacher's probabilities.
 
-    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    The gradient is written by hand and shares softmaxes with the value, for the speed and memory in
+    docs/performance.md.
     """
     views, teacher_views = x.shape[-2], q.shape[-2]
     every = q.sum(-2, keepdim=True)
