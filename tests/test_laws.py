@@ -216,7 +216,7 @@ def test_second_call_compiles_nothing(loss):
     assert values[0] != values[1]
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every_kind
 def test_second_call_compiles_nothing_in_torch(loss):
     """With other inputs, mask and settings, and the state that the first call returned; it gives what eager PyTorch does."""
@@ -274,7 +274,7 @@ def test_chunks_of_a_sum_are_the_whole(f, loss):
             close([sum(pieces) if axis is None else np.concatenate(pieces, axis)], [whole], 256)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @learning_kind
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile(backend, loss):
@@ -487,7 +487,7 @@ def test_of_two_rows_with_one_index_the_later_is_remembered(f, name):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every
 def test_autocast_does_not_round_what_is_compiled(loss):
     function, x = called(TORCH, loss, "float32")

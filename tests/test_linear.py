@@ -209,7 +209,7 @@ def test_no_tokens(f, loss, memory):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.title)
 def test_options_under_a_compiler(loss):
     """All of them at once, in one graph, and by `vmap` over sets of weights."""

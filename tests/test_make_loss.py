@@ -214,7 +214,7 @@ def test_pure_step_in_jax():
     assert np.any(np.asarray(slope["losses"]["dcn"]["centers"][...]) != 0)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize(("number", "compilations"), first(1, [(torch.tensor, 1), (int, 2)]))
 def test_epochs_in_torch(number, compilations):
     """Other epochs and states compile nothing, but for the first other integer."""
@@ -632,7 +632,7 @@ def test_a_schedule_of_a_traced_epoch():
     assert values[1] - values[0] == pytest.approx(values[2] - values[1], rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_a_schedule_of_an_epoch_that_is_a_tensor():
     feat, target = batch(TORCH)
     config = configuration("kd-kld-dkd", [1.0, lambda epoch: (epoch / 20).clamp(max=1.0)])

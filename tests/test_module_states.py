@@ -345,7 +345,7 @@ USES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @all_modules
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_modules_in_torch(name, use):

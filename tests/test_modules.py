@@ -350,7 +350,7 @@ def test_an_empty_batch_of_contrast(name):
     assert theirs(torch.zeros(0, 5), torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)) == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_negatives_of_a_batch_of_any_size():
     torch._dynamo.reset()
     draw = torch.compile(

@@ -76,7 +76,7 @@ def test_flax(name, run):
     assert names["accuracy"] > 0.88
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_torch_compile(run):
     names = run("torch_compile")
     falls(names["losses"])

@@ -82,7 +82,7 @@ def test_one_framework_alone(capsys):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_compiled(capsys):
     torch._dynamo.reset()
     assert main([*FAST, "--framework", "torch", "--compile", "--tries", "1"]) == 0

@@ -144,7 +144,7 @@ def test_numbers_beyond_the_dtype(f):
 
 
 @both
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_what_is_no_logarithm_of_a_probability(f):
     """An error that names it in eager kdtorch, NaN elsewhere; what is masked may be anything, and rounding is let pass."""
     names, kept = ("student_log_probs", "teacher_log_probs", "behavior_log_probs"), np.array([True, True, False])

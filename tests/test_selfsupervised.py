@@ -94,7 +94,7 @@ def test_targets_are_constant_and_checked(f, name, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize(("name", "inputs"), [("dino_loss", VIEWS), ("ibot_loss", PATCHES)], ids=["dino", "ibot"])
 def test_targets_under_a_compiler(name, inputs):
     """A whole step: assignments of the teacher's outputs, and the loss of them."""

@@ -122,7 +122,7 @@ def test_ends_of_the_interpolation(f):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_exponents_that_move_under_a_compiler():
     """A second number makes a symbol of an exponent, which may be below 0."""
     torch._dynamo.reset()

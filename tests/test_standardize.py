@@ -129,7 +129,7 @@ def test_a_teacher_through_it_stays_constant(f):
     assert (f.numpy(slope) == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_compiled():
     torch._dynamo.reset()
     x = TORCH.array(ROWS).requires_grad_()

@@ -199,7 +199,7 @@ def test_a_parameter(loss, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @learned
 def test_compiled(loss):
     """By `torch.compile`, beside a student that learns and one that does not."""

@@ -429,7 +429,7 @@ def test_under_vmap(f, tail):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_torch_compile(tail):
     values, indices, rest = kept(TEACHER, 3, 2.0)
