@@ -45,7 +45,7 @@ SETTINGS = ("ordinary", "drawn", "least", "most")
 
 
 def _largest(limits: Any) -> float:
-    """The largest entry of an example: 1e-4 of the dtype's largest number, beyond which sums might overflow."""
+    """The largest entry: 1e-4 of the dtype's largest number, so that sums do not overflow; in float16 that number."""
     return float(limits.max) * (1 if float(limits.max) < 1e6 else 1e-4)
 
 
