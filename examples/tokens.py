@@ -276,7 +276,7 @@ def table(framework: str, teacher: dict[str, Any], rows: list[dict[str, Any]]) -
     """The table of one framework's results."""
     result = Table(title=f"{framework}: test perplexity of a byte, mean ± standard deviation over seeds")
     result.add_column("", no_wrap=True)
-    for column in ("parameters", "test perplexity", "gain", "seconds a step"):
+    for column in ("parameters", "test perplexity", "gain", "seconds per step"):
         result.add_column(column, justify="right")
     result.add_row(
         "teacher", f"{teacher['parameters']:,}", f"{teacher['test_perplexity']:.2f}", "", "", end_section=True
