@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make test-all` need Python >= 3.11 and nothing else; each creates .venv on its first call.
+# `make demo`, `make test` and `make test-all` need only Python >= 3.11. The first call of any of them creates .venv.
 PYTHON ?= python3
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt
@@ -14,7 +14,7 @@ demo: .venv/demo
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# also the slow tests: trainings, many random draws, browsers, processes, large meshes. `make test test-all` runs each test once
+# the slow tests as well: trainings, many random draws, browsers, processes, large meshes. `make test test-all` runs each test once
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
@@ -42,8 +42,8 @@ check: .venv/installed
 	$(INSTALL) -e '.[all]' --group examples
 	touch $@
 
-# without dependencies such as torchvision, triton and torchao, which their losses do not use; tests/test_moving.py
-# runs these losses
+# tests/test_moving.py runs the losses of these libraries. They are installed without their dependencies, such as torchvision, triton
+# and torchao, which the losses do not use.
 .venv/installed: .venv/made pyproject.toml constraints.txt
 	$(INSTALL) -e '.[all]' --group test --group check
 	$(INSTALL) --no-deps torchdistill liger-kernel torchtune lightly

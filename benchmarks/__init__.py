@@ -1,1 +1,1 @@
-"""Speed and memory of the losses beside the direct form, measured in the same run: `python -m benchmarks`."""
+"""Speed and memory of the losses compared with the direct forms, measured in the same run: `python -m benchmarks`."""

@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: each workload forward and backward, direct, in kdtorch, each compiled, and in kdjax under jit."""
+"""`python -m benchmarks` measures each workload, forward and backward, in five forms: the direct form and kdtorch, both
+eager and compiled, and kdjax under jit."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ from parity.report import check_writable, environment
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="workloads whose name has one of these texts")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="all five")
-    parser.add_argument("--quick", action="store_true", help="two seconds a workload, and no memory")
-    parser.add_argument("--threads", type=int, help="of both frameworks, on as many cores; all of them")
-    parser.add_argument("--json", metavar="FILE", help="every figure, with versions and machine")
-    parser.add_argument("--png", metavar="FILE", help="ratios as bars; growth of time and memory")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="workloads whose name contains one of these texts")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="default: all five")
+    parser.add_argument("--quick", action="store_true", help="two seconds per workload, without memory")
+    parser.add_argument("--threads", type=int, help="threads and cores for both frameworks (default: all cores)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, with versions and machine")
+    parser.add_argument("--png", metavar="FILE", help="draw the ratios, and how time and memory grow")
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {options.threads}")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.error(f"argument --{flag}: cannot write {getattr(options, flag)!r}: {error.strerror}")
 
-    if options.threads:  # before JAX starts, which takes every core that it may
+    if options.threads:  # before JAX starts and uses all cores that are allowed
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import torch
 
@@ -92,11 +93,11 @@ def _row(workload: Any, forms: tuple[str, ...], quick: bool, seconds: float = 8)
 
 
 def tables(rows: list[dict[str, Any]], forms: Sequence[str], width: int) -> list[Table]:
-    """Of time and, where it was measured, of memory; in a narrow terminal a cell has a line for each number."""
+    """The tables of time and, if measured, of memory; in a narrow terminal each number of a cell has its own line."""
     gap = " " if width >= 140 else "\n"
     titles = (
-        "Milliseconds forward and backward; × is how many times faster than direct",
-        "MiB that a step adds at its peak; in brackets what JAX's compiler says",
+        "Milliseconds, forward and backward; ×: how many times faster than direct",
+        "MiB that a step adds at its peak; in brackets: by JAX's compiler",
     )
     narrow = gap == "\n"
     times, memories = (

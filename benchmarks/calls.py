@@ -1,7 +1,8 @@
-"""What one call of kdtorch costs besides its kernels: `python -m benchmarks.calls`.
+"""The overhead of one call of kdtorch, without its kernels: `python -m benchmarks.calls`.
 
-`kl_loss` of 128×10, forward and backward, in eager PyTorch on one thread of a CPU. Each part is timed alone, in turn with the
-others, and the shortest of many times counts. What is left when the kernels are taken off the whole is the cost of the call.
+It measures `kl_loss` at 128×10, forward and backward, in eager PyTorch on one thread of a CPU. Each part is timed
+alone, in turn with the others, and the shortest of many times counts. The overhead is the time of the whole call minus
+that of the kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BATCH, CLASSES, TEMPERATURE = 128, 10, 4.0
 
 
 class _Nothing(torch.autograd.Function):
-    """A value and the gradient that is held, both there already: what `torch.autograd` itself costs."""
+    """Returns a value and a gradient that are already computed, to time `torch.autograd` itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def parts() -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The functions that are timed, by name."""
     x, y = torch.randn(BATCH, CLASSES, requires_grad=True), torch.randn(BATCH, CLASSES)
     fixed = x.detach()
     value, gradient = kl_and_gradient(fixed, y, TEMPERATURE)
@@ -71,7 +72,7 @@ def parts() -> dict[str, Callable[[], Any]]:
 
 
 def measure(rounds: int, calls: int = 30) -> dict[str, float]:
-    """Microseconds of each part: the shortest mean of some calls."""
+    """The microseconds of each part: the shortest mean over `calls` calls."""
     shortest: dict[str, float] = {}
     for _ in range(rounds):
         for name, part in parts().items():
@@ -85,23 +86,23 @@ def measure(rounds: int, calls: int = 30) -> dict[str, float]:
 
 
 def shares(us: dict[str, float]) -> dict[str, float]:
-    """Where the time goes: the kernels, and what is left of the whole."""
+    """How the time of the whole is divided among its parts."""
     rows = us["rows"] - us["function of rows"] - us["product"] - us["autograd"]
     graph = us["reduction"] - us["reduction's kernels"]
     found = {
-        "kernels, called without a gradient": us["kernels"],
+        "kernels, without autograd": us["kernels"],
         "check of the arguments": us["all"] - us["unchecked"],
-        "an autograd.Function of nothing, and the engine": us["autograd"],
-        "what runs the rows around it": rows,
+        "an empty autograd.Function, and autograd's engine": us["autograd"],
+        "the rest of `rowwise`": rows,
         "T² and the mean as nodes of the graph": graph,
     }
-    found["settings, and what no part has alone"] = us["all"] - sum(found.values())
+    found["settings and everything else"] = us["all"] - sum(found.values())
     return {"forward and backward": us["all"], **found, "all but the kernels": us["all"] - us["kernels"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.calls", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200, help="of which the shortest counts")
+    parser.add_argument("--rounds", type=int, default=200, help="number of rounds, of which the shortest counts")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"argument --rounds: must be at least 1, got {options.rounds}")

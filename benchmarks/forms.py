@@ -16,14 +16,14 @@ FORMS = ("direct", "direct-compiled", "torch", "compiled", "jax")
 
 
 class Outcome(NamedTuple):
-    """The value, and the gradients by input, each a list of arrays."""
+    """The value, and the gradients of each input, each a list of arrays."""
 
     value: np.ndarray
     gradients: dict[str, list[np.ndarray]]
 
 
 class Form(NamedTuple):
-    """What is timed, and what it gave."""
+    """The function that is timed, and one that converts its result to an `Outcome`."""
 
     step: Callable[[], Any]
     outcome: Callable[[Any], Outcome]
@@ -69,7 +69,7 @@ def _torch(workload: Workload, name: str) -> Form:
 
 
 def _kept(function: Callable[..., Any], where: Any) -> Callable[..., Any]:
-    """The direct form of half precision and masks, as trainers write it: float32 first, and an index of what is kept."""
+    """The direct form for half precision and masks, as usually written: convert to float32, index the kept examples."""
 
     def of_kept(*inputs: Any, **options: Any) -> Any:
         arrays = [x.float() if hasattr(x, "is_floating_point") and x.is_floating_point() else x for x in inputs]
@@ -120,14 +120,14 @@ def _jax(workload: Workload) -> Form:
 
 
 def _with_state(package: Any, loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with the state as the package's own."""
+    """The inputs, with the state in the package's own type."""
     return inputs | (
         {loss.state: getattr(package, loss.inputs[loss.state])(**inputs[loss.state])} if loss.state else {}
     )
 
 
 def floor(workload: Workload) -> Callable[[], Any]:
-    """Reads the inputs and writes the gradients, once: copies what is learned and sums the rest."""
+    """A lower bound: reads inputs and writes gradients once, by copying the trained inputs and summing the rest."""
     import torch
 
     inputs, loss = workload.inputs(), workload.loss
@@ -151,7 +151,7 @@ def floor(workload: Workload) -> Callable[[], Any]:
 
 
 def check(name: str, got: Outcome, want: Outcome, limit: float = 1e-3) -> None:
-    """Raise unless value and gradients are those of the direct form, to what their dtype keeps of it."""
+    """Raise an error if the value or a gradient differs from that of the direct form by more than the limit."""
     pairs = [("value", got.value, want.value)]
     pairs += [
         (f"gradient of {key}", a, b)

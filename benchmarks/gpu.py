@@ -1,8 +1,9 @@
-"""One run on one GPU: is kdtorch, eager and fused, and kdjax right there, how fast, and what does it hold? `benchmarks/gpu.sh`
+"""Checks correctness, speed and memory of kdtorch (eager and fused) and kdjax in one run on a GPU: `benchmarks/gpu.sh`.
 
-First all losses in float32 and bfloat16 against the formula in float64; then some of them in bfloat16 on 8,192 rows of a
-vocabulary; then the workloads of `python -m benchmarks` in float32. Each part has a share of the time, and says what it
-did not reach. Of a step, forward and backward, the time is that of CUDA's events, and the memory the allocator's peak.
+First all losses are compared, in float32 and bfloat16, with the formula in float64. Then some of them run in bfloat16
+on 8,192 rows of a vocabulary. Then follow the workloads of `python -m benchmarks` in float32. Each part has a share of
+the time, and reports what it did not reach. A step is forward and backward; its time is measured by CUDA events, and
+its memory is the allocator's peak.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ NEEDED = ("torch", "numpy", "jaxtyping", "rich", "ml_dtypes")
 OPTIONAL = ("jax", "flax", "optax", "triton")
 FORMS = ("floor", "kdtorch", "fused", "direct", "direct compiled", "kdjax")
 CHECKED = {"kdtorch": "torch", "fused": "torch", "kdjax": "jax"}
-LARGE = ("kl_loss", "dkd_loss", "dino_loss", "jsd_loss")  # and all that begins with "linear_"
-# until which part of the time each part may begin something
+LARGE = ("kl_loss", "dkd_loss", "dino_loss", "jsd_loss")  # and all losses that begin with "linear_"
+# the fraction of the time after which a part begins nothing more
 SHARES = {
     "parity kdtorch": 0.08,
     "parity fused": 0.28,
@@ -43,14 +44,14 @@ SHARES = {
 
 
 class Report:
-    """What was measured, in a file that is written anew after each row, so that a run that is stopped loses nothing."""
+    """The results. The file is written again after each row, so that nothing is lost if the run is stopped."""
 
     def __init__(self, path: str | None, seconds: float, texts: Sequence[str]) -> None:
         self.content: dict[str, Any] = {"parity": [], "large": [], "workloads": [], "not reached": []}
         self.path, self.seconds, self.texts, self.start = path, seconds, texts, time.monotonic()
 
     def reaches(self, part: str, *what: str) -> bool:
-        """Whether there is time left for it, and whether it was asked for."""
+        """Whether this measurement was requested, and there is time left for it."""
         if not any(text in " ".join(what) for text in self.texts):
             return False
         in_time = time.monotonic() - self.start < SHARES[part] * self.seconds
@@ -76,11 +77,11 @@ def _short(value: Any) -> str:
 
 
 def missing(device: str) -> tuple[list[str], list[str]]:
-    """The modules without which nothing runs, and what else is not there, after the wheels in `out/wheels` are unpacked."""
+    """The missing modules that are needed, and other missing things, after the wheels in `out/wheels` are unpacked."""
     folder = tempfile.mkdtemp(prefix="wheels-")
     for wheel in sorted((ROOT / "out" / "wheels").glob("*.whl")):
         zipfile.ZipFile(wheel).extractall(folder)
-    sys.path.append(folder)  # after what is installed
+    sys.path.append(folder)  # installed packages come first
     wanted = [x for x in OPTIONAL if x != "triton" or device == "cuda"]
     absent = [[x for x in names if importlib.util.find_spec(x) is None] for names in (NEEDED, wanted)]
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -88,11 +89,11 @@ def missing(device: str) -> tuple[list[str], list[str]]:
     return absent[0], absent[1]
 
 
-# -- is it right? ------------------------------------------------------------------------------------------------------
+# -- correctness -------------------------------------------------------------------------------------------------------
 
 
 class OnDevice:
-    """kdtorch, whose functions take what they are given to the device, and bring back what they return."""
+    """kdtorch with functions that move their arguments to the device, and their results back to the CPU."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -119,7 +120,7 @@ def _to(x: Any, device: str) -> Any:
 
 
 def parity(report: Report, device: str, forms: Sequence[str]) -> None:
-    """All losses, an ordinary case and a masked one."""
+    """Check an ordinary and a masked case of each loss."""
     import kdtorch
     from parity.cases import LOSSES, cases
     from parity.check import check
@@ -151,12 +152,12 @@ def _fused(setting: bool) -> Iterator[None]:
         kdtorch.fuse(before)
 
 
-# -- how fast is it, and what does it hold? ----------------------------------------------------------------------------
+# -- speed and memory --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Job:
-    """A loss on tensors of a device."""
+    """A loss and its inputs on a device."""
 
     loss: Any
     inputs: dict[str, Any]
@@ -242,7 +243,7 @@ def step_of(form: str, job: Job) -> Callable[[], tuple[Any, list[Any]]]:
     if plain:
         formula = function
 
-        def function(*inputs: Any, **options: Any) -> Any:  # in float32, as trainers write it
+        def function(*inputs: Any, **options: Any) -> Any:  # in float32, as it is usually written
             return formula(*(_each(x, lambda v: v.float() if v.is_floating_point() else v) for x in inputs), **options)
 
     if form == "direct compiled":
@@ -301,7 +302,7 @@ def _jax_step(job: Job) -> Callable[[], tuple[Any, list[Any]]]:
 
 
 def measure(form: str, job: Job, reference: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Of one form: milliseconds, bytes at the peak beyond the inputs, and how far value and gradient are from the reference."""
+    """Measure one form: milliseconds, peak bytes beyond the inputs, and the errors of value and gradient."""
     import torch
 
     cuda = job.device == "cuda"
@@ -344,7 +345,7 @@ def _wait(cuda: bool) -> None:
 
 
 def _times(step: Callable[[], Any], events: bool, seconds: float) -> list[float]:
-    """Seconds of each of some steps after two that are not counted."""
+    """The seconds of each of some steps, after two steps that are not counted."""
     import torch
 
     taken: list[float] = []
@@ -379,7 +380,7 @@ def _ends(value: Any, slopes: list[Any]) -> list[Any]:
 
 
 def _apart(ours: list[Any], theirs: list[Any]) -> dict[str, float]:
-    """Over the largest entry. The reference is the form that came first."""
+    """The errors of value and gradients relative to the largest entry; the reference is the form that ran first."""
     import numpy as np
 
     def error(a: Any, b: Any) -> float:
@@ -390,12 +391,12 @@ def _apart(ours: list[Any], theirs: list[Any]) -> dict[str, float]:
 
 
 def _row(form: str, job: Job, reference: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What was measured, or why it was not."""
+    """The measurement, or the error that prevented it."""
     import torch
 
     try:
         return measure(form, job, reference, seconds)
-    except Exception as error:  # such as memory that does not suffice
+    except Exception as error:  # such as out of memory
         return {"form": form, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
         if job.device == "cuda":
@@ -403,7 +404,7 @@ def _row(form: str, job: Job, reference: dict[str, Any], seconds: float) -> dict
 
 
 def large(report: Report, device: str, small: bool, forms: Sequence[str]) -> None:
-    """In bfloat16, on the rows of a batch of tokens and a vocabulary."""
+    """Measure losses in bfloat16, on a batch of tokens with a large vocabulary."""
     from parity.cases import LOSSES, Sizes
 
     losses = sorted(
@@ -416,7 +417,7 @@ def large(report: Report, device: str, small: bool, forms: Sequence[str]) -> Non
     for part, names in ((part, [x for x in names if x in forms]) for part, names in passes):
         for vocabulary in (320, 1283) if small else (32_000, 128_256):
             for loss in losses:
-                views = rows // 4 if loss.name == "dino_loss" else rows  # four of the student, two of the teacher
+                views = rows // 4 if loss.name == "dino_loss" else rows  # four student views and two teacher views
                 dim = vocabulary if loss.name == "dino_loss" else 16 if small else 2048
                 sizes = Sizes((views,), vocabulary, dim, 4, 2, teacher_dim=dim)
                 wanted = [x for x in names if _has(x, loss) and report.reaches(part, loss.title, str(vocabulary), x)]
@@ -432,7 +433,7 @@ def large(report: Report, device: str, small: bool, forms: Sequence[str]) -> Non
 
 
 def workloads(report: Report, device: str, small: bool, forms: Sequence[str]) -> None:
-    """In float32, each form over all workloads, those that compile quickly first."""
+    """Measure all workloads in float32, one form after another, those that compile quickly first."""
     from benchmarks.workloads import WORKLOADS
     from parity.cases import Sizes
 
@@ -447,14 +448,14 @@ def workloads(report: Report, device: str, small: bool, forms: Sequence[str]) ->
                 continue
             if report.reaches("workloads", workload.name, form):
                 sizes = tiny if small else benchmark.sizes
-                options = benchmark.options | (workload.loss.required if small else {})  # which fit small sizes
+                options = benchmark.options | (workload.loss.required if small else {})  # options that fit small sizes
                 job = draw(workload.loss, sizes, "float32", device, options, benchmark.factor)
                 found = _row(form, job, references.setdefault(workload.name, {}), 0.05 if small else 0.3)
                 report.add("workloads", {"workload": workload.name} | found)
 
 
 def _has(form: str, loss: Any) -> bool:
-    """Whether there is such a form of the loss."""
+    """Whether the loss has this form."""
     from benchmarks import direct
 
     return not form.startswith("direct") or hasattr(direct, loss.name)
@@ -463,27 +464,25 @@ def _has(form: str, loss: Any) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks/gpu.sh", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=390, help="after which nothing more is begun")
-    parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", default=[""], help="losses or workloads that have such a text"
-    )
-    parser.add_argument("--json", metavar="FILE", help="every figure, versions and the device")
+    parser.add_argument("--small", action="store_true", help="use tiny inputs, to test the script")
+    parser.add_argument("--seconds", type=float, default=390, help="time limit, after which nothing more begins")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="names that contain one of these texts")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, versions and the device")
     options = parser.parse_args(arguments)
     report = Report(options.json, options.seconds, options.only)
     needed, absent = missing(options.device)
     print("missing:", ", ".join([*needed, *absent]) or "nothing", flush=True)
     if needed:
-        print("fetch them where there is a network: benchmarks/gpu.sh --fetch", file=sys.stderr)
+        print("fetch them on a machine with a network: benchmarks/gpu.sh --fetch", file=sys.stderr)
         return 2
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch finds no GPU: benchmarks/gpu.sh --device cpu --small tries the script", file=sys.stderr)
+        print("PyTorch finds no GPU; to test the script: benchmarks/gpu.sh --device cpu --small", file=sys.stderr)
         return 2
-    torch._dynamo.config.recompile_limit = 1000  # the direct forms are compiled anew for each workload
+    torch._dynamo.config.recompile_limit = 1000  # the direct forms are compiled again for each workload
     forms, checked = list(FORMS), list(CHECKED)
     about = {"python": platform.python_version(), "torch": torch.__version__, "missing": absent}
     about["device"] = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu"
@@ -497,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if jax_device != {"cuda": "gpu", "cpu": "cpu"}[options.device]:
         forms.remove("kdjax")
         checked.remove("kdjax")
-        print(f"kdjax is left out: JAX has {jax_device or 'not been found'}, not the device asked for", flush=True)
+        print(f"kdjax is left out: JAX is {'on ' + jax_device if jax_device else 'not installed'}", flush=True)
     report.content = {"environment": about, "small": options.small, **report.content}
     parity(report, options.device, checked)
     large(report, options.device, options.small, forms)

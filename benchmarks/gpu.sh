@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Parity, speed and memory of all losses on one GPU, in at most seven minutes; what is measured is in the file after each line.
+# Measures parity, speed and memory of all losses on one GPU, in at most seven minutes. The file grows line by line.
 #
-#   benchmarks/gpu.sh --json gpu.json            # what is missing on this machine is printed first
-#   benchmarks/gpu.sh --device cpu --small       # the same on a CPU, of tiny inputs
-#   benchmarks/gpu.sh --linear                   # the heads of a language model, beside Liger's, which publishes 11.1 GB and 60.7 ms
-#   benchmarks/gpu.sh --fetch                    # where there is a network: the small wheels that a bare machine lacks
+#   benchmarks/gpu.sh --json gpu.json            # first prints what is missing on this machine
+#   benchmarks/gpu.sh --device cpu --small       # the same with tiny inputs on a CPU
+#   benchmarks/gpu.sh --linear                   # linear heads, compared with Liger's (published: 11.1 GB and 60.7 ms)
+#   benchmarks/gpu.sh --fetch                    # with a network: downloads the small wheels that a bare machine lacks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-if [ "${1:-}" = --fetch ]; then # for this version of Python; PyTorch, JAX, Flax and Optax must be there
+if [ "${1:-}" = --fetch ]; then # for this version of Python; the machine must have PyTorch, JAX, Flax and Optax
   exec "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest out/wheels \
     jaxtyping wadler-lindig rich pygments markdown-it-py mdurl ml_dtypes safetensors
 fi

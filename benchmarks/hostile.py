@@ -1,7 +1,7 @@
-"""`python -m benchmarks.hostile`: the direct forms and kdtorch on the same hostile inputs, in float32 unless it says
-float16, and what fails is counted.
+"""`python -m benchmarks.hostile` counts how often the direct forms and kdtorch fail on the same hostile inputs.
 
-An answer fails where it is not a number, where it is infinite and the formula is not, and where a gradient is so.
+Inputs are float32 where the table does not say float16. A result fails if the value or a gradient is NaN, or if it is
+infinite although the formula is finite.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = Sizes(batch=(4,), classes=7, dim=5, views=3, num_data=9, negatives=3)
 
 
 def _each(function: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Loss, dict[str, Any]], dict[str, Any]]:
-    """A change of every array of numbers, given with the axis of its examples."""
+    """Apply a function to every array of floating-point numbers; it also gets the axis of the array's examples."""
 
     def change(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
         numbers = {k: KINDS[loss.inputs[k]].axis or 0 for k in inputs if KINDS[loss.inputs[k]].numbers}
@@ -50,7 +50,7 @@ def _equal(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _padded(loss: Loss, inputs: dict[str, Any], number: float) -> dict[str, Any]:
-    """The last class is padding, and nobody's label."""
+    """Make the last class padding, which is not the label of any example."""
     logits = {k: inputs[k].copy() for k in inputs if loss.inputs[k] == "logits"}
     for x in logits.values():
         x[..., -1] = number
@@ -75,7 +75,7 @@ HOSTILE: dict[str, Callable[[Loss, dict[str, Any]], dict[str, Any]]] = {
 
 
 def fails(function: Callable[..., Any], loss: Loss, inputs: dict[str, Any], dtype: str) -> bool:
-    """Whether the value or a gradient is not finite though the formula's is; the state is in float32."""
+    """Whether the value or a gradient is not finite although the formula's is; the state is float32."""
     given = {
         k: each_array(v, lambda x, k=k: x.astype("float32" if k == loss.state else dtype) if x.dtype.kind == "f" else x)
         for k, v in inputs.items()
@@ -119,7 +119,7 @@ def _tensors(x: Any) -> Any:
 
 
 def count(draws: int) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """For each loss that has a direct form, how many draws of each kind fail: of the direct form, of kdtorch."""
+    """For each loss that has a direct form and each kind of input: how often the direct form fails, and kdtorch."""
     rows = []
     chosen = [x for x in LOSSES if x.learns and hasattr(direct, x.name) and x.title == x.name]
     for loss in track(chosen, "losses", console=Console(stderr=True)):
@@ -136,11 +136,11 @@ def count(draws: int) -> list[tuple[str, dict[str, tuple[int, int]]]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.hostile", description=__doc__)
-    parser.add_argument("--draws", type=int, default=20, help="of each kind and loss")
+    parser.add_argument("--draws", type=int, default=20, help="draws per kind and loss")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = count(options.draws)
-    table = Table("loss", *HOSTILE, "all", title=f"failures of {options.draws}: the direct form / kdtorch")
+    table = Table("loss", *HOSTILE, "all", title=f"failures in {options.draws} draws: direct form / kdtorch")
     for name, counts in rows:
         total = [sum(pair[i] for pair in counts.values()) for i in (0, 1)]
         table.add_row(name, *(f"{a} / {b}" for a, b in counts.values()), f"{total[0]} / {total[1]}")

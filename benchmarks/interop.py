@@ -1,4 +1,4 @@
-"""What crossing costs: a teacher of the other framework, and its outputs on disk.
+"""Measures the cost of a teacher in the other framework, and of reading a teacher's outputs from disk.
 
 python -m benchmarks.interop                # a million samples, about 300 MB in the folder for temporary files
 python -m benchmarks.interop --samples 10000
@@ -27,7 +27,7 @@ CLASSES, TOP_K, BATCH = 1000, 64, 4096
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The shortest of some calls, after one that is not counted."""
+    """The time of the shortest of some calls, after one call that is not counted."""
     jax.block_until_ready(function())
     times = []
     for _ in range(repeats):
@@ -38,7 +38,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def teachers(calls: int) -> None:
-    """Milliseconds a call, of each way, for a light and a heavy teacher; PyTorch on one core, where others may work too."""
+    """Print the milliseconds per call of each way, for a light and a heavy teacher; PyTorch uses one core."""
     torch.set_num_threads(1)
     for width in (64, 1024):
         layers = [torch.nn.Linear(784, width), torch.nn.ReLU()] + [torch.nn.Linear(width, width), torch.nn.ReLU()] * 3
@@ -75,14 +75,14 @@ def batches(samples: int) -> Iterator[dict[str, Any]]:
 
 
 def forget(file: Path) -> None:
-    """Its pages leave the memory, so that the disk is read."""
+    """Remove a file from the page cache, so that it is read from the disk."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def disk(samples: int, folder: Path) -> None:
-    """GB/s of reading what was recorded, beside reading the same bytes."""
+    """Print the GB/s of reading recorded outputs, compared with reading the same bytes from the file."""
     start = time.perf_counter()
     record_teacher(folder, batches(samples), top_k=TOP_K, temperatures=[1.0, 4.0])
     rows = folder / "rows"
@@ -109,9 +109,9 @@ def disk(samples: int, folder: Path) -> None:
             cache.read(order[i : i + BATCH], temperature=4.0)
 
     ways = {
-        "the file, plainly": read_file,
-        "np.memmap, row after row": read_map,
-        "TeacherCache.read, row after row": lambda: read_cache(np.arange(samples)),
+        "plain reads of the file": read_file,
+        "np.memmap, in order": read_map,
+        "TeacherCache.read, in order": lambda: read_cache(np.arange(samples)),
         "TeacherCache.read, shuffled": lambda: read_cache(shuffled),
     }
     for where in ("from the disk", "from memory"):
@@ -124,15 +124,13 @@ def disk(samples: int, folder: Path) -> None:
                 read()
                 best = min(best, time.perf_counter() - start)
                 least = min(least, time.process_time() - used)
-            print(
-                f"{where}: {name:34s} {size / best / 1e9:6.2f} GB/s; {size / least / 1e9:6.2f} GB a processor's second"
-            )
+            print(f"{where}: {name:34s} {size / best / 1e9:6.2f} GB/s; {size / least / 1e9:6.2f} GB per CPU second")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--calls", type=int, default=100, help="of each teacher, the shortest of which counts")
+    parser.add_argument("--calls", type=int, default=100, help="calls of each teacher, of which the shortest counts")
     options = parser.parse_args(arguments)
     print(f"jax {jax.__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
     teachers(options.calls)

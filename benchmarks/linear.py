@@ -1,8 +1,9 @@
-"""`python -m benchmarks.linear`: losses of linear heads over a vocabulary, forward and backward: time, and memory at its peak.
+"""`python -m benchmarks.linear`: time and peak memory of the losses of linear heads over a vocabulary.
 
-Beside the plain form, which makes all logits: eager and compiled PyTorch, TRL's chunked divergence and torchtune's chunked
-loss. Each form is a process of its own and takes its step in turn, on the same numbers; what it held is the peak of the
-process, or of the GPU's allocator, less what it held before the step, so that the gradients count and the inputs do not.
+A step is forward and backward. The losses are compared with the plain form, which computes all logits, in eager and
+compiled PyTorch, with TRL's chunked divergence, torchtune's chunked loss and Liger's fused loss. Each form runs in its
+own process, on the same inputs, and takes its steps in turn. The memory is the peak of the process, or of the GPU's
+allocator, minus the memory before the step, so that gradients count and inputs do not.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent
 FORMS = ("plain", "plain compiled", "kdtorch", "kdtorch least", "kdjax", "kdjax least", "trl", "torchtune", "liger")
 LOSSES = ("kl", "reverse_kl", "jsd")
-LIMITS = {"float32": 1e-3, "bfloat16": 2e-2}  # of the largest entry of a gradient
+LIMITS = {"float32": 1e-3, "bfloat16": 2e-2}  # relative to the largest entry of a gradient
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.linear", description=__doc__)
     parser.add_argument("--loss", choices=LOSSES, default="kl")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="each at the first vocabulary")
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128_256], help="each at the first tokens")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="all with the first vocabulary")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[128_256], help="all with the first tokens")
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--dtype", choices=LIMITS, default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="cores of a CPU that each form may use")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not")
-    parser.add_argument("--json", metavar="FILE", help="every figure")
-    parser.add_argument("--png", metavar="FILE", help="memory against tokens, and against the vocabulary")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not timed")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--png", metavar="FILE", help="draw the memory over tokens, and over the vocabulary")
     parser.add_argument(
         "--form", choices=FORMS, help=argparse.SUPPRESS
-    )  # of this process, which takes its steps when told
+    )  # the form that this process runs, step by step on request
     options = parser.parse_args(arguments)
     if options.form:
         return _serve(options)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _turns(options: argparse.Namespace, tokens: int, vocabulary: int) -> list[dict[str, Any]]:
-    """All forms in turn, and what is printed of them."""
+    """Measure all forms in turn, and print the results."""
     print(
         f"{options.loss}, {tokens} tokens x {vocabulary} x {options.dim}, {options.dtype}, {options.device}", flush=True
     )
@@ -110,7 +111,7 @@ def _turns(options: argparse.Namespace, tokens: int, vocabulary: int) -> list[di
             row["apart"] = apart
         print(
             f"{row['form']:>16}  {row['s']:8.3f} s  {row['s'] / first['s']:5.2f}x  {row['MiB']:7.0f} MiB  loss {row['value']:.6g}"
-            + (f"  its gradient is {apart:.1e} of the largest entry off" if "apart" in row else ""),
+            + (f"  its gradient differs by {apart:.1e} of the largest entry" if "apart" in row else ""),
             flush=True,
         )
     for row in rows:
@@ -119,7 +120,7 @@ def _turns(options: argparse.Namespace, tokens: int, vocabulary: int) -> list[di
 
 
 def _serve(options: argparse.Namespace) -> int:
-    """One form: a step and what it took, for each line of the standard input."""
+    """Run one form: for each line of the standard input, take a step and print its measurement."""
     if options.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import torch
@@ -134,7 +135,7 @@ def _serve(options: argparse.Namespace) -> int:
         if not error:
             try:
                 answer = _measured(step, options.device)
-            except Exception as fault:  # such as memory that does not suffice
+            except Exception as fault:  # such as out of memory
                 error = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
         print(json.dumps({"error": error} if error else answer), flush=True)
     return 0
@@ -148,7 +149,7 @@ def _measured(step: Callable[[], tuple[Any, Any]], device: str) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
     start = time.perf_counter()
     value, gradient = step()
@@ -156,14 +157,14 @@ def _measured(step: Callable[[], tuple[Any, Any]], device: str) -> dict[str, Any
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-    if device == "cuda" and "jax" in sys.modules:  # whose peak is that since the process began
+    if device == "cuda" and "jax" in sys.modules:  # JAX's peak is since the start of the process
         statistics_of = sys.modules["jax"].devices()[0].memory_stats()
         before, peak = statistics_of["bytes_in_use"], statistics_of["peak_bytes_in_use"]
     return {"s": seconds, "MiB": (peak - before) / 2**20, "value": float(value), "ends": _ends(gradient)}
 
 
 def _status(name: str) -> int:
-    """Bytes, of this process."""
+    """A memory statistic of this process, in bytes."""
     found = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
     return 1024 * int(found[1]) if found else 0
 
@@ -175,7 +176,7 @@ def _ends(gradient: Any) -> list[float]:
 
 
 def _form(options: argparse.Namespace) -> Callable[[], tuple[Any, Any]]:
-    """The step of a form: the loss and the gradient of the head, made with that of the hidden states."""
+    """The step of a form: it returns the loss and the head's gradient, and computes that of the hidden states too."""
     import torch
 
     (tokens,), (vocabulary,) = options.tokens, options.vocabulary
@@ -184,7 +185,7 @@ def _form(options: argparse.Namespace) -> Callable[[], tuple[Any, Any]]:
 
     def drawn(rows: int, scale: float) -> torch.Tensor:
         x = torch.empty(rows, options.dim, dtype=dtype)
-        for part in x.split(4096):  # no wide copy of all
+        for part in x.split(4096):  # in parts, without a wide copy of everything
             part.copy_(torch.randn(part.shape, generator=generator) * scale)
         return x.to(device)
 
@@ -292,7 +293,7 @@ def _draw(rows: list[dict[str, Any]], path: str) -> None:
             ]
             axis.plot(*zip(*sorted(points), strict=True), marker=".", label=form)
         axis.set(xlabel=f"{grows}, at {held:,} {fixed.replace('vocabulary', 'classes')}", ylim=0, xscale="log")
-    axes[0].set_ylabel("MiB at the peak")
+    axes[0].set_ylabel("peak MiB")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Time in turn within one process, memory each in its own."""
+"""Measures the time of all forms in turn in one process, and the memory of each form in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import numpy as np
 from benchmarks.forms import FORMS, check, floor, form
 from benchmarks.workloads import Workload
 
-# of the largest entry: what a product of many float32 numbers keeps, and two roundings of bfloat16
+# relative to the largest entry: the accuracy of a product of many float32 numbers, and two roundings of bfloat16
 LIMITS = {"float32": 1e-3, "bfloat16": 2**-7}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds: the median, and the 20th and 80th percentiles."""
+    """A time in seconds: the median, and the 20th and 80th percentiles."""
 
     median: float
     low: float
@@ -33,10 +33,10 @@ class Timing:
 
 
 def timings(workload: Workload, names: tuple[str, ...], seconds: float) -> dict[str, Timing]:
-    """Of each form and of the `"floor"`, in turn, for some seconds; values are checked first.
+    """Time each form and the `"floor"` in turn for some seconds, after their values have been checked.
 
-    The forms that are fast run more often within a turn, so that their timer's resolution and the caches of the slow
-    ones do not show.
+    Fast forms run more often within a turn, so that neither the timer's resolution nor the caches of slow forms affect
+    their time.
     """
     _settle_allocator()
     steps: dict[str, Callable[[], Any]] = {"floor": floor(workload)}
@@ -53,7 +53,7 @@ def timings(workload: Workload, names: tuple[str, ...], seconds: float) -> dict[
     start = time.perf_counter()
     while (time.perf_counter() - start < seconds or len(taken["floor"]) < 5) and len(taken["floor"]) < 100:
         for name, step in steps.items():
-            time.sleep(0.01)  # the threads of the form before stop waiting for work
+            time.sleep(0.01)  # until the threads of the previous form stop waiting for work
             if not taken[name] or taken[name][-1] < 0.05:
                 step()
             again = 0.0
@@ -67,23 +67,23 @@ def timings(workload: Workload, names: tuple[str, ...], seconds: float) -> dict[
 
 
 def _settle_allocator() -> None:
-    """Free one array of the size that a model's are, as any training does.
+    """Free one array of the size of a model's arrays, as happens in any training.
 
-    The C library then keeps what smaller arrays free; before, it gives all of it back to the system after each step, and
-    the pages' first touch is half of what is measured.
+    After that, the C library keeps the memory that smaller arrays free. Before that, it returns the memory to the
+    system after each step, and the page faults of the next step are half of the measured time.
     """
     np.ones(30 * 2**17)
 
 
-# the C library's: an array's pages are given back as it is freed, none are kept for the next
+# settings of the C library: the pages of an array are returned to the system as soon as it is freed
 RETURN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
 def memory(workload: Workload, name: str) -> dict[str, int | None]:
-    """Bytes that a step needs at its peak beyond its inputs: its temporaries, the gradients and a new state.
+    """The peak bytes that a step needs in addition to its inputs: temporaries, gradients and a new state.
 
-    `"resident"` is by how much a second step raises the resident memory of a fresh process, in which freed arrays
-    return to the system at once. `"program"` is what the compiler says of the same: XLA's temporaries and results.
+    `"resident"` is the increase of a fresh process's resident memory in a second step, where freed arrays return to the
+    system at once. `"program"` is the same by the compiler's account: XLA's temporaries and results.
     """
     code = f"from benchmarks.measure import print_memory; print_memory({workload.name!r}, {name!r})"
     done = subprocess.run(
@@ -100,15 +100,15 @@ def memory(workload: Workload, name: str) -> dict[str, int | None]:
 
 
 def print_memory(workload: str, name: str) -> None:
-    """In the fresh process."""
+    """Measure and print the memory, in the fresh process."""
     from benchmarks.workloads import GROWTH, WORKLOADS
 
     every = [*WORKLOADS, *(x for _, sizes in GROWTH.values() for x in sizes.values())]
     made = form(name, next(x for x in every if x.name == workload))
-    made.step()  # compiles, and starts the libraries
+    made.step()  # compiles, and loads the libraries
     gc.collect()
-    time.sleep(0.2)  # other threads free what they held
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    time.sleep(0.2)  # until other threads have freed their memory
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     made.step()
     print(json.dumps({"resident": max(_status("VmHWM") - before, 0), "program": made.bytes_of_program}))
@@ -120,7 +120,7 @@ def _status(field: str) -> int:
 
 
 def names_of(workload: Workload, forms: tuple[str, ...] = FORMS) -> tuple[str, ...]:
-    """Of the forms, those that the workload has."""
+    """Those of the forms that the workload has."""
     benchmark = workload.benchmark
     have = {"direct": benchmark.direct, "direct-compiled": benchmark.direct and benchmark.compiles}
     return tuple(x for x in forms if have.get(x, True))

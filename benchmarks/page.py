@@ -1,4 +1,5 @@
-"""`python -m benchmarks.page all.json one.json`: the tables of docs/performance.md, of a run on all cores and of one on one core."""
+"""`python -m benchmarks.page all.json one.json` prints the tables of docs/performance.md, from a run on all cores and a
+run on one core."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def _table(head: list[str], cells: list[list[str]], rows: list[dict[str, Any]]) 
 
 
 def _times(seconds: dict[str, Any]) -> list[str]:
-    """Milliseconds, and how many times faster than direct."""
+    """The cells for milliseconds, and for how many times faster than direct."""
     cells = [f"{1e3 * seconds['floor']['median']:.3g}"]
     for name in FORMS:
         ratio = _ratio(seconds, name)
@@ -58,7 +59,7 @@ def _ratio(seconds: dict[str, Any], name: str) -> str:
 
 
 def _sizes(memory: dict[str, Any]) -> list[str]:
-    """MiB that a step adds; bold is more than direct."""
+    """The cells for the MiB that a step adds, in bold if it is more than direct."""
     direct = memory.get("direct", {"resident": float("inf")})["resident"]
     cells = []
     for name in FORMS:

@@ -1,4 +1,4 @@
-"""The picture of a run: ratios as bars, and how time and memory grow."""
+"""Draws the picture of a run: ratios as bars, and how time and memory grow."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def draw(result: dict[str, Any], path: str) -> None:
                 axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, format="png")  # whatever it is called
+    figure.savefig(path, dpi=130, format="png")  # for any file name
     plt.close(figure)

@@ -1,10 +1,10 @@
-"""What recording a language model's logits costs, and how fast what was recorded is read.
+"""Measures how fast a language model's logits are recorded, and how fast they are read again.
 
     python -m benchmarks.recording
     python -m benchmarks.recording --tokens 64 --recorded 20000 --vocabularies 32000
 
-Recording is beside `torch.topk` of the same logits, of which it needs the result and the sum of what is left, on one core
-and in the same run, the forms in turn. Reading is of one row per token, and of sequences of 512 tokens.
+Recording is compared with `torch.topk` of the same logits, whose result it needs, in addition to the sum of the rest.
+All forms run in turn on one core. Reading is measured for one row per token, and for sequences of 512 tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOP_K, BATCH, LENGTH = 64, 4096, 512
 
 
 def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median of some calls of each, in turn, after one that is not counted."""
+    """The median time of some calls of each function, in turn, after one call that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
@@ -43,7 +43,7 @@ def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 
 def recording(vocabulary: int, tokens: int, repeats: int, folder: Path) -> None:
-    """Milliseconds a token, and the ratio to `torch.topk`."""
+    """Print the milliseconds per token, and the ratio to `torch.topk`."""
     wide = 3 * torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(0))
     number = iter(range(10**9))
     for dtype in (torch.float32, torch.bfloat16):
@@ -62,13 +62,13 @@ def recording(vocabulary: int, tokens: int, repeats: int, folder: Path) -> None:
         found = seconds(ways, repeats)
         for name, x in found.items():
             print(
-                f"vocabulary {vocabulary:,}, {str(dtype)[6:]:8}: {name:32} {1e3 * x / tokens:6.3f} ms a token, "
+                f"vocabulary {vocabulary:,}, {str(dtype)[6:]:8}: {name:32} {1e3 * x / tokens:6.3f} ms per token, "
                 f"{x / found['torch.topk']:5.2f} x torch.topk"
             )
 
 
 def top_k(vocabulary: int, tokens: int, length: int | None) -> Iterator[dict[str, Any]]:
-    """A top k as it comes from elsewhere, in batches: a row per token, or sequences of some tokens."""
+    """Batches of top-k logits as another program would give them: one row per token, or sequences."""
     rng, shape = np.random.default_rng(0), (BATCH, TOP_K) if length is None else (BATCH // length, length, TOP_K)
     for start in range(tokens // BATCH):
         first = rng.integers(vocabulary - TOP_K, size=(*shape[:-1], 1))
@@ -82,14 +82,14 @@ def top_k(vocabulary: int, tokens: int, length: int | None) -> Iterator[dict[str
 
 
 def reading(vocabulary: int, tokens: int, repeats: int, folder: Path) -> None:
-    """Tokens a second of `TeacherCache.read`, from memory."""
+    """Print how many tokens per second `TeacherCache.read` reads from memory."""
     for length in (None, LENGTH):
         where = folder / f"{vocabulary}-{length}"
         record_teacher(where, top_k(vocabulary, tokens, length), num_classes=vocabulary)
         cache, size = TeacherCache(where), (where / "rows").stat().st_size
         samples, batch = len(cache), BATCH // (length or 1)
         each = tokens // BATCH * BATCH
-        what = "a row per token" if length is None else f"sequences of {length}"
+        what = "one row per token" if length is None else f"sequences of {length}"
         print(f"vocabulary {vocabulary:,}: {what}, {size / each:.0f} bytes a token, top {TOP_K} in float16")
         shuffled = np.random.default_rng(0).permutation(samples)
 
@@ -107,7 +107,7 @@ def reading(vocabulary: int, tokens: int, repeats: int, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256, help="whose logits are recorded")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens whose logits are recorded")
     parser.add_argument("--recorded", type=int, default=1_000_000, help="tokens that are read")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_256])

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.scaling`: what sizes beyond this machine would take of 64 devices, asked of the compiler.
+"""`python -m benchmarks.scaling`: memory and communication of large problems on 64 devices, reported by the compiler.
 
-Nothing is run: each program, forward and backward, is compiled for 64 devices that the host pretends to have. Memory is
-that of one device, by the compiler's own account; bytes are what one device sends to others in a step, when each
-collective goes around a ring.
+Nothing is run: each program, forward and backward, is compiled for 64 simulated devices on the host. The memory is that
+of one device, as the compiler reports it. The bytes sent are those that one device sends to others in a step, if every
+collective uses a ring.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rich.table import Table
 import kdjax
 
 DEVICES = 64
-ROWS, VIEWS = P("data"), P(None, "data")  # where the examples are spread
+ROWS, VIEWS = P("data"), P(None, "data")  # the axis of the examples is spread over devices
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-# of the bytes of a collective's result, the part that one of n devices sends
+# the bytes that one of n devices sends, relative to the bytes of the collective's result
 SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -39,7 +39,7 @@ SENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step at some size: the function, and the shapes, dtypes and layouts of its inputs."""
+    """A step at a given size: the function, and the shapes, dtypes and shardings of its inputs."""
 
     name: str
     mesh: tuple[int, ...]
@@ -112,7 +112,7 @@ PROGRAMS = (
 
 
 def measure(program: Program) -> dict[str, Any]:
-    """Bytes on one device, and sent by it in one step, by collective."""
+    """The bytes in the memory of one device, and the bytes that it sends in one step, by collective."""
     names = ("data", "vocabulary")[: len(program.mesh)]
     mesh = jax.make_mesh(program.mesh, names, axis_types=(AxisType.Auto,) * len(names))
     step, inputs = program.build(mesh)
@@ -133,7 +133,7 @@ def measure(program: Program) -> dict[str, Any]:
 
 
 def _bytes(shapes: str) -> int:
-    """Of a result, or of a tuple of them, as the compiler writes it: `f32[64,128]{1,0}`."""
+    """The bytes of a result, or of a tuple of results, in the compiler's notation: `f32[64,128]{1,0}`."""
     return sum(
         BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -142,7 +142,7 @@ def _bytes(shapes: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--only", metavar="TEXT", default="", help="programs whose name has this text")
+    parser.add_argument("--only", metavar="TEXT", default="", help="programs whose name contains this text")
     options = parser.parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", DEVICES)
     table = Table(title=f"MiB on one of {DEVICES} devices, and sent by it in a step", title_justify="left")

@@ -1,4 +1,4 @@
-"""What is measured: the benchmarks that the rows of `parity.losses` name, and their inputs."""
+"""The workloads that are measured: the benchmarks in the rows of `parity.losses`, and their inputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Workload:
         return f"{self.loss.name.removesuffix('_loss')} {self.benchmark.title}"
 
     def inputs(self) -> dict[str, Any]:
-        """By name, in the order of the function's arguments; floats in float32, a state as after some steps.
+        """The inputs by name, in the order of the arguments, in float32; a state is as after some steps.
 
-        A benchmark of half precision makes its own dtype of them, which NumPy does not have.
+        A benchmark in half precision converts them itself, because NumPy does not have its dtype.
         """
         rng = np.random.default_rng(0)
         inputs = {name: KINDS[kind].draw(rng, self.benchmark.sizes) for name, kind in self.loss.inputs.items()}
@@ -41,7 +41,7 @@ class Workload:
 
     @property
     def where(self) -> np.ndarray | None:
-        """Four examples of five, if the benchmark has a mask."""
+        """A mask that keeps four of five examples, if the benchmark is masked."""
         batch = self.benchmark.sizes.batch
         return np.arange(math.prod(batch)).reshape(batch) % 5 > 0 if self.benchmark.masked else None
 
@@ -62,7 +62,7 @@ def _growing(loss: Loss, growth: Growth) -> dict[int, Workload]:
     }
 
 
-# how each form grows: the axis, its values, and the workload at each of them
+# the workloads that show how time and memory grow: for each loss the axis that grows, and the workload for each size
 GROWTH: dict[str, tuple[str, dict[int, Workload]]] = {
     loss.name.removesuffix("_loss"): (loss.growth.axis, _growing(loss, loss.growth)) for loss in LOSSES if loss.growth
 }

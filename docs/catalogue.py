@@ -13,8 +13,8 @@ front matter what the tables need:
     picture: curves temperature 1 2 4      # a function of docs/pictures.py and its arguments
     caption: What the picture shows
 
-`labels`, `state`, `couples`, `reported` and `config` are left out where there is nothing to say. Headings are those of
-SECTIONS. Where a section has a derived part, the page's text follows it.
+`labels`, `state`, `couples`, `reported` and `config` are left out if they do not apply. Headings are those of SECTIONS.
+If a part of a section is generated, the page's own text follows it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Loss(NamedTuple):
 
     @property
     def configured(self) -> dict[str, str]:
-        """The names in a configuration and what they read; what a loss without a name of its own reads follows a rule."""
+        """The names in a configuration and what they read; a loss without a name of its own reads by a rule."""
         short = self.name.removesuffix("_loss")
         names: dict[str, str] = self.meta.get("config", {self.name if short in _founding_names() else short: ""})
         return names
@@ -113,7 +113,7 @@ class Loss(NamedTuple):
 
 @functools.cache
 def load(package: str) -> griffe.Module:
-    """A package as its source has it, without importing it."""
+    """A package, parsed from its source without importing it."""
     module = griffe.load(package, search_paths=[ROOT], allow_inspection=False)
     assert isinstance(module, griffe.Module)
     return module
@@ -121,7 +121,7 @@ def load(package: str) -> griffe.Module:
 
 @functools.cache
 def _founding_names() -> set[str]:
-    """Of a configuration, which mean what they meant there: rkd is no short name of `rkd_loss`."""
+    """The names of the founding configuration, which keep their meaning: rkd is not short for `rkd_loss`."""
     pages = (get_data(path.read_text())[1] for path in PAGES.glob("*.md"))
     return {name for meta in pages for name in meta.get("config", {})}
 
@@ -198,7 +198,7 @@ def arguments(loss: Loss, jax: Docstring, torch: Docstring) -> str:
 
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    """In code a `|` does not end a cell; elsewhere it is escaped."""
+    """A Markdown table. A `|` inside of code does not end a cell; elsewhere it is escaped."""
     escaped = [[re.sub(r"(`[^`]*`)|\|", lambda x: x[1] or r"\|", text) for text in row] for row in rows]
     lines = [head, " | ".join("---" for _ in head.split(" | ")), *map(" | ".join, escaped)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -250,7 +250,7 @@ def catalogue() -> str:
 
 
 def shared() -> str:
-    """The list of docs/losses/index.md, out of the docstring of the package."""
+    """The list of docs/losses/index.md, from the docstring of the package."""
     docstring = load("kdjax").docstring
     assert docstring
     return docstring.value.partition("What all losses share:")[2].strip()

@@ -23,7 +23,7 @@ TWINS = {"kdjax": "kdtorch", "kdtorch": "kdjax"}
 FRAMEWORKS = {"kdjax": "JAX", "kdtorch": "PyTorch"}
 RENAMED = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}
 RENAMED |= {other: name for name, other in RENAMED.items()}
-ALONE = {"LossState", "fuse"}  # PyTorch calls the one a buffer; `jax.jit` does the other
+ALONE = {"LossState", "fuse"}  # PyTorch has buffers instead of the first; `jax.jit` does the second
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -66,7 +66,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def notebook(path: pathlib.Path) -> dict[str, str | bytes]:
-    """The page of a notebook, with what it printed when it was run, and the pictures that it drew."""
+    """The page of a notebook, with the outputs and pictures of its last run."""
     parts, pictures = [], {}
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
@@ -84,7 +84,7 @@ def notebook(path: pathlib.Path) -> dict[str, str | bytes]:
 
 
 def public(package: str) -> dict[str, dict[str, str]]:
-    """The pages of a package's API, and on each the public names that no page before it has, with their summaries."""
+    """The pages of a package's API, each with its public names and their summaries; a name is on one page only."""
     module = catalogue.load(package)
     pages: dict[str, dict[str, str]] = {}
     seen = set()
@@ -101,29 +101,29 @@ def public(package: str) -> dict[str, dict[str, str]]:
 
 
 def twin(path: str) -> str:
-    """The name in the other package, "" where there is none."""
+    """The name in the other package, or "" if there is none."""
     package, _, rest = path.partition(".")
     *modules, name = rest.split(".")
     return "" if name in ALONE else ".".join([TWINS[package], *modules, RENAMED.get(name, name)])
 
 
 def references(pair: tuple[str, str]) -> str:
-    """Links to both, below each other, so that a phone has room for the summary."""
+    """Links to both names, below each other, so that the summary has room on a phone."""
     return "<br>".join(
         f"[`{path.partition('.')[2]}`][{path}] {FRAMEWORKS[path.partition('.')[0]]}" for path in pair if path
     )
 
 
 class Docstrings(griffe.Extension):
-    """Doctests are shown as a session, and each public object leads to the one of the other framework."""
+    """Shows doctests as an interactive session, and links each public object to that of the other framework."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring and "```pycon" not in obj.docstring.value:  # an object that is a member twice comes twice
+        if obj.docstring and "```pycon" not in obj.docstring.value:  # an object with two names is visited twice
             obj.docstring.value = re.sub(r"(?ms)^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         origins = {name: pkg[pkg.imports[name].partition(".")[2]] for name in pkg.exports}
-        for name, obj in origins.items():  # before a module of the same name
+        for name, obj in origins.items():  # they precede modules of the same name
             pkg.set_member(name, obj)
         for face in (pkg[part] if part else pkg for part in PARTS) if pkg.name in TWINS else ():
             for name in face.exports:
@@ -147,7 +147,7 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
 
 
 def linked(markdown: str, page: Page) -> str:
-    """A link to a file of the repository leads to its page, or, where it has none, is its text."""
+    """Replace a link to a file of the repository by a link to its page, or by its text if it has no page."""
     source = page.file.abs_src_path
     folder = pathlib.Path(source).parent if source else ROOT
 
@@ -166,13 +166,13 @@ def linked(markdown: str, page: Page) -> str:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Convert LaTeX, as arithmatex leaves it, to MathML, and the description of a picture to a caption."""
+    """Convert the LaTeX that arithmatex leaves to MathML, and descriptions of pictures to captions."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
-        # what stands between wide spaces may go to a line of its own
+        # at wide spaces a formula may be broken into lines
         math = "".join(convert(part, display=display) for part in re.split(r"\\q?quad\b", html.unescape(match["tex"])))
-        # the names of functions need some air
+        # some space around names of functions
         math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
         return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'
 

@@ -1,4 +1,4 @@
-// Search in a site that is opened from disk: browsers start no worker there, so a hidden frame takes its place.
+// Search in a site that is opened from disk: browsers do not start workers there, so a hidden frame replaces the worker.
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {

@@ -1,8 +1,9 @@
 """One picture for each loss's page: docs/pictures/NAME.svg, drawn with the library itself.
 
-The front matter of the page names a function of this file and its arguments, such as `curves temperature 1 2 4`. There
-are general ones, `curves` for logits, `plane` for features, `points` for relations between examples, and below them some
-for a single loss. The pictures are black on a transparent background; on a dark page site.css inverts them.
+The front matter of the page names a function of this file and its arguments, such as `curves temperature 1 2 4`. The
+general functions are `curves` for logits, `plane` for features and `points` for relations between examples. Below them
+are functions for a single loss. The pictures are black on a transparent background; on a dark page site.css inverts
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import kdtorch
 
-Values = Callable[[Tensor], Tensor]  # the loss for each row of a student, the teacher fixed
+Values = Callable[[Tensor], Tensor]  # from the rows of a student to the loss of each row, for a fixed teacher
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 BLUE, RED, GREEN, GREY = "#1f5fb4", "#d1495b", "#2e8b57", "#8a8a8a"
@@ -46,7 +47,7 @@ LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.5], [-1.0, 0.0, 2.0]])
 
 
 def lines(loss: Loss, words: Sequence[str]) -> dict[str, tuple[Callable[..., Tensor], dict[str, Any]]]:
-    """What is compared, by the text of its line: a setting and its values, or `beside` and the names of other losses."""
+    """The functions to compare, by the label of their line: a setting and its values, or `beside` and other losses."""
     if not words or words[0] == "beside":
         return {name.removesuffix("_loss"): (getattr(kdtorch, name), {}) for name in (loss.name, *words[1:])}
     option, *values = words
@@ -56,14 +57,14 @@ def lines(loss: Loss, words: Sequence[str]) -> dict[str, tuple[Callable[..., Ten
 
 
 def slope(loss: Values, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient."""
+    """The value of a loss, and its gradient."""
     x = x.clone().requires_grad_()
     value = loss(x)
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
 def pull(axes: Axes, loss: Values, points: Tensor, scale: float) -> None:
-    """Arrows against the gradient, the longest one `1 / scale` of the width."""
+    """Draw arrows along the negative gradient; the longest one has the length `1 / scale` of the width."""
     against = -slope(loss, points)[1]
     axes.quiver(*points.T, *against.T, color=BLUE, width=0.008, scale=scale * float(against.norm(dim=1).max()))
 
@@ -80,7 +81,7 @@ def round_axes(axes: Axes, title: str) -> None:
 
 
 def draw_curves(values: dict[str, Values], logits: Tensor, moved: int, whose: str, which: str) -> None:
-    """Values and gradients as one logit of the student moves and the others are the teacher's."""
+    """Draw values and gradients over one logit of the student, whose other logits equal the teacher's."""
     moving = torch.linspace(-4, 8, 121)
     student = logits.repeat(len(moving), 1)
     student[:, moved] = moving
@@ -97,7 +98,7 @@ def draw_curves(values: dict[str, Values], logits: Tensor, moved: int, whose: st
 
 
 def curves(loss: Loss, *words: str) -> None:
-    """A loss of logits. With labels, the logit of a wrong class moves; where examples are coupled, there are two more."""
+    """Draw a loss of logits. With labels, a wrong class's logit moves; a loss that couples examples gets two more."""
     parameters = list(inspect.signature(getattr(kdtorch, loss.name)).parameters)
     logits = LOGITS if "couples" in loss.meta else LOGITS[:1]
     inputs = [torch.arange(len(logits))] if "labels" in parameters else []
@@ -105,7 +106,7 @@ def curves(loss: Loss, *words: str) -> None:
     def values(function: Callable[..., Tensor], settings: dict[str, Any]) -> Values:
         def one(row: Tensor) -> Tensor:
             student = torch.cat([row[None], logits[1:]])
-            if "student_weight" in parameters:  # heads that leave the hidden states as they are
+            if "student_weight" in parameters:  # identity heads, so that hidden states are the logits
                 return function(student, torch.eye(student.shape[-1]), logits, torch.eye(student.shape[-1]), **settings)
             return function(student, logits, *inputs, **settings)
 
@@ -118,7 +119,7 @@ def curves(loss: Loss, *words: str) -> None:
 
 
 def draw_plane(loss: Values, aim: Tensor) -> tuple[Axes, Axes]:
-    """Where a feature of two numbers is pulled, and axes beside it."""
+    """Draw where a feature of two numbers is pulled, and return the axes of this panel and of the one beside it."""
     _, (left, right) = plt.subplots(1, 2)
     ticks = torch.linspace(-2.5, 2.5, 101)
     height = loss(torch.cartesian_prod(ticks, ticks)).reshape(101, 101)
@@ -130,9 +131,9 @@ def draw_plane(loss: Values, aim: Tensor) -> tuple[Axes, Axes]:
 
 
 def plane(loss: Loss, *words: str) -> None:
-    """A loss of features: the pull to a teacher at (0.9, 0.3), and gradients for one feature and a teacher at 0.
+    """Draw a loss of features: the pull to a teacher at (0.9, 0.3), and gradients for one feature and a teacher at 0.
 
-    The word `teacher` in the place of a setting is followed by other teachers.
+    The word `teacher` instead of a setting is followed by other teachers.
     """
 
     def values(function: Callable[..., Tensor], settings: dict[str, Any], teacher: Sequence[float] = (0.0,)) -> Values:
@@ -153,7 +154,7 @@ def plane(loss: Loss, *words: str) -> None:
 
 
 def points(loss: Loss) -> None:
-    """A loss of relations: a few points of the teacher, those of the student, and where gradient descent takes them."""
+    """Draw a loss of relations: a few points of the teacher, the student's, and where gradient descent moves them."""
     teacher = circle(20.0, 50.0, 170.0, 215.0, 260.0)
     student = circle(10.0, 60.0, 110.0, 190.0, 290.0) * torch.tensor([0.7, 1.3, 1.0, 1.4, 0.8])[:, None]
 
@@ -197,7 +198,7 @@ def dcn(loss: Loss) -> None:
 
 
 def crcd(loss: Loss) -> None:
-    """On the unit circle: the relations of one sample to the anchors, and its loss wherever it may be."""
+    """Draw, on the unit circle, the relations of one sample to the anchors, and its loss at each angle."""
     memory = circle(20.0, 80.0, 140.0, 205.0, 250.0, 300.0)
     index, negatives = torch.arange(3), torch.tensor([[3, 4, 5]] * 3)
     state = kdtorch.CRCDState(memory, memory, torch.tensor(40.0), torch.tensor(40.0))
@@ -225,7 +226,7 @@ def crcd(loss: Loss) -> None:
 
 
 def crd(loss: Loss) -> None:
-    """On the unit circle: one sample among negatives, and its loss wherever it may be."""
+    """Draw, on the unit circle, one sample among negatives, and its loss at each angle."""
     memory = circle(20.0, 150.0, 200.0, 250.0, 300.0)
     figure, (left, right) = plt.subplots(1, 2)
     student = circle(95.0)
@@ -250,7 +251,7 @@ def crd(loss: Loss) -> None:
 
 
 def minilm(loss: Loss) -> None:
-    """The relations of five tokens, and what turning one of the student's does."""
+    """Draw the relations of five tokens, and the loss as one token of the student turns."""
     teacher, student = 2 * circle(0.0, 30.0, 90.0, 180.0, 200.0), 2 * circle(0.0, 60.0, 90.0, 170.0, 230.0)
     _, panels = plt.subplots(1, 3)
     for panel, title, x in zip(panels, ("the teacher", "the student"), (teacher, student), strict=False):
@@ -268,7 +269,7 @@ def minilm(loss: Loss) -> None:
 
 
 def dino(loss: Loss) -> None:
-    """A teacher that gives one output to all examples, and the centre that takes it away."""
+    """Draw a teacher with the same output for all examples, and the centre that removes it."""
     rng = np.random.default_rng(0)
     teacher = torch.tensor(0.05 * rng.normal(size=(2, 64, 6)) + np.array([0.3, 0.0, 0.05, -0.05, 0.0, 0.1]))
     student = torch.zeros(2, 64, 6, dtype=teacher.dtype)
@@ -290,7 +291,7 @@ def dino(loss: Loss) -> None:
 
 
 def ibot(loss: Loss) -> None:
-    """A patch of the student against a fixed one of the teacher, and the centre when few or no patches are masked."""
+    """Draw the loss of a student's patch for a fixed patch of the teacher, and the centre over steps."""
     _, (left, right) = plt.subplots(1, 2)
     moving, masked = torch.linspace(-0.4, 0.8, 121), torch.ones(121, 1, dtype=torch.bool)
     student, teacher = torch.zeros(121, 1, 3), torch.tensor([0.15, 0.05, 0.0]).expand(121, 1, 3)
@@ -317,7 +318,7 @@ def ibot(loss: Loss) -> None:
 
 
 def koleo(loss: Loss) -> None:
-    """Where features on the circle are pushed, and the value against the distance of two."""
+    """Draw where features on the circle are pushed, and the value over the distance of two."""
     features = circle(10.0, 30.0, 100.0, 140.0, 160.0, 280.0)
     _, (left, right) = plt.subplots(1, 2)
     round_axes(left, "away from the nearest")
@@ -332,7 +333,7 @@ def koleo(loss: Loss) -> None:
 
 
 def gram(loss: Loss) -> None:
-    """The cosines of eight patches, of which the teacher has two kinds."""
+    """Draw the cosines of eight patches; the teacher has two kinds of patches."""
     rng = torch.Generator().manual_seed(0)
     kinds = torch.tensor([[1.0, 0.0, 0.3]] * 3 + [[0.0, 1.0, 0.3]] * 5)
     teacher = (kinds + 0.2 * torch.randn(8, 3, generator=rng))[None]
@@ -351,7 +352,7 @@ def gram(loss: Loss) -> None:
 
 
 def sinkhorn(loss: Loss) -> None:
-    """How often each prototype is used by a teacher that prefers one."""
+    """Draw how often each prototype is used by a teacher that prefers one."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(0.3 * rng.normal(size=(64, 6)) + np.array([0.5, 0.0, 0.1, -0.1, 0.0, 0.2]))
     _, (left, right) = plt.subplots(1, 2)
@@ -369,7 +370,7 @@ def sinkhorn(loss: Loss) -> None:
 
 
 def hcl(loss: Loss) -> None:
-    """A difference of two maps, and the pull of the whole maps and of the pooled ones."""
+    """Draw the difference of two maps, and the pull of the whole maps and of the pooled ones."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:16, :16]
     bump = 1.5 * np.exp(-((x - 4) ** 2 + (y - 5) ** 2) / 16)
@@ -390,7 +391,7 @@ def hcl(loss: Loss) -> None:
 
 
 def feature_maps(loss: Loss) -> None:
-    """Two channels, a bump in each: the student's, the teacher's elsewhere, and the pull on the student's, summed."""
+    """Draw the sums of two channels with a bump in each: the student's, the teacher's, and the student's pull."""
     y, x = np.mgrid[:12, :12]
 
     def bumps(*places: tuple[int, int]) -> Tensor:
@@ -411,7 +412,7 @@ def feature_maps(loss: Loss) -> None:
 
 
 def panels(images: dict[str, Tensor], cmap: str) -> None:
-    """Small matrices beside each other, each with 0 in the middle of its colours if they go both ways."""
+    """Draw small matrices side by side; the colours of a matrix with both signs are centred at 0."""
     _, axes = plt.subplots(1, len(images), figsize=(5.6, 2.2))
     for panel, (title, image) in zip(axes, images.items(), strict=True):
         limit = float(image.abs().max())
@@ -437,7 +438,7 @@ def cosine(loss: Loss) -> None:
 
 
 def cwd(loss: Loss) -> None:
-    """One channel of the student and of the teacher, and the pull on the student's."""
+    """Draw one channel of the student and of the teacher, and the pull on the student's."""
     y, x = np.mgrid[:16, :16]
 
     def bump(row: float, column: float) -> Tensor:
@@ -466,7 +467,7 @@ def vid(loss: Loss) -> None:
 
 
 def fsp(loss: Loss) -> None:
-    """The products of six channels and eight, of two networks, and their difference."""
+    """Draw the products of six channels with eight for both networks, and their difference."""
     rng = np.random.default_rng(0)
 
     def flow(seen: np.ndarray) -> Tensor:
@@ -509,7 +510,7 @@ def topk_kl(loss: Loss) -> None:
 
 
 def standardize(loss: Loss) -> None:
-    """Rows of logits that differ in scale and level, before and after."""
+    """Draw rows of logits that differ in scale and level, before and after standardisation."""
     rows = {"z": LOGITS[:1], "3 z": 3 * LOGITS[:1], "z / 2 + 2": LOGITS[:1] / 2 + 2}
     figure, panels = plt.subplots(1, 2)
     for panel, title, function in zip(
@@ -524,7 +525,7 @@ def standardize(loss: Loss) -> None:
 
 
 def sampled_kl(loss: Loss) -> None:
-    """The three estimates of a token that the student has sampled, and their derivatives."""
+    """Draw the three estimates for a token that the student has sampled, and their derivatives."""
     ratio = torch.linspace(-3, 3, 121)
     teacher = torch.full_like(ratio, -4.0)
     figure, panels = plt.subplots(1, 2)

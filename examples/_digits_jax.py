@@ -1,4 +1,4 @@
-"""The JAX half of `digits.py`: Flax NNX and Optax, a step under `jit`."""
+"""The JAX half of `digits.py`: Flax NNX and Optax, with a jitted step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Output(NamedTuple):
-    """What a network says of images, and on the way to it."""
+    """The outputs of a network for images: its logits, embedding and feature maps."""
 
     logits: jax.Array
     embedding: jax.Array
@@ -49,7 +49,7 @@ class Output(NamedTuple):
 
 
 class Net(nnx.Module):
-    """Two convolutions and two linear layers: the teacher and, narrower, the student."""
+    """Two convolutions and two linear layers, for the teacher and, narrower, for the student."""
 
     def __init__(self, channels: tuple[int, int], width: int, classes: int, *, rngs: nnx.Rngs) -> None:
         init: dict[str, Any] = {"kernel_init": nnx.initializers.he_uniform(), "rngs": rngs}
@@ -66,7 +66,7 @@ class Net(nnx.Module):
 
 
 class Batch:
-    """A batch and what the student says of it; a loss gathers what else it reads."""
+    """A batch and the student's outputs for it; losses gather their other inputs from the data."""
 
     def __init__(self, net: Net, data: Mapping[str, Any], plan: Plan) -> None:
         self.net, self.data, self.index, self.shifts, self.negatives = net, data, *plan
@@ -84,14 +84,14 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """How a loss is called, with the module that holds what it learns or remembers, if it does."""
+    """How a loss is called, and the module that holds its parameters or state, if it has any."""
 
     value: Callable[[Any, Batch], jax.Array]
     module: Callable[[Setting, nnx.Rngs], nnx.Module] | None = None
 
 
 def projection(setting: Setting, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's
+    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's initialisation
     return nnx.Linear(setting.student[1], setting.teacher[1], kernel_init=init, rngs=rngs)
 
 
@@ -117,7 +117,7 @@ def uskd(setting: Setting, rngs: nnx.Rngs) -> USKDLoss:
 
 
 def standardized(batch: Batch) -> list[jax.Array]:
-    """The logits of student and teacher, of one scale."""
+    """The standardised logits of student and teacher, which have the same scale."""
     return [standardize_logits(x) for x in (batch.student.logits, batch.teacher("logits"))]
 
 
@@ -157,7 +157,7 @@ LOSSES = {
 
 
 class Distiller(nnx.Module):
-    """A student with what its losses learn or remember."""
+    """A student with the parameters and states of its losses."""
 
     def __init__(self, weights: Mapping[str, float], setting: Setting, rngs: nnx.Rngs) -> None:
         self.student = Net(*setting.student, setting.classes, rngs=rngs)
@@ -184,7 +184,7 @@ def label_loss(teacher: Net, data: Mapping[str, Any], plan: Plan) -> jax.Array:
 def fit(
     modules: Sequence[nnx.Module], objective: Callable[..., jax.Array], data: Any, plans: Sequence[Plan], rate: float
 ) -> list[dict[str, Any]]:
-    """Train modules of one build, each by its own plan; the step is compiled once."""
+    """Train modules of the same architecture, each with its own plan; the step is compiled once."""
     steps = len(plans[0].index)
     cosine = lambda step: rate / 2 * (1 + jnp.cos(np.pi / steps * jnp.asarray(step, float)))  # noqa: E731
     optimiser = optax.sgd(cosine, momentum=0.9)
@@ -208,7 +208,7 @@ def fit(
         params, state = nnx.state(module, nnx.Param, ...)
         carry, losses = (params, state, optimiser.init(params)), []
         plan = jax.tree.map(jnp.asarray, plan)
-        jax.block_until_ready(step(carry, data, plan, np.int32(0)))  # compiles
+        jax.block_until_ready(step(carry, data, plan, np.int32(0)))  # compile
         start = time.perf_counter()
         for i in range(steps):
             carry, loss = step(carry, data, plan, np.int32(i))
@@ -234,14 +234,14 @@ def count(module: nnx.Module) -> int:
 
 
 def make_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting) -> Net:
-    """A teacher that has learned."""
+    """A trained teacher."""
     teacher = Net(*setting.teacher, setting.classes, rngs=generators(0))
     fit([teacher], label_loss, jax.tree.map(jnp.asarray, data), [plan], setting.teacher_rate)
     return teacher
 
 
 def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
-    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+    """A teacher's outputs for all images: logits for every shift, embeddings and maps without a shift."""
     teacher = make_teacher(data, plan, setting)
     shifts, images, *shape = views.shape
     output = predict(teacher, views.reshape(-1, *shape))
@@ -262,7 +262,7 @@ def train_students(
     dtype: str = "float32",
     start: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """A student a plan, with losses and their weights; its logits on `images`, its losses, the seconds it took."""
+    """Train one student per plan, with weighted losses; returns its logits for `images`, its losses and the time."""
     modules = [Distiller(weights, setting, generators(seed)) for seed in range(len(plans))]
     with jax.enable_x64(dtype == "float64"):
         for module in modules:
@@ -276,7 +276,7 @@ def train_students(
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """A tree of arrays for JAX, its floating-point ones as `dtype`."""
+    """A tree of arrays for JAX, with floating-point arrays in `dtype`."""
 
     def one(x: Any) -> jax.Array:
         return jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None)
@@ -285,11 +285,11 @@ def cast(tree: Any, dtype: str) -> Any:
 
 
 TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-TORCH_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of linear and convolution kernels
+TORCH_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # for kernels of linear layers and convolutions
 
 
 def load(module: nnx.Module, weights: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Put weights that have PyTorch's names and axes into their places, and all into `dtype`."""
+    """Load weights that have PyTorch's names and axes, and convert everything to `dtype`."""
 
     def one(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         *parents, last = map(str, path)

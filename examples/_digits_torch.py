@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Output(NamedTuple):
-    """What a network says of images, and on the way to it."""
+    """The outputs of a network for images: its logits, embedding and feature maps."""
 
     logits: Tensor
     embedding: Tensor
@@ -48,7 +48,7 @@ class Output(NamedTuple):
 
 
 class Net(nn.Module):
-    """Two convolutions and two linear layers: the teacher and, narrower, the student."""
+    """Two convolutions and two linear layers, for the teacher and, narrower, for the student."""
 
     def __init__(self, channels: tuple[int, int], width: int, classes: int) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Output:
         first = self.conv1(images[:, None]).relu()
         second = self.conv2(functional.max_pool2d(first, 2)).relu()
-        embedding = self.embed(second.permute(0, 2, 3, 1).flatten(1))  # in the order of channels-last maps
+        embedding = self.embed(second.permute(0, 2, 3, 1).flatten(1))  # in the order of JAX, whose channels are last
         return Output(self.head(embedding.relu()), embedding, [first, second])
 
 
 class Batch:
-    """A batch and what the student says of it; a loss gathers what else it reads."""
+    """A batch and the student's outputs for it; losses gather their other inputs from the data."""
 
     def __init__(self, net: Net, data: Mapping[str, Any], plan: Plan) -> None:
         self.net, self.data, self.index, self.shifts, self.negatives = net, data, *plan
@@ -87,7 +87,7 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """How a loss is called, with the module that holds what it learns or remembers, if it does."""
+    """How a loss is called, and the module that holds its parameters or state, if it has any."""
 
     value: Callable[[Any, Batch], Tensor]
     module: Callable[[Setting], nn.Module] | None = None
@@ -119,7 +119,7 @@ def uskd(setting: Setting) -> USKDLoss:
 
 
 def standardized(batch: Batch) -> list[Tensor]:
-    """The logits of student and teacher, of one scale."""
+    """The standardised logits of student and teacher, which have the same scale."""
     return [standardize_logits(x) for x in (batch.student.logits, batch.teacher("logits"))]
 
 
@@ -159,7 +159,7 @@ LOSSES = {
 
 
 class Distiller(nn.Module):
-    """A student with what its losses learn or remember."""
+    """A student with the parameters and states of its losses."""
 
     def __init__(self, weights: Mapping[str, float], setting: Setting) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def label_loss(teacher: nn.Module, data: Mapping[str, Any], plan: Plan) -> Tenso
 def fit(
     modules: Sequence[nn.Module], objective: Callable[..., Tensor], data: Any, plans: Sequence[Plan], rate: float
 ) -> list[dict[str, Any]]:
-    """Train modules, each by its own plan."""
+    """Train modules, each with its own plan."""
     runs = []
     for module, plan in zip(modules, plans, strict=True):
         optimiser = torch.optim.SGD(module.parameters(), rate, momentum=0.9)
@@ -208,7 +208,7 @@ def fit(
 
 @torch.no_grad()
 def predict(module: Net, images: np.ndarray) -> Output:
-    """Outputs as NumPy arrays, maps channels-last."""
+    """Outputs as NumPy arrays, with channels-last maps."""
     logits, embedding, maps = module(torch.as_tensor(images))
     return Output(logits.numpy(), embedding.numpy(), [x.permute(0, 2, 3, 1).numpy() for x in maps])
 
@@ -218,7 +218,7 @@ def count(module: nn.Module) -> int:
 
 
 def make_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting) -> Net:
-    """A teacher that has learned."""
+    """A trained teacher."""
     torch.manual_seed(0)
     teacher = Net(*setting.teacher, setting.classes)
     fit([teacher], label_loss, tensors(data, torch.float32), [plan], setting.teacher_rate)
@@ -226,7 +226,7 @@ def make_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting) -> Net:
 
 
 def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: np.ndarray) -> dict[str, Any]:
-    """A teacher, as its outputs on all images: logits under every shift, embeddings and maps under none."""
+    """A teacher's outputs for all images: logits for every shift, embeddings and maps without a shift."""
     teacher = make_teacher(data, plan, setting)
     shifts, images, *shape = views.shape
     output = predict(teacher, views.reshape(-1, *shape))
@@ -239,7 +239,7 @@ def train_teacher(data: Mapping[str, Any], plan: Plan, setting: Setting, views: 
 
 
 def initial_weights(weights: Mapping[str, float], setting: Setting) -> dict[str, np.ndarray]:
-    """The weights, by name, from which a student and its losses start."""
+    """The initial weights of a student and its losses, by name."""
     torch.manual_seed(0)
     return {name: x.numpy() for name, x in Distiller(weights, setting).state_dict().items()}
 
@@ -253,7 +253,7 @@ def train_students(
     dtype: str = "float32",
     start: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """A student a plan, with losses and their weights; its logits on `images`, its losses, the seconds it took."""
+    """Train one student per plan, with weighted losses; returns its logits for `images`, its losses and the time."""
     modules = []
     for seed in range(len(plans)):
         torch.manual_seed(seed)
@@ -269,7 +269,7 @@ def train_students(
 
 
 def tensors(tree: Any, dtype: torch.dtype) -> Any:
-    """Arrays as tensors: floating-point ones as `dtype`, integers as PyTorch's indices, maps channels-first."""
+    """Arrays as tensors: floating-point numbers in `dtype`, integers in int64, maps with channels first."""
     if isinstance(tree, Mapping):
         return {name: tensors(x, dtype) for name, x in tree.items()}
     if isinstance(tree, list):

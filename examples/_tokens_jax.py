@@ -1,4 +1,4 @@
-"""The JAX half of `tokens.py`: Flax NNX and Optax, a step under `jit`."""
+"""The JAX half of `tokens.py`: Flax NNX and Optax, with a jitted step."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Memory = list[
     tuple[jax.Array, jax.Array]
 ]  # the keys and values of each layer, [batch, positions, heads, width / heads]
 
-# of one function each, so that models of one build are equal to `jit`; uniform, as these compile soon
+# defined once, so that models of the same architecture are equal for `jit`; uniform, because that compiles faster
 IN = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 OUT = nnx.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
 class Layer(nnx.Module):
-    """Attention to the bytes before, and a perceptron."""
+    """Causal attention and a perceptron."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -49,7 +49,7 @@ class Layer(nnx.Module):
         if past is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(*pair, first, 1) for pair in zip(past, (k, v), strict=True))
         seen = jnp.arange(k.shape[1])[None] <= first + jnp.arange(q.shape[1])[:, None]
-        # `jax.nn.dot_product_attention` is float32 inside, whatever comes
+        # `jax.nn.dot_product_attention` computes in float32 for any input
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf))
         x += self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
@@ -57,7 +57,7 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    """A transformer that reads bytes: the teacher and, smaller, the student. `head` makes logits of its hidden states."""
+    """A transformer over bytes, for the teacher and, smaller, for the student; `head` maps hidden states to logits."""
 
     def __init__(self, size: Size, length: int, classes: int, *, rngs: nnx.Rngs) -> None:
         embed = functools.partial(nnx.Embed, embedding_init=OUT, rngs=rngs)
@@ -69,9 +69,9 @@ class Model(nnx.Module):
     def __call__(
         self, tokens: jax.Array, past: Memory | None = None, first: jax.Array | int = 0
     ) -> tuple[jax.Array, Memory]:
-        """The hidden states of tokens, or of more tokens after the `first` that `past` remembers."""
+        """The hidden states of tokens, or of more tokens after the `first` ones, whose keys and values `past` has."""
         places = first + jnp.arange(tokens.shape[1])
-        # taken out by hand, for a called `nnx.Embed` has the dtype that it was made with
+        # indexed directly, because calling `nnx.Embed` returns the dtype that it was built with
         x = self.bytes.embedding[...][tokens] + self.places.embedding[...][places][None]
         memory = []
         for i, layer in enumerate(self.layers):
@@ -81,7 +81,7 @@ class Model(nnx.Module):
 
 
 class Text(NamedTuple):
-    """Sequences of a batch, and what the teacher says of them: hidden states, and the largest logits where recorded."""
+    """Sequences of a batch, with the teacher's hidden states and, if they were recorded, its largest logits."""
 
     tokens: jax.Array  # [batch, length + 1], from the 0 before the first byte
     where: jax.Array  # [batch, length], True at the bytes that count
@@ -91,13 +91,13 @@ class Text(NamedTuple):
     rest: jax.Array | None = None  # [batch, length]
 
     def parts(self, number: int) -> Text:
-        """With an axis of parts before all others."""
+        """The same with a new first axis, of parts of the batch."""
         return jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), self)
 
 
 # --8<-- [start:losses]
 class Reading:
-    """A text, and what the student says of it."""
+    """A text, and the student's outputs for it."""
 
     def __init__(self, student: Model, head: jax.Array, text: Text) -> None:
         self.text, self.targets, self.teacher_head = text, text.tokens[:, 1:], head
@@ -111,7 +111,7 @@ class Reading:
         return self.text.hidden @ self.teacher_head.T
 
     def log_probs(self, logits: jax.Array) -> jax.Array:
-        """Of the bytes that came."""
+        """The log-probabilities of the actual next bytes."""
         return jnp.take_along_axis(jax.nn.log_softmax(logits), self.targets[..., None], -1)[..., 0]
 
     def cross_entropy(self) -> jax.Array:
@@ -138,9 +138,10 @@ def objective(
     own: Text | None,
     totals: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """The cross-entropy of real text and the weighted losses; and the cross-entropy alone.
+    """The cross-entropy of real text plus the weighted losses, and the cross-entropy alone.
 
-    Sums over the bytes of these sequences, divided by the numbers of bytes of the whole batch, which may have more.
+    They are sums over the bytes of these sequences, divided by the number of bytes in the whole batch, which may have
+    more sequences.
     """
     reading = Reading(student, head, real)
     writing = None if own is None else Reading(student, head, own)
@@ -156,16 +157,16 @@ def objective(
 
 # --8<-- [end:losses]
 def kept(tokens: jax.Array) -> jax.Array:
-    """True at every byte after the first 0 and at the 0 that ends the text, False after it."""
+    """True at every byte after the initial 0 and at the 0 that ends the text, False after that."""
     end = (tokens[:, 1:] == 0).astype("int32")
     return end.cumsum(1) == end
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def write(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution.
+    """Texts continued by the student, with one byte drawn from its distribution for each number in `noise`.
 
-    Only what it has written counts.
+    The mask that is returned keeps only these bytes.
     """
     student = nnx.merge(graph, params)
     batch, given = tokens.shape
@@ -188,14 +189,14 @@ def write(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, noise: jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and logits."""
+    """The hidden states and logits of tokens."""
     model = nnx.merge(graph, params)
     hidden, _ = model(tokens[:, :-1])
     return hidden, model.head(hidden)
 
 
 class Lessons(NamedTuple):
-    """The training text and what the teacher says of it; the teacher itself is asked about the student's texts."""
+    """The training text with the teacher's outputs for it, and the teacher itself, for the student's own texts."""
 
     teacher: Model
     tokens: np.ndarray
@@ -211,13 +212,13 @@ class Lessons(NamedTuple):
         return Text(tokens, kept(tokens), hidden, values, top["indices"], rest)
 
     def own(self, graph: nnx.GraphDef, params: nnx.State, prompts: np.ndarray, noise: np.ndarray) -> Text:
-        """The beginnings of texts as the student goes on with them."""
+        """The prompts as the student continues them."""
         tokens, where = write(graph, params, prompts, noise.astype(self.hidden.dtype))
         return Text(tokens, where, read(*nnx.split(self.teacher), tokens)[0])
 
 
 def listen(teacher: Model, tokens: np.ndarray, setting: Setting, folder: Path, dtype: str = "float32") -> Lessons:
-    """What the teacher says of texts; its largest logits are recorded on disk."""
+    """Run the teacher on texts; its largest logits are recorded on disk."""
     hidden = []
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -237,7 +238,7 @@ def listen(teacher: Model, tokens: np.ndarray, setting: Setting, folder: Path, d
 def step(
     params: nnx.State, moments: Any, rates: jax.Array, parts: Any, whole: Any, *, graph: nnx.GraphDef, value: Any
 ) -> Any:
-    """A step of Adam with the gradients of all parts of the batch, added."""
+    """A step of Adam with the sum of the gradients of all parts of the batch."""
 
     def add(total: Any, part: Any) -> Any:
         lose = lambda params: value(nnx.merge(graph, params), part, whole)  # noqa: E731
@@ -262,9 +263,9 @@ def no_moments(params: nnx.State) -> Any:
 def fit(
     model: Model, value: Callable[..., tuple[jax.Array, jax.Array]], texts: Callable[..., Any], rates: np.ndarray
 ) -> dict[str, Any]:
-    """Train by Adam. `texts` gives those of a step, in parts, with what else `value` needs for all parts.
+    """Train with Adam. `texts` returns the texts of a step, in parts, and other inputs of `value` for all parts.
 
-    `value` gives the part of the loss and of the cross-entropy that a part of the batch has; the parts are added.
+    `value` returns the contribution of one part of the batch to the loss and to the cross-entropy; these are added.
     """
     graph, params = nnx.split(model)
     rates = rates.astype(params.head.kernel.dtype)
@@ -281,7 +282,7 @@ def fit(
 def train_teacher(
     tokens: np.ndarray, plan: Plan, rates: np.ndarray, setting: Setting, tick: Callable[[], None]
 ) -> Model:
-    """A teacher that has learned to say the next byte."""
+    """A teacher trained to predict the next byte."""
     teacher = new_model(setting.teacher, setting.length, setting.classes, generators(0))
 
     def value(teacher: Model, batch: jax.Array, whole: Any) -> tuple[jax.Array, jax.Array]:
@@ -311,7 +312,7 @@ def load_teacher(file: Path, setting: Setting) -> Model:
 
 @functools.partial(nnx.jit, static_argnums=(0, 1, 2))
 def new_model(size: Size, length: int, classes: int, rngs: nnx.Rngs) -> Model:
-    """Under `jit`, for one program compiles sooner than one for each weight."""
+    """A new model, built under `jit`, because one program compiles faster than one for each weight."""
     return Model(size, length, classes, rngs=rngs)
 
 
@@ -325,7 +326,7 @@ def train_students(
     start: Path | None = None,
     parts: int = 1,
 ) -> list[dict[str, Any]]:
-    """A student a plan, with its losses and cross-entropies and the seconds it took; each batch is taken in `parts`."""
+    """Train one student per plan; returns it with its losses, cross-entropies and time. A batch is split in `parts`."""
     writes = any(term.texts != "real" for term in losses.values())
 
     def value(student: Model, part: Any, whole: Any) -> tuple[jax.Array, jax.Array]:
@@ -363,7 +364,7 @@ def entropy(graph: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.Arra
 
 
 def perplexity(model: Model, tokens: np.ndarray) -> float:
-    """Of a byte."""
+    """The perplexity of a byte."""
     return math.exp(entropy(*nnx.split(model), tokens))
 
 
@@ -372,7 +373,7 @@ def cast(model: Model, dtype: str) -> None:
 
 
 def compile_sooner() -> None:
-    """Where little is computed, what XLA's optimisations save is less than they take."""
+    """Turn off XLA's optimisations, which take longer than they save if little is computed."""
     jax.config.update("jax_disable_most_optimizations", True)
 
 

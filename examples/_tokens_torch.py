@@ -23,7 +23,7 @@ Memory = list[tuple[Tensor, Tensor]]  # the keys and values of each layer, [batc
 
 
 class Layer(nn.Module):
-    """Attention to the bytes before, and a perceptron."""
+    """Causal attention and a perceptron."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A transformer that reads bytes: the teacher and, smaller, the student. `head` makes logits of its hidden states."""
+    """A transformer over bytes, for the teacher and, smaller, for the student; `head` maps hidden states to logits."""
 
     def __init__(self, size: Size, length: int, classes: int) -> None:
         super().__init__()
@@ -51,11 +51,11 @@ class Model(nn.Module):
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, classes, bias=False)
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
-                bound = (3 / part.weight.shape[1]) ** 0.5  # of variance 1 / width
+                bound = (3 / part.weight.shape[1]) ** 0.5  # variance 1 / width
                 nn.init.uniform_(part.weight, -bound, bound)
 
     def forward(self, tokens: Tensor, past: Memory | None = None) -> tuple[Tensor, Memory]:
-        """The hidden states of tokens, or of one more token after those that `past` remembers."""
+        """The hidden states of tokens, or of one more token after those whose keys and values are in `past`."""
         first = past[0][0].shape[2] if past else 0
         x = self.bytes(tokens) + self.places.weight[first : first + tokens.shape[1]]
         memory = []
@@ -66,7 +66,7 @@ class Model(nn.Module):
 
 
 class Text(NamedTuple):
-    """Sequences of a batch, and what the teacher says of them: hidden states, and the largest logits where recorded."""
+    """Sequences of a batch, with the teacher's hidden states and, if they were recorded, its largest logits."""
 
     tokens: Tensor  # [batch, length + 1], from the 0 before the first byte
     where: Tensor  # [batch, length], True at the bytes that count
@@ -82,7 +82,7 @@ class Text(NamedTuple):
 
 # --8<-- [start:losses]
 class Reading:
-    """A text, and what the student says of it."""
+    """A text, and the student's outputs for it."""
 
     def __init__(self, student: Model, head: Tensor, text: Text) -> None:
         self.text, self.targets, self.teacher_head = text, text.tokens[:, 1:], head
@@ -96,7 +96,7 @@ class Reading:
         return self.text.hidden @ self.teacher_head.T
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Of the bytes that came."""
+        """The log-probabilities of the actual next bytes."""
         return logits.log_softmax(-1).gather(-1, self.targets[..., None])[..., 0]
 
     def cross_entropy(self) -> Tensor:
@@ -118,9 +118,10 @@ LOSSES: dict[str, Callable[[Reading], Tensor]] = {
 def objective(
     student: Model, head: Tensor, losses: Mapping[str, Loss], real: Text, own: Text | None, totals: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of real text and the weighted losses; and the cross-entropy alone.
+    """The cross-entropy of real text plus the weighted losses, and the cross-entropy alone.
 
-    Sums over the bytes of these sequences, divided by the numbers of bytes of the whole batch, which may have more.
+    They are sums over the bytes of these sequences, divided by the number of bytes in the whole batch, which may have
+    more sequences.
     """
     reading = Reading(student, head, real)
     writing = None if own is None else Reading(student, head, own)
@@ -136,16 +137,16 @@ def objective(
 
 # --8<-- [end:losses]
 def kept(tokens: Tensor) -> Tensor:
-    """True at every byte after the first 0 and at the 0 that ends the text, False after it."""
+    """True at every byte after the initial 0 and at the 0 that ends the text, False after that."""
     end = (tokens[:, 1:] == 0).long()
     return end.cumsum(1) == end
 
 
 @torch.no_grad()
 def write(student: Model, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Texts that the student goes on with: as many bytes as there is noise, drawn from its distribution.
+    """Texts continued by the student, with one byte drawn from its distribution for each number in `noise`.
 
-    Only what it has written counts.
+    The mask that is returned keeps only these bytes.
     """
     given = tokens.shape[1]
     _, memory = student(tokens[:, :-1])
@@ -158,7 +159,7 @@ def write(student: Model, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 
 
 class Lessons(NamedTuple):
-    """The training text and what the teacher says of it; the teacher itself is asked about the student's texts."""
+    """The training text with the teacher's outputs for it, and the teacher itself, for the student's own texts."""
 
     teacher: Model
     tokens: Tensor
@@ -175,14 +176,14 @@ class Lessons(NamedTuple):
 
     @torch.no_grad()
     def own(self, student: Model, prompts: Tensor, noise: Tensor) -> Text:
-        """The beginnings of texts as the student goes on with them."""
+        """The prompts as the student continues them."""
         tokens, where = write(student, prompts, noise)
         return Text(tokens, where, self.teacher(tokens[:, :-1])[0])
 
 
 @torch.no_grad()
 def listen(teacher: Model, tokens: np.ndarray, setting: Setting, folder: Path, dtype: str = "float32") -> Lessons:
-    """What the teacher says of texts; its largest logits are recorded on disk."""
+    """Run the teacher on texts; its largest logits are recorded on disk."""
     teacher = teacher.to(getattr(torch, dtype)).eval()
     text, hidden = torch.as_tensor(tokens).long(), []
 
@@ -196,7 +197,7 @@ def listen(teacher: Model, tokens: np.ndarray, setting: Setting, folder: Path, d
 
 
 def fit(model: Model, gradients: Callable[[int], tuple[Tensor, Tensor]], rates: np.ndarray) -> dict[str, Any]:
-    """Train by Adam: `gradients` adds those of a step to the model's, and returns the loss and the cross-entropy."""
+    """Train with Adam; `gradients` runs the backward pass of a step, and returns the loss and the cross-entropy."""
     optimiser = torch.optim.Adam(model.parameters(), 1.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: rates[min(i, len(rates) - 1)])
     values, start = [], time.perf_counter()
@@ -212,7 +213,7 @@ def fit(model: Model, gradients: Callable[[int], tuple[Tensor, Tensor]], rates: 
 def train_teacher(
     tokens: np.ndarray, plan: Plan, rates: np.ndarray, setting: Setting, tick: Callable[[], None]
 ) -> Model:
-    """A teacher that has learned to say the next byte."""
+    """A teacher trained to predict the next byte."""
     torch.manual_seed(0)
     teacher, text = Model(setting.teacher, setting.length, setting.classes), torch.as_tensor(tokens).long()
 
@@ -250,7 +251,7 @@ def train_students(
     start: Path | None = None,
     parts: int = 1,
 ) -> list[dict[str, Any]]:
-    """A student a plan, with its losses and cross-entropies and the seconds it took; each batch is taken in `parts`."""
+    """Train one student per plan; returns it with its losses, cross-entropies and time. A batch is split in `parts`."""
     writes = any(term.texts != "real" for term in losses.values())
     head = lessons.teacher.head.weight.detach()
 
@@ -284,7 +285,7 @@ def train_students(
 
 @torch.no_grad()
 def perplexity(model: Model, tokens: np.ndarray) -> float:
-    """Of a byte."""
+    """The perplexity of a byte."""
     text = torch.as_tensor(tokens).long()
     where = kept(text)
     logits = model.head(model(text[:, :-1])[0])

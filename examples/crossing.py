@@ -1,8 +1,8 @@
-"""A PyTorch teacher for a Flax student and a Flax teacher for a PyTorch student, beside teachers of the same framework.
+"""A PyTorch teacher for a Flax student and a Flax teacher for a PyTorch student, compared with the same framework.
 
 The data, the networks and the students are those of `digits.py`. A teacher is called from the framework of its student,
-its logits and embeddings are recorded on disk, and the student, told 50 labels, reads them from there and learns by
-`kl_loss` and `mse_loss`. The table gives the accuracy of the students on the 500 test images.
+and its logits and embeddings are recorded on disk. The student, which has 50 labels, reads them and learns with
+`kl_loss` and `mse_loss`. The table shows the accuracy of the students on the 500 test images.
 
     python examples/crossing.py
     python examples/crossing.py --quick
@@ -36,7 +36,7 @@ LOSSES = "kl+mse"
 
 
 def outputs(net: Any, teacher: str, student: str, images: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Batches of what the teacher says, as arrays of the student's framework."""
+    """Batches of the teacher's outputs, as arrays of the student's framework."""
     if student == "jax":
         say = torch_teacher(net) if teacher == "torch" else net
     else:
@@ -65,7 +65,7 @@ def train(teacher: str, student: str, net: Any, data: digits.Data, setting: digi
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two seeds of 100 steps, not five of 300")
+    parser.add_argument("--quick", action="store_true", help="two seeds with 100 steps instead of five with 300")
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for crossing.json")
     options = parser.parse_args(arguments)
     setting, seeds = digits.Setting(steps=100 if options.quick else 300), 2 if options.quick else 5

@@ -1,19 +1,19 @@
 """Distillation on real data: scikit-learn's handwritten digits, in JAX and in PyTorch.
 
-A teacher (110,378 parameters) learns from 1,000 labelled images of 8×8 pixels and from copies shifted by a pixel. A
-student (5,026 parameters) is told 50 labels, 5 a class; on the other 950 images only the teacher speaks. The student
-alone learns from its 50 labels, by cross-entropy; every other row of the table adds one loss, or a mixture `a+b`, to
-that same cross-entropy, on the same batches. A loss that reads labels takes the teacher's class where the label is
-not known, if the teacher is at least 90% sure, and `where=` leaves out the rest. The weights of the losses and the
-learning rates were chosen on the 297 validation images; the table gives the accuracy on the 500 test images.
+A teacher (110,378 parameters) is trained on 1,000 labelled images of 8×8 pixels and on copies shifted by a pixel. A
+student (5,026 parameters) gets 50 labels, 5 per class; for the other 950 images it has only the teacher's outputs. The
+student alone learns from its 50 labels with the cross-entropy. Every other row of the table adds one loss, or a mixture
+`a+b`, to the same cross-entropy on the same batches. Where the label is not known, a loss that reads labels uses the
+teacher's class if the teacher is at least 90% sure, and `where=` leaves out the other images. The weights of the losses
+and the learning rates were chosen on the 297 validation images; the table shows the accuracy on the 500 test images.
 
     python examples/digits.py                            # both frameworks, three seeds, about two minutes
     python examples/digits.py --quick
     python examples/digits.py --framework torch --losses kl dkd "kl+hcl" --seeds 5
     python examples/digits.py --teacher-logits mine.npz  # `logits`, [1000, 10]: see --help
 
-With both frameworks one training is run twice, from the same weights on the same batches, and the two loss curves are
-compared. `_digits_jax.py` and `_digits_torch.py`, of the same build, show how each loss is called.
+With both frameworks, one training is run in each, from the same weights on the same batches, and the two loss curves
+are compared. `_digits_jax.py` and `_digits_torch.py`, which have the same structure, show how each loss is called.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Mixture = dict[str, float]
 
 
 class Loss(NamedTuple):
-    """What must be known of a loss before a framework is imported: its weight, and what it reads of the teacher."""
+    """What is known about a loss before a framework is imported: its weight, and which teacher's outputs it reads."""
 
     weight: float
     reads: str
@@ -78,13 +78,13 @@ LOSSES = {
 }
 DEFAULT = ["kl", "diff", "dkd", "nkd", "uskd", "mse", "dcn", "dino", "kl+dcn", "kl+hcl"]
 QUICK = ["kl", "dkd", "dino", "kl+hcl"]
-SAME = "kl+hcl+dcn+dino"  # the training that is run in both frameworks: parameters, state, maps and logits
+SAME = "kl+hcl+dcn+dino"  # the training that is compared: it has parameters, a state, maps and logits
 FRAMEWORKS = {"jax": ["jax"], "torch": ["torch"], "both": ["jax", "torch"]}
 SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
 
 
 class Setting(NamedTuple):
-    """What is trained, and how."""
+    """The settings of the networks and the training."""
 
     teacher: tuple[tuple[int, int], int] = ((24, 48), 128)  # the channels of the two maps, the width of the embedding
     student: tuple[tuple[int, int], int] = ((8, 12), 20)
@@ -101,18 +101,18 @@ class Setting(NamedTuple):
 
 
 class Data(NamedTuple):
-    """All images, the places of each part of the split in them, and where the student is told the label."""
+    """All images, the indices of each part of the split, and for which images the student has the label."""
 
-    views: Array  # [shifts, 1797, 8, 8], the first not shifted
+    views: Array  # [shifts, 1797, 8, 8]; the first is not shifted
     labels: Array
     train: Array
     validation: Array
     test: Array
-    labelled: Array  # [train], True where the student is told the label
+    labelled: Array  # [train], True if the student has the label
 
 
 class Plan(NamedTuple):
-    """The batches of one training: places in the training set, two shifts of each image, negatives for crcd."""
+    """The batches of one training: indices into the training set, two shifts of each image, negatives for crcd."""
 
     index: Array  # [steps, batch]
     shifts: Array  # [steps, 2, batch]
@@ -120,10 +120,10 @@ class Plan(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """The teacher's outputs on the training images; only the logits where it comes from outside."""
+    """The teacher's outputs for the training images; only the logits if it comes from a file."""
 
     logits: Array  # [train, classes]
-    embedding: Array | None = None  # [train, width], each entry of mean 0 and variance 1
+    embedding: Array | None = None  # [train, width]; each entry has mean 0 and variance 1
     maps: list[Array] | None = None  # [train, height, width, channels]
     views: Array | None = None  # [shifts, train, classes], the logits
 
@@ -153,7 +153,7 @@ def make_plan(data: Data, setting: Setting, seed: int) -> Plan:
 
 
 def training_set(data: Data, setting: Setting, teacher: Teacher) -> dict[str, Any]:
-    """All that a step gathers its batch from, by name: the images, what is known of them, the teacher's outputs."""
+    """The arrays from which a step gathers its batch, by name: images, labels, and the teacher's outputs."""
     labels = data.labels[data.train]
     odds = np.exp(teacher.logits - teacher.logits.max(1, keepdims=True))
     confident = odds.max(1) >= setting.sure * odds.sum(1)
@@ -161,13 +161,13 @@ def training_set(data: Data, setting: Setting, teacher: Teacher) -> dict[str, An
         "views": data.views[:, data.train],
         "labels": np.where(data.labelled, labels, teacher.logits.argmax(1).astype(np.int32)),
         "labelled": data.labelled,
-        "sure": data.labelled | confident,  # whether that label can be relied on
+        "sure": data.labelled | confident,  # whether this label is reliable
         "teacher": {name: x for name, x in teacher._asdict().items() if x is not None},
     }
 
 
 def train_teacher(half: ModuleType, data: Data, setting: Setting) -> tuple[Teacher, dict[str, Any]]:
-    """The teacher, told every label, and its outputs on the training images."""
+    """Train the teacher on all labels; returns its outputs for the training images, and its results."""
     plan = make_plan(data, setting._replace(labelled=0), seed=0)
     images = {"views": data.views[:, data.train], "labels": data.labels[data.train]}
     run = half.train_teacher(images, plan, setting, data.views)
@@ -182,10 +182,10 @@ def train_teacher(half: ModuleType, data: Data, setting: Setting) -> tuple[Teach
 
 
 def outside_teacher(file: str, setting: Setting) -> Teacher:
-    """The teacher of a file.
+    """The teacher whose logits are in a file.
 
     Raises:
-        ValueError: a file that cannot be read, lacks the array, or holds another shape or numbers that are not finite.
+        ValueError: a file that cannot be read, without the array, or with another shape or numbers that are not finite.
     """
     try:
         with open(file, "rb") as stream:
@@ -194,7 +194,7 @@ def outside_teacher(file: str, setting: Setting) -> Teacher:
             stream.seek(0)
             with np.load(stream) as content:
                 names, logits = content.files, np.asarray(content.get("logits"))
-    except Exception as error:  # whatever a broken archive may raise
+    except Exception as error:  # a broken archive may raise any error
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{file}: expected an .npz file that can be read, got: {reason}") from error
     if "logits" not in names:
@@ -213,7 +213,7 @@ def outside_teacher(file: str, setting: Setting) -> Teacher:
 
 
 def accuracies(logits: Array, data: Data) -> dict[str, float]:
-    """Shares of right answers on the validation and test images."""
+    """The accuracy on the validation and test images."""
     right = logits.argmax(1) == data.labels
     return {
         "validation_accuracy": float(right[data.validation].mean()),
@@ -222,10 +222,10 @@ def accuracies(logits: Array, data: Data) -> dict[str, float]:
 
 
 def mixture(text: str) -> Mixture:
-    """The weights by name of `"a+b"`.
+    """The weights of the losses in `"a+b"`, by name.
 
     Raises:
-        ValueError: an unknown name, or one given twice.
+        ValueError: an unknown name, or the same name twice.
     """
     names = [name.strip() for name in text.split("+")]
     for name in names:
@@ -245,7 +245,7 @@ def train_students(
     seeds: int,
     tick: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """The student alone and with each mixture: the rows of the table."""
+    """Train the student alone and with each mixture; returns the rows of the table."""
     plans = [make_plan(data, setting, 1 + seed) for seed in range(seeds)]
     inputs = training_set(data, setting, teacher)
     rows: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def train_students(
 def compare(
     halves: dict[str, ModuleType], weights: Mixture, data: Data, teacher: Teacher, setting: Setting
 ) -> dict[str, Any]:
-    """One training in both frameworks, from the same weights on the same batches, in float64 and in float32."""
+    """Run one training in both frameworks, from the same weights on the same batches, in float64 and in float32."""
     setting = setting._replace(steps=200)
     plan = make_plan(data, setting, 1)
     inputs = training_set(data, setting, teacher)
@@ -296,19 +296,19 @@ def compare(
 def describe(setting: Setting, data: Data, seeds: int) -> str:
     """The setting in words."""
     return (
-        f"The student is told {setting.labels} labels of {setting.images:,} training images; on all of them the "
-        f"teacher speaks. Losses that read labels take the teacher's class where the label is not known, if the "
-        f"teacher is at least {setting.sure:.0%} sure. {setting.steps} steps of {setting.batch} images, "
+        f"The student has the labels of {setting.labels} of {setting.images:,} training images, and the teacher's "
+        f"outputs for all of them. Where the label is not known, losses that read labels use the teacher's class if "
+        f"the teacher is at least {setting.sure:.0%} sure. {setting.steps} steps of {setting.batch} images, "
         f"{setting.labelled} of them labelled; {seeds} seeds; {len(data.validation)} images for validation, "
         f"{len(data.test)} for the test."
     )
 
 
 def table(framework: str, teacher: dict[str, Any] | None, rows: list[dict[str, Any]]) -> Table:
-    """One framework's results."""
+    """The table of one framework's results."""
     result = Table(title=f"{framework}: test accuracy in %, mean ± standard deviation over seeds")
     result.add_column("", no_wrap=True)
-    for column in ("parameters", "test accuracy", "gain", "seconds a step"):
+    for column in ("parameters", "test accuracy", "gain", "seconds per step"):
         result.add_column(column, justify="right")
     if teacher:
         result.add_row(
@@ -327,7 +327,7 @@ def table(framework: str, teacher: dict[str, Any] | None, rows: list[dict[str, A
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What was shown, in a sentence or two: which losses helped, and how equal the frameworks are."""
+    """The results in a sentence or two: which losses helped, and how closely the frameworks agree."""
     students = results["students"]
     gains = {
         row["losses"]: [next(x["gain"] for x in rows if x["losses"] == row["losses"]) for rows in students.values()]
@@ -351,12 +351,12 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def label(losses: str) -> str:
-    """A long mixture goes over several lines."""
+    """The label of a mixture; a long one has several lines."""
     return losses if len(losses) <= 40 else textwrap.fill(losses.replace("+", "+ "), 40)
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """The accuracies, and beside them the two loss curves and their difference."""
+    """Draw the accuracies, and beside them the two loss curves and their difference."""
     parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         rows = next(iter(results["students"].values()))
@@ -393,7 +393,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -409,15 +409,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     parser = Parser(prog="digits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=FRAMEWORKS, default="both")
-    parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}, or mixtures like kl+hcl")
-    parser.add_argument("--seeds", type=at_least_one, help="how many students a row (3; with --quick 2)")
-    parser.add_argument("--steps", type=at_least_one, help="of each training (300; with --quick 150)")
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"{', '.join(LOSSES)}, or mixtures like kl+hcl")
+    parser.add_argument("--seeds", type=at_least_one, help="students per row (3; with --quick 2)")
+    parser.add_argument("--steps", type=at_least_one, help="steps of each training (300; with --quick 150)")
     parser.add_argument("--quick", action="store_true", help="fewer losses, seeds and steps")
     parser.add_argument(
         "--teacher-logits",
         metavar="FILE.npz",
-        help="a teacher from outside: the array `logits`, [1000, 10], a row an image of the training set, whose places "
-        "in load_digits() are `train` of digits.json",
+        help="a teacher of your own: an array `logits`, [1000, 10], with one row per training image; `train` in "
+        "digits.json has the images' indices in load_digits()",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder for digits.json and digits.png")
     options = parser.parse_args(arguments)

@@ -1,21 +1,21 @@
-"""Distillation of a language model on real text: the documentation of Python, byte by byte, in JAX and in PyTorch.
+"""Distillation of a language model on real text, in JAX and in PyTorch: the documentation of Python, byte by byte.
 
-A transformer (3,297,792 parameters) learns to say the next byte of the help texts that ship with Python
-(`pydoc_data.topics`), and then teaches smaller ones (523,600 parameters), which are trained far more shortly. The
-student alone learns by cross-entropy; every other row of the table adds one loss, or a mixture `a+b`, to that same
-cross-entropy, on the same batches. With their weights the losses have the curvature of the KL divergence where student
-and teacher nearly agree, but for `reverse_kl` and `sampled`, which at that weight made so short a training worse. The
-table gives the perplexity of a byte of held-out text.
+A transformer (3,297,792 parameters) learns to predict the next byte of the help texts that ship with Python
+(`pydoc_data.topics`), and then teaches smaller ones (523,600 parameters), which are trained for a much shorter time.
+The student alone learns with the cross-entropy; every other row of the table adds one loss, or a mixture `a+b`, to the
+same cross-entropy on the same batches. The weights give the losses the curvature of the KL divergence where student and
+teacher nearly agree. The exceptions are `reverse_kl` and `sampled`, which made this short training worse with that
+weight. The table shows the perplexity of a byte of held-out text.
 
     python examples/tokens.py                            # both frameworks, three seeds
     python examples/tokens.py --quick
     python examples/tokens.py --framework torch --losses kl gkd "linear+sampled" --seeds 5
 
-The teacher is trained once, by PyTorch if both frameworks are asked for, and kept in
-`out/tokens-teacher-….safetensors`, which both read; delete the file to train another. One training is run again in both
-frameworks in float64, from the same weights on the same batches, and in each with every batch in four parts, whose sums
-are divided by the number of bytes of the whole batch; the loss curves are compared. `_tokens_jax.py` and
-`_tokens_torch.py`, of the same build, show how each loss is called.
+The teacher is trained once, with PyTorch if both frameworks are used, and stored in `out/tokens-teacher-….safetensors`,
+which both read; delete the file to train another. One training is run again in both frameworks in float64, from the
+same weights on the same batches; and in each framework with every batch in four parts, whose sums are divided by the
+number of bytes in the whole batch. The loss curves are compared. `_tokens_jax.py` and `_tokens_torch.py`, which have
+the same structure, show how each loss is called.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Array = np.ndarray
 
 
 class Loss(NamedTuple):
-    """Its weight beside the cross-entropy, and the texts that it compares student and teacher on.
+    """The weight of a loss relative to the cross-entropy, and the texts on which it compares student and teacher.
 
-    `"real"`: those of the batch. `"own"`: what the student writes, in the steps in which it does. `"mixed"`: that in those
-    steps, and the batch's in all others.
+    `"real"`: the texts of the batch. `"own"`: texts that the student writes, only in the steps in which it writes.
+    `"mixed"`: its own texts in these steps, and the texts of the batch in all others.
     """
 
     weight: float
@@ -74,7 +74,7 @@ Mixture = dict[str, Loss]
 
 
 class Size(NamedTuple):
-    """Of a transformer."""
+    """The size of a transformer."""
 
     width: int
     heads: int
@@ -82,38 +82,38 @@ class Size(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is trained, and how."""
+    """The settings of the models and the training."""
 
     teacher: Size = Size(256, 4, 4)
     student: Size = Size(136, 4, 2)
     classes: int = 256
     length: int = 64  # bytes of a sequence
-    prompt: int = 16  # bytes of it that the student goes on from
-    pieces: int = 1280  # sequences that the students learn from; the teacher has all of the training text
+    prompt: int = 16  # bytes of it that the student continues
+    pieces: int = 1280  # sequences for the students; the teacher is trained on the whole training text
     teacher_steps: int = 200
     teacher_batch: int = 32
     teacher_rate: float = 2e-3
     steps: int = 80
     batch: int = 16
-    written: int = 8  # sequences of a batch that the student goes on with, in steps in which it writes
+    written: int = 8  # sequences of a batch that the student continues, in steps in which it writes
     rate: float = 4e-3
-    on_policy: float = 0.5  # of the steps, for losses that want the student's texts
+    on_policy: float = 0.5  # fraction of steps in which the student writes, for losses that use its texts
     top_k: int = 64
-    tested: int = 256  # sequences
+    tested: int = 256  # sequences in the test
 
 
 SMALL = Setting(Size(64, 4, 2), Size(32, 4, 1), pieces=320, teacher_steps=80, steps=30, top_k=32, tested=128)
 
 
 class Data(NamedTuple):
-    """Sequences, [number, length + 1]: a 0, the bytes, and zeros where they are fewer."""
+    """Sequences, [number, length + 1]: a 0, the bytes, and zeros as padding."""
 
     train: Array
     test: Array
 
 
 class Plan(NamedTuple):
-    """The batches of one training, and what the student draws its own texts with."""
+    """The batches of one training, and the random numbers with which the student draws its own texts."""
 
     index: Array  # [steps, batch]
     on_policy: Array  # [steps], True where the student writes
@@ -121,9 +121,9 @@ class Plan(NamedTuple):
 
 
 def load_data(setting: Setting) -> Data:
-    """The paragraphs of Python's help texts, each once, in pieces of which none is shorter than a prompt.
+    """The distinct paragraphs of Python's help texts, in pieces that are at least as long as a prompt.
 
-    Every tenth paragraph, in a fixed random order, is for the test, but for pieces that the other paragraphs have too.
+    Every tenth paragraph, in a fixed random order, is for the test, without pieces that other paragraphs contain too.
     """
     paragraphs = (part.strip("\n").encode() for topic in topics.values() for part in re.split(r"\n\s*\n", topic))
     texts, draw = list(dict.fromkeys(paragraphs)), np.random.default_rng(0)
@@ -146,7 +146,7 @@ def load_data(setting: Setting) -> Data:
 
 
 def make_plan(number: int, steps: int, batch: int, setting: Setting, seed: int) -> Plan:
-    """The batches of one training, the same in both frameworks: all of the sequences before any comes again."""
+    """The batches of one training, the same in both frameworks; no sequence is repeated before all have been used."""
     draw, epochs = np.random.default_rng(seed), -(-steps * batch // number)
     order = np.concatenate([draw.permutation(number) for _ in range(epochs)])[: steps * batch]
     on_policy = draw.random(steps) < setting.on_policy
@@ -156,16 +156,16 @@ def make_plan(number: int, steps: int, batch: int, setting: Setting, seed: int) 
 
 
 def rates(steps: int, peak: float) -> Array:
-    """Learning rates: up for a tenth of the steps, then down along a cosine."""
+    """The learning rates: a warm-up for a tenth of the steps, then a cosine decay."""
     x = (1 + np.arange(steps)) / (1 + steps)
     return peak * np.minimum(10 * x, np.cos(np.pi / 2 * x))
 
 
 def mixture(text: str) -> Mixture:
-    """The losses by name of `"a+b"`.
+    """The losses in `"a+b"`, by name.
 
     Raises:
-        ValueError: an unknown name, or one given twice.
+        ValueError: an unknown name, or the same name twice.
     """
     names = [name.strip() for name in text.split("+")]
     for name in names:
@@ -177,21 +177,21 @@ def mixture(text: str) -> Mixture:
 
 
 def teacher_file(data: Data, setting: Setting, folder: Path) -> Path:
-    """Another file for whatever makes another teacher, such as the texts of another version of Python."""
+    """The file of the teacher; its name depends on everything that changes the teacher, such as Python's texts."""
     parts = [name for name in Setting._fields if name.startswith("teacher") or name in ("classes", "length", "prompt")]
     key = zlib.crc32(data.train.tobytes() + repr([getattr(setting, name) for name in parts]).encode())
     return folder / f"tokens-teacher-{key:08x}.safetensors"
 
 
 def load_teacher(half: ModuleType, file: Path, setting: Setting) -> Any:
-    """The teacher of a file.
+    """The teacher in a file.
 
     Raises:
-        ValueError: another file.
+        ValueError: the file does not contain such a teacher.
     """
     try:
         return half.load_teacher(file, setting)
-    except Exception as error:  # whatever a broken file may raise
+    except Exception as error:  # a broken file may raise any error
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{file}: expected a teacher of this example; delete it to train one; got: {reason}"
@@ -207,7 +207,7 @@ def train_students(
     seeds: int,
     tick: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """The student alone and with each mixture: the rows of the table."""
+    """Train the student alone and with each mixture; returns the rows of the table."""
     plans = [make_plan(setting.pieces, setting.steps, setting.batch, setting, 1 + seed) for seed in range(seeds)]
     rows: list[dict[str, Any]] = []
     for name, losses in {"alone": {}, **mixtures}.items():
@@ -231,9 +231,9 @@ def train_students(
 def compare(
     halves: dict[str, ModuleType], losses: Mixture, data: Data, setting: Setting, file: Path, tick: Callable[[], None]
 ) -> dict[str, Any]:
-    """One training in both frameworks, and in each with every batch in parts: the losses, in float64.
+    """The losses of one training in float64, in both frameworks, and in each with every batch in parts.
 
-    All runs start from the same weights and see the same batches; the student writes in every step.
+    All runs start from the same weights and use the same batches; the student writes in every step.
     """
     setting = setting._replace(pieces=160, steps=STEPS_OF_SAME, batch=8, on_policy=1.0)
     plan = make_plan(setting.pieces, setting.steps, setting.batch, setting, 1)
@@ -273,10 +273,10 @@ def describe(setting: Setting, data: Data, seeds: int) -> str:
 
 
 def table(framework: str, teacher: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    """One framework's results."""
+    """The table of one framework's results."""
     result = Table(title=f"{framework}: test perplexity of a byte, mean ± standard deviation over seeds")
     result.add_column("", no_wrap=True)
-    for column in ("parameters", "test perplexity", "gain", "seconds a step"):
+    for column in ("parameters", "test perplexity", "gain", "seconds per step"):
         result.add_column(column, justify="right")
     result.add_row(
         "teacher", f"{teacher['parameters']:,}", f"{teacher['test_perplexity']:.2f}", "", "", end_section=True
@@ -294,7 +294,7 @@ def table(framework: str, teacher: dict[str, Any], rows: list[dict[str, Any]]) -
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What was shown, in a few sentences: which losses helped, how equal the frameworks are, and the sums over parts."""
+    """The results in a few sentences: which losses helped, and how closely the frameworks and the parts agree."""
     students, same = results["students"], results["same_training"]
     gains = {
         row["losses"]: [next(x["gain"] for x in rows if x["losses"] == row["losses"]) for rows in students.values()]
@@ -314,7 +314,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """The perplexities, beside them the curves of the trainings, and the differences of the one training."""
+    """Draw the perplexities, the curves of the trainings, and the differences of the training that is compared."""
     same, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         rows = next(iter(results["students"].values()))
@@ -361,9 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = "\n".join(f"  {name:<12}{loss.words}" for name, loss in LOSSES.items())
     parser = Parser("tokens.py", description=__doc__, epilog=words, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=FRAMEWORKS, default="both")
-    parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"of {', '.join(LOSSES)}, or mixtures like kl+gkd")
-    parser.add_argument("--seeds", type=at_least_one, help="how many students a row (3; with --quick 2)")
-    parser.add_argument("--steps", type=at_least_one, help="of each student (80; with --quick 30)")
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", help=f"{', '.join(LOSSES)}, or mixtures like kl+gkd")
+    parser.add_argument("--seeds", type=at_least_one, help="students per row (3; with --quick 2)")
+    parser.add_argument("--steps", type=at_least_one, help="steps of each student (80; with --quick 30)")
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer losses, seeds and steps")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="the folder for tokens.json, tokens.png, the teacher"
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not file.exists():
             plan = make_plan(len(data.train), setting.teacher_steps, setting.teacher_batch, setting, 0)
             speeds = rates(setting.teacher_steps, setting.teacher_rate)
-            half = halves.get("torch", next(iter(halves.values())))  # which compiles nothing
+            half = halves.get("torch", next(iter(halves.values())))  # PyTorch compiles nothing
             half.save(file, half.train_teacher(data.train, plan, speeds, setting, tick))
         for name, half in halves.items():
             progress.update(task, description=name)

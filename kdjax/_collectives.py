@@ -1,4 +1,4 @@
-"""What the devices along a mesh axis tell each other, inside `shard_map`; without an axis there is one device."""
+"""Communication between the devices along a mesh axis, inside `shard_map`; without an axis there is one device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def size(axis_name: AxisName | None) -> int:
 
 
 def _bound(axis_name: AxisName) -> AxisName:
-    """The axis, if the call is made inside a `shard_map` that has it."""
+    """The axis; an error if there is no `shard_map` with this axis around the call."""
     try:
         jax.lax.axis_size(axis_name)
     except NameError:
@@ -28,7 +28,7 @@ def _bound(axis_name: AxisName) -> AxisName:
 
 
 def rank(axis_name: AxisName | None) -> jax.Array | int:
-    """The place of this device among them."""
+    """The position of this device along the axis."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name)
 
 
@@ -43,7 +43,7 @@ def all_max(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
 
 
 def class_devices(class_axis_name: AxisName | None, axis_name: AxisName | None = None) -> int:
-    """The number of devices that the classes are spread over, which are not those of the batch."""
+    """The number of devices that the classes are spread over; an error if the batch is spread over the same axis."""
     if class_axis_name is None:
         return 1
     names, others = ((x,) if isinstance(x, str) else x or () for x in (class_axis_name, axis_name))
@@ -62,12 +62,12 @@ def class_devices(class_axis_name: AxisName | None, axis_name: AxisName | None =
 
 
 def class_sum(x: jax.Array, class_axis_name: AxisName | None = None) -> jax.Array:
-    """The sum over the last axis, of all devices that have a part of it, `[*batch, 1]`."""
+    """The sum over the last axis, which may be spread over devices, `[*batch, 1]`."""
     return all_sum(x.sum(-1, keepdims=True), class_axis_name)
 
 
 def class_max(x: jax.Array, class_axis_name: AxisName | None = None) -> jax.Array:
-    """The largest entry of the last axis on any device, `[*batch, 1]`; constant to the gradient."""
+    """The largest entry of the last axis, which may be spread over devices, `[*batch, 1]`; without a gradient."""
     return all_max(jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)), class_axis_name)
 
 
@@ -77,25 +77,26 @@ def on_first(x: jax.Array, class_axis_name: AxisName | None, elsewhere: float) -
 
 
 def all_gather(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The rows of all devices, in their order. Gradients flow back to the device that a row is from."""
+    """The rows of all devices, in the order of the devices. Gradients flow back to the device that a row came from."""
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True)
 
 
 def all_gather_constant(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The rows of all devices, known to be the same on all of them; constant to the gradient."""
+    """The rows of all devices, which JAX knows to be the same on every device; they have no gradient."""
     x = jax.lax.stop_gradient(x)
     return x if axis_name is None else jax.lax.all_gather(x, _bound(axis_name), tiled=True, to="invarying")
 
 
 def local_rows(x: jax.Array, rows: int, axis_name: AxisName | None) -> jax.Array:
-    """This device's rows of what was gathered."""
+    """This device's rows of a gathered array."""
     return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, rank(axis_name) * rows, rows)
 
 
 def fetch(rows: jax.Array, places: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """`table[places]` of a table `[n * len(rows), dim]`, of which each of n devices holds its rows.
+    """`table[places]` of a table `[n * len(rows), dim]` whose rows are spread over n devices in equal parts.
 
-    Every device asks every other for up to `slots` rows, and again as long as one of them has more to ask.
+    In each round, every device requests up to `slots` rows from every other device. Rounds follow until no device needs
+    more rows.
     """
     if axis_name is None:
         return rows[places]
@@ -106,7 +107,7 @@ def fetch(rows: jax.Array, places: jax.Array, axis_name: AxisName | None) -> jax
         jnp.zeros_like(owner)
         .at[order]
         .set(jnp.arange(number, dtype=owner.dtype) - jnp.searchsorted(owner[order], owner[order]).astype(owner.dtype))
-    )  # how many earlier ones ask the same device
+    )  # how many earlier places are on the same device
     average = -(-number // devices)
     slots = min(number, average + 4 * int(average**0.5) + 1)  # uniformly drawn positions rarely need a second round
 

@@ -1,4 +1,4 @@
-"""What compares the logits of linear heads, which are made for a block of classes at a time and dropped."""
+"""Compares the logits of linear heads; only the logits of one block of classes are in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from kdjax._rowwise import pack
 from kdjax._typing import AxisName, Scalar
 
 BLOCK = 2**22  # entries of the logits of a block of classes
-LEAST = 2**21  # the same where memory is least
+LEAST = 2**21  # the same for memory="least"
 
 
 class Output(NamedTuple):
-    """What a head's products become: scale (h · w + b), and with a cap c then c tanh(· / c). None: as they are."""
+    """How a head makes logits: z = scale (h · w + b), and with a cap c then c tanh(z / c). None leaves out a step."""
 
     scale: Scalar | None = None
     cap: Scalar | None = None
 
 
 class Student(NamedTuple):
-    """What learns: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias or None, and T.
+    """What is trained: hidden states `[*batch, dim]`, a head `[classes, dim]`, its bias or None, and T.
 
-    Field by field also their gradients, or whether these are asked for.
+    The same fields also hold the gradients, or whether each gradient is needed.
     """
 
     hidden: Any
@@ -46,13 +46,13 @@ class Fixed(NamedTuple):
     """What is constant.
 
     Attributes:
-        rows: the teacher's hidden states; where it has no head, all that is known of its logits. Each is `[*batch, ...]`.
-        weight: of the teacher's head, or None.
-        bias: of the same.
+        rows: the teacher's hidden states, or without a head what was recorded of its logits; each `[*batch, ...]`.
+        weight: the weight of the teacher's head, or None.
+        bias: the bias of the teacher's head, or None.
         where: which rows are kept.
-        weights: what the rows' values are multiplied by, `[*batch]`.
+        weights: factors of the rows' values, `[*batch]`.
         outputs: the student's and the teacher's.
-        settings: of the divergence, without T.
+        settings: the settings of the divergence, without T.
     """
 
     rows: tuple[Array, ...]
@@ -64,23 +64,24 @@ class Fixed(NamedTuple):
     settings: tuple[Scalar, ...] = ()
 
 
-# from how `over_classes` folds a step over blocks of classes, a row's dtype, y, the settings and T to the value of each row, and
-# a function that makes the gradient of a block by x, and y · ∂y of each row
+# A divergence computed in blocks of classes. Its arguments are `over_classes`, which applies a step to one block after
+# another, an array with the shape and dtype of the values, y, the settings and T. It returns the value of each row, and
+# a function that returns a block's gradient with respect to x, and y · ∂y of each row.
 ByClasses = Callable[..., tuple[Array, Callable[..., tuple[Array, Array]]]]
 
 
 def linear(divergence: ByClasses) -> Callable[..., Array]:
-    """A function of a student's hidden states and head, and of what is constant, from a divergence of logits by classes.
+    """Turn a divergence between logits into a function of the student's hidden states and head, and of constants.
 
-    What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
-    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_axis_name` each
-    device has the heads' rows of some classes.
+    The function returns the sum over the kept rows, computes the gradients together with the sum, and stores nothing
+    else. With `summed=False` it returns one value per row, and the backward pass computes gradients from the inputs.
+    With a `class_axis_name`, each device has the rows of the heads for some of the classes.
     """
     nothing = Student(False, False, False, False)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
     def values(summed: bool, least: bool, class_axis_name: AxisName | None, student: Student, fixed: Fixed) -> Array:
-        """Of devices that share the classes the first has the value, and the others 0, so that JAX sums their gradients."""
+        """The value, on devices that share the classes on the first and 0 on the others, so that JAX sums gradients."""
         value = _evaluate(divergence, least, class_axis_name, student, fixed, None, nothing)[0]
         return on_first(value.sum() if summed else value, class_axis_name, 0.0)
 
@@ -135,7 +136,7 @@ def _axes(arrays: Any) -> frozenset[str]:
 
 
 def _varying(axes: frozenset[str], x: Array) -> Array:
-    """x as one that may differ between the devices along these axes; its gradient is then their sum."""
+    """x, marked as an array that may differ between devices along these axes; its gradient is summed over them."""
     missing = tuple(axes - _axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -149,7 +150,10 @@ def _evaluate(
     above: Array | None,
     asked: Student,
 ) -> tuple[Array, Student]:
-    """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
+    """The weighted value of each row, and the gradients, where they are `asked` for, of the sum of these values.
+
+    In that sum each value is multiplied by its entry of `above`, the gradient of the loss with respect to the value.
+    """
     batch = student.hidden.shape[:-1]
     number = math.prod(batch)
     axes = _axes((student, fixed))
@@ -161,7 +165,7 @@ def _evaluate(
     factor = weights if above is None else above if weights is None else above * weights
 
     def start(wanted: bool, like: Any) -> Array | None:
-        # a class is written once, so that its gradient may be rounded at once
+        # the gradient of each class is written only once, so it may be rounded immediately
         exact = like.dtype if like is student.weight and like.dtype == jnp.bfloat16 else dtype
         return _varying(axes, jnp.zeros(jnp.shape(like), exact)) if wanted else None
 
@@ -191,7 +195,7 @@ def _by_classes(
     dtype: DTypeLike,
     axes: frozenset[str],
 ) -> tuple[Array, Student]:
-    """Passes over blocks of classes: what each row sums over all of them, then the gradients, each of a class once."""
+    """Compute in blocks of classes: first the sums over all classes of each row, then the gradients."""
     h, others, kept, factor = rows
     h, *others = zero_masked(kept, h, *others)
     (number, dim), (classes, _) = h.shape, student.weight.shape
@@ -201,7 +205,7 @@ def _by_classes(
         if x is None:
             return None
         part = jax.lax.dynamic_slice_in_dim(x, first, size)
-        # XLA on a CPU multiplies in float32, and would make a copy of the whole head in it before the first block
+        # without it, XLA on a CPU copies the whole head to float32, in which it multiplies, before the first block
         return jax.lax.optimization_barrier(part) if x.dtype.itemsize < 4 else part
 
     def logits(first: Array | int, size: int) -> list[Array]:
@@ -212,7 +216,7 @@ def _by_classes(
         return [x, _logits(others[0], *head, fixed.outputs[1], dtype)]
 
     def over_classes(step: Callable[..., Any], start: Any) -> Any:
-        """`step(sums, first, *logits)` of each block of classes, one after the other."""
+        """Call `step(sums, first, *logits)` for one block of classes after another."""
 
         def one(first: Array | int, sums: Any, size: int = size) -> Any:
             return step(sums, first, *logits(first, size))
@@ -251,9 +255,9 @@ def _by_classes(
 
 
 class Sums(NamedTuple):
-    """Of the classes so far, in each row: the largest logit, Σ w of w = exp((logit - largest) / T), and Σ w d.
+    """For each row, over the classes so far: the largest logit, Σ w with w = exp((logit - largest) / T), and Σ w d.
 
-    d is x - y, each less its largest.
+    d is x - y, after the largest logit of each has been subtracted.
     """
 
     peak: Array
@@ -266,11 +270,12 @@ def of_heads(
     g: Callable[..., Array],
     means: Callable[[Array, Array], tuple[Array | None, Array | None]] | None = None,
 ) -> ByClasses:
-    """A divergence, by blocks of classes, E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
+    """A divergence E_p[f] + E_q[g] in blocks of classes, where p = softmax(x / T) and q = softmax(y / T).
 
-    `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
-    q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
-    pass over the classes comes before the gradients, and two where it is None.
+    The function `f(log p, log q, *settings)` returns p f of each class, and the function `g` returns q g. The gradients
+    with respect to x and y must be p (f - E_p[f]) / T and q (g - E_q[g]) / T. If `means` is given, it computes E_p[f]
+    and E_q[g] from E_p[r] and E_q[r], r = log(p / q), and returns None for a mean that is 0; then one pass over the
+    classes precedes the gradients. Without `means` there are two.
     """
 
     def by_classes(
@@ -280,8 +285,8 @@ def of_heads(
         least, zero = jnp.full_like(rows, jnp.finfo(rows.dtype).min), jnp.zeros_like(rows)
 
         def moved(sums: tuple[Sums, Sums], peaks: list[Array]) -> list[Sums]:
-            """The sums with other largest logits."""
-            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            """The same sums with respect to other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # the change of all d
             new = []
             for old, peak in zip(sums, peaks, strict=True):
                 decay = _weight(old.peak - peak, temperature)
@@ -323,7 +328,7 @@ def of_heads(
 
         def centred(of: Callable[..., Array], log: Array, mean: Array | None, both: tuple[Any, ...]) -> Array:
             result = of(*both)
-            if mean is not None:  # infinite where one of the two excludes a class, and no gradient is
+            if mean is not None:  # it is infinite if only one of the two has a class at -inf; gradients stay finite
                 result = result - jnp.exp(log) * jnp.where(jnp.isfinite(mean), mean, 0)[:, None]
             return result / temperature
 
@@ -338,12 +343,15 @@ def of_heads(
 
 
 def _weight(below: Array, temperature: Scalar) -> Array:
-    """exp(below / T), of a class below the largest; in its derivative by T infinity would meet the 0 of an excluded class."""
+    """exp(below / T), where `below` is a logit minus the largest.
+
+    It is limited from below, because the derivative with respect to T at -inf would be 0 times infinity, which is NaN.
+    """
     return jnp.exp(jnp.maximum(below, -1e5 * temperature) / temperature)
 
 
 def difference(x: Array, y: Array) -> Array:
-    """x - y; 0 of a class that both exclude, so that no NaN is on the way."""
+    """x - y, and 0 for a class that is at -inf in both, without a NaN in any intermediate result."""
     both = jnp.isneginf(x) & jnp.isneginf(y)
     return jnp.where(both, 0, jnp.where(both, 0, x) - jnp.where(both, 0, y))
 
@@ -351,9 +359,9 @@ def difference(x: Array, y: Array) -> Array:
 def of_kept(
     divergence_and_gradient: Callable[..., tuple[Array, Array]], of_teacher: Callable[..., Array], bucket: bool
 ) -> ByClasses:
-    """A divergence, by blocks of classes, over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
+    """A divergence over the kept classes and, with `bucket`, one class for the rest, in blocks of classes.
 
-    An index below 0 is none. `of_teacher` is the divergence's gradient by y.
+    y is `values, indices, rest`; an index below 0 stands for no class. `of_teacher` is the gradient with respect to y.
     """
 
     def by_classes(
@@ -369,7 +377,7 @@ def of_kept(
         lowest = jnp.finfo(rows.dtype).min
 
         def places(first: Any, x: Array) -> tuple[Array, Array]:
-            """Where the kept classes are in a block; beyond its end those that are not in it."""
+            """Which of the kept classes are in a block, and their positions in it, beyond its end for the others."""
             size = x.shape[-1]
             inside = (indices >= first) & (indices < first + size)
             return inside, jnp.where(inside, indices - first, size)
@@ -396,7 +404,7 @@ def of_kept(
             total = jnp.where(total == 0, 1, total)
             others = jnp.where(peak == lowest, -jnp.inf, peak - largest) + temperature * jnp.log(total)
             others, rest = (on_first(z, class_axis_name, -jnp.inf) for z in (others[:, None], rest))
-        # each less its largest, for the logits of the one may be far from those of the other
+        # the largest is subtracted from each, because the logits of one may be far from those of the other
         student, teacher = own - largest[:, None], values
         if bucket:
             student, teacher = jnp.concatenate([student, others], -1), jnp.concatenate([values, rest], -1)
@@ -410,7 +418,7 @@ def of_kept(
             spread = jnp.zeros_like(x)
             if bucket:
                 spread = _weight(without(x, at) - peak[:, None], temperature) * (of_rest / total[:, None])
-            return put(spread, at, slope[:, : values.shape[-1]]), jnp.where(first == 0, pull, 0)  # once
+            return put(spread, at, slope[:, : values.shape[-1]]), jnp.where(first == 0, pull, 0)  # of all classes
 
         return value, gradient
 
@@ -419,12 +427,12 @@ def of_kept(
 
 @functools.partial(jnp.vectorize, signature="(n),(k),(k)->(n)")
 def put(row: Array, places: Array, entries: Array) -> Array:
-    """Entries at their places in a row; one beyond its end is dropped."""
+    """The row with these entries at these places; an entry beyond the end is dropped."""
     return row.at[places].set(entries, mode="drop")
 
 
 def _logits(hidden: Array, weight: Array, bias: Array | None, output: Output, dtype: DTypeLike) -> Array:
-    """What a head makes of hidden states, summed in `dtype` from what the two are in, without a wider copy of the head."""
+    """The logits of hidden states, accumulated in `dtype` without a copy of the head in a wider dtype."""
     logits = _contracted(hidden, weight, 1, 1, dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype)[None]
@@ -437,8 +445,8 @@ def _logits(hidden: Array, weight: Array, bias: Array | None, output: Output, dt
 
 
 def _through(gradient: Array, logits: Array, output: Output) -> Array:
-    """The gradient by h · w + b, from that by the logits."""
-    if output.cap is not None:  # an excluded class, at -inf, has a gradient of 0
+    """The gradient with respect to h · w + b, given the gradient with respect to the logits."""
+    if output.cap is not None:  # a class at -inf has a gradient of 0
         gradient = gradient * (1 - (jnp.maximum(logits, -output.cap) / output.cap) ** 2)
     return gradient if output.scale is None else output.scale * gradient
 

@@ -1,4 +1,4 @@
-"""The numerical care that several losses share."""
+"""Numerically careful functions that several losses share."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def widest(*arrays: Array) -> np.dtype:
-    """What they are computed in: float64 if one of them is, else float32."""
+    """The dtype in which these arrays are computed: float64 if one of them is, else float32."""
     sizes = [x.dtype.itemsize for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
     return jax.dtypes.canonicalize_dtype(np.float64 if 8 in sizes else np.float32)
 
 
 def promote(*arrays: Array) -> tuple[Array, ...]:
-    """All in float64 if one of them is, else in float32."""
+    """The arrays in float64 if one of them is, else in float32."""
     dtype = widest(*arrays)
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
 def positive(name: str, value: Scalar, *like: Array, constant: bool = False) -> float | Array:
-    """`value` if it is finite and above 0; an array cannot raise under `jit`, so a bad one becomes NaN.
+    """`value`, or an error if it is not finite and above 0. An array cannot raise under `jit`; a bad one becomes NaN.
 
-    It has a gradient, unless it is `constant`, as all other numbers are.
+    An array has a gradient unless it is `constant`, as all other settings are.
     """
     return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < np.inf), constant)
 
@@ -47,7 +47,7 @@ def fraction(name: str, value: Scalar, *like: Array) -> float | Array:
 
 
 def finite(name: str, value: float) -> float:
-    """A number that chooses how a loss is computed, and is no array."""
+    """A number that determines how a loss is computed and must not be an array; an error if it is not finite."""
     if not abs(value) < np.inf:
         raise ValueError(f"`{name}` must be finite, got {value}")
     return float(value)
@@ -79,7 +79,7 @@ def times_square(temperature: Scalar, value: Array) -> Array:
 
 
 def weigh(weight: Scalar, value: Array) -> Array:
-    """weight × value. What weighs 0 is not there, be it infinite."""
+    """weight × value; with weight 0 the result is 0 even if the value is infinite."""
     return jnp.where((weight == 0) & jnp.isinf(value), 0, weight * value)
 
 
@@ -94,7 +94,7 @@ def check_classes(
 
 
 def check_fixed(loss: str, **sizes: int) -> None:
-    """Refuse a size that `jax.export` leaves open, where the size says how the computation goes."""
+    """Raise an error for a size that `jax.export` leaves symbolic, if the computation depends on the size."""
     for name, size in sizes.items():
         if is_symbolic_dim(size):
             raise ValueError(
@@ -104,15 +104,15 @@ def check_fixed(loss: str, **sizes: int) -> None:
 
 
 def valid_index(index: Array, size: int) -> tuple[Array, Array]:
-    """An index that can be gathered with, and a factor: 1, or NaN where the index was out of range."""
-    if index.dtype.itemsize < 4:  # which may not hold the size
+    """An index that is safe for gathering, and a factor: 1, or NaN where the index was out of range."""
+    if index.dtype.itemsize < 4:  # a narrow integer may not hold the size
         index = index.astype(jnp.int32)
     valid = (index >= 0) & (index < size)
     return jnp.where(valid, index, 0).astype(jnp.int32), jnp.where(valid, 1.0, jnp.nan)
 
 
 def take_class(x: Array, labels: Array) -> Array:
-    """`x[..., labels]`, one class an example."""
+    """`x[..., labels]`, one class for each example."""
     return jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
 
 
@@ -143,27 +143,28 @@ class Softmax(NamedTuple):
 def softmax(
     x: Array, temperature: Scalar = 1.0, may_be_empty: bool = False, class_axis_name: AxisName | None = None
 ) -> Softmax:
-    """Over the last axis, which may be spread over devices. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+    """The softmax over the last axis, which may be spread over devices.
 
-    The largest entry is taken off before the division, whose rounding would be that of the largest. (XLA may even compute
-    x / T twice, rounded to find the largest and unrounded inside a multiply-add.)
+    A row that is all -inf has no distribution: it gives NaN, or p = 0 if it `may_be_empty`. The largest entry is
+    subtracted before the division by T, because the rounding of x / T grows with the size of x. (XLA may even compute
+    x / T twice, once rounded to find the largest, and once unrounded inside a multiply-add.)
     """
     peak = class_max(x, class_axis_name)
     if may_be_empty:
         peak = jnp.maximum(peak, jnp.finfo(x.dtype).min)
-    # in the derivative by T infinity would meet the 0 of an excluded class
+    # limited, because the derivative with respect to T would multiply -inf by the 0 of its class
     below = jnp.maximum(x - peak, -1e5 * temperature)
     weight = jnp.exp(below / temperature)
     total = class_sum(weight, class_axis_name)
     if may_be_empty:
-        total = jnp.where(total == 0, 1, total)  # at a total of 1, one class, `maximum` would halve the derivative
+        total = jnp.where(total == 0, 1, total)  # not `maximum`, whose derivative is halved at a total of 1
     return Softmax(weight / total, peak, jnp.log(total))
 
 
 def dot(q: Array, x: Array) -> Array:
     """sum q x over the last axis, where 0 times infinity is 0."""
     none = q == 0
-    # asked twice: within, so that no NaN is on the way; without, or XLA on a CPU takes twice the time
+    # the inner test avoids a NaN in the intermediate result; without the outer one XLA on a CPU takes twice the time
     return jnp.where(none, 0, q * jnp.where(none, 0, x)).sum(-1)
 
 
@@ -171,27 +172,28 @@ def log_ratio(
     x: Array, y: Array, temperature: Scalar, may_be_empty: bool = False, class_axis_name: AxisName | None = None
 ) -> tuple[Softmax, Softmax, Array]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    # over devices each sends numbers of its own, in arrays of one shape, so that equal rows have equal sums
+    # with classes spread over devices, x and y are summed by collectives of the same shape, so equal rows have equal
+    # sums
     p, q = (softmax(z, temperature, may_be_empty, class_axis_name) for z in (x, y))
     both = jnp.isneginf(x) & jnp.isneginf(y)
-    x, y = (jnp.where(both, 0, z) for z in (x, y))  # whose difference is no NaN, which `jax_debug_nans` would stop at
+    x, y = (jnp.where(both, 0, z) for z in (x, y))  # -inf - (-inf) would be NaN, at which `jax_debug_nans` stops
     return p, q, ((x - y) - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
 
 
 def close_log_ratio(x: Array, y: Array) -> tuple[Softmax, Softmax, Array]:
-    """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
+    """The same at T = 1, without log sum q e^r, which is 0 except for the rounding of the two normalisers."""
     p, q, ratio = log_ratio(x, y, 1.0)
     return p, q, without_common_error(q.p, ratio)[0]
 
 
 def without_common_error(q: Array, ratio: Array) -> tuple[Array, Array]:
-    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
+    """r = log(p / q) minus, in close rows, log sum q e^r, an error common to all r; and which rows are close."""
     close = jnp.abs(ratio).max(-1, keepdims=True) < 1
     return ratio - jnp.log1p((q * jnp.expm1(jnp.where(close, ratio, 0))).sum(-1, keepdims=True)), close
 
 
 def less_log1p(z: Array) -> Array:
-    """z - log(1 + z); where z is small by a series in s = z / (2 + z), of which log(1 + z) is 2 atanh(s)."""
+    """z - log(1 + z); for a small z by a series in s = z / (2 + z), because log(1 + z) = 2 atanh(s)."""
     near = jnp.abs(z) < 0.25
     small = jnp.where(near, z, 0)
     s = small / (2 + small)
@@ -202,15 +204,15 @@ def less_log1p(z: Array) -> Array:
 
 
 def of_largest(p: Array, x: Array) -> Array:
-    """x of p's largest class."""
+    """The entry of x at the largest class of p."""
     return jnp.where(p == p.max(-1, keepdims=True), x, -jnp.inf).max(-1, keepdims=True)
 
 
 def through_softmax(gradient: Array, p: Array) -> Array:
     """p (h - sum p h), given p and p h: the gradient with respect to logits, given h with respect to their softmax.
 
-    First h of the largest class is taken off all h. Where that class has nearly all of p, its gradient is then the small
-    number that it is, and not the difference of two large ones.
+    First the h of the largest class is subtracted from all h. If that class has nearly all of the probability, its
+    small gradient would otherwise be the difference of two large numbers.
     """
     largest = p == p.max(-1, keepdims=True)
     h = jnp.where(largest, gradient / jnp.where(largest, p, 1), 0)
@@ -220,16 +222,17 @@ def through_softmax(gradient: Array, p: Array) -> Array:
 
 
 def difference_of_softmaxes(p: Array, q: Array, ratio: Array) -> Array:
-    """p - q, from r = log(p / q) as q (e^r - 1) where r is small, so that close rows keep their digits."""
+    """p - q; where r = log(p / q) is small, it is q (e^r - 1), so that close rows keep their digits."""
     near = (q > 0) & (ratio < 1)
     return jnp.where(near, q * jnp.expm1(jnp.where(near, ratio, 0)), p - q)
 
 
 def pulled_back(h: Array, p: Array, class_axis_name: AxisName | None = None) -> Array:
-    """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
+    """p (h - sum p h), the gradient through a softmax, accurate even if one class has nearly all of p.
 
-    An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
-    the value is infinite there, and the gradient is finite and leads away from the class.
+    A class with p = 0 has no effect. An infinite h belongs to a class at -inf in the other distribution. It counts as
+    if that distribution gave the class the smallest positive number: the value is infinite, but the gradient is finite
+    and leads away from the class.
     """
     h = jnp.where(p == 0, 0, jnp.where(jnp.isposinf(h), -math.log(jnp.finfo(h.dtype).tiny), h))
     centered = h - class_sum(p * h, class_axis_name)
@@ -254,9 +257,9 @@ def kl_of_softmaxes(
 
 
 def less_common_error(difference: Array, q: Array, class_axis_name: AxisName | None = None) -> tuple[Array, Array]:
-    """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
+    """p - q = q (e^r - 1) without an error common to all r, so that it sums to 0; and the sum before the correction."""
     total = class_sum(jax.lax.stop_gradient(difference), class_axis_name)
-    common = jnp.where(jnp.abs(total) < 0.1, total, 0)  # p or q may be empty
+    common = jnp.where(jnp.abs(total) < 0.1, total, 0)  # a large sum means that p or q is empty
     return (difference - common * q) / (1 + common), common
 
 
@@ -264,7 +267,7 @@ NEAR = 0.5  # below it e^x - 1 - x loses digits
 
 
 def exp_remainder(x: Array) -> Array:
-    """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
+    """e^x - 1 - x by its series, for |x| < `NEAR`, where the subtraction would lose digits."""
     total = jnp.zeros_like(x)
     for n in range(9 if x.dtype == jnp.float32 else 16, 1, -1):
         total = total * x + 1 / math.factorial(n)
@@ -294,9 +297,9 @@ def kl_and_gradient(
 
 
 def softmaxes(x: Array, y: Array, temperature: Scalar = 1.0) -> tuple[Array, Array, Array]:
-    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+    """p = softmax(x / T), q = softmax(y / T) and p - q, which is accurate for close rows too.
 
-    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    Both p and q sum to one, so the sum of their differences is an error common to all log ratios, and is removed.
     """
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature)
     difference = difference_of_softmaxes(p, q, ratio)
@@ -309,9 +312,9 @@ def cross_entropy_and_gradient(x: Array, target: Array, temperature: Scalar = 1.
 
 
 def cross_entropy_of_softmax(p: Softmax, x: Array, target: Array, temperature: Scalar) -> tuple[Array, Array]:
-    """The same where p may leave out classes of x, whose target is 0.
+    """The same for a p that may leave out classes of x whose target is 0.
 
-    A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
+    A class with target 0 contributes nothing, even at p = 0. NaN in any class reaches the value through the first term.
     """
     total = target.sum(-1, keepdims=True)
     value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
@@ -328,7 +331,7 @@ def unit(x: Array) -> Array:
 
 
 def unit_pull(x: Array, gradient: Array) -> Array:
-    """The gradient with respect to x, given that with respect to `unit(x)`."""
+    """The gradient with respect to x, given the gradient with respect to `unit(x)`."""
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
     zero = scale < jnp.finfo(x.dtype).tiny
     scaled = x / jnp.where(zero, jnp.inf, scale)

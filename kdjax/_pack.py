@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def packed(tree: Any) -> Packed:
-    """The tree on its way out of JAX, in NumPy."""
+    """The tree of JAX as containers of NumPy arrays."""
     return pack(tree, "kdjax", _packed_leaf)
 
 
@@ -49,7 +49,7 @@ def _packed_module(module: nnx.Module) -> Packed:
 
 
 def names_in_torch(module: nnx.Module) -> list[list[str]]:
-    """The layers, and the weights outside all layers: their paths in PyTorch, their paths in Flax, and Flax's class."""
+    """All layers, and all weights outside layers: the path in PyTorch, the path in Flax, and the class in Flax."""
     parts = dict(nnx.iter_modules(module))
 
     def in_torch(path: tuple[Any, ...]) -> str:
@@ -69,12 +69,12 @@ def dotted(path: Iterable[Any]) -> str:
 
 
 def unpacked(node: Packed) -> Any:
-    """The tree of a packed one, in JAX."""
+    """The tree of JAX that was packed."""
     return unpack(node, "kdjax", lambda x: _array("", x), _unpacked_module)
 
 
 def _unpacked_module(node: Packed) -> Any:
-    """The module of a packed module, or its weights, if the module is not of this library."""
+    """The module that was packed, or only its weights if its class is not one of this library."""
     weights = layers.translated(node["weights"], node["layers"], layers.to_flax, 1)
     keys = dict(node["keys"])
     state = {}
@@ -108,7 +108,7 @@ def _array(name: str, x: np.ndarray) -> jax.Array:
 
 
 def array(function: str, x: torch.Tensor) -> jax.Array:
-    """The array of a tensor, without a copy if the tensor is dense in memory."""
+    """A tensor as an array of JAX, without a copy if the tensor is dense in memory."""
     x = _dense(x.detach().resolve_conj().resolve_neg())
     try:
         jax_dtype(function, x)

@@ -26,7 +26,7 @@ def _zero(x: Array) -> bool | int:
 def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None) -> jax.Array:
     """`"mean"`: the sum over kept examples divided by their number; `"sum"`; `"none"`: one value per example.
 
-    Over several devices, what they return has the whole batch's answer as its mean.
+    With several devices, the mean of what they return is the result for the whole batch.
     """
     check_reduction(reduction)
     (values,) = zero_masked(where, values)
@@ -38,7 +38,7 @@ def reduce(values: Array, where: Array | None, reduction: Reduction, axis_name: 
 def reduce_sum(
     value: jax.Array, number: int, where: Array | None, reduction: Reduction, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """`"mean"` or `"sum"`, from the sum over the kept ones of `number` examples."""
+    """The `"mean"` or `"sum"` of `number` examples, from the sum over those that are kept."""
     devices = size(axis_name)
     if reduction == "sum":
         return value * devices
@@ -48,7 +48,7 @@ def reduce_sum(
 def weighted_mean(
     value: jax.Array, weights: Array, where: Array | None, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """The mean over kept examples from the sum of their weighted values: over the sum of the weights, or 1 where that is 0."""
+    """The weighted mean over kept examples, given their weighted sum; the divisor is 1 if the weights sum to 0."""
     (weights,) = zero_masked(where, weights.astype(value.dtype))
     total = all_sum(jax.lax.stop_gradient(weights.sum()), axis_name)
     return value / (jnp.where(total == 0, 1, total) / size(axis_name))

@@ -1,4 +1,4 @@
-"""What runs a function of rows: under masks, in any precision, and with a gradient."""
+"""Runs functions of rows: with masks, in any precision, and with a gradient."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from kdjax._typing import AxisName
 
 
 def rowwise(value_and_gradients: Callable[..., tuple[Array, ...]], learns: int = 1) -> Callable[..., Array]:
-    """A function of rows from one that returns the value of each, and its gradients by so many first arguments.
+    """Make a differentiable function of rows from one that returns their values and gradients.
 
-    The value of a row depends on that row alone. The inputs are `[*batch, ...]`, or numbers; those that do not learn are
-    constant, but a number that has a tangent gets a gradient. What is returned takes them as the user gave them, in half
-    precision too, and a mask of the batch, `where=`. With `class_axis_name=`, which it hands on, each device has a part of
-    every row, and the value of the whole.
+    The gradients are those with respect to the first `learns` arguments. The value of a row depends on that row alone.
+    The inputs are `[*batch, ...]`, or numbers. The inputs after the first `learns` are constant, except that a number
+    with a tangent gets a gradient. The function that is returned takes the inputs in any precision, and a mask of the
+    batch, `where=`. With `class_axis_name=`, which is passed on, each device has a part of every row and returns the
+    value of the whole row.
 
-    Until the backward pass only the gradients are held, in the dtypes of their arguments: neither another copy of these
-    nor anything of the others. The gradients are themselves made of differentiable operations, so the result can be
-    differentiated again.
+    Until the backward pass only the gradients are stored, in the dtypes of their arguments, and nothing of the inputs.
+    The gradients consist of differentiable operations, so the result can be differentiated again.
     """
 
     def over(class_axis_name: AxisName | None) -> Callable[..., tuple[Array, ...]]:
@@ -76,7 +76,7 @@ def rowwise(value_and_gradients: Callable[..., tuple[Array, ...]], learns: int =
 
 
 def by_rows(function: Callable[..., tuple[Array, ...]], where: Array | None, *inputs: Any) -> tuple[Array, ...]:
-    """What a function makes of the rows of its inputs, in float32 or wider; what it makes of masked rows is 0."""
+    """Apply a function to the rows of its inputs, in float32 or wider; its results for masked rows become 0."""
     return zero_masked(where, *function(*_wide(where, *inputs)))
 
 
@@ -104,12 +104,11 @@ def _is_floating(value: Any) -> bool:
 
 
 def pack(gradient: Array, dtype: DTypeLike, batch: int) -> tuple[Array, ...]:
-    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row.
+    """A gradient in another dtype; in float16, whose range is small, as multiples of one number per row.
 
-    A row is what lies under one index of so many first axes.
-
-    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A
-    number that is not finite is left as it is, and the others of its row too.
+    The first `batch` axes number the rows. Users of float16 scale the loss so that its gradient does not underflow, but
+    that scale arrives only in the backward pass. An entry that is not finite stays as it is, and the rest of its row
+    too.
     """
     if dtype != jnp.float16:
         return (gradient.astype(dtype),)
@@ -119,10 +118,10 @@ def pack(gradient: Array, dtype: DTypeLike, batch: int) -> tuple[Array, ...]:
     return (gradient / unit).astype(dtype), unit
 
 
-# what is linear in `moved` is computed again in the backward pass, so no wider copy of the gradient is kept
+# computed again in the backward pass, so that no wider copy of the gradient is stored
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _dot(batch: int, moved: Array, gradient: Array, unit: Array | None = None) -> Array:
-    """The sum over a row of a packed gradient times how the row moves, in float32 or wider."""
+    """The sum over each row of a packed gradient times `moved`, the tangent of the row, in float32 or wider."""
     gradient, moved = (x.astype(widest(gradient)) for x in (gradient, moved))
     product = gradient * moved if unit is None else gradient * unit * moved
     return product.sum(tuple(range(batch, product.ndim)))

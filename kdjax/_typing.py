@@ -1,4 +1,4 @@
-"""What the public functions take, and the check of it at their boundary."""
+"""The types that public functions take, and the check of their arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Array", "AxisName", "Bool", "Float", "Integer", "Reduction", "Scalar
 if TYPE_CHECKING:
     Array = jax.Array
     Number = float
-else:  # as JAX's own functions do, take NumPy's arrays and numbers too
+else:  # NumPy's arrays and numbers are accepted too, as by JAX's own functions
     Array = jax.Array | np.ndarray
     Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
@@ -52,7 +52,7 @@ describe = functools.partial(checks.describe, arrays=_JAX.arrays)
 
 
 def checked(function: _F) -> _F:
-    """Check every argument against its annotation, one after the other, and take an `nnx.Variable` for its array.
+    """Check every argument against its annotation, one after another, and replace an `nnx.Variable` by its array.
 
     Under `jit` this costs nothing. With the environment variable `KDLOSSES_CHECK=0` at import there is no check.
     """
@@ -69,7 +69,7 @@ def checked(function: _F) -> _F:
 
 
 def _array(value: Any) -> Any:
-    """What a Variable of Flax holds, also in a list or a state."""
+    """The array that a Variable of Flax holds, also inside a list or a state."""
     nnx = sys.modules.get("flax.nnx")  # a Variable exists only if flax is imported
     if nnx is None or isinstance(value, jax.Array):
         return value

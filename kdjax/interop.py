@@ -153,7 +153,7 @@ def torch_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Structure(NamedTuple):
-    """What a call depends on in addition to its arrays: the tree of the inputs, which of them need a gradient, and what is static.
+    """What a call depends on besides its arrays: the tree of the inputs, which need a gradient, and which are static.
 
     The inputs are numbered by their positions among the leaves.
     """

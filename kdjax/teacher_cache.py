@@ -85,7 +85,7 @@ def _numpy(x: Any) -> np.ndarray:
 def _largest(
     logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    """The largest logits at some places, their classes, the rest's logit at each temperature, and the largest logit."""
     if isinstance(logits, Array) and any(device.platform != "cpu" for device in logits.devices()):
         return _largest_on_device(logits, places, top_k, temperatures)
     return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
@@ -94,7 +94,7 @@ def _largest(
 def _largest_on_device(
     logits: Array, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
+    """The same on an accelerator, one float32 block at a time, so that only the results are copied to the host."""
     number = len(places[0])
     size = max(1, min(2**26 // logits.shape[-1], 1 << (number - 1).bit_length()))  # so that few sizes are compiled
     found = []
@@ -107,7 +107,7 @@ def _largest_on_device(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _largest_of(x: Array, top_k: int, temperatures: tuple[float, ...]) -> tuple[Array, ...]:
-    """Of a block `[examples, classes]`."""
+    """The same for a block `[examples, classes]`."""
     x = x.astype(jnp.float32)
     values, indices = lax.top_k(x, top_k)
     others = x.at[jnp.arange(len(x))[:, None], indices].set(-jnp.inf)

@@ -1,7 +1,7 @@
-"""A teacher's outputs on disk, by sample: a header, the rows, and the index, whose length says how many rows count.
+"""A teacher's outputs on disk, by sample: a header, the rows, and the index. Rows beyond the index do not count.
 
-A row is what was recorded of a sample or, where samples are sequences, of one token; the index then has the number of
-each sample's tokens too. The parts of several writers are folders of their own in that of the cache.
+A row holds the outputs of one sample or, if samples are sequences, of one token; then the index also has the number of
+tokens of each sample. With several writers, each part is a folder of its own inside the folder of the cache.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from kdlosses.files import replacing
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two writers of one part go unnoticed
+except ImportError:  # Windows has no fcntl; two writers of one part are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-FORMAT, SEQUENCES = "1", "2"  # a row for each sample, which any version reads, and for each token
+FORMAT, SEQUENCES = "1", "2"  # one row per sample, which every version reads, or one per token
 _HEADER, _INDEX, _ROWS, _LOCK = "header.json", "index", "rows", "lock"
 _PART = re.compile(r"part-(\d+)-of-(\d+)")
-# of a writer without a batch
+# the header of a writer that had no batch
 _EMPTY: dict[str, Any] = {"format": FORMAT, "num_classes": None, "top_k": None, "temperatures": [], "fields": {}}
-_BLOCK = 2**23  # bytes of rows that are made at a time
+_BLOCK = 2**23  # bytes of a block of rows
 
 
 class Cache:
-    """The outputs that were recorded, memory-mapped; `kdjax.teacher_cache` and `kdtorch.teacher_cache` give arrays."""
+    """The recorded outputs, memory-mapped; subclasses in `kdjax` and `kdtorch` return arrays of their frameworks."""
 
-    _numpy: Callable[[Any], np.ndarray] = staticmethod(np.asarray)  # from an array of the framework
-    _array: Callable[[np.ndarray], Any] = staticmethod(np.asarray)  # to one
+    _numpy: Callable[[Any], np.ndarray] = staticmethod(np.asarray)  # converts an array of the framework to NumPy
+    _array: Callable[[np.ndarray], Any] = staticmethod(np.asarray)  # converts NumPy to an array of the framework
 
     def __init__(self, path: str | os.PathLike[str], num_classes: int | None) -> None:
         self.path = pathlib.Path(path)
-        self._absolute = self.path.absolute()  # the working directory may be another when it is opened again
+        self._absolute = self.path.absolute()  # the working directory may have changed when it is opened again
         folders = _folders(self.path)
         headers = [_header(folder) for folder in folders]
         filled = [i for i, header in enumerate(headers) if header["fields"]] or [0]
@@ -67,7 +67,7 @@ class Cache:
         everything, lengths = (np.concatenate(x) for x in zip(*counted, strict=True))
         self._order = everything.argsort(kind="stable")
         self._sorted = everything[self._order]
-        once = np.ones(len(everything), bool)  # False where a part has a sample that one before it has
+        once = np.ones(len(everything), bool)  # False for a sample that an earlier part has too
         once[self._order[1:]] = np.diff(self._sorted) > 0
         self.index = everything[once]
         self.lengths = lengths[once] if header["format"] == SEQUENCES else None
@@ -80,7 +80,7 @@ class Cache:
         return len(self.index)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The path alone, so that a process that is given the cache opens it instead of getting a copy of its rows."""
+        """Pickle only the path, so that another process opens the cache instead of receiving a copy of its rows."""
         return type(self), (str(self._absolute),)
 
     def holds(self, index: Any) -> np.ndarray:
@@ -98,7 +98,7 @@ class Cache:
         return self._places(_whole_numbers(self._numpy(index)))[1]
 
     def _read(self, index: Any, temperature: float | None, where: Any) -> dict[str, Any]:
-        """What was recorded of the samples, by name, and the rest by its temperature."""
+        """The recorded outputs of the samples, by name, with `rest` by its temperature."""
         self._check(temperature)
         index = _whole_numbers(self._numpy(index))
         places = self._found(index)
@@ -120,7 +120,7 @@ class Cache:
         return {**self._outputs(rows, temperature), "where": self._array(kept)}
 
     def _tokens(self, sample: Any, temperature: float | None) -> dict[str, Any]:
-        """What was recorded of one sample, by name."""
+        """The recorded outputs of one sample that is a sequence, by name."""
         self._check(temperature)
         sample = _whole_numbers(self._numpy(sample), "sample")
         if sample.ndim:
@@ -163,7 +163,7 @@ class Cache:
         return self._order[places], self._sorted[places] == index
 
     def _rows_at(self, places: np.ndarray) -> np.ndarray:
-        """The bytes of rows, a row for each sample, `[..., bytes]`."""
+        """The bytes of the rows at these places, `[..., bytes]`."""
         if len(self._maps) == 1:
             run = places.ndim == 1 and places.size and (np.diff(places) == 1).all()
             return self._maps[0][places[0] : places[-1] + 1] if run else np.take(self._maps[0], places, axis=0)
@@ -200,7 +200,7 @@ def _whole_numbers(index: np.ndarray, name: str = "index") -> np.ndarray:
 
 
 def _missing(samples: np.ndarray, asked: int) -> str:
-    """What to say of samples that were asked for and are not there."""
+    """The text of the error for requested samples that are not there."""
     few = list(dict.fromkeys(samples.tolist()))
     names = ", ".join(map(str, few[:5])) + (", ..." if len(few) > 5 else "")
     mend = "record them first; `holds` says which samples are there"
@@ -217,11 +217,11 @@ class _Settings(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """A batch, checked: its arrays in NumPy but for the logits, of which no copy is made as a whole."""
+    """A batch that has been checked. Its arrays are in NumPy, except the logits, which are never copied as a whole."""
 
-    samples: np.ndarray  # their index
+    samples: np.ndarray  # the index of each sample
     where: np.ndarray | None  # [batch, length], if samples are sequences
-    logits: Any  # None if the top k came ready
+    logits: Any  # None if the batch has its own top k
     arrays: dict[str, np.ndarray]
     header: dict[str, Any]
 
@@ -238,10 +238,10 @@ def record(
     part: int | None,
     parts: int | None,
 ) -> pathlib.Path:
-    """Append what is not yet there of each batch, and return the folder that holds it.
+    """Append those samples of each batch that are not recorded yet, and return the folder.
 
-    `numpy` makes arrays of what the batches hold. `largest(logits, places, top_k, temperatures)` finds the largest logits
-    at some places, their classes, the logit of the others for each temperature, and the largest of all.
+    `numpy` converts the batches' arrays to NumPy. `largest(logits, places, top_k, temperatures)` returns the largest
+    logits at some places, their classes, the logit of the rest for each temperature, and the largest logit.
     """
     if dtype not in ("float16", "float32"):
         raise ValueError(f'`dtype` must be "float16" or "float32", got {dtype!r}')
@@ -329,7 +329,7 @@ def _checked(given: Mapping[str, Any], numpy: Callable[[Any], np.ndarray], setti
     narrow = {"indices": np.min_scalar_type(classes - 1), "rest": np.dtype(np.float32)} if top_k is not None else {}
     fields = {}
     for name, x in (made | {name: arrays[name] for name in sorted(arrays, key=_place)}).items():
-        wide = {"i": np.int64, "u": np.int64, "b": bool}  # the frameworks differ in the width of integers
+        wide = {"i": np.int64, "u": np.int64, "b": bool}  # the frameworks have integers of different width
         dtype = narrow.get(name, np.dtype(wide.get(x.dtype.kind, settings.dtype)))
         fields[name] = [dtype.str, list(x.shape[lead:])]
     header = {
@@ -344,13 +344,13 @@ def _checked(given: Mapping[str, Any], numpy: Callable[[Any], np.ndarray], setti
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Fields stand in the same order in all parts, the top k first."""
+    """The sort key of a field, so that fields have the same order in all parts, with the top k first."""
     first = ("values", "indices", "rest")
     return (first.index(name) if name in first else len(first)), name
 
 
 def _mask(arrays: dict[str, np.ndarray], main: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Which tokens are recorded, `[batch, length]`, of the batch's `lengths` or `where`, if it has one."""
+    """Which tokens are recorded, `[batch, length]`, from the batch's `lengths` or `where`; None if it has neither."""
     given = [name for name in ("lengths", "where") if name in arrays]
     if not given:
         return None
@@ -378,7 +378,7 @@ def _mask(arrays: dict[str, np.ndarray], main: str, shape: tuple[int, ...]) -> n
 def _none_of(
     logits: Any, arrays: dict[str, np.ndarray], lead: int, numpy: Callable[[Any], np.ndarray], settings: _Settings
 ) -> dict[str, np.ndarray]:
-    """What is made of logits, of which are checked shape and dtype: arrays of no sample."""
+    """Check shape and dtype of the logits; returns arrays without samples, in the form of what is recorded."""
     shape, top_k = tuple(logits.shape), settings.top_k
     none = numpy(logits[:0])
     if none.dtype.kind in "cOSUMm":
@@ -401,7 +401,7 @@ def _none_of(
 
 
 def _rest(x: Any, numpy: Callable[[Any], np.ndarray], temperatures: tuple[float, ...]) -> np.ndarray:
-    """`[..., temperatures]`, of arrays by their temperature or, if there is one, of an array."""
+    """`[..., temperatures]`, from arrays by temperature or, if there is only one temperature, from an array."""
     if not isinstance(x, Mapping):
         if len(temperatures) > 1:
             raise ValueError(
@@ -423,7 +423,7 @@ def _rest(x: Any, numpy: Callable[[Any], np.ndarray], temperatures: tuple[float,
 def _ready(
     arrays: dict[str, np.ndarray], index: np.ndarray, where: np.ndarray | None, settings: _Settings
 ) -> dict[str, np.ndarray]:
-    """The batch's arrays with `values`, `indices` and `rest` of a top k that came ready, checked."""
+    """The arrays of a batch that has its own top k, with checked `values`, `indices` and `rest`."""
     name = "log_probs" if "log_probs" in arrays else "values"
     if name == "log_probs" and (more := arrays.keys() & {"values", "rest"}):
         raise ValueError(
@@ -455,7 +455,7 @@ def _ready(
         )
     kept = arrays.get("kept", np.ones((), bool))
     for other, x, kinds, shape in (
-        (name, values, "fV", values.shape),  # V is bfloat16
+        (name, values, "fV", values.shape),  # V: bfloat16
         ("indices", indices, "iu", values.shape),
         ("kept", kept, "b", kept.shape and values.shape),
         ("rest", arrays.get("rest", values), "fV", values.shape[:-1]),
@@ -497,7 +497,7 @@ def _ready(
                 f"`log_probs` must be logarithms of probabilities, which sum to at most 1, got a sum of {total[at]:.3g} for "
                 f"sample {index[at[0]]}; logits go by `values` and `rest`"
             )
-        least = 0 if k == classes else 2.0**-24  # float32's rounding, below which 1 - total says nothing
+        least = 0 if k == classes else 2.0**-24  # 1 - total is not accurate below the rounding of float32
         with np.errstate(divide="ignore"):
             rest = np.log(np.maximum(1 - total, least))[..., None]
     else:
@@ -508,7 +508,7 @@ def _ready(
 
 
 def _first(wrong: np.ndarray) -> tuple[int, ...]:
-    """The place of the first, or ()."""
+    """The position of the first True, or ()."""
     return tuple(np.argwhere(wrong)[0].tolist()) if wrong.any() else ()
 
 
@@ -519,7 +519,7 @@ def _rows(
     numpy: Callable[[Any], np.ndarray],
     largest: Callable[..., tuple[np.ndarray, ...]],
 ) -> Iterator[np.ndarray]:
-    """The rows of a batch's fresh samples, a block at a time, as they are written."""
+    """The rows of a batch's new samples, as they are written, one block at a time."""
     row, logits = _row(header), batch.logits
     places = np.nonzero(fresh if batch.where is None else batch.where & fresh[:, None])
     number, samples, made = len(places[0]), batch.samples[places[0]], {}
@@ -555,35 +555,35 @@ def largest_logits(
     temperatures: tuple[float, ...],
     numpy: Callable[[Any], np.ndarray],
 ) -> tuple[np.ndarray, ...]:
-    """The largest logits at some places, from the largest on, their classes, T log sum exp(t / T) of the others, the largest of all.
+    """The largest logits at some places, sorted, their classes, T log sum exp(t / T) of the rest, and the maximum.
 
-    In blocks that stay in the processor's cache. `numpy` makes arrays of them.
+    They are computed in blocks that fit into the processor's cache. `numpy` converts a block to NumPy.
     """
     number, classes = len(places[0]), logits.shape[-1]
     values = np.empty((number, top_k), np.float32)
     indices = np.empty((number, top_k), np.int64)
     rest = np.empty((number, len(temperatures)), np.float32)
     largest = np.full(number, -np.inf, np.float32)
-    sought = min(top_k + 1, classes)  # the next one too, which is the largest of the others
+    sought = min(top_k + 1, classes)  # also the next one, which is the largest of the rest
     height = math.isqrt(classes // sought)
     width = classes // height
     size = max(1, 2**16 // classes)
     buffers = np.empty((2, min(size, number), classes), np.float32)
     for start in range(0, number, size):
         here, at = slice(start, start + size), tuple(x[start : start + size] for x in places)
-        # of one place a view, without a copy
+        # for a single place a view instead of a copy
         block = logits[at] if size > 1 else logits[tuple(int(x[0]) for x in at)][None]
         x = numpy(block).astype(np.float32, copy=False)
         below, spare = buffers[:, : len(x)]
-        # In a table of an example's logits, `sought` columns have a logit that is not below the sought-largest head of a
-        # column, and few other logits are not below that one.
+        # The logits of an example are arranged in a table, whose heads are the maxima of the columns. The `sought`
+        # largest logits are all at least as large as the sought-largest head, and few others are.
         heads = x[:, : height * width].reshape(-1, height, width).max(1)
         largest[here] = np.maximum(heads.max(1), x[:, height * width - 1 :].max(1))
         if not (largest[here] < np.inf).all():
-            break  # the caller refuses them
+            break  # the caller raises an error
         enough = np.partition(heads, width - sought)[:, width - sought]
         picked = np.flatnonzero(x >= enough[:, None])
-        if len(picked) > 8 * sought * len(x):  # of many that are equal, as excluded classes are
+        if len(picked) > 8 * sought * len(x):  # many are equal, such as classes at -inf
             some = np.argpartition(x, classes - sought)[:, classes - sought :]
             picked = (some + classes * np.arange(len(x))[:, None]).ravel()
         rows = picked // classes
@@ -595,16 +595,16 @@ def largest_logits(
         np.subtract(x, np.where(np.isneginf(peak), 0, peak), out=below)
         below.ravel()[kept] = -np.inf
         for i, t in enumerate(temperatures):
-            scaled = below if i == len(temperatures) - 1 else spare  # the last in its place
+            scaled = below if i == len(temperatures) - 1 else spare  # the last temperature works in place
             np.exp2(np.multiply(below, np.float32(math.log2(math.e) / t), out=scaled), out=scaled)
-            sums = scaled[:, : height * width].reshape(-1, height, width).sum(1)  # sooner than along the rows
+            sums = scaled[:, : height * width].reshape(-1, height, width).sum(1)  # faster than along the rows
             with np.errstate(divide="ignore"):
                 rest[here, i] = peak[:, 0] + t * np.log(sums.sum(1) + scaled[:, height * width :].sum(1))
     return values, indices, rest, largest
 
 
 def _check_finite(largest: np.ndarray, samples: np.ndarray) -> None:
-    """Neither NaN nor inf, of which each would be the largest."""
+    """Raise an error for NaN or inf, which appear as the largest logit."""
     if at := _first(~(largest.astype(np.float64) < np.inf)):
         raise ValueError(
             f"`logits` must be numbers or -inf, got NaN or inf for sample {samples[at[0]]}; is the teacher in eval mode?"
@@ -625,18 +625,18 @@ def _row(header: Mapping[str, Any]) -> np.dtype:
 
 
 def _differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> str | None:
-    """What two recordings differ in."""
+    """The name of the first header entry in which two recordings differ."""
     return next((name for name in new if name != "kdlosses" and new[name] != old[name]), None)
 
 
 def _parts(path: pathlib.Path) -> dict[tuple[int, int], pathlib.Path]:
-    """The folders of several writers, by their number and that of all."""
+    """The folders of several writers, by (part, parts)."""
     found = {x: _PART.fullmatch(x.name) for x in path.iterdir()} if path.is_dir() else {}
     return {(int(match[1]), int(match[2])): folder for folder, match in found.items() if match}
 
 
 def _folder(path: pathlib.Path, part: int | None, parts: int | None) -> pathlib.Path:
-    """Where a writer writes."""
+    """The folder of a writer."""
     others = {count for _, count in _parts(path)}
     if part is None and parts is None:
         if others:
@@ -658,7 +658,7 @@ def _folder(path: pathlib.Path, part: int | None, parts: int | None) -> pathlib.
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:
-    """Those of all parts, or the one of a single writer."""
+    """The folders of all parts, or that of a single writer."""
     parts = _parts(path)
     if not parts or (path / _HEADER).exists():
         return [path]
@@ -700,13 +700,13 @@ def _header(folder: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """The folder, made if need be, for one writer alone; the lock ends with the process, however that ends."""
+    """Create the folder if necessary, and lock it for one writer; the lock ends with the process, even a killed one."""
     strange = [x.name for x in folder.iterdir() if x.name != _LOCK and x.suffix != ".tmp"] if folder.exists() else []
     if strange and not (folder / _HEADER).exists():
         raise ValueError(f"{folder}: a folder of another kind; record to an empty one")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "ab") as file:
-        with contextlib.suppress(OSError):  # file systems without locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -719,7 +719,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _started(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The header, written first of all; files that a killed writer left are cut to what both of them hold."""
+    """Write the header if there is none, and return it; files of a killed writer are cut to what both of them hold."""
     if not (folder / _HEADER).exists() or not _header(folder)["fields"]:
         with replacing(folder / _HEADER) as file:
             file.write(json.dumps(new, indent=1).encode())
@@ -732,7 +732,7 @@ def _started(folder: pathlib.Path, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counted(folder: pathlib.Path, header: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The samples that count, and how many rows each has: rows are written before their index."""
+    """The samples that count, and how many rows each has. Rows are written before their index entry."""
     sizes = {name: (folder / name).stat().st_size for name in (_INDEX, _ROWS) if (folder / name).exists()}
     if len(sizes) == 1 and any(sizes.values()):
         (there,), (gone,) = sizes, {_INDEX, _ROWS} - sizes.keys()
@@ -768,7 +768,7 @@ def _append(
     index: np.ndarray,
     lengths: np.ndarray,
 ) -> tuple[int, int]:
-    """Rows, and then their index, behind the samples and rows that `counts` counts; how many there are then."""
+    """Append rows and then their index after the numbers of samples and rows in `counts`; returns the new numbers."""
     entries = index.astype(np.int64)
     if header["format"] == SEQUENCES:
         entries = np.stack([entries, lengths.astype(np.int64)], -1)

@@ -39,9 +39,9 @@ class Argument(NamedTuple):
     """A parameter, an item of a sequence, or a field of a state.
 
     Attributes:
-        name: of the parameter or field.
-        text: its annotation, as an error says it.
-        forms: what it may be.
+        name: the name of the parameter or field.
+        text: its annotation, as an error shows it.
+        forms: the forms that it may have.
         inner: the item of a sequence, or the fields of a state.
     """
 
@@ -62,14 +62,14 @@ class Plan(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What was given for an argument.
+    """The value that was given for an argument.
 
     Attributes:
         path: the argument, or the item or field of it: `state.center`.
         expected: its annotation.
         got: its description, without its shape.
-        shape: of an array of any library.
-        dtype: of an array of this framework; "" of all else.
+        shape: the shape of an array of any library.
+        dtype: the dtype of an array of this framework; "" for everything else.
         mend: what to write instead, if this value alone shows it.
     """
 
@@ -188,7 +188,7 @@ def _leaves(plan: Plan, types: dict[str, Any], given: dict[str, Any]) -> list[tu
         if not len(argument.inner):
             continue
         if kind == "Sequence":
-            if isinstance(value, (list, tuple)):  # as every version of PyTorch traces it
+            if isinstance(value, (list, tuple)):  # every version of PyTorch can trace this form
                 for i, item in enumerate(value):
                     leaves.append((f"{argument.name}[{i}]", item, argument.inner[0]))
         elif isinstance(value, types[kind]):

@@ -15,7 +15,7 @@ from kdlosses.settings import is_whole
 Source = str | Callable[[Mapping[str, Any]], Any]
 Weight = float | Callable[[Any], Any]
 
-# what a parameter of a loss reads; any other reads the entry of `feat` that is called as it is
+# what a parameter of a loss reads; any other parameter reads the entry of `feat` with its name
 READS = {
     "student": "stu",
     "teacher": "tea",
@@ -25,7 +25,7 @@ READS = {
     "teacher_maps": "feats_tea",
     "labels": "target",
 }
-# keyword-only parameters that are given at each call, or by the framework, and are no settings
+# keyword-only parameters that are given at each call or by the framework, and are not settings
 NO_SETTINGS = (
     *("teacher_targets", "where", "reduction", "axis_name", "group", "class_axis_name", "class_group", "update"),
     *("rngs", "generator"),
@@ -36,7 +36,7 @@ class Term(NamedTuple):
     """One name of a configuration.
 
     Attributes:
-        loss: a function, or a module to be built.
+        loss: a function, or the class of a module.
         reads: where its inputs come from: `"target"`, `"epoch"`, an entry of `feat`, or a function of a mapping of all
             these; an entry whose name ends in `?` may be absent, and is then None.
         options: settings that differ from the loss's own defaults.
@@ -50,14 +50,14 @@ class Term(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A loss that a configuration names, with what it is to be built with.
+    """A loss that a configuration names, with the arguments to build it.
 
     Attributes:
-        name: in the configuration.
-        loss: a function, or a module to be built.
+        name: its name in the configuration.
+        loss: a function, or the class of a module.
         reads: as in `Term`.
-        arguments: of a module, by position.
-        options: of the term and of the configuration, by name.
+        arguments: the positional arguments of a module.
+        options: the options of the term and of the configuration, by name.
     """
 
     name: str
@@ -72,8 +72,8 @@ def by_function(package: ModuleType, table: Mapping[str, Term], reads: Mapping[s
 
     Args:
         package: kdjax or kdtorch.
-        table: in which a module that holds a function has the function's name.
-        reads: what a parameter reads.
+        table: the terms of modules that hold a function, by the function's name.
+        reads: what each parameter reads.
     """
     terms: dict[str, Term] = {}
     for name in package.__all__:
@@ -94,9 +94,9 @@ def read(
 
     Args:
         config: a mapping or an object.
-        founding: the terms by the names of the founding code, which precede.
+        founding: the terms by the names of the founding code, which take precedence.
         functions: the terms by the names of functions.
-        numbers: of classes and samples, by name.
+        numbers: the numbers of classes and samples, by name.
 
     Raises:
         ValueError: a mistake in the configuration.
@@ -129,7 +129,7 @@ def parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def refused(name: str, error: Exception) -> ValueError:
-    """The error of a loss about its settings, with their path in the configuration."""
+    """The error of a loss about its settings, with the path of the settings in the configuration."""
     return ValueError(f"MODEL.KD_LOSS_ARGS[{name!r}]: {error}")
 
 
@@ -140,7 +140,7 @@ def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str]
 
     Args:
         function: the loss, whose annotations say the shapes.
-        array: from a shape and `"float"`, `"int"` or `"bool"` to an array.
+        array: makes an array from a shape and `"float"`, `"int"` or `"bool"`.
     """
     hints = get_type_hints(inspect.unwrap(function))
     inputs = [p for p in parameters(function).values() if p.kind is not p.KEYWORD_ONLY]
@@ -150,8 +150,8 @@ def example(function: Callable[..., Any], array: Callable[[tuple[int, ...], str]
 
 def _example(hint: Any, array: Callable[[tuple[int, ...], str], Any]) -> Any:
     if get_origin(hint) is Sequence:
-        return [_example(get_args(hint)[0], array)] * 2  # some losses need this many
-    while get_args(hint):  # one of several kinds of array
+        return [_example(get_args(hint)[0], array)] * 2  # some losses need at least two
+    while get_args(hint):  # the first of several kinds of array
         hint = get_args(hint)[0]
     if not hasattr(hint, "dim_str"):
         return None
@@ -163,7 +163,7 @@ def check_weights(place: str, given: Any, names: Sequence[str]) -> list[Weight]:
     """One weight for each loss: a number, or a function of the epoch.
 
     Raises:
-        ValueError: another number of them, or something else.
+        ValueError: a different number of weights, or something that is not a weight.
     """
     weights = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else []
     if not weights or not all(callable(weight) or _is_weight(weight) for weight in weights):
@@ -179,7 +179,7 @@ def check_weights(place: str, given: Any, names: Sequence[str]) -> list[Weight]:
 
 
 def weight_at(name: str, weight: Weight, epoch: Any) -> Any:
-    """A weight, at an epoch if it is a function of it.
+    """The value of a weight, at the epoch if it is a function of the epoch.
 
     Raises:
         ValueError: no epoch, a negative number.
@@ -230,7 +230,7 @@ def _names(text: Any, founding: Mapping[str, Term], functions: Mapping[str, Term
 
 
 def _alias(name: str, founding: Mapping[str, Term]) -> str:
-    """The function that a founding name stands for, if the name does not show it."""
+    """A note with the function that a founding name stands for, if the name does not show it."""
     function = founding[name].loss if name in founding else None
     if not inspect.isfunction(function) or function.__name__.startswith((name, "_")):
         return ""
@@ -252,7 +252,7 @@ def _get(config: Any, path: str, needed_by: str | None = None, **default: Any) -
 
 
 def _has_keys(node: Any) -> bool:
-    """Whether it is a mapping, or is read as one, as a ConfigDict is."""
+    """Whether a node is a mapping, or is read like one, such as a ConfigDict."""
     return isinstance(node, Mapping) or (hasattr(node, "keys") and hasattr(node, "__getitem__"))
 
 

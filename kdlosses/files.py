@@ -1,4 +1,4 @@
-"""One file for both packages: safetensors, with what was saved and a checksum in its header."""
+"""The file format of both packages: safetensors, with the structure of the tree and a checksum in its header."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLANK = _DIGEST % (b"0" * 64)
 
 
 def write(path: str | os.PathLike[str], packed: Packed) -> None:
-    """Save a packed tree, all of it or, if anything goes wrong, nothing."""
+    """Save a packed tree; if anything goes wrong, no file is written or changed."""
     arrays: dict[str, np.ndarray] = {}
     tree = _without_arrays(packed, "", arrays)
     metadata = {
@@ -103,7 +103,7 @@ def _checked(path: str | os.PathLike[str], blob: bytes) -> dict[str, str]:
 
 
 def _without_arrays(node: Packed, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """The node for JSON, its arrays by their place in it."""
+    """The node for JSON; its arrays are moved to `arrays`, by their path."""
     if isinstance(node, np.ndarray):
         name = path or "value"
         while name in arrays:
@@ -132,7 +132,7 @@ def _with_arrays(node: Any, arrays: dict[str, bytes]) -> Packed:
 
 
 def _names(node: Packed) -> Iterator[str]:
-    """Of the states, losses and modules in a packed tree."""
+    """The names of the states, losses and modules in a packed tree."""
     if isinstance(node, dict):
         for key in ("state", "module", "function"):
             if isinstance(node.get(key), str):

@@ -1,4 +1,4 @@
-"""The layers of Flax and PyTorch: which correspond, and their weights with the names and axis order of each."""
+"""The layers of Flax and PyTorch: which of them correspond, and how their weights' names and axes are converted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _IN_FLAX = frozenset(KINDS.values())
 
 
 class Weight(NamedTuple):
-    """A weight's name in PyTorch, and the way from Flax's axes to PyTorch's and back."""
+    """A weight's name in PyTorch, and the functions that convert Flax's axes to PyTorch's and back."""
 
     name: str
     to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
@@ -45,7 +45,7 @@ class Weight(NamedTuple):
 
 
 _NORM = {"scale": Weight("weight"), "mean": Weight("running_mean"), "var": Weight("running_var")}
-TRANSPOSE_KERNEL = "[transpose_kernel]"  # behind Flax's class
+TRANSPOSE_KERNEL = "[transpose_kernel]"  # a suffix of Flax's class
 
 
 def _window_last(kernel: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def _window_first(weight: np.ndarray) -> np.ndarray:
 
 
 def _flipped_window_last(kernel: np.ndarray) -> np.ndarray:
-    """From `[*window, in, out]` to `[in, out, *window]`, the window turned round: PyTorch's is a gradient's."""
+    """From `[*window, in, out]` to `[in, out, *window]` with the window reversed, as in PyTorch."""
     return np.flip(np.moveaxis(kernel, (-2, -1), (0, 1)), tuple(range(2, kernel.ndim)))
 
 
@@ -67,7 +67,7 @@ def _flipped_window_first(weight: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.flip(weight, tuple(range(2, weight.ndim))), (0, 1), (-2, -1))
 
 
-# by Flax's class, and Flax's name of the weight; a weight that is not here is the same in both
+# by Flax's class and Flax's name of the weight; a weight that is missing here is the same in both
 WEIGHTS: dict[str, dict[str, Weight]] = {
     "Linear": {"kernel": Weight("weight", np.transpose, np.transpose)},
     "Conv": {"kernel": Weight("weight", _window_last, _window_first)},
@@ -76,11 +76,11 @@ WEIGHTS: dict[str, dict[str, Weight]] = {
     **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"), _NORM),
     "Embed": {"embedding": Weight("weight")},
 }
-ONLY_TORCH = "num_batches_tracked"  # a norm with a momentum does not depend on it
+ONLY_TORCH = "num_batches_tracked"  # a norm with a momentum does not use it
 
 
 class Layer(NamedTuple):
-    """A layer of a model, by its place in it and its class."""
+    """A layer of a model: its path and its class."""
 
     path: str
     kind: str
@@ -94,18 +94,18 @@ class Layer(NamedTuple):
 
 
 def flax_kind(module: Any) -> str:
-    """The class of a known layer of Flax, "" for any other module."""
+    """The class of a known layer of Flax, or "" for any other module."""
     kind = _known(module, "flax.nnx", _IN_FLAX)
     return f"{kind}{TRANSPOSE_KERNEL}" if kind and getattr(module, "transpose_kernel", False) else kind
 
 
 def torch_kind(module: Any) -> str:
-    """The class of a known layer of PyTorch, "" for any other module."""
+    """The class of a known layer of PyTorch, or "" for any other module."""
     return _known(module, "torch.nn", KINDS)
 
 
 def _known(module: Any, package: str, kinds: Container[str]) -> str:
-    """The first of its classes that belongs to the framework itself: a subclass counts as the class that it extends."""
+    """The first of a module's classes that the framework has: a subclass counts as the class that it extends."""
     classes = (c for c in type(module).__mro__ if c.__module__.startswith(package))
     return next((c.__name__ for c in classes if c.__name__ in kinds), "")
 
@@ -114,8 +114,8 @@ def outermost(modules: Iterable[tuple[str, Any]], kind: Callable[[Any], str]) ->
     """The layers among the parts of a model, without those inside of another.
 
     Args:
-        modules: all parts of the model, by their places in it.
-        kind: what a part is called if it is a layer, and "" if it is none.
+        modules: all modules of the model, by path.
+        kind: returns the class of a module that is a layer, and "" for any other.
     """
     layers: list[Layer] = []
     for path, module in sorted(modules, key=lambda x: x[0].count(".") if x[0] else -1):
@@ -126,7 +126,7 @@ def outermost(modules: Iterable[tuple[str, Any]], kind: Callable[[Any], str]) ->
 
 
 def to_torch(kind: str, weights: Weights) -> Weights:
-    """The weights of a layer of Flax's class, from Flax's names and axes to PyTorch's."""
+    """Convert the weights of a layer of Flax's class `kind` from Flax's names and axes to PyTorch's."""
     if kind == "MultiHeadAttention":
         return _attention(weights)
     turns = WEIGHTS.get(kind, {})
@@ -134,7 +134,7 @@ def to_torch(kind: str, weights: Weights) -> Weights:
 
 
 def to_flax(kind: str, weights: Weights) -> Weights:
-    """The weights of a layer of Flax's class, from PyTorch's names and axes to Flax's."""
+    """Convert the weights of a layer of Flax's class `kind` from PyTorch's names and axes to Flax's."""
     if kind == "MultiHeadAttention":
         raise TypeError("PyTorch's multi-head attention does not say how its matrices are divided into Flax's heads")
     names = {turn.name: (name, turn.to_flax) for name, turn in WEIGHTS.get(kind, {}).items()}
@@ -143,7 +143,7 @@ def to_flax(kind: str, weights: Weights) -> Weights:
 
 
 def _attention(x: Weights) -> Weights:
-    """Kernels `[in, heads, dim]` and, of the output, `[heads, dim, out]`, to matrices, the first three stacked."""
+    """Convert kernels `[in, heads, dim]`, and `[heads, dim, out]` of the output, to matrices; stack three."""
     three = ("query", "key", "value")
     result = {"in_proj_weight": np.concatenate([x[f"{k}.kernel"].reshape(len(x[f"{k}.kernel"]), -1).T for k in three])}
     kernel = x["out.kernel"]
@@ -160,10 +160,10 @@ def translated(
     """The weights of a model under the names of the other framework.
 
     Args:
-        weights: by name, the layers' names before their own.
-        layers: the path in PyTorch, the path in Flax and Flax's class of each layer, or of a weight outside of all.
+        weights: the weights by path.
+        layers: the path in PyTorch, the path in Flax and Flax's class of each layer, or of a weight outside all layers.
         change: `to_torch` or `to_flax`.
-        to: 0 to PyTorch's paths, 1 to Flax's.
+        to: 0 for PyTorch's paths, 1 for Flax's.
     """
     result: Weights = {}
     for layer in layers:
@@ -194,7 +194,7 @@ def _crcd(w: Mapping[str, Any]) -> dict[str, Any]:
     return {**widths, "dim": dim, "num_data": num_data, "embed": embed}
 
 
-# what the modules of this library were built with, from the shapes of their weights in PyTorch
+# the arguments that a module of this library was built with, from the shapes of its weights in PyTorch
 BUILT_WITH: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "DINOLoss": lambda w: {"dim": len(w["center"])},
     "IBOTLoss": lambda w: {"dim": len(w["center"])},
@@ -241,10 +241,10 @@ def node(
     keys: list[list[str]],
     training: bool,
 ) -> Packed:
-    """A packed module of kdjax or kdtorch; of any other, its weights alone."""
+    """A packed module of kdjax or kdtorch, or only the weights of any other module."""
     place = reference(type(module), package)
     arguments = packed(built_with(module, weights)) if place else None
-    if type(module).__name__ == "CombinedLoss" and place:  # whose losses are among its arguments
+    if type(module).__name__ == "CombinedLoss" and place:  # its losses are among its arguments
         weights, layers, keys = {}, [], []
     return {
         "module": place,

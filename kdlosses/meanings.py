@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-# what the losses, their papers and their uses are also called; a loss that is missing here is found by its docstring
+# other names of the losses, their papers and their uses; a loss that is missing here is found by its docstring
 OTHER_NAMES = {
     "ab_loss": "hidden neurons rectifier",
     "alpha_beta_loss": "abkd hellinger f divergence",

@@ -35,7 +35,7 @@ _NEEDS = {"kdjax": (("jax", "flax", "optax"), "kdlosses[jax]"), "kdtorch": (("to
 
 
 class Parameter(NamedTuple):
-    """A parameter of a function, or a field of a named tuple, in the words of the source."""
+    """A parameter of a function, or a field of a named tuple, as it is written in the source."""
 
     name: str
     annotation: str
@@ -44,7 +44,7 @@ class Parameter(NamedTuple):
 
 
 class Public(NamedTuple):
-    """A public function or class, by where it is defined, as its source has it."""
+    """A public function or class: where it is defined, and what its source says."""
 
     name: str
     module: str
@@ -76,7 +76,7 @@ class Public(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether its first argument is the student, or predicted from it."""
+        """Whether the first argument is the student, or predicted from it."""
         return isinstance(self.node, ast.FunctionDef) and self.parameters[0].name.startswith(("student", "predicted"))
 
 
@@ -84,9 +84,9 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
     """Print the table, or with `show NAME` the page of one.
 
     Args:
-        program: whose command it is.
+        program: the package whose command is run.
         packages: kdjax, kdtorch or both.
-        arguments: of the command line.
+        arguments: the arguments of the command line.
 
     Returns:
         The exit status, 0.
@@ -101,7 +101,7 @@ def main(program: str, packages: Sequence[str], arguments: Sequence[str] | None 
 
     missing = {package: what for package in packages if (what := _missing(package))}
     inside = sorted((x for x in packages if missing.get(x) != x), key=missing.__contains__) or packages
-    found: dict[str, Public] = {}  # of the first package that has it, one that can be imported before one that cannot
+    found: dict[str, Public] = {}  # from the first package that has the name; packages that can be imported come first
     having: dict[str, list[str]] = {}
     for package in inside:
         for name, x in public(package).items():
@@ -232,7 +232,10 @@ def paper(docstring: str | None) -> tuple[str, str]:
 
 
 def _config_names(package: str) -> dict[str, list[str]]:
-    """The names by function, from the table of `make_loss`; the summary of a module begins with the function that it holds."""
+    """The names in a configuration, by function, from the table of `make_loss`.
+
+    The summary of a module begins with the function that it calls.
+    """
     names: dict[str, list[str]] = {}
     for node in _source_of(f"{package}.make_loss").body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and _source(node.target) == "PUBLISHED":

@@ -38,7 +38,7 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 def map_size(size: Any, name: str = "out_shapes") -> tuple[int, int] | None:
-    """Height and width of a map, from these two or from one number for both."""
+    """Height and width of a map, given as two numbers, or as one for both."""
     if size is None:
         return None
     both = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
@@ -48,7 +48,7 @@ def map_size(size: Any, name: str = "out_shapes") -> tuple[int, int] | None:
 
 
 def map_sizes(sizes: Any, number: int) -> tuple[tuple[int, int] | None, ...] | None:
-    """Height and width of each of so many maps."""
+    """Height and width of each of `number` maps."""
     if sizes is None:
         return None
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != number:
@@ -57,7 +57,7 @@ def map_sizes(sizes: Any, number: int) -> tuple[tuple[int, int] | None, ...] | N
 
 
 def common_divisor(name: str, number: int, *sizes: int) -> int:
-    """`number` if it divides all the sizes, those of the last axis of arrays."""
+    """`number`, or an error if it does not divide all the sizes, which are those of the last axes of arrays."""
     if number < 1 or any(size % number for size in sizes):
         both = math.gcd(*sizes)
         divisors = [n for n in range(1, both + 1) if both % n == 0]

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# A packed tree is made of these, and of NumPy arrays, numbers, strings and None:
+# A packed tree consists of these, and of NumPy arrays, numbers, strings and None:
 #   {"dict": {key: node}}  {"list": [node]}  {"tuple": [node]}
 #   {"state": reference, "fields": {field: node}}
 #   {"function": reference}
 #   {"module": reference or None, "arguments": node, "training": bool, "layers": [...], "weights": {name: array},
 #    "keys": names of weights that are keys of JAX, and their kinds}
-# A reference names what both packages have, by its place in them: "selfsupervised.dino:DINOState". The weights of a
-# module have PyTorch's names and axes; `kdlosses.layers` says what the layers are.
+# A reference is the path of something that both packages have, such as "selfsupervised.dino:DINOState". The weights of
+# a module have PyTorch's names and axes; `kdlosses.layers` describes the layers.
 Packed = Any
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a tree of dicts, lists, tuples and named tuples, by their place in it."""
+    """The leaves of a tree of dicts, lists, tuples and named tuples, by path."""
     if isinstance(tree, Mapping):
         children = [(f"{path}.{key}" if path else str(key), tree[key]) for key in tree]
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -34,7 +34,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def each_leaf(function: Callable[[Any], Any], tree: Any, named_tuple: Callable[[type], type] = lambda x: x) -> Any:
-    """The tree with a function of its leaves, and one of the types of its named tuples; `None` is a leaf."""
+    """Apply a function to each leaf of a tree, and another to the type of each named tuple; `None` is a leaf."""
     if isinstance(tree, Mapping):
         return {key: each_leaf(function, child, named_tuple) for key, child in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -49,7 +49,7 @@ def is_array(x: Any) -> bool:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Of the name that both frameworks give it."""
+    """The dtype of NumPy for a name that both frameworks use."""
     if name in np.sctypeDict:
         return np.dtype(name)
     import ml_dtypes
@@ -66,10 +66,10 @@ def reference(x: Any, package: str) -> str | None:
 
 
 def resolve(place: str, package: str) -> Any:
-    """The class or function at a place of a package.
+    """The class or function at a path in a package.
 
     Raises:
-        ValueError: there is none, or it comes from elsewhere.
+        ValueError: there is none, or it belongs to another package.
     """
     module, _, name = place.partition(":")
     try:
@@ -94,12 +94,12 @@ def twin(other: str, package: str) -> Callable[[type], type]:
 
 
 def pack(tree: Any, package: str, leaf: Callable[[str, Any], Packed], path: str = "") -> Packed:
-    """The tree as plain containers that name what they were.
+    """The tree as plain containers, which name the types that they had.
 
     Args:
-        tree: of the package's framework.
-        package: kdjax or kdtorch, whose states are known.
-        leaf: from a place in the tree and a leaf that is no container, number or string, to its packed form.
+        tree: a tree of the package's framework.
+        package: kdjax or kdtorch, whose states are packed.
+        leaf: packs a leaf that is not a container, number or string, given its path and the leaf.
     """
     if tree is None or (isinstance(tree, bool | int | float | str) and not isinstance(tree, np.generic)):
         return tree
@@ -123,13 +123,13 @@ def pack(tree: Any, package: str, leaf: Callable[[str, Any], Packed], path: str 
 
 
 def unpack(node: Packed, package: str, array: Callable[[np.ndarray], Any], module: Callable[[Packed], Any]) -> Any:
-    """The tree of a packed one, in the other framework or the same.
+    """The tree that was packed, in the other framework or in the same.
 
     Args:
-        node: from `pack`.
-        package: kdjax or kdtorch, whose states it shall have.
-        array: from a NumPy array to the framework's own.
-        module: from the node of a module to the module, or to its weights.
+        node: the result of `pack`.
+        package: kdjax or kdtorch, whose states the tree will have.
+        array: converts a NumPy array to the framework's own.
+        module: converts the node of a module to the module, or to its weights.
     """
     if isinstance(node, np.ndarray):
         return array(node)
@@ -187,10 +187,10 @@ class Layout(NamedTuple):
 
 
 def check_outputs(function: str, tree: Any, kind: type) -> None:
-    """A tree of arrays of one kind, in which a leaf may be None.
+    """Check that all leaves of a tree are arrays of one kind, or None.
 
     Raises:
-        TypeError: it is not.
+        TypeError: a leaf of another kind.
     """
     for name, x in leaves(tree).items():
         if not isinstance(x, kind) and (x is not None or not name):

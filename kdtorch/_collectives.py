@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other; without a group there is one rank."""
+"""Communication between the ranks of a process group; without a group there is one rank."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def size(group: ProcessGroup | None, name: str = "group") -> int:
 
 
 def rank(group: ProcessGroup | None) -> int:
-    """The place of this rank among them."""
+    """The position of this rank in the group."""
     return 0 if group is None else distributed.get_rank(group)
 
 
 def check_batch(x: Tensor, group: ProcessGroup | None) -> None:
-    """An error on every rank where the ranks hold different numbers of examples."""
+    """Raise an error on every rank if the ranks hold different numbers of examples."""
     ranks = size(group)
     if group is None or torch.compiler.is_compiling():
         return
@@ -47,7 +47,7 @@ def check_batch(x: Tensor, group: ProcessGroup | None) -> None:
 
 
 def all_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over ranks, the same on all of them; constant to the gradient."""
+    """The sum over ranks, the same on all of them; it has no gradient."""
     x = x.detach()
     if group is not None:
         x = x.clone()
@@ -56,7 +56,7 @@ def all_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def all_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The largest entry on any rank, the same on all of them; constant to the gradient."""
+    """The largest entry on any rank, the same on all of them; it has no gradient."""
     x = x.detach()
     if group is not None:
         x = x.clone()
@@ -67,9 +67,10 @@ def all_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def class_range(
     x: Tensor, classes: int, class_group: ProcessGroup | None, group: ProcessGroup | None = None
 ) -> tuple[int | Tensor, int | Tensor]:
-    """The first class of this rank, which has so many, and the number of all ranks' classes; a compiler has tensors.
+    """The first class of this rank, and the number of classes on all ranks; `classes` is this rank's number.
 
-    The ranks must have the same examples, `[*batch, ...]`.
+    Both are tensors under `torch.compile` with a `class_group`, and otherwise integers. The ranks must have the same
+    examples, `[*batch, ...]`.
     """
     if class_group is None:
         return 0, classes
@@ -101,13 +102,13 @@ def class_range(
 
 
 def class_sum(x: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
-    """The sum over the last axis, of all ranks that have a part of it, `[*batch, 1]`."""
+    """The sum over the last axis, which may be spread over ranks, `[*batch, 1]`."""
     total = x.sum(-1, keepdim=True)
     return total if class_group is None else _OverRanks.apply(total, False, class_group)
 
 
 def class_max(x: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
-    """The largest entry of the last axis on any rank, `[*batch, 1]`; constant to the gradient."""
+    """The largest entry of the last axis, which may be spread over ranks, `[*batch, 1]`; it has no gradient."""
     largest = x.detach().amax(-1, keepdim=True)
     return largest if class_group is None else _OverRanks.apply(largest, True, class_group)
 
@@ -118,7 +119,7 @@ def on_first(x: Tensor, class_group: ProcessGroup | None, elsewhere: float) -> T
 
 
 class _OverRanks(torch.autograd.Function):
-    """The sum, or the largest, of what the ranks have; it has a derivative in forward mode alone."""
+    """The sum or the maximum over ranks. Only the sum has a derivative, and only in forward mode."""
 
     @staticmethod
     def forward(x: Tensor, largest: bool, group: ProcessGroup) -> Tensor:
@@ -144,12 +145,12 @@ class _OverRanks(torch.autograd.Function):
 
 
 def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The rows of all ranks, in their order. Gradients flow back to the rank that a row is from."""
+    """The rows of all ranks, in the order of the ranks. Gradients flow back to the rank that a row came from."""
     return x if group is None else _Gather.apply(x, group)
 
 
 def all_gather_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The rows of all ranks; constant to the gradient."""
+    """The rows of all ranks; they have no gradient."""
     return all_gather(x.detach(), group)
 
 
@@ -172,18 +173,18 @@ class _Gather(torch.autograd.Function):
 
 
 def local_rows(rows: int, group: ProcessGroup | None) -> slice:
-    """The places of this rank's rows in what was gathered."""
+    """The positions of this rank's rows in a gathered tensor."""
     first = rank(group) * rows
     return slice(first, first + rows)
 
 
 def fetch(rows: Tensor, places: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`table[places]` of a table `[n * len(rows), dim]`, of which each of n ranks holds its rows."""
+    """`table[places]` of a table `[n * len(rows), dim]` whose rows are spread over n ranks in equal parts."""
     if group is None:
         return rows[places]
     owner = places.flatten() // len(rows)
     order = owner.argsort(stable=True)
-    asked = owner.bincount(minlength=size(group))  # how many of each rank
+    asked = owner.bincount(minlength=size(group))  # how many rows are requested from each rank
     given = torch.empty_like(asked)
     distributed.all_to_all_single(given, asked, group=group)
     numbers = asked.tolist(), given.tolist()
@@ -195,7 +196,7 @@ def fetch(rows: Tensor, places: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def check_dtensors(function: str, leaves: list[tuple[str, Any, checks.Argument]], allowed: str | None) -> bool:
-    """Whether there is a DTensor; an error where PyTorch's operators would not carry the loss."""
+    """Whether there is a DTensor; an error if PyTorch's operators cannot compute the loss on it."""
     tensors = [leaf for leaf in leaves if isinstance(leaf[1], Tensor)]
     sharded = [leaf for leaf in tensors if is_dtensor(leaf[1])]
     if not len(sharded):
@@ -241,7 +242,7 @@ _ROWS = {"rows": "be whole", "any": "have entries on every rank"}
 
 
 def _last_axis_fits(x: Any, forms: tuple[checks.Form, ...], allowed: str) -> bool:
-    """Of numbers a class or feature, which axis losses reduce."""
+    """Whether the sharding of the last axis is allowed: that of classes or features, which losses reduce."""
     if not x.is_floating_point() or not any(form.dtype == "float" and len(form.axes) > 1 for form in forms):
         return True
     for i, place in enumerate(x.placements):
@@ -253,4 +254,4 @@ def _last_axis_fits(x: Any, forms: tuple[checks.Form, ...], allowed: str) -> boo
 
 
 def is_dtensor(x: Tensor) -> bool:
-    return type(x).__name__ == "DTensor"  # whose import takes a while
+    return type(x).__name__ == "DTensor"  # by name, because importing the class takes a while

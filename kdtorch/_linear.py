@@ -1,4 +1,4 @@
-"""What compares the logits of linear heads, which are made a block at a time and dropped: of rows, or of classes."""
+"""Compares the logits of linear heads; only the logits of one block, of rows or of classes, are in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ LEAST = 2**21  # entries of the logits of a block of classes
 
 
 class Output(NamedTuple):
-    """What a head's products become: scale (h · w + b), and with a cap c then c tanh(· / c). None: as they are."""
+    """How a head makes logits: z = scale (h · w + b), and with a cap c then c tanh(z / c). None leaves out a step."""
 
     scale: Tensor | None = None
     cap: float | None = None
 
 
 class Student(NamedTuple):
-    """What learns: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias, of which an empty one is none, and T.
+    """What is trained: hidden states `[*batch, dim]`, a head `[classes, dim]` with its bias (empty if none), and T.
 
-    Field by field also their gradients, or whether these are asked for.
+    The same fields also hold the gradients, or whether each gradient is needed.
     """
 
     hidden: Any
@@ -43,13 +43,13 @@ class Fixed(NamedTuple):
     """What is constant.
 
     Attributes:
-        rows: the teacher's hidden states; where it has no head, all that is known of its logits. Each is `[*batch, ...]`.
-        weight: of the teacher's head, or None.
-        bias: of the same.
+        rows: the teacher's hidden states, or without a head what was recorded of its logits; each `[*batch, ...]`.
+        weight: the weight of the teacher's head, or None.
+        bias: the bias of the teacher's head, or None.
         where: which rows are kept.
-        weights: what the rows' values are multiplied by, `[*batch]`.
+        weights: factors of the rows' values, `[*batch]`.
         outputs: the student's and the teacher's.
-        settings: of the divergence, without T.
+        settings: the settings of the divergence, without T.
     """
 
     rows: tuple[Tensor, ...]
@@ -61,19 +61,21 @@ class Fixed(NamedTuple):
     settings: tuple[Any, ...] = ()
 
 
-# from how `over_classes` folds a step over blocks of classes, a row's dtype, y, the settings and T to the value of each row, and
-# a function that makes the gradient of a block by x, and y · ∂y of each row if T learns
+# A divergence computed in blocks of classes. Its arguments are `over_classes`, which applies a step to one block after
+# another, a tensor with the shape and dtype of the values, y, the settings and T. It returns the value of each row, and
+# a function that returns a block's gradient with respect to x and, if T is trained, y · ∂y of each row.
 ByClasses = Callable[..., tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]]
 
 
 class Divergence(NamedTuple):
-    """How rows of logits x are compared with y: the teacher's logits, or the tensors that are known of them.
+    """How rows of logits x are compared with y: the teacher's logits, or what was recorded of them.
 
     Attributes:
-        by_rows: `(x, *y, *settings, T)` to the value of each row and its gradient by x. The value must be one of x / T and
-            y / T, so that its derivative by T is -(x · ∂x + y · ∂y) / T.
-        pull: the same to y · ∂y of each row.
-        by_classes: the same of blocks of classes, as `of_heads` and `of_kept` make it.
+        by_rows: takes `(x, *y, *settings, T)` and returns the value of each row and its gradient with respect to x. The
+            value must depend on x / T and y / T alone, so that its derivative with respect to T is
+            -(x · ∂x + y · ∂y) / T.
+        pull: takes the same arguments and returns y · ∂y of each row.
+        by_classes: the same in blocks of classes, as `of_heads` and `of_kept` return it.
     """
 
     by_rows: Callable[..., tuple[Tensor, Tensor]]
@@ -82,11 +84,11 @@ class Divergence(NamedTuple):
 
 
 def linear(name: str, divergence: Divergence) -> Callable[..., Tensor]:
-    """A function of a student's hidden states and head, and of what is constant, from a divergence of rows of logits.
+    """Turn a divergence between logits into a function of the student's hidden states and head, and of constants.
 
-    What is returned gives the sum over the kept rows, whose gradients are made with it and are all that is held, or with
-    `summed=False` a value a row, whose gradients the backward pass makes from the inputs. With a `class_group` each rank has
-    the heads' rows of some classes.
+    The function returns the sum over the kept rows, computes the gradients together with the sum, and stores nothing
+    else. With `summed=False` it returns one value per row, and the backward pass computes gradients from the inputs.
+    With a `class_group`, each rank has the rows of the heads for some of the classes.
     """
 
     def evaluate(
@@ -157,7 +159,7 @@ def _floats(*arrays: Tensor | None) -> Iterator[Tensor]:
 
 
 def _empty(student: Student, asked: Any, least: bool, dtype: torch.dtype) -> Student:
-    """Tensors for the gradients that are asked for: summed over blocks of rows, or, of a block of classes, rounded once."""
+    """Tensors for the gradients that are needed; what is written only once may be in the head's dtype."""
     written_once = least and student.weight.dtype == torch.bfloat16
     dtypes = dtype, student.weight.dtype if written_once else dtype, dtype, dtype
     return Student(
@@ -177,7 +179,10 @@ def _evaluate(
     above: Tensor | None,
     asked: Student,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted value of each row, and the gradients that are asked for of the sum of these, each times what is above."""
+    """The weighted value of each row, and the gradients, where they are `asked` for, of the sum of these values.
+
+    In that sum each value is multiplied by its entry of `above`, the gradient of the loss with respect to the value.
+    """
     hidden = student.hidden
     dtype = widest(*_floats(hidden, student.weight, *fixed.rows, fixed.weight))
     kept, weights = fixed.where, fixed.weights
@@ -186,7 +191,7 @@ def _evaluate(
         weights = weights.to(dtype)
     factor = weights if above is None else above if weights is None else above * weights
     totals = _empty(student, asked, least, dtype)
-    written = least and kept is None and hidden.numel() > 0  # a class at a time, all of it
+    written = least and kept is None and hidden.numel() > 0  # every entry of a class is then written
     for x in (totals.hidden, totals.temperature) if written else totals:
         x.zero_()
     values = hidden.new_zeros(hidden.shape[:-1], dtype=dtype)
@@ -198,7 +203,7 @@ def _evaluate(
     run = _by_classes if least else _by_rows
     factor = None if factor is None else factor.flatten()
     run(divergence, class_group, student, fixed, rows, places, factor, asked, *flat)
-    if class_group is not None:  # what the ranks share is felt in the logits of all
+    if class_group is not None:  # the hidden states and T affect the logits of all ranks
         for x in (totals.hidden, totals.temperature):
             if x.numel():
                 x.copy_(all_sum(x, class_group))
@@ -219,10 +224,10 @@ def _by_rows(
 ) -> None:
     dtype, number = values.dtype, len(values) if places is None else len(places)
     classes = len(student.weight)
-    if class_group is not None:  # whose ranks make blocks of one size
+    if class_group is not None:  # all ranks must use blocks of the same size
         classes = int(all_max(student.weight.new_tensor(classes, dtype=torch.int64), class_group))
     size = max(BLOCK // classes, 1)
-    size = -(-number // max(-(-number // size), 1)) or 1  # blocks of one size
+    size = -(-number // max(-(-number // size), 1)) or 1  # blocks of nearly equal size
     settings = *fixed.settings, student.temperature
     output, other_output = fixed.outputs
     blocks = _slices(number, size) if places is None else places.split(size)
@@ -271,7 +276,7 @@ def _by_classes(
     values: Tensor,
     totals: Student,
 ) -> None:
-    """Passes over blocks of classes: what each row sums over all of them, then the gradients, each of a class once."""
+    """Compute in blocks of classes: first the sums over all classes of each row, then the gradients."""
     kept = slice(None) if places is None else places
     h, *others = (x[kept] for x in rows)
     if not len(h):
@@ -281,7 +286,7 @@ def _by_classes(
     wide = h.to(dtype)
 
     def over_classes(step: Callable[..., Any], sums: Any) -> Any:
-        """`step(sums, part, *logits)` of each block of classes, one after the other."""
+        """Call `step(sums, part, *logits)` for one block of classes after another."""
         for part in _slices(classes, size):
             logits = [_logits(wide, student.weight[part], student.bias[part], fixed.outputs[0], dtype)]
             if fixed.weight is not None:
@@ -320,9 +325,9 @@ def _by_classes(
 
 
 class Sums(NamedTuple):
-    """Of the classes so far, in each row: the largest logit, Σ w of w = exp((logit - largest) / T), and Σ w d.
+    """For each row, over the classes so far: the largest logit, Σ w with w = exp((logit - largest) / T), and Σ w d.
 
-    d is x - y, each less its largest.
+    d is x - y, after the largest logit of each has been subtracted.
     """
 
     peak: Tensor
@@ -335,11 +340,12 @@ def of_heads(
     g: Callable[..., Tensor],
     means: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None = None,
 ) -> ByClasses:
-    """`by_classes` of a divergence E_p[f] + E_q[g] of p = softmax(x / T) and q = softmax(y / T).
+    """`by_classes` of a divergence E_p[f] + E_q[g], where p = softmax(x / T) and q = softmax(y / T).
 
-    `f(log p, log q, *settings)` gives p f of classes, and `g` q g. The gradients by x and y must be p (f - E_p[f]) / T and
-    q (g - E_q[g]) / T. Where `means` makes E_p[f] and E_q[g], of which None is 0, of E_p[r] and E_q[r], r = log(p / q), one
-    pass over the classes comes before the gradients, and two where it is None.
+    The function `f(log p, log q, *settings)` returns p f of each class, and the function `g` returns q g. The gradients
+    with respect to x and y must be p (f - E_p[f]) / T and q (g - E_q[g]) / T. If `means` is given, it computes E_p[f]
+    and E_q[g] from E_p[r] and E_q[r], r = log(p / q), and returns None for a mean that is 0; then one pass over the
+    classes precedes the gradients. Without `means` there are two.
     """
 
     def by_classes(
@@ -349,8 +355,8 @@ def of_heads(
         least, zero = torch.full_like(rows, torch.finfo(rows.dtype).min), torch.zeros_like(rows)
 
         def moved(sums: tuple[Sums, Sums], peaks: list[Tensor]) -> list[Sums]:
-            """The sums with other largest logits."""
-            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # how the origin of d moves
+            """The same sums with respect to other largest logits."""
+            step = (sums[0].peak - sums[1].peak) - (peaks[0] - peaks[1])  # the change of all d
             new = []
             for old, peak in zip(sums, peaks, strict=True):
                 decay = ((old.peak - peak) / temperature).exp()
@@ -393,7 +399,7 @@ def of_heads(
 
         def centred(of: Callable[..., Tensor], log: Tensor, mean: Tensor | None, both: tuple[Any, ...]) -> Tensor:
             result = of(*both)
-            if mean is not None:  # infinite where one of the two excludes a class, and no gradient is
+            if mean is not None:  # it is infinite if only one of the two has a class at -inf; gradients stay finite
                 result.sub_(log.exp().mul_(torch.where(mean.isfinite(), mean, 0).unsqueeze(-1)))
             return result.div_(temperature)
 
@@ -411,9 +417,9 @@ def of_heads(
 def of_kept(
     divergence_and_gradient: Callable[..., tuple[Tensor, Tensor]], of_teacher: Callable[..., Tensor], bucket: bool
 ) -> ByClasses:
-    """`by_classes` of a divergence over the kept classes and, in a `bucket`, the rest: y is `values, indices, rest`.
+    """`by_classes` of a divergence over the kept classes and, with `bucket`, one class for the rest.
 
-    An index below 0 is none. `of_teacher` is the divergence's gradient by y.
+    y is `values, indices, rest`; an index below 0 stands for no class. `of_teacher` is the gradient with respect to y.
     """
 
     def by_classes(
@@ -429,7 +435,7 @@ def of_kept(
         lowest = torch.finfo(rows.dtype).min
 
         def places(part: slice) -> tuple[Tensor, Tensor]:
-            """Which of the kept classes are in a block, and where."""
+            """Which of the kept classes are in a block, and their positions in it."""
             inside = (indices >= part.start) & (indices < part.stop)
             return inside, torch.where(inside, indices - part.start, 0)
 
@@ -455,7 +461,7 @@ def of_kept(
             total = torch.where(total == 0, 1, total)
             others = torch.where(peak == lowest, -math.inf, peak - largest) + temperature * total.log()
             others, rest = (on_first(z, class_group, -math.inf) for z in (others.unsqueeze(-1), rest))
-        # each less its largest, for the logits of the one may be far from those of the other
+        # the largest is subtracted from each, because the logits of one may be far from those of the other
         student, teacher = own - largest.unsqueeze(-1), values
         if bucket:
             student, teacher = torch.cat([student, others], -1), torch.cat([values, rest], -1)
@@ -467,7 +473,7 @@ def of_kept(
             pull = None
             if learns_temperature:
                 pull = rows.new_zeros(len(x))
-                if part.start == 0:  # once
+                if part.start == 0:  # in the first block only, because it is the sum over all classes
                     pull = dot(of_teacher(student, teacher, *settings, class_group=class_group), teacher)
             inside, at = places(part)
             if bucket:
@@ -483,7 +489,7 @@ def of_kept(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, output: Output, dtype: torch.dtype) -> Tensor:
-    """What a head makes of hidden states, in `dtype`, without a copy of the whole head in it."""
+    """The logits of hidden states, computed in `dtype` without a copy of the whole head in that dtype."""
     hidden = hidden.to(dtype)
     if weight.dtype == dtype:
         logits = hidden @ weight.T
@@ -503,14 +509,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, output: Output,
 
 
 def _through(gradient: Tensor, logits: Tensor, output: Output) -> Tensor:
-    """The gradient by h · w + b, from that by the logits."""
-    if output.cap is not None:  # an excluded class, at -inf, has a gradient of 0
+    """The gradient with respect to h · w + b, given the gradient with respect to the logits."""
+    if output.cap is not None:  # a class at -inf has a gradient of 0
         gradient = gradient * (1 - (logits.clamp(min=-output.cap) / output.cap).square_())
     return gradient if output.scale is None else output.scale * gradient
 
 
 def _product(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient weight, in the gradient's dtype."""
+    """The matrix product of gradient and weight, in the gradient's dtype."""
     if weight.dtype == gradient.dtype:
         return gradient @ weight
     product = gradient.new_zeros(len(gradient), weight.shape[-1])

@@ -1,4 +1,4 @@
-"""The numerical care that several losses share."""
+"""Numerically careful functions that several losses share."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from kdtorch._typing import ProcessGroup, Scalar, rounds, sizes
 
 
 def widest(*arrays: Tensor) -> torch.dtype:
-    """What they are computed in: float64 if one of them is, else float32."""
+    """The dtype in which these arrays are computed: float64 if one of them is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in arrays) else torch.float32
 
 
 def promote(*arrays: Tensor) -> tuple[Tensor, ...]:
-    """All in float64 if one of them is, else in float32."""
+    """The arrays in float64 if one of them is, else in float32."""
     dtype = widest(*arrays)
     return tuple(x.to(dtype) for x in arrays)
 
 
 def positive(name: str, value: Scalar, *like: Tensor, constant: bool = False) -> Scalar:
-    """`value` if it is finite and above 0; an array is not asked, which would wait for it, so a bad one becomes NaN.
+    """`value`, or an error if it is not finite and above 0. Reading a tensor would wait for it; a bad one becomes NaN.
 
-    It has a gradient, unless it is `constant`, as all other numbers are.
+    A tensor has a gradient unless it is `constant`, as all other settings are.
     """
     return _number(name, value, like, "finite and greater than 0", lambda x: (x > 0) & (x < math.inf), constant)
 
@@ -44,7 +44,7 @@ def fraction(name: str, value: Scalar, *like: Tensor) -> Scalar:
 
 
 def finite(name: str, value: float) -> float:
-    """A number that chooses how a loss is computed, and is no array."""
+    """A number that determines how a loss is computed and must not be an array; an error if it is not finite."""
     if not abs(value) < math.inf:
         raise ValueError(f"`{name}` must be finite, got {value}")
     return float(value)
@@ -68,7 +68,7 @@ def _number(
 
 
 def scalar(value: Scalar, *like: Tensor) -> Tensor:
-    """A number as a tensor, in the dtype that the others are computed in."""
+    """A number as a tensor, in the dtype in which the others are computed."""
     return value if isinstance(value, Tensor) else like[0].new_full((), value, dtype=widest(*like))
 
 
@@ -86,12 +86,12 @@ def times_square(temperature: Scalar, value: Tensor) -> Tensor:
 
 
 def _is_one(temperature: Scalar) -> bool:
-    """Whether T, which then need not be multiplied by, is the number 1; an array is not asked."""
+    """Whether T is the number 1, so that a multiplication can be left out. The value of a tensor is not read."""
     return isinstance(temperature, float) and temperature == 1
 
 
 def weigh(weight: Scalar, value: Tensor) -> Tensor:
-    """weight × value. What weighs 0 is not there, be it infinite."""
+    """weight × value; with weight 0 the result is 0 even if the value is infinite."""
     return torch.where((weight == 0) & value.isinf(), 0, weight * value)
 
 
@@ -106,9 +106,9 @@ def check_classes(
 
 
 def custom_op(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable], Callable]:
-    """Make an operator of a function whose course depends on the values, so that `torch.compile` and `vmap` take it whole.
+    """Make an operator of a function that branches on values, so that `torch.compile` and `vmap` do not look inside it.
 
-    `shapes` makes empty results of the right shape; `vmap` calls the function once an example. The operator has no
+    `shapes` returns empty results of the right shapes. `vmap` calls the function once per example. The operator has no
     gradient of its own.
     """
 
@@ -139,9 +139,9 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def own(x: Tensor) -> Tensor:
-    """A copy of what a user may write into before the backward pass, or has made under `torch.inference_mode`.
+    """A copy of a tensor that a user may change before the backward pass or has created under `torch.inference_mode`.
 
-    As an operator it is what a compiler holds, which would hold the original for a clone.
+    Under `torch.compile` an operator makes the copy, because the compiler would store the original instead of a clone.
     """
     return _copy(x) if torch.compiler.is_compiling() else x.clone()
 
@@ -149,7 +149,7 @@ def own(x: Tensor) -> Tensor:
 def _inside(index: Tensor, size: int | Tensor, name: str) -> Tensor:
     index = index.long()  # a narrow integer may not hold the size
     wrong = (index < 0) | (index >= size)
-    if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels themselves raise, without a wait here
+    if index.device.type == "cpu" and wrong.any():  # elsewhere the kernels raise, which needs no waiting
         raise IndexError(
             f"`{name}` must be in 0 .. {size - 1}, got {index[wrong][0].item()}; mask those without one with `where`"
         )
@@ -172,13 +172,13 @@ def _in_range_of_ranks(index: Tensor, size: Tensor, name: str) -> Tensor:
 
 
 def valid_index(name: str, index: Tensor, size: int | Tensor) -> Tensor:
-    """The index as int64; an error that names it if it is out of range. A size that ranks tell each other may be a tensor."""
+    """The index as int64, or an error that names it if it is out of range. A size from several ranks is a tensor."""
     if isinstance(size, Tensor):
         return _in_range_of_ranks(index, size, name)
     if not torch.compiler.is_compiling():
         try:
             return _inside(index, size, name)
-        except RuntimeError:  # in vmap, which lets nobody ask for a value but an operator
+        except RuntimeError:  # under vmap only an operator may read values
             pass
     return _in_range(index, size, name)
 
@@ -199,26 +199,27 @@ class Softmax(NamedTuple):
 def softmax(
     x: Tensor, temperature: Scalar = 1.0, may_be_empty: bool = False, class_group: ProcessGroup | None = None
 ) -> Softmax:
-    """Over the last axis, which may be spread over ranks. A row of -inf throughout is no distribution: it gives NaN, or p = 0 if it `may_be_empty`.
+    """The softmax over the last axis, which may be spread over ranks.
 
-    The largest entry is taken off before the division, whose rounding would be that of the largest.
+    A row that is all -inf has no distribution: it gives NaN, or p = 0 if it `may_be_empty`. The largest entry is
+    subtracted before the division by T, because the rounding of x / T grows with the size of x.
     """
     peak = class_max(x, class_group)
     if may_be_empty:
         peak = peak.clamp(min=torch.finfo(x.dtype).min)
     below = x - peak
-    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+    if isinstance(temperature, Tensor):  # its derivative would multiply -inf by the 0 of its class
         below = torch.maximum(below, -1e5 * temperature)
-    # on a CPU a power of 2 takes PyTorch a quarter of the time of one of e
+    # PyTorch on a CPU computes a power of 2 in a quarter of the time of a power of e
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = class_sum(weight, class_group)
     if may_be_empty:
-        total = total.clamp(min=1)  # as much is the largest entry's, where there is one
+        total = total.clamp(min=1)  # the largest entry alone adds 1, unless the row is empty
     return Softmax(weight / total, peak, total.log())
 
 
 def dot(q: Tensor, x: Tensor) -> Tensor:
-    """sum q x over the last axis, where 0 times infinity is 0. NaN may be 0 too, and must be felt elsewhere."""
+    """sum q x over the last axis, where 0 times infinity is 0. NaN may be lost too; the caller must keep it."""
     if not eager_on_cpu(q, x):
         return torch.where(q == 0, 0, q * x).sum(-1)
     result = torch.linalg.vecdot(q, x)
@@ -228,9 +229,9 @@ def dot(q: Tensor, x: Tensor) -> Tensor:
 
 
 def eager_on_cpu(*arrays: Tensor | float) -> bool:
-    """Whether values may be asked, and no derivative is to be traced: of ordinary tensors on a CPU, in eager PyTorch.
+    """Whether all tensors are ordinary ones on a CPU, in eager PyTorch, and no derivative is traced.
 
-    There one kernel follows another, so that few and large ones are fast, where a compiler fuses what it is given.
+    Then values may be read, and few large kernels are fastest, because nothing fuses small ones as a compiler does.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -244,7 +245,7 @@ def eager_on_cpu(*arrays: Tensor | float) -> bool:
 
 
 class _Refused(torch.autograd.Function):
-    """A value whose derivative with respect to the inputs is not written down, so that it is refused and not 0."""
+    """A value whose derivative with respect to the inputs is not implemented: an error, where autograd would give 0."""
 
     generate_vmap_rule = True
 
@@ -261,21 +262,20 @@ class _Refused(torch.autograd.Function):
         raise NotImplementedError("this loss of kdtorch has no second derivative; kdjax has it")
 
 
-BLOCK = 2**17  # entries that are handled at once on a CPU, whose caches then hold all that is made of them
+BLOCK = 2**17  # entries in a block on a CPU, so that its caches hold all that is computed from them
 
 
 def with_gradients(
     evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A differentiable function from one that makes its value and its gradients in one go.
+    """Turn a function that computes its value and its gradients together into a differentiable function.
 
     `evaluate(*inputs, *asked)` returns the value, the gradient with respect to each of the first `learns` inputs, and
-    what else there is to return, which is constant; gradients that are not `asked` for may be empty. A gradient has the
-    axes of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. The
-    gradients, in the dtypes of their inputs, are all that is held until the backward pass. Nothing of the inputs is
-    held, so they may be written into. A second derivative is an error. A loss whose gradients may be
-    most of the memory of a step sets `hands_over`: the last backward pass then returns the stored gradients themselves,
-    and copies nothing.
+    any further results, which are constants. Gradients that are not `asked` for may be empty. A gradient has the axes
+    of its input, which begin with the value's; the gradient with respect to a scalar has the value's axes. Until the
+    backward pass only the gradients are stored, in the dtypes of their inputs, so the inputs may be changed in place. A
+    second derivative is an error. A loss whose gradients may take most of the memory of a step sets `hands_over`: the
+    last backward pass then returns the stored gradients themselves, without a copy.
     """
 
     class WithGradients(torch.autograd.Function):
@@ -330,7 +330,7 @@ def with_gradients(
             if not any(asked):
                 value, *others = evaluate(*inputs, *asked)
                 return value, *others[learns:]
-            # of no entries: they hold nothing, and the second derivative is refused of them
+            # empty tensors, which take no memory; through them autograd reaches the error for a second derivative
             edges = (x.flatten()[:0].clone() for x, wanted in zip(learned, asked, strict=True) if wanted)
             results = WithGradients.apply(asked, *edges, *learned, *map(_constant, inputs[learns:]))
             return results[: len(results) - _parts(learned, asked)]
@@ -339,12 +339,12 @@ def with_gradients(
 
 
 def _eager(x: Tensor | None) -> bool:
-    """Whether x is an ordinary tensor, and no compiler and no transform of torch.func is at work."""
+    """Whether x is an ordinary tensor, outside `torch.compile` and the transforms of `torch.func`."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and type(x) is Tensor
 
 
 def _scale(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a number, in place; in half precision a part at a time, as the number has more digits."""
+    """x times a number, in place. Half precision is converted to the number's dtype, one part at a time."""
     if x.dtype == factor.dtype:
         return x.mul_(factor)
     for part in x.view(-1).split(2**20):
@@ -357,15 +357,16 @@ def _constant(x: Any) -> Any:
 
 
 def _parts(learned: Sequence[Tensor], asked: tuple[bool, ...]) -> int:
-    """How many tensors hold the gradients."""
+    """The number of tensors that store the gradients."""
     return sum(2 if x.dtype == torch.float16 else 1 for x, wanted in zip(learned, asked, strict=True) if wanted)
 
 
 def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
-    """A gradient in another dtype; in float16, whose range is small, as multiples of a number for each row of so many axes.
+    """A gradient in another dtype; in float16, whose range is small, as multiples of one number per row.
 
-    Users of float16 multiply the loss, so that its gradient does not vanish, in the backward pass, which is later. A
-    number that is not finite is left as it is, and the others of its row too.
+    A row extends over the last `axes` axes. Users of float16 scale the loss so that its gradient does not underflow,
+    but that scale arrives only in the backward pass. An entry that is not finite stays as it is, and the rest of its
+    row too.
     """
     if dtype != torch.float16:
         return (gradient if gradient.dtype == dtype else gradient.to(dtype),)
@@ -379,11 +380,11 @@ def pack(gradient: Tensor, dtype: torch.dtype, axes: int) -> tuple[Tensor, ...]:
 def coupled(
     evaluate: Callable[..., tuple[Tensor, ...]], learns: int, hands_over: bool = False
 ) -> Callable[..., Tensor]:
-    """The same for a loss that compares examples: `differentiable(*inputs, summed)` is one number, or one an example.
+    """The same for a loss that compares examples; `differentiable(*inputs, summed)` returns the sum, or one value each.
 
-    `evaluate(*inputs, weights, *asked)` returns a value an example, and the gradients of their weighted sum (None: all
-    weights are 1). Where values are not summed, the weights are known in the backward pass alone, which evaluates once
-    more; until then the inputs that learn are held, and copies of the others.
+    `evaluate(*inputs, weights, *asked)` returns one value per example, and the gradients of their weighted sum (None:
+    all weights are 1). If the values are not summed, the weights are known only in the backward pass, which evaluates
+    once more. Until then the inputs with a gradient are stored, and copies of the others.
     """
 
     def total(*inputs: Any) -> tuple[Tensor, ...]:
@@ -434,14 +435,14 @@ def coupled(
 
 
 def may_learn(x: Tensor) -> bool:
-    """Whether a gradient with respect to x may be asked for."""
+    """Whether a gradient with respect to x may be needed."""
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Without autocast, which is left for a call, but not where `torch.compile` passes the check by, nor backward."""
+    """A context without autocast. `checked` disables it too, but not under `torch.compile` nor in the backward pass."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if rounds(device) else contextlib.nullcontext()
 
@@ -450,26 +451,26 @@ def log_ratio(
     x: Tensor, y: Tensor, temperature: Scalar, may_be_empty: bool = False, class_group: ProcessGroup | None = None
 ) -> tuple[Softmax, Softmax, Tensor]:
     """p = softmax(x / T), q = softmax(y / T) and log(p / q), which comes from x - y so that close rows keep their digits."""
-    # over ranks each sends numbers of its own, in tensors of one shape, so that equal rows have equal sums
+    # with classes spread over ranks, x and y are summed by collectives of the same shape, so equal rows have equal sums
     p, q = softmax(x, temperature, may_be_empty, class_group), softmax(y, temperature, may_be_empty, class_group)
     apart = torch.where(x.isneginf() & y.isneginf(), 0, x - y)
     return p, q, (apart - (p.peak - q.peak)) / temperature - (p.log_total - q.log_total)
 
 
 def close_log_ratio(x: Tensor, y: Tensor) -> tuple[Softmax, Softmax, Tensor]:
-    """The same at T = 1, less what the rounding of the two normalisers leaves of log sum q e^r, which is 0."""
+    """The same at T = 1, without log sum q e^r, which is 0 except for the rounding of the two normalisers."""
     p, q, ratio = log_ratio(x, y, 1.0)
     return p, q, without_common_error(q.p, ratio)[0]
 
 
 def without_common_error(q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """r = log(p / q) less log sum q e^r, which is 0 but for an error common to all r, in rows that are close; and which are."""
+    """r = log(p / q) minus, in close rows, log sum q e^r, an error common to all r; and which rows are close."""
     close = ratio.abs().amax(-1, keepdim=True) < 1
     return ratio - (q * torch.where(close, ratio, 0).expm1()).sum(-1, keepdim=True).log1p(), close
 
 
 def less_log1p(z: Tensor) -> Tensor:
-    """z - log(1 + z); where z is small by a series in s = z / (2 + z), of which log(1 + z) is 2 atanh(s)."""
+    """z - log(1 + z); for a small z by a series in s = z / (2 + z), because log(1 + z) = 2 atanh(s)."""
     near = z.abs() < 0.25
     small = torch.where(near, z, 0)
     s = small / (2 + small)
@@ -480,15 +481,15 @@ def less_log1p(z: Tensor) -> Tensor:
 
 
 def of_largest(p: Tensor, x: Tensor) -> Tensor:
-    """x of p's largest class."""
+    """The entry of x at the largest class of p."""
     return torch.where(p == p.amax(-1, keepdim=True), x, -math.inf).amax(-1, keepdim=True)
 
 
 def through_softmax(gradient: Tensor, p: Tensor) -> Tensor:
     """p (h - sum p h), given p and p h: the gradient with respect to logits, given h with respect to their softmax.
 
-    First h of the largest class is taken off all h. Where that class has nearly all of p, its gradient is then the small
-    number that it is, and not the difference of two large ones.
+    First the h of the largest class is subtracted from all h. If that class has nearly all of the probability, its
+    small gradient would otherwise be the difference of two large numbers.
     """
     largest = p == p.detach().amax(-1, keepdim=True)
     h = torch.where(largest, gradient / torch.where(largest, p, 1), 0)
@@ -498,16 +499,17 @@ def through_softmax(gradient: Tensor, p: Tensor) -> Tensor:
 
 
 def difference_of_softmaxes(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
-    """p - q, from r = log(p / q) as q (e^r - 1) where r is small, so that close rows keep their digits."""
+    """p - q; where r = log(p / q) is small, it is q (e^r - 1), so that close rows keep their digits."""
     near = (q > 0) & (ratio < 1)
     return torch.where(near, q * torch.where(near, ratio, 0).expm1(), p - q)
 
 
 def pulled_back(h: Tensor, p: Tensor, class_group: ProcessGroup | None = None) -> Tensor:
-    """p (h - sum p h), the gradient of a softmax, with digits also where one class has nearly all of p. No p = 0 is felt.
+    """p (h - sum p h), the gradient through a softmax, accurate even if one class has nearly all of p.
 
-    An infinite h, of a class that the other distribution excludes, counts as if that gave it the least number there is:
-    the value is infinite there, and the gradient is finite and leads away from the class.
+    A class with p = 0 has no effect. An infinite h belongs to a class at -inf in the other distribution. It counts as
+    if that distribution gave the class the smallest positive number: the value is infinite, but the gradient is finite
+    and leads away from the class.
     """
     h = torch.where(p == 0, 0, torch.where(h.isposinf(), -math.log(torch.finfo(h.dtype).tiny), h))
     centered = h - class_sum(p * h, class_group)
@@ -524,7 +526,7 @@ def kl_of_softmaxes(
     """
     difference = difference_of_softmaxes(p.p, q.p, ratio)
     used = torch.where(q.p == 0, 0, ratio)
-    if not (torch.compiler.is_compiling() or ratio.is_cpu):  # where each of the operations is a kernel
+    if not (torch.compiler.is_compiling() or ratio.is_cpu):  # each operation is a kernel of its own
         return class_sum(difference - q.p * used, class_group).squeeze(-1).clamp(min=0), difference
     near = (used.abs() < NEAR) & (q.p > 0)
     close = q.p * exp_remainder(torch.where(near, used, 0))
@@ -534,9 +536,9 @@ def kl_of_softmaxes(
 
 
 def less_common_error(difference: Tensor, q: Tensor, class_group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """p - q = q (e^r - 1) less an error common to all r, so that it sums to 0; and its sum before."""
+    """p - q = q (e^r - 1) without an error common to all r, so that it sums to 0; and the sum before the correction."""
     total = class_sum(difference.detach(), class_group)
-    common = torch.where(total.abs() < 0.1, total, 0)  # p or q may be empty
+    common = torch.where(total.abs() < 0.1, total, 0)  # a large sum means that p or q is empty
     return (difference - common * q) / (1 + common), common
 
 
@@ -544,7 +546,7 @@ NEAR = 0.5  # below it e^x - 1 - x loses digits
 
 
 def exp_remainder(x: Tensor) -> Tensor:
-    """e^x - 1 - x by its series, where |x| < `NEAR`: the difference of the two would have few digits."""
+    """e^x - 1 - x by its series, for |x| < `NEAR`, where the subtraction would lose digits."""
     total = torch.zeros_like(x)
     for n in range(9 if x.dtype == torch.float32 else 16, 1, -1):
         total = total * x + 1 / math.factorial(n)
@@ -565,7 +567,7 @@ def series_of_log1p(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Tilt(NamedTuple):
-    """p = softmax(x / T) as q = softmax(y / T) times e^d over its mean, where d is (x - y) / T less its mean under q.
+    """p = softmax(x / T) from q = softmax(y / T) as q e^d / E_q[e^d], where d is (x - y) / T minus its mean under q.
 
     `growth` is e^d - 1, `rise` its mean under q, and `excess` is q (growth - rise), which is (1 + rise) (p - q).
     """
@@ -577,15 +579,14 @@ class Tilt(NamedTuple):
     excess: Tensor
 
 
-FAR = -1e30  # of an infinite logit, which is as good as infinite where another logit of its row is not
+FAR = -1e30  # replaces -inf; if another logit of the row is above it, the effect is the same
 
 
 def tilt(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None) -> Tilt | None:
-    """The way from q to p in few, large kernels; None but in eager PyTorch on a CPU, and where numbers are too far apart.
+    """p in terms of q, in few large kernels; only in eager PyTorch on a CPU, and None if the logits are too far apart.
 
-    Ranks that share the classes could not go different ways, and none goes this one.
-
-    No normaliser is rounded that p and q do not share, so that close rows keep their digits.
+    With classes spread over ranks it is None too, because all ranks would have to take the same branch. p and q share
+    their rounded normaliser, so close rows keep their digits.
     """
     if class_group is not None or not eager_on_cpu(x, y, temperature) or not x.numel():
         return None
@@ -597,13 +598,14 @@ def tilt(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | 
         if all(bool((logits.amax(-1) > FAR).all()) for logits in (x, y)):
             found = _tilt(x, y, float(temperature))
             largest = float(found.growth.amax())
-            if bool((found.q[excluded] > 0).any()):  # where the value is infinite, however small q is
+            if bool((found.q[excluded] > 0).any()):  # the value is infinite, however small q is
                 return None
-    if largest > 1e7:  # e^d of a class that p needs not feel, unless its mean under p is large too
+    if largest > 1e7:  # harmless if p is small there, that is, if the mean under p is not large
         largest = float((torch.linalg.vecdot(found.excess, found.growth) / (1 + found.rise.squeeze(-1))).amax())
-    if not largest < 5e8:  # p would rest on what has few digits in q
+    if not largest < 5e8:  # p would be computed from entries of q that have few digits
         return None
-    # the mean of e^d is at least 1, unless rounding has moved all d of a row, whose logits are then far above their differences
+    # E_q[e^d] is at least 1, unless rounding shifts all d of a row because its logits are far larger than their
+    # differences
     return found if float(found.rise.amin()) > -0.5 else None
 
 
@@ -622,7 +624,7 @@ def quick_softmax(x: Tensor, temperature: float) -> Tensor:
 
 
 def _divided(x: Tensor, temperature: float) -> Tensor:
-    """x / T, for a softmax: a division that rounds must be of small numbers."""
+    """x / T for a softmax; if the division rounds, the largest entry is subtracted first, so that numbers are small."""
     if temperature == 1:
         return x
     exact = math.frexp(temperature)[0] == 0.5
@@ -639,9 +641,9 @@ class Logs(NamedTuple):
 
 
 def quick_logs(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None) -> Logs | None:
-    """Few, large kernels for rows that lie too far apart for `tilt`; None but in eager PyTorch on a CPU.
+    """Softmaxes and logarithms in few large kernels, for rows too far apart for `tilt`; only in eager PyTorch on a CPU.
 
-    What is made of them is right where `far_apart` says so.
+    A divergence computed from them is accurate if `far_apart` returns True for it.
     """
     if class_group is not None or not eager_on_cpu(x, y, temperature) or not x.numel():
         return None
@@ -650,12 +652,12 @@ def quick_logs(x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGr
 
 
 def far_apart(value: Tensor) -> bool:
-    """Whether a divergence is so large in all rows that a difference of logarithms has its digits, and finite."""
+    """Whether a divergence is finite in all rows, and large enough that a difference of logarithms is accurate."""
     return bool(((value > 0.05) & (value < math.inf)).all())
 
 
 def softmax_pulled_back(x: Tensor, p: Tensor) -> Tensor:
-    """p (x - sum p x), for which PyTorch has one kernel: the gradient of a softmax."""
+    """p (x - sum p x), the gradient through a softmax, by PyTorch's kernel for it."""
     return torch.ops.aten._softmax_backward_data(x, p, -1, p.dtype)
 
 
@@ -678,7 +680,7 @@ def kl_and_gradient(
 def _kl_of_logs(
     x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same in few kernels where `quick_logs` gives them."""
+    """The same in few kernels, if `quick_logs` gives a result that is accurate."""
     logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None
@@ -687,9 +689,9 @@ def _kl_of_logs(
 
 
 def kl_of_tilt(tilted: Tilt) -> Tensor:
-    """KL(q || p) = log(1 + rise) less the mean of d under q, which is 0 but for rounding.
+    """KL(q || p) = log(1 + rise) minus the mean of d under q, which is 0 except for rounding.
 
-    Where all rows nearly coincide, e^d - 1 - d is summed, and log(1 + rise) - rise, which is smaller, added to that.
+    If all rows nearly coincide, it is the mean of e^d - 1 - d under q plus log(1 + rise) - rise, which is smaller.
     """
     value = (tilted.rise.squeeze(-1).log1p() - torch.linalg.vecdot(tilted.q, tilted.d)).clamp_(min=0)
     if not nearly_equal(value):
@@ -701,14 +703,14 @@ def kl_of_tilt(tilted: Tilt) -> Tensor:
 
 
 def nearly_equal(value: Tensor) -> bool:
-    """Whether a divergence is so small in all rows that a difference of large numbers has few digits of it."""
+    """Whether a divergence is so small in all rows that computing it as a difference of large numbers loses digits."""
     return float(value.amax()) < 4e-3
 
 
 def softmaxes(x: Tensor, y: Tensor, temperature: Scalar = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """p = softmax(x / T), q = softmax(y / T) and p - q, of which close rows keep the digits.
+    """p = softmax(x / T), q = softmax(y / T) and p - q, which is accurate for close rows too.
 
-    Both p and q sum to one, so what their difference sums to is an error that is common to all logarithms of ratios.
+    Both p and q sum to one, so the sum of their differences is an error common to all log ratios, and is removed.
     """
     tilted = tilt(x, y, temperature)
     if tilted is not None:
@@ -724,9 +726,9 @@ def cross_entropy_and_gradient(x: Tensor, target: Tensor, temperature: Scalar = 
 
 
 def cross_entropy_of_softmax(p: Softmax, x: Tensor, target: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
-    """The same where p may leave out classes of x, whose target is 0.
+    """The same for a p that may leave out classes of x whose target is 0.
 
-    A class with target 0 adds nothing, even at p = 0. NaN, wherever it is, is felt in the first term.
+    A class with target 0 contributes nothing, even at p = 0. NaN in any class reaches the value through the first term.
     """
     total = target.sum(-1, keepdim=True)
     value = (p.log_total * total).squeeze(-1) - dot(target, x - p.peak) / temperature
@@ -744,7 +746,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def unit_pull(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with respect to x, given that with respect to `unit(x)`."""
+    """The gradient with respect to x, given the gradient with respect to `unit(x)`."""
     scale = x.detach().abs().amax(-1, keepdim=True)
     zero = scale < torch.finfo(x.dtype).tiny
     scaled = x / torch.where(zero, math.inf, scale)

@@ -17,7 +17,7 @@ from kdlosses.trees import Packed, no_leaf, numpy_dtype, pack, resolve, unpack
 
 
 def packed(tree: Any) -> Packed:
-    """The tree on its way out of PyTorch, in NumPy."""
+    """The tree of PyTorch as containers of NumPy arrays."""
     return pack(tree, "kdtorch", _packed_leaf)
 
 
@@ -39,7 +39,7 @@ def _packed_module(module: nn.Module) -> Packed:
     parts = dict(module.named_modules())
 
     def in_flax(path: str) -> str:
-        """With the `layers` of an `nnx.Sequential` before the numbers of its entries."""
+        """The path with the `layers` of an `nnx.Sequential` before the numbers of its entries."""
         steps = path.split(".")
         for i in reversed(range(len(steps))):
             if isinstance(parts.get(".".join(steps[:i])), nn.Sequential):
@@ -57,12 +57,12 @@ def _packed_module(module: nn.Module) -> Packed:
 
 
 def unpacked(node: Packed) -> Any:
-    """The tree of a packed one, in PyTorch."""
+    """The tree of PyTorch that was packed."""
     return unpack(node, "kdtorch", tensor, _unpacked_module)
 
 
 def _unpacked_module(node: Packed) -> Any:
-    """The module of a packed one; its weights, if the module is not of this library."""
+    """The module that was packed, or only its weights if its class is not one of this library."""
     weights = {name: tensor(x) for name, x in node["weights"].items()}
     keys = [weights.pop(name) for name, _ in node["keys"]]
     drawn = [weights.pop(name) for name in list(weights) if name.rpartition(".")[2] == "generator"]

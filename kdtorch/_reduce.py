@@ -16,11 +16,11 @@ _REDUCTIONS = get_args(Reduction)
 
 def zero_masked(where: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
     """Set masked examples to zero, so that their contents reach neither a value nor a gradient."""
-    return arrays if where is None else zeroed(own(where), *arrays)  # which is held until the backward pass
+    return arrays if where is None else zeroed(own(where), *arrays)  # autograd stores the mask
 
 
 def zeroed(where: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
-    """The same if autograd keeps nothing."""
+    """The same without a copy of the mask, for use where autograd stores nothing."""
     return tuple(torch.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, _zero(x)) for x in arrays)
 
 
@@ -31,7 +31,7 @@ def _zero(x: Tensor) -> bool | int:
 def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None) -> Tensor:
     """`"mean"`: the sum over kept examples divided by their number; `"sum"`; `"none"`: one value per example.
 
-    Over several ranks, what they return has the whole batch's answer as its mean.
+    With several ranks, the mean of what they return is the result for the whole batch.
     """
     check_reduction(reduction)
     (values,) = zero_masked(where, values)
@@ -44,7 +44,7 @@ def reduce(values: Tensor, where: Tensor | None, reduction: Reduction, group: Pr
 def reduce_sum(
     value: Tensor, number: int, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None = None
 ) -> Tensor:
-    """`"mean"` or `"sum"`, from the sum over the kept ones of `number` examples."""
+    """The `"mean"` or `"sum"` of `number` examples, from the sum over those that are kept."""
     ranks = size(group)
     if reduction == "sum":
         return value * ranks
@@ -52,7 +52,7 @@ def reduce_sum(
 
 
 def weighted_mean(value: Tensor, weights: Tensor, where: Tensor | None, group: ProcessGroup | None = None) -> Tensor:
-    """The mean over kept examples from the sum of their weighted values: over the sum of the weights, or 1 where that is 0."""
+    """The weighted mean over kept examples, given their weighted sum; the divisor is 1 if the weights sum to 0."""
     weights = weights.detach().to(value.dtype)
     (weights,) = (weights,) if where is None else zeroed(where, weights)
     total = all_sum(weights.sum(), group)

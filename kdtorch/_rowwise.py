@@ -1,4 +1,4 @@
-"""What runs a function of rows: under masks, in blocks or compiled, in any precision, and with a gradient."""
+"""Runs functions of rows: with masks, in blocks or compiled, in any precision, and with a gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from kdtorch._typing import ProcessGroup
 Input = Any  # a tensor or a number
 Setting = bool | Literal["auto"]
 
-# the devices on which "auto" is on: "cuda" when `benchmarks/gpu.sh` has shown it to be right and faster there
+# the devices on which "auto" fuses; "cuda" is added once `benchmarks/gpu.sh` has shown that it is correct and faster
+# there
 _AUTO: frozenset[str] = frozenset()
 _SETTINGS: dict[str, Setting] = {"1": True, "0": False, "auto": "auto"}
 _setting: Setting = "auto"
@@ -80,16 +81,17 @@ except KeyError as error:
 
 
 def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int = 1) -> Callable[..., Tensor]:
-    """A function of rows from one that returns the value of each and its gradient with respect to its first argument.
+    """Make a differentiable function of rows from one that returns their values and gradients.
 
-    The value of a row depends on that row alone. The first argument is `[*batch, n]`, or has so many `axes` after the
-    batch's. The others are constant: `[*batch, ...]`, or numbers; a number that is a tensor and requires a gradient gets
-    one. What is returned takes them as the user gave them, in half precision too, and a mask of the batch, `where=`. With
-    `class_group=`, which it hands on, each rank has a part of every row, and the value of the whole.
+    The gradient is that with respect to the first argument. The value of a row depends on that row alone. The first
+    argument is `[*batch, n]`, or has `axes` axes after those of the batch. The others are constant: `[*batch, ...]`, or
+    numbers; a number that is a tensor and requires a gradient gets one. The function that is returned takes the inputs
+    in any precision, and a mask of the batch, `where=`. With `class_group=`, which is passed on, each rank has a part
+    of every row and returns the value of the whole row.
 
-    Until the backward pass only the gradient is held, in the dtype of the first argument: neither another copy of it nor
-    anything of the others, which may be written into or come from `torch.inference_mode()`. The derivative of the
-    gradient goes back to the inputs themselves, and needs them as they were.
+    Until the backward pass only the gradient is stored, in the dtype of the first argument, and nothing of the inputs,
+    which may be changed in place or come from `torch.inference_mode()`. Only a second derivative needs the inputs
+    unchanged.
     """
 
     def over(class_group: ProcessGroup | None) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -120,7 +122,7 @@ def rowwise(value_and_gradient: Callable[..., tuple[Tensor, Tensor]], axes: int 
     def parts(
         class_group: ProcessGroup | None, dtype: torch.dtype | None, learned: Sequence[int], *inputs: Input
     ) -> tuple[Tensor, ...]:
-        """The value, and what is held of its derivatives for a first argument of that dtype, if it has a gradient."""
+        """The value and, unless `dtype` is None, the derivatives to store; `dtype` is that of the first argument."""
         if dtype is None:
             return over(class_group)(*inputs)[:1]
         value, gradient, *slopes = with_slopes(class_group, learned, *inputs)
@@ -217,12 +219,12 @@ def by_rows(
     axes: int = 1,
     fixed: tuple[Hashable, ...] = (),
 ) -> tuple[Tensor, ...]:
-    """What a function makes of the rows of x and of the others, in float32 or wider; what it makes of masked rows is 0.
+    """Apply a function to the rows of x and of the others, in float32 or wider; its results for masked rows become 0.
 
-    On a CPU it is given the kept rows alone, and no more of them at once than its caches hold; so no whole copy is made
-    of inputs in half precision. Elsewhere, and where `fuse` is on, it is given all, with 0 in the masked rows. It takes
-    the `fixed` arguments first. If the first of these is a process group, all of whose ranks must send as much, it is given
-    all too.
+    On a CPU the function gets only the kept rows, in blocks that fit into the caches, so that inputs in half precision
+    are never copied as a whole. Elsewhere, and if `fuse` is on, it gets all rows, with 0 in the masked ones. The
+    `fixed` arguments come first. If the first of them is a process group, the function also gets all rows, because all
+    ranks must send equal amounts.
     """
     if fixed and fixed[0] is not None:
         return function(*fixed, *_wide(where, x, *others))
@@ -284,14 +286,14 @@ def _compiled(
     *others: Input,
     axes: int,
 ) -> tuple[Tensor, ...]:
-    """What the compiled function makes of all rows; one program for any number of leading axes."""
+    """The results of the compiled function for all rows; there is one program for any number of leading axes."""
     batch = x.shape[: x.ndim - axes]
     inputs = [v.detach() if isinstance(v, Tensor) else v for v in (where, x, *others)]
     flat = len(batch) != 1
     if flat:
         try:
             inputs = [v.view(-1, *v.shape[len(batch) :]) if _has_rows(v) else v for v in inputs]
-        except RuntimeError:  # for rows that are not at regular steps in memory
+        except RuntimeError:  # the rows are not at regular steps in memory
             flat = False
     masked = inputs[0] is not None
     with _unequal_sizes(), torch.no_grad():
@@ -312,7 +314,7 @@ def _program(
             wide = [zeroed(where, v)[0] if _has_rows(v) else v for v in wide]
         return function(*fixed, *wide)
 
-    # torch.compile counts recompilations by code object: one each, not one for all
+    # torch.compile counts recompilations per code object, so each function gets its own
     program.__code__ = program.__code__.replace(co_name=function.__name__)
     return torch.compile(program, dynamic=True)
 
@@ -332,8 +334,10 @@ def _unequal_sizes() -> Iterator[None]:
 
 
 def _room(part: Tensor, x: Tensor, batch: torch.Size, zero: bool) -> Tensor:
-    """For what is made of all rows: what has the shape of x lies in memory as x does. It is no view, so that it may be
-    written into when a user has it."""
+    """An empty tensor, or one of zeros, for the results of all rows.
+
+    If it has the shape of x, it also has the memory layout of x. It is not a view, so users may write into it.
+    """
     if len(batch) == 1 and part.shape[1:] == x.shape[1:]:
         return (torch.zeros_like if zero else torch.empty_like)(x, dtype=part.dtype)
     return (part.new_zeros if zero else part.new_empty)(batch + part.shape[1:])
@@ -355,7 +359,7 @@ def _wide(where: Tensor | None, *inputs: Input) -> list[Any]:
 
 
 def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes: int) -> Tensor:
-    """The cotangent times a packed gradient, in its dtype; in place if it is large and no other backward pass needs it."""
+    """The cotangent times a packed gradient; in place if the gradient is large and no other backward pass needs it."""
     if unit is not None:
         above = above * unit
     if (
@@ -368,7 +372,7 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     result = torch.empty_like(gradient) if keep else gradient
     blocks: Sequence[tuple[Tensor, ...]] = [(gradient, above, result)]
-    if gradient.is_cpu and gradient.dtype != above.dtype:  # where all would be copied
+    if gradient.is_cpu and gradient.dtype != above.dtype:  # all of it would be copied at once
         longest = max(range(gradient.ndim - axes), key=gradient.shape.__getitem__, default=0)
         size = max(BLOCK * gradient.shape[longest] // gradient.numel(), 1)
         blocks = list(zip(*(x.expand_as(gradient).split(size, longest) for x in blocks[0]), strict=True))
@@ -379,7 +383,7 @@ def _scaled(above: Tensor, gradient: Tensor, unit: Tensor | None = None, *, axes
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """PyTorch loads its forward-mode differentiation at the first use, and warns about its own code then."""
+    """Load PyTorch's forward-mode differentiation, which at its first use warns about PyTorch's own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
@@ -390,7 +394,7 @@ def _saveable(x: Tensor) -> Tensor:
 
 
 def _check_of(given: Sequence[Any]) -> Callable[[], None]:
-    """Makes an error if a tensor was changed in place since; tensors of inference mode cannot be checked."""
+    """A check that raises if a tensor has been changed in place since; tensors of inference mode cannot be checked."""
     tensors = [_innermost(v) for v in given if isinstance(v, Tensor)]
     versions = [(x, x._version) for x in tensors if not x.is_inference()]
 
@@ -414,7 +418,7 @@ def _innermost(x: Tensor) -> Tensor:
 
 
 def _as_they_were(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
-    """The inputs, which were saved under a transform of `torch.func`, and are referred to in other eager code."""
+    """The inputs of the forward pass: saved tensors under a transform of `torch.func`, else references to them."""
     ctx.check()
     if saved:
         tensors = iter(saved)

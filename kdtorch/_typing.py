@@ -1,4 +1,4 @@
-"""What the public functions take, and the check of it at their boundary."""
+"""The types that public functions take, and the check of their arguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     Number = float
-else:  # also NumPy's numbers
+else:  # NumPy's numbers are accepted too
     Number = numbers.Real
 Reduction = Literal["mean", "sum", "none"]
 Scalar = Number | Tensor
@@ -46,7 +46,7 @@ _Leaves = list[tuple[str, Any, checks.Argument]]
 
 
 def sizes(x: Tensor) -> list[int]:
-    """The shape for an error's text; torch.compile traces symbols, of which this makes numbers."""
+    """The shape for the text of an error; the symbols that `torch.compile` traces become numbers."""
     return [operator.index(n) for n in x.shape]
 
 
@@ -72,9 +72,10 @@ describe = functools.partial(checks.describe, arrays=_TORCH.arrays)
 
 
 def _constant(function: _F) -> _F:
-    """Let `torch.compile` call the function, which takes constants, and keep its result, instead of tracing it.
+    """Let `torch.compile` call a function of constants and use its result, instead of tracing the function.
 
-    This is `torch.compiler.assume_constant_result`, whose first use would import the whole compiler, which takes seconds.
+    It does what `torch.compiler.assume_constant_result` does, whose first use would take seconds to import the
+    compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -97,17 +98,17 @@ if TYPE_CHECKING:
 def checked(
     function: _F | None = None, *, learns: tuple[str, ...] = (), dtensor: Literal["rows", "any"] | None = None
 ) -> _F | Callable[[_F], _F]:
-    """Check every argument against its annotation, one after the other, and leave autocast, which would round products.
+    """Check every argument against its annotation, one after another, and disable autocast, which would round products.
 
-    A call whose arguments have the types, dtypes, shapes and devices of one that passed is not checked again, and
-    `torch.compile` checks while it traces, which costs nothing later. With the environment variable `KDLOSSES_CHECK=0`
-    at import there is no check, and autocast alone is looked at.
+    A call whose arguments have the types, dtypes, shapes and devices of an earlier call that passed is not checked
+    again. `torch.compile` checks while it traces, which costs nothing later. With the environment variable
+    `KDLOSSES_CHECK=0` at import nothing is checked, and only autocast is disabled.
 
     Args:
-        learns: the arguments that have a gradient; the first and `temperature` unless given. If another array requires a
-            gradient, and the first does not, a warning says that it gets none; if a number does, an error.
-        dtensor: `"any"` if PyTorch's operators carry the loss over DTensors in any shards, `"rows"` if the last axis must
-            be whole.
+        learns: the arguments that have a gradient; by default the first and `temperature`. If another tensor requires a
+            gradient and the first does not, a warning says that it gets none; a number that requires one is an error.
+        dtensor: `"any"` if PyTorch's operators compute the loss for DTensors with any sharding, `"rows"` if the last
+            axis must not be sharded.
     """
     if function is None:
         return functools.partial(checked, learns=learns, dtensor=dtensor)
@@ -120,7 +121,7 @@ def checked(
         return read
 
     def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the next call of this kind need not be checked."""
+        """Check a call; whether the next call of the same kind can skip the check."""
         plan = kdlosses_plan()
         leaves = checks.check(plan, types, _TORCH, args, kwargs)
         if torch.is_grad_enabled():
@@ -138,7 +139,7 @@ def checked(
             key = *map(_kind, args), *kwargs, *map(_kind, values), torch.is_grad_enabled()
             try:
                 known = key in accepted and torch._C._functorch.maybe_current_level() is None
-            except TypeError:  # sizes that are symbols
+            except TypeError:  # the sizes are symbols
                 key, known = (), False
             if not known and check(args, kwargs) and len(accepted) < 1000:
                 accepted.add(key)
@@ -146,7 +147,7 @@ def checked(
             return _without_autocast(function, args, kwargs)
         return function(*args, **kwargs)
 
-    # torch.compile counts recompilations by code object: one each, not one for all losses
+    # torch.compile counts recompilations per code object, so each loss gets its own
     call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call
 
@@ -169,12 +170,12 @@ def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def rounds(device: str) -> bool:
-    """Whether autocast is on for the device; the device of tensors without data has no autocast."""
+    """Whether autocast is on for a device; "meta", the device of tensors without data, has none."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check_gradients(function: str, leaves: _Leaves, learned: tuple[str, ...]) -> None:
-    """An error if a setting requires a gradient; a warning if an array requires one and the first array does not."""
+    """Raise an error if a setting requires a gradient, and warn if a tensor requires one and the first one does not."""
     lost, first = "", False
     for path, value, argument in leaves:
         if not isinstance(value, Tensor) or not _differentiated(value):

@@ -134,9 +134,9 @@ def jax_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Structure(NamedTuple):
-    """What a call depends on, besides its arrays: the tree of the inputs, which of them learn, and what is static.
+    """What a call depends on besides its arrays: the tree of the inputs, which need a gradient, and which are static.
 
-    The inputs are named by their places among the leaves.
+    The inputs are numbered by their positions among the leaves.
     """
 
     tree: Any
@@ -146,7 +146,7 @@ class _Structure(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Any) -> tuple[_Structure, list[Tensor], list[Tensor]]:
-        """The structure, the tensors that learn, which are those that require gradient, and the other tensors."""
+        """The structure, the tensors that need a gradient, which are those that require one, and the other tensors."""
         import jax
 
         flat, tree = jax.tree.flatten(inputs)
@@ -205,7 +205,7 @@ class _Crossing(torch.autograd.Function):
         (losses, ctx.tree), (besides, besides_tree) = jax.tree.flatten(loss), jax.tree.flatten(extras)
         trees += [ctx.tree, besides_tree]
         ctx.pull_back, ctx.place = functools.partial(compiled.pull_back, pull), tensors[0].device
-        ctx.save_for_backward(*tensors)  # for the error if one of them is written into before the gradient
+        ctx.save_for_backward(*tensors)  # so that autograd reports if one is changed before the backward pass
         besides = _tensors(besides, ctx.place)
         ctx.mark_non_differentiable(*besides)
         return *(x.clone() for x in _tensors(losses, ctx.place)), *besides
@@ -215,7 +215,7 @@ class _Crossing(torch.autograd.Function):
         tensors = ctx.saved_tensors
         above = _arrays("jax_loss", list(cotangents[: ctx.tree.num_leaves]))
         slopes = _tensors(ctx.pull_back(ctx.tree.unflatten(above)), ctx.place)
-        if torch.is_grad_enabled():  # the gradient may be differentiated in its turn
+        if torch.is_grad_enabled():  # the gradient may be differentiated again
             slopes = [_Refused.apply(slope, *cotangents, *tensors) for slope in slopes]
         return None, None, None, *(slope.clone() for slope in slopes), *[None] * (len(tensors) - len(slopes))
 

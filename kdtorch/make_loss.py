@@ -1,4 +1,4 @@
-"""From a configuration to one combined loss."""
+"""Builds one combined loss from a configuration."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _kl_over_classes(
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """KL averaged over classes too, as `kl_div` does unless told otherwise."""
+    """KL averaged over classes too, as `kl_div` of PyTorch does by default."""
     value = kl_loss(student, teacher, temperature=temperature, where=where, reduction=reduction, group=group)
     return value / student.shape[-1]
 
@@ -95,7 +95,7 @@ FOUNDING: dict[str, Term] = PUBLISHED | {
     "crcd": PUBLISHED["crcd"]._replace(reads=(*FEATURES, "target")),
 }
 
-# by their functions' names alone, where a module holds the state, or the inputs are of tokens or patches
+# losses that have no name in the founding repository, and need a module for their state, or inputs of tokens or patches
 OTHERS: dict[str, Term] = {
     "crd": Term(CRDLoss, (*FEATURES, "index"), arguments=(FEAT_DIM, FEAT_DIM, FEAT_DIM, "num_data")),
     "minilm": Term(minilm_loss, ("tokens_stu", "tokens_tea")),
@@ -103,7 +103,7 @@ OTHERS: dict[str, Term] = {
     "ibot": Term(IBOTLoss, (*PATCHES, "mask", "epoch"), arguments=(FEAT_DIM,)),
 }
 
-# what the maps of a loss read beside `READS`: the teacher's last ones, and of one map the last
+# the inputs of losses of feature maps in addition to `READS`: the teacher's last maps, or the last map
 MAPS: dict[str, Source] = {
     "teacher_maps": _last_teacher_maps,
     "student_map": _last_student_map,
@@ -185,8 +185,8 @@ def _try(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Check the settings of a loss before the first batch, by calling it once."""
 
     def array(shape: tuple[int, ...], kind: str) -> Tensor:
-        row = torch.arange(shape[-1], device="cpu").expand(shape)  # each class once, for classes are taken once
-        # at most 0, as the logarithms of probabilities are
+        row = torch.arange(shape[-1], device="cpu").expand(shape)  # a class must not occur twice
+        # at most 0, so that the entries can also be logarithms of probabilities
         return row if kind == "int" else row.to({"float": torch.float32, "bool": torch.bool}[kind]) / -4
 
     inputs = example(loss, array) if options else None

@@ -86,10 +86,10 @@ def _numpy(x: Any) -> np.ndarray:
 def _largest(
     logits: Any, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """The largest logits at some places, their classes, the logit of the others for each temperature, the largest of all."""
+    """The largest logits at some places, their classes, the rest's logit at each temperature, and the largest logit."""
     if isinstance(logits, Tensor) and logits.device.type != "cpu":
         return _largest_on_device(logits, places, top_k, temperatures)
-    if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16:  # which NumPy does not have
+    if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16:  # NumPy does not have this dtype
         bits = logits.detach().view(torch.int16).numpy().view(np.uint16)
         return cache.largest_logits(bits, places, top_k, temperatures, _of_bfloat16)
     return cache.largest_logits(_numpy(logits), places, top_k, temperatures, _numpy)
@@ -102,7 +102,7 @@ def _of_bfloat16(bits: np.ndarray) -> np.ndarray:
 def _largest_on_device(
     logits: Tensor, places: tuple[np.ndarray, ...], top_k: int, temperatures: tuple[float, ...]
 ) -> tuple[np.ndarray, ...]:
-    """In blocks, of which one alone is copied to float32, so that a few numbers leave the accelerator."""
+    """The same on an accelerator, one float32 block at a time, so that only the results are copied to the host."""
     size = max(1, 2**26 // logits.shape[-1])
     found = []
     for start in range(0, len(places[0]), size):
@@ -112,7 +112,7 @@ def _largest_on_device(
 
 
 def _largest_of(x: Tensor, top_k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Of a block `[examples, classes]`, which is overwritten."""
+    """The same for a block `[examples, classes]`, which is overwritten."""
     values, indices = x.topk(top_k)
     largest = x.amax(-1)
     others = x.scatter_(1, indices, -torch.inf)

@@ -22,7 +22,7 @@ SHORT = {title.replace("_loss", ""): title for title in TITLES}  # "dkd", "nkd-s
 
 
 def title(name: str) -> str:
-    """The loss of the table that `python -m kdlosses show` would show, or one of its other rows, such as nkd-soft."""
+    """The row of the loss that `python -m kdlosses show` shows, or another row of that loss, such as nkd-soft."""
     if "-" in name and (row := SHORT.get(name.lower(), name.lower())) in TITLES:
         return row
     try:
@@ -35,7 +35,7 @@ def title(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write the reports; the exit status: 0 if all is within its limits, 1 if not, 2 for a bad argument."""
+    """Run, print and write the reports; the exit status is 0 if all is within its limits, 1 if not, 2 for bad usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.tries is not None and options.tries < 1:
@@ -101,24 +101,24 @@ def _parser() -> argparse.ArgumentParser:
         type=title,
         default=TITLES,
         metavar="NAME",
-        help=f"some of them instead of all, by the names that `python -m kdlosses show` takes: {', '.join(SHORT)}",
+        help=f"these losses instead of all, by the names that `python -m kdlosses show` takes: {', '.join(SHORT)}",
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the inputs; all of them")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument(
-        "--framework", nargs="+", choices=["jax", "torch"], default=["jax", "torch"], help="both, unless one is named"
+        "--framework", nargs="+", choices=["jax", "torch"], default=["jax", "torch"], help="default: both"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="kdtorch under torch.compile too (a second or two a case)"
+        "--compile", action="store_true", help="also kdtorch under torch.compile (a second or two per case)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs; of the first draw")
-    parser.add_argument("--tries", type=int, metavar="N", help="random draws a loss, instead of the table's cases")
-    parser.add_argument("--json", metavar="FILE", help="every difference, with versions and machine")
-    parser.add_argument("--html", metavar="FILE", help="a page with the table and a heat map")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs, or of the first draw")
+    parser.add_argument("--tries", type=int, metavar="N", help="random draws per loss, instead of the table's cases")
+    parser.add_argument("--json", metavar="FILE", help="write all differences, with versions and machine")
+    parser.add_argument("--html", metavar="FILE", help="write a page with the table and a heat map")
     return parser
 
 
 def _cases(loss: Loss, seed: int, tries: int | None) -> Iterator[tuple[Case, str]]:
-    """Each with the arguments that repeat it."""
+    """The cases of a loss, each with the arguments that repeat it."""
     if tries is None:
         yield from ((case, f"--seed {seed}") for case in cases(loss, seed))
     else:

@@ -1,4 +1,4 @@
-"""NumPy arrays into either framework and back."""
+"""Converts NumPy arrays to either framework and back."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def is_float(x: Any) -> bool:
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """The nearest values that the dtype has; half precision is kept in float32, which holds it."""
+    """The nearest values in the dtype; half precision is stored in float32, which can represent it."""
     if not is_float(x):
         return x
     return x.astype(numpy_dtype(dtype)).astype("float32" if dtype in HALVES else dtype)
 
 
 def jax_array(x: np.ndarray, dtype: str) -> Any:
-    """Floating-point numbers in `dtype`, integers in int32."""
+    """An array of JAX: floating-point numbers in `dtype`, integers in int32."""
     import jax.numpy as jnp
 
     return jnp.asarray(x, dtype if is_float(x) else "int32" if x.dtype.kind in "iu" else None)
 
 
 def torch_tensor(x: np.ndarray, dtype: str) -> Any:
-    """Floating-point numbers in `dtype`."""
+    """A tensor, with floating-point numbers in `dtype`."""
     import torch
 
     if str(x.dtype) == "bfloat16":
@@ -41,7 +41,7 @@ def torch_tensor(x: np.ndarray, dtype: str) -> Any:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """Of an array of either framework, in its own dtype."""
+    """The NumPy array of an array of either framework, in its own dtype."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         return x.float().numpy().astype(numpy_dtype("bfloat16")) if "bfloat16" in str(x.dtype) else x.numpy()
@@ -49,7 +49,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def each_array(x: Any, function: Callable[[np.ndarray], np.ndarray]) -> Any:
-    """A function of each array in dictionaries and lists."""
+    """Apply a function to each array in dictionaries and lists."""
     if isinstance(x, dict):
         return {key: each_array(value, function) for key, value in x.items()}
     if isinstance(x, list):

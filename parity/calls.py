@@ -1,4 +1,4 @@
-"""What the checks call: the function of every row as a loss with one value an example, whatever the function returns."""
+"""The functions that the checks call: each row's function as a loss with one value per example, whatever it returns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from parity.row import Loss
 
 
 def per_example(package: Any, loss: Loss) -> Callable[..., Any]:
-    """A row's function in a package, with `where`, `reduction` and `axis_name` or `group`, be they its own or not.
+    """A row's function in a package, with `where`, `reduction` and `axis_name` or `group` even if it has none.
 
-    Where the value is the batch's, each kept example has it for its own. Where it is an array, an example's value is the
-    sum of its finite entries, each times a weight of its place. Where its mask has axes of an example too, one without
-    them keeps or leaves out whole examples.
+    If the function returns one value for the batch, each kept example gets this value. If it returns an array, the
+    value of an example is the sum of its finite entries, weighted by position. If its mask also has axes of an example,
+    a mask without them keeps or leaves out whole examples.
     """
     function = loss.of(package)
     if masked_axes(loss):
@@ -28,12 +28,12 @@ def per_example(package: Any, loss: Loss) -> Callable[..., Any]:
 
 
 def masked_axes(loss: Loss) -> int:
-    """How many axes of an example a mask has, beside the axis of the examples."""
+    """The number of axes of an example that a mask has, in addition to the axis of the examples."""
     return max(KINDS[kind].masked for kind in loss.inputs.values())
 
 
 def weighted(row: Any) -> Any:
-    """The value of an example of which there is an array, in NumPy."""
+    """The value of an example for which the function returns an array, in NumPy."""
     finite = np.isfinite(np.real(row))
     return np.sum(np.where(finite, row, 0) * np.cos(np.arange(len(row)) + 1.0))
 

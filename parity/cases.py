@@ -1,6 +1,6 @@
-"""The cases that the table of losses makes.
+"""The test cases that follow from the table of losses.
 
-A new loss is a file of `parity/losses`; every law and every comparison then tests it.
+A new loss is a file in `parity/losses`; all properties and comparisons are then tested for it.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss on given inputs, over one step or, where it has a state, several.
+    """A loss on given inputs, over one step or, if it has a state, several.
 
     Attributes:
         loss: the row of the table.
-        name: what is particular about it.
-        steps: the inputs of each step; a state is given to the first alone.
+        name: what is special about the case.
+        steps: the inputs of each step; only the first has a state.
         options: settings of the loss.
         where: the mask of every step, or None.
-        reduction: of the loss.
-        scale: the least number to measure the error of the gradient by, where it is small or 0 in exact arithmetic.
-        value_scale: the same of the value.
-        seed: of the gradient from above; None for 1.
-        bounds: where the formula itself is ill-conditioned, the limits of (value, gradient, state) held instead.
+        reduction: the reduction of the loss.
+        scale: the smallest number that the error of the gradient is measured relative to, for a gradient that is small
+            or 0 in exact arithmetic.
+        value_scale: the same for the value.
+        seed: the seed of the upstream gradient; None for 1.
+        bounds: wider limits of (value, gradient, state) if the formula itself is ill-conditioned.
         why: the reason why the formula is ill-conditioned there.
     """
 
@@ -73,12 +74,12 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options, and those that the loss cannot do without."""
+        """The options, and the settings without a default."""
         return {**self.loss.required, **self.options}
 
 
 def draw(loss: Loss, sizes: Sizes, seed: int, steps: int = 1) -> tuple[dict[str, Any], ...]:
-    """Random inputs for each step, in float64 but of values that float32 holds."""
+    """Random inputs for each step, in float64, but with values that float32 can represent."""
     rng = np.random.default_rng([zlib.crc32(loss.name.encode()), seed])
     result = []
     for step in range(steps):
@@ -108,7 +109,7 @@ def _on(function: Callable[[np.ndarray, int], np.ndarray], axis: int, x: np.ndar
 
 
 def perturbed(case: Case, name: str) -> Case | None:
-    """The case with all its steps perturbed in one way, if that way means anything for its loss."""
+    """The case with all its steps perturbed in one way, or None if that does not apply to the loss."""
     changed = [PERTURBATIONS[name](case.loss, inputs) for inputs in case.steps]
     steps = tuple(_float32(inputs) for inputs in changed if inputs is not None)
     if len(steps) < len(changed):
@@ -120,7 +121,7 @@ def perturbed(case: Case, name: str) -> Case | None:
 
 
 def _bounded(case: Case, name: str) -> Case:
-    """The case with the limits that its row has for one of this name."""
+    """The case with the wider limits that its row has for a case of this name."""
     ill = case.loss.ill_conditioned.get(name)
     if ill is None:
         return case
@@ -148,7 +149,7 @@ def cases(loss: Loss, seed: int = 0) -> Iterator[Case]:
 
     if masked_axes(loss):
         parts = np.random.default_rng(seed).random((5, Sizes().positions)) < 0.6
-        parts[2], parts[3] = False, np.arange(Sizes().positions) == 1  # nothing of one example, and one part of another
+        parts[2], parts[3] = False, np.arange(Sizes().positions) == 1  # an example without parts, and one with one
         for name, reduction in (("masked-parts", "mean"), ("none-masked-parts", "none")):
             steps = _spoilt(ordinary, parts)
             yield dataclasses.replace(ordinary, name=name, steps=steps, where=parts, reduction=reduction)
@@ -191,7 +192,7 @@ def random_case(loss: Loss, seed: int) -> Case:
         int(rng.integers(7, 40)),
         int(rng.integers(1, 8)),
     )
-    if loss.first_of_ties:  # on a line all rows are equal or opposite
+    if loss.first_of_ties:  # in one dimension all unit rows are equal or opposite
         sizes = dataclasses.replace(sizes, dim=max(sizes.dim, 2))
     options = {name: float(np.float32(rng.uniform(*ends))) for name, ends in loss.ranges.items()}
     if loss.forms:
@@ -202,7 +203,8 @@ def random_case(loss: Loss, seed: int) -> Case:
     case = Case(loss, f"draw-{seed}", steps, options, reduction=reduction, seed=seed)
     name = str(rng.choice([name for name in PERTURBATIONS if not name.startswith("near")]))
     case = perturbed(case, name) or case
-    # the oracle's own rounding, where all is 0; and that of logits so large that what is left of one another is little
+    # scales for the oracle's own rounding where the exact result is 0, and for large logits, whose differences are
+    # small
     case = _bounded(case, "two-classes") if sizes.classes == 2 else case
     felt = {"logits-of-100": 1.0, "padded-wide": 1.0, "logits-of-1e4": 16.0, "confident": 16.0}.get(name, 0.0)
     case = dataclasses.replace(case, scale=max(case.scale, felt, 2.0**-14), value_scale=felt)

@@ -1,4 +1,4 @@
-"""A case of the table through the frameworks and the oracle: every difference between them."""
+"""Runs a case of the table in the frameworks and the oracle, and finds all differences between them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from parity.run import Result, result_dtype, run
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 Limits = tuple[float, float, float]
-# of (value, gradient, state), in ULP. CRCD's normaliser, a mean of exp(20 x), multiplies the rounding of x by 20. The
-# gradient of a half-precision input is in half precision itself: one ULP is its rounding and that of the other side.
+# limits of (value, gradient, state), in ULP. CRCD's normaliser, a mean of exp(20 x), multiplies the rounding of x by
+# 20. The gradient of a half-precision input is in half precision too: one ULP is the rounding of both sides.
 LIMITS: dict[str, Limits] = {
     "float64": (64, 256, 64),
     "float32": (16, 64, 64),
@@ -27,15 +27,15 @@ UPCAST: Limits = (4, 1, 4)  # half-precision inputs against the same numbers in 
 
 
 def check(case: Case, dtype: str, frameworks: Sequence[str] = ("jax", "torch"), **packages: Any) -> list[Difference]:
-    """Run a case in each framework; hold it against the oracle, half precision against float32, and one against another.
+    """Run a case in each framework; compare it with the oracle, half precision with float32, and the frameworks.
 
     Args:
-        case: of the table.
-        dtype: of the inputs, one of `DTYPES`.
-        frameworks: of `parity.run.FRAMEWORKS`.
-        packages: by framework, something else that has the losses by their names.
+        case: a case of the table.
+        dtype: the dtype of the inputs, one of `DTYPES`.
+        frameworks: some of `parity.run.FRAMEWORKS`.
+        packages: by framework, another object that has the losses by their names.
 
-    A framework that raises is a difference that has not passed.
+    A framework that raises an error counts as a difference that has not passed.
     """
     names: dict[str, Any] = {"subject": case.loss.title, "case": case.name, "dtype": dtype}
     limits = case.bounds.get(dtype, LIMITS[dtype])
@@ -65,7 +65,7 @@ def check(case: Case, dtype: str, frameworks: Sequence[str] = ("jax", "torch"), 
 
 
 def upcast(case: Case, dtype: str) -> Case:
-    """The case on the numbers that half precision has for its inputs."""
+    """The case with its inputs rounded to half precision, to be computed in float32."""
     steps = tuple(each_array(inputs, functools.partial(rounded, dtype=dtype)) for inputs in case.steps)
     return dataclasses.replace(case, steps=steps)
 

@@ -136,9 +136,9 @@ def _leaf(result: Difference, ours: Any, theirs: Any, expected: str | None, scal
     if not ours.size:
         return result
     a, b = ours.astype(np.longdouble), theirs.astype(np.longdouble)
-    if is_float(ours):  # what is beyond the largest number of a dtype is infinite in it
+    if is_float(ours):  # a number that is too large for a dtype is infinite in it
         b = np.where(np.abs(b) > np.longdouble(ml_dtypes.finfo(numpy_dtype(wanted)).max), np.copysign(np.inf, b), b)
-    with np.errstate(invalid="ignore"):  # of infinity less itself; NaN is never right
+    with np.errstate(invalid="ignore"):  # inf - inf; NaN is never right
         error = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.where(a == b, 0, np.inf))
     at = np.unravel_index(np.argmax(error), error.shape)
     largest = max(np.abs(b)[np.isfinite(b)].max(initial=0), scale)
@@ -158,14 +158,14 @@ def _over(error: float, unit: float) -> float:
 
 
 def _unit(largest: float, dtype: str) -> float:
-    """One unit in the last place of the largest entry. Numbers that XLA flushes to zero are no error."""
+    """One unit in the last place of the largest entry. Numbers that XLA flushes to zero do not count as errors."""
     info = ml_dtypes.finfo(numpy_dtype(dtype))
     floor = info.smallest_subnormal if dtype == "float16" else info.tiny
     return max(largest * float(info.eps), float(floor))
 
 
 def _both_integers(a: np.ndarray, b: np.ndarray) -> bool:
-    """JAX has int32 where PyTorch has int64."""
+    """Whether both are integers: JAX has int32 where PyTorch has int64."""
     return a.dtype.kind in "iu" and b.dtype.kind in "iu"
 
 
@@ -175,7 +175,7 @@ def _brief(x: Any) -> str:
 
 
 def ulps(got: Any, want: Any, dtype: str) -> float:
-    """The largest error in ULP of the largest entry, the numbers being rounded to `dtype` first."""
+    """The largest error in ULP of the largest entry, after both are rounded to `dtype`."""
     got, want = (np.asarray(x).astype(numpy_dtype(dtype)) for x in (got, want))
     return difference(got, want, limit=0, expected=dtype, subject="", case="", dtype=dtype, part="value").ulp
 

@@ -12,7 +12,7 @@ from kdlosses.trees import each_leaf, is_array, leaves, numpy_dtype
 from parity.arrays import is_float, jax_array, to_numpy, torch_tensor
 from parity.compare import Comparison, Difference, difference
 
-# of (value, gradient), in ULP: each side rounds on its own, and neither is an oracle
+# limits of (value, gradient), in ULP: both sides round, and neither is an oracle
 LIMITS = {"float64": (64, 256), "float32": (64, 256), "bfloat16": (4, 16), "float16": (4, 16)}
 
 
@@ -113,14 +113,14 @@ def by_leaf(ours: Any, theirs: Any, **fields: Any) -> Iterator[Difference]:
 
 
 def cotangent(leaf: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """The same on both sides, of values that every dtype holds."""
+    """A cotangent that is the same on both sides, with values that every dtype can represent."""
     rng = np.random.default_rng([seed, *leaf.encode()])
     return rng.integers(-8, 9, size=shape).astype(np.float64) / 8
 
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """JAX computes in 64 bits for float64."""
+    """Let JAX compute in 64 bits if the dtype is float64."""
     import jax
 
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
@@ -168,7 +168,7 @@ def _torch(function: Callable[..., Any], inputs: tuple[Any, ...], dtype: str, gr
 def pulled_back(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], above: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """PyTorch's gradients of the inputs for a cotangent, 0 for one that no output depends on."""
+    """PyTorch's gradients of the inputs for a cotangent; 0 for an input that no output depends on."""
     import torch
 
     differentiable = {
@@ -202,7 +202,7 @@ def checked_outputs(side: str, function: Any, outputs: Mapping[str, Any]) -> dic
 
 @contextlib.contextmanager
 def named(side: str, function: Any, dtype: str, besides: str = "") -> Iterator[None]:
-    """An error that says which side raised it, on what, and what there is to know besides."""
+    """Turn an error into one that says which side raised it, on which inputs, and `besides`."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How the inputs of the losses are drawn: `KINDS` has a line for each kind of input, and `Sizes` says how large they are."""
+"""How the inputs of losses are drawn: `KINDS` has a line for each kind of input, and `Sizes` has their sizes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of one case. Primes and odd numbers, so that no axis is taken for another.
+    """The sizes of one case. Most of them differ, so that no axis is confused with another.
 
     Attributes:
-        batch: the axes of the examples; one, unless the loss takes any number of leading axes.
-        classes: of logits, labels, distributions and centres.
-        dim: of features, centres, memories and views.
-        views: of the student.
-        teacher_views: of the teacher.
+        batch: the axes of the examples; one axis, unless the loss takes any number of leading axes.
+        classes: the number of classes of logits, labels, distributions and centres.
+        dim: the width of features, centres, memories and views.
+        views: the number of views of the student.
+        teacher_views: the number of views of the teacher.
         maps: channels, height and width of each feature map.
-        num_data: the samples of the whole data set, for losses that remember each of them.
-        negatives: samples beside its own that an example is compared with.
-        kept: of a teacher's classes, those that were recorded; None for half of them.
-        teacher_dim: of the teacher's features where they need not be as wide as the student's; None for `dim + 2`.
-        positions: of a sequence.
-        patches: of an image.
+        num_data: the number of samples in the whole data set, for losses that remember each of them.
+        negatives: the number of negatives per example.
+        kept: the number of a teacher's classes that were recorded; None for half of them.
+        teacher_dim: the width of the teacher's features if it may differ from the student's; None for `dim + 2`.
+        positions: the length of a sequence.
+        patches: the number of patches of an image.
     """
 
     batch: tuple[int, ...] = (5,)
@@ -44,16 +44,16 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What an input is.
+    """A kind of input.
 
     Attributes:
-        draw: makes it from random numbers. A state is a dictionary of its fields, maps are a list of arrays.
-        axis: which of its axes counts the examples; None: none does.
-        axes: how many axes an example has.
-        masked: how many of these a mask has too, beside the axis of the examples.
-        numbers: whether it may hold any real numbers, so that tests put hostile ones there.
-        fit: what makes any numbers such as it may hold.
-        later: of a state, the fields that are 0 before the first step, and a number that each may have afterwards.
+        draw: draws it at random. A state is a dictionary of its fields, maps are a list of arrays.
+        axis: the axis of the examples; None if there is none.
+        axes: the number of axes of an example.
+        masked: how many of these axes a mask also has, in addition to the axis of the examples.
+        numbers: whether it may contain any real numbers, so that tests can use extreme ones.
+        fit: converts any numbers to numbers that it may contain.
+        later: the fields of a state that are 0 before the first step, with a value that each may have afterwards.
     """
 
     draw: Callable[[np.random.Generator, Sizes], Any]
@@ -66,7 +66,7 @@ class Kind:
 
 
 def _moderate(x: np.ndarray) -> np.ndarray:
-    """Numbers whose products are no larger than float32 holds."""
+    """Numbers whose products do not overflow in float32."""
     return np.clip(x, -1e4, 1e4)
 
 
@@ -75,7 +75,7 @@ def _at_most_zero(x: np.ndarray) -> np.ndarray:
 
 
 def _distribution(rng: np.random.Generator, n: Sizes) -> np.ndarray:
-    """Mixtures of two classes; the first example is a single class."""
+    """Distributions over two classes; that of the first example is a single class."""
     number = int(np.prod(n.batch))
     labels = np.zeros((number, n.classes))
     for i in range(number):
@@ -96,24 +96,24 @@ def _maps(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
 
 
 def _neighbours(rng: np.random.Generator, n: Sizes) -> list[np.ndarray]:
-    """The same, of at least two maps."""
+    """The same with at least two maps."""
     channels, height, width = n.maps[-1]
     deeper = (channels + 1, (height + 1) // 2, (width + 1) // 2)
     return _maps(rng, dataclasses.replace(n, maps=n.maps if len(n.maps) > 1 else (*n.maps, deeper)))
 
 
 def _permutations(rng: np.random.Generator, n: Sizes) -> np.ndarray:
-    """The classes of each example in an order of its own."""
+    """A random permutation of the classes for each example."""
     return rng.random((*n.batch, n.classes)).argsort(-1)
 
 
 def _sequences(rng: np.random.Generator, n: Sizes, dim: int) -> np.ndarray:
-    """[batch, positions, features], the features of two heads side by side."""
+    """[batch, positions, features], with the features of two heads side by side."""
     return rng.normal(size=(*n.batch, n.positions, 2 * dim))
 
 
 def _patch_mask(rng: np.random.Generator, n: Sizes) -> np.ndarray:
-    """Which patches of an image are masked: the first and others; of every third image none is."""
+    """Which patches of an image are masked: the first and some others, but none in every third image."""
     mask = rng.random((*n.batch, n.patches)) < 0.5
     mask[..., 0] = True
     mask[2::3] = False
@@ -134,7 +134,7 @@ def _crcd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
 
 
 def _crd_state(rng: np.random.Generator, n: Sizes) -> dict[str, np.ndarray]:
-    """As it is drawn before the first step, not of unit rows."""
+    """The state before the first step, whose rows are not unit rows."""
     ends = np.sqrt(3 / n.dim)
     memories = {f"{side}_memory": rng.uniform(-ends, ends, (n.num_data, n.dim)) for side in ("student", "teacher")}
     return {**memories, "student_normalizer": np.zeros(()), "teacher_normalizer": np.zeros(())}
@@ -167,7 +167,7 @@ KINDS: dict[str, Kind] = {
     "bias": Kind(lambda rng, n: rng.normal(size=n.classes), None, numbers=True, fit=_moderate),
     "maps": Kind(_maps, numbers=True),
     "neighbours": Kind(_neighbours, numbers=True),
-    "channels": Kind(lambda rng, n: rng.normal(size=n.maps[0][0]), None, numbers=True),  # one number each
+    "channels": Kind(lambda rng, n: rng.normal(size=n.maps[0][0]), None, numbers=True),  # one number per channel
     "map": Kind(lambda rng, n: _maps(rng, n)[0], numbers=True),
     "views": Kind(lambda rng, n: rng.normal(size=(n.views, *n.batch, n.dim)), 1, numbers=True),
     "teacher_views": Kind(lambda rng, n: rng.normal(size=(n.teacher_views, *n.batch, n.dim)), 1, numbers=True),
@@ -184,4 +184,4 @@ KINDS: dict[str, Kind] = {
     "CRCDState": Kind(_crcd_state, None, later={"student_normalizer": 9.0, "teacher_normalizer": 2.0}),
 }
 
-MAPS = frozenset({"maps", "neighbours", "map"})  # of arrays whose channels come first here and last in kdjax
+MAPS = frozenset({"maps", "neighbours", "map"})  # their channels are first in NumPy and kdtorch, and last in kdjax

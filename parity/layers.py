@@ -1,4 +1,4 @@
-"""The layers of a Flax model and of its PyTorch port: which are twins, what went through them, and their weights."""
+"""The layers of a Flax model and of its PyTorch port: which correspond, their inputs and outputs, and their weights."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from kdlosses.trees import each_leaf, is_array, leaves
 from parity.arrays import is_float, to_numpy
 
 Copy = Callable[[Any, Any], None]
-# of the user's own: the class in Flax, and the class in PyTorch with what copies the weights
+# the user's own layers: the class in Flax, and the class in PyTorch with the function that copies the weights
 Own = Mapping[type, tuple[type, Copy | None]]
 
 
 class Call(NamedTuple):
-    """A call of a layer: the arrays that went in, and the tree that came out.
+    """A call of a layer: its input arrays, and the tree of its outputs.
 
     Attributes:
-        averages: of a batch norm of Flax, whether it used its running averages.
+        averages: whether a batch norm of Flax used its running averages.
     """
 
     layer: Layer
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A layer of Flax and its twin in PyTorch, and of layers of the user's own what copies the weights."""
+    """A layer of Flax, its counterpart in PyTorch, and for the user's own layers the function that copies weights."""
 
     ours: Layer
     theirs: Layer
@@ -57,11 +57,11 @@ class Pair(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Flax's class, "" of a layer of the user's own."""
+        """The class in Flax, or "" for one of the user's own layers."""
         return "" if self.is_own else _class(self.ours.module)
 
     def channels_last(self, x: np.ndarray, channels_first: tuple[int, ...]) -> np.ndarray:
-        """An array that goes into or comes out of PyTorch's layer, with the axes that it has in Flax."""
+        """An input or output of PyTorch's layer, with the order of axes that it has in Flax."""
         if self.is_own:
             return np.moveaxis(x, 1, -1) if x.ndim in channels_first else x
         if self.kind == "MultiHeadAttention":
@@ -74,7 +74,7 @@ class Pair(NamedTuple):
 
 
 def _class(module: Any) -> str:
-    """Flax's class of a layer that is known, "" of any other."""
+    """The class of a known layer of Flax, or "" for any other."""
     return flax_kind(module).removesuffix(TRANSPOSE_KERNEL)
 
 
@@ -84,7 +84,7 @@ def _feature_axis(norm: Any) -> int:
 
 
 def moves_channels(module: Any, x: np.ndarray) -> bool:
-    """Whether an array that goes into a layer of Flax would have its channels first in PyTorch."""
+    """Whether an input of a layer of Flax has its channels first in PyTorch."""
     kind = _class(module)
     if kind in ("Conv", "ConvTranspose"):
         return x.ndim == len(module.kernel_size) + 2
@@ -93,10 +93,10 @@ def moves_channels(module: Any, x: np.ndarray) -> bool:
 
 
 def run_flax(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[Call]]:
-    """The outputs, and the calls of the layers in their order.
+    """Run the module; returns the outputs, and the calls of the layers in order.
 
-    Afterwards the running variances of the module's batch norms are those that PyTorch would have: it averages the
-    variance of a sample, n / (n - 1) times that of the population, which Flax averages.
+    Afterwards the running variances of the module's batch norms are those of PyTorch, which averages the sample
+    variance. It is n / (n - 1) times the population variance, which Flax averages.
     """
     layers = {id(layer.module): layer for layer in flax_layers(module, own)}
     calls: list[Call] = []
@@ -105,7 +105,7 @@ def run_flax(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[
     def recorded(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def record(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if id(self) not in layers or id(self) in running:  # as a class that calls the one it extends
+            if id(self) not in layers or id(self) in running:  # a subclass that calls its base class
                 return call(self, *args, **kwargs)
             running.add(id(self))
             try:
@@ -151,20 +151,20 @@ def _sample_variances() -> Iterator[None]:
 
 
 def _averages(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a batch norm of Flax uses its running averages: a call may say so, or leave it to the module."""
+    """Whether a batch norm of Flax uses its running averages, as the call says or, if it does not, the module."""
     asked = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
     return bool(norm.use_running_average if asked is None else asked)
 
 
 def run_torch(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list[Call]]:
-    """The outputs, and the calls of the layers in their order."""
+    """Run the module; returns the outputs, and the calls of the layers in order."""
     layers = {id(layer.module): layer for layer in torch_layers(module, own)}
     kinds = tuple(theirs for theirs, _ in own.values())
     calls: list[Call] = []
 
     def record(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         kind = "" if isinstance(layer, kinds) else torch_kind(layer)
-        output = output[0] if kind == "MultiheadAttention" else output  # which gives its weights too
+        output = output[0] if kind == "MultiheadAttention" else output  # its output includes the attention weights
         calls.append(_call(layers[id(layer)], kind, args, kwargs, output))
 
     for layer in layers.values():
@@ -173,7 +173,7 @@ def run_torch(module: Any, inputs: tuple[Any, ...], own: Own) -> tuple[Any, list
 
 
 def _call(layer: Layer, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-    """Copies, for what follows may write into a tensor. The kind is "" of a layer of the user's own."""
+    """A call with copies of its arrays, because later code may change them. `kind` is "" for the user's own layers."""
     given = [x for x in leaves((args, kwargs)).values() if is_array(x)]
     if kind == "MultiHeadAttention":
         query, key, value = (_argument(args, kwargs, i, f"inputs_{x}") for i, x in enumerate("qkv"))
@@ -210,10 +210,10 @@ def torch_layers(module: Any, own: Own) -> list[Layer]:
 
 
 def paired(ours: list[Call], theirs: list[Call], own: Own) -> list[Pair]:
-    """The twins, call by call.
+    """The pairs of layers, call by call.
 
     Raises:
-        ValueError: the calls are of other kinds of layers, or of a layer that has two twins.
+        ValueError: a call is of another kind of layer, or a layer has two counterparts.
     """
     pairs: list[Pair] = []
     for number, (our_call, their_call) in enumerate(itertools.zip_longest(ours, theirs)):
@@ -239,7 +239,7 @@ def paired(ours: list[Call], theirs: list[Call], own: Own) -> list[Pair]:
 
 
 def uncalled(ours: Any, theirs: Any, pairs: list[Pair], own: Own) -> tuple[list[Pair], list[Layer]]:
-    """The layers that are not called: those of the same kind at the same place in both modules, and the others."""
+    """The layers that are not called: pairs of the same kind at the same path in both modules, and the other layers."""
     ours_left = [x for x in flax_layers(ours, own) if x.path not in {pair.ours.path for pair in pairs}]
     theirs_left = [x for x in torch_layers(theirs, own) if x.path not in {pair.theirs.path for pair in pairs}]
     twins = [pair for x in ours_left for y in theirs_left if x.path == y.path and (pair := _pair(x, y, own))]
@@ -256,12 +256,12 @@ def _pair(ours: Layer, theirs: Layer, own: Own) -> Pair | None:
 
 
 def in_torch(module: Any, only: Any, pairs: list[Pair]) -> dict[str, Weights]:
-    """What a Flax module holds, its weights or their gradients, under PyTorch's names and in its axes, by subject.
+    """The weights of a Flax module, or their gradients, with the names and axes of PyTorch, by subject.
 
     Args:
-        module: of Flax, with the layers of the pairs at their places.
-        only: a filter of Flax: of what its variables are; a layer whose weights the user copies gives all that it has.
-        pairs: of the layers, each once.
+        module: a module of Flax that has the layers of the pairs at their paths.
+        only: a filter of Flax that selects the variables; a layer whose weights the user copies returns all of them.
+        pairs: the pairs of layers, each once.
     """
     from flax import nnx
 
@@ -286,11 +286,11 @@ def in_torch(module: Any, only: Any, pairs: list[Pair]) -> dict[str, Weights]:
     return {**result, **{f"`{name}`": {name: x} for name, x in left.items()}}
 
 
-_CACHE = {"cached_key", "cached_value", "cache_index"}  # of attention, which PyTorch's has not
+_CACHE = {"cached_key", "cached_value", "cache_index"}  # PyTorch's attention has no such cache
 
 
 def _copied_by_user(pair: Pair, layer: Any) -> Weights:
-    """What the user's function writes into PyTorch's layer: whatever is the same, with zeros or ones there before."""
+    """What the user's function writes into PyTorch's layer: all that is equal after zeros and after ones were there."""
     import torch
 
     assert pair.copy is not None
@@ -321,7 +321,7 @@ def _copied_by_user(pair: Pair, layer: Any) -> Weights:
 _AFFINE = ("use_bias=True and use_scale=True", "affine=True", "use_bias=False and use_scale=False", "affine=False")
 _ELEMENTWISE = ("use_scale=True", "elementwise_affine=True", "use_scale=False", "elementwise_affine=False")
 _BIAS = ("use_bias=True", "bias=True", "use_bias=False", "bias=False")
-# what Flax and PyTorch are to be built with so that a layer of Flax's class has a weight, and so that it has none
+# the arguments in Flax and PyTorch with which a layer of this class has a weight, and those with which it has none
 _ARGUMENTS = {
     **{(kind, weight): _AFFINE for kind in ("BatchNorm", "GroupNorm", "InstanceNorm") for weight in ("weight", "bias")},
     **{(kind, "weight"): _ELEMENTWISE for kind in ("LayerNorm", "RMSNorm")},
@@ -332,18 +332,18 @@ _ARGUMENTS = {
 def copy_weights(
     weights: dict[str, Weights], theirs: Any, pairs: list[Pair], alone: list[Layer], settings: Mapping[str, list[str]]
 ) -> None:
-    """Give the PyTorch module the weights of the Flax one.
+    """Copy the weights of the Flax module into the PyTorch module.
 
     Args:
-        weights: by subject, from `in_torch`.
+        weights: the weights by subject, from `in_torch`.
         theirs: the PyTorch module.
-        pairs: of layers, each once.
-        alone: layers of either module that are not called, nor paired.
-        settings: in which twins differ, by subject: what a shape may come from.
+        pairs: the pairs of layers, each once.
+        alone: layers of either module that are neither called nor paired.
+        settings: the differing settings of pairs, by subject, which may explain a shape.
 
     Raises:
-        TypeError: a weight that has no twin.
-        ValueError: a weight of another shape, or a tensor that has two twins.
+        TypeError: a weight without a counterpart.
+        ValueError: a weight of another shape, or a tensor with two counterparts.
     """
     import torch
 
@@ -360,7 +360,7 @@ def copy_weights(
     )
 
     def why(name: str) -> str:
-        """What there is to say of a weight that has no twin."""
+        """The reason why a weight has no counterpart, if it is known."""
         if owner := next((layer for layer in alone if name in layer), None):
             return f", for {owner} is not called on these inputs"
         if pair := next((pair for pair in pairs if name in pair.theirs), None):
@@ -392,10 +392,10 @@ def copy_weights(
 
 
 def _check_same_weights(pair: Pair, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """That twins have the same weights, so far as either can be built without."""
+    """Raise an error if only one layer of a pair has an optional weight."""
     prefix = f"{pair.theirs.path}." if pair.theirs.path else ""
     lonely = [name for name in [*given, *wanted] if name in pair.theirs and (name in given) != (name in wanted)]
-    for name in sorted(lonely, key=lambda name: "bias" in name):  # what builds a weight may build its bias too
+    for name in sorted(lonely, key=lambda name: "bias" in name):  # a weight may come with a bias
         last = name.removeprefix(prefix).replace("in_proj_bias", "bias").removeprefix("out_proj.")
         if pair.kind == "BatchNorm" and last in ("running_mean", "running_var"):
             raise TypeError(

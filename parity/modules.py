@@ -100,7 +100,7 @@ def compare_modules(
     inputs, limits = checked_arguments("compare_modules", inputs, dtypes, limits)
     found: list[Difference] = []
     for dtype in dtypes:
-        with precision(dtype), jax.numpy_dtype_promotion("standard"):  # which Flax's batch norm needs
+        with precision(dtype), jax.numpy_dtype_promotion("standard"):  # Flax's batch norm needs it
             found += _differences(nnx_module, torch_module, inputs, dtype, limits[dtype], channels_first, own, seed)
     first = next((x for x in found if not x.passed), None)
     part = {"gradient": "the gradient of ", "state": "the state of "}.get(first.part, "") if first else ""
@@ -108,10 +108,10 @@ def compare_modules(
 
 
 def _checked(nnx_module: Any, torch_module: Any, layers: Mapping[type, Any] | None) -> Own:
-    """The user's own layers, of arguments that are what they should be.
+    """Check the arguments; returns the user's own layers.
 
     Raises:
-        TypeError: one that is not.
+        TypeError: an argument of another kind.
     """
     import torch
     from flax import nnx
@@ -142,7 +142,7 @@ def _checked(nnx_module: Any, torch_module: Any, layers: Mapping[type, Any] | No
 
 
 def _described(x: Any) -> str:
-    """What came for a module, and what to do with it."""
+    """A description of what was given for a module, and what to write instead."""
     kind = x if isinstance(x, type) else type(x)
     bases = {c.__module__.partition(".")[0] for c in kind.__mro__}
     if isinstance(x, type):
@@ -182,16 +182,16 @@ def _differences(
     state = [(path, x[...]) for path, x in nnx.to_flat_state(nnx.state(ours))]
     nnx.update(ours, nnx.from_flat_state([(path, x.astype(dtype) if is_float(x) else x) for path, x in state]))
     for _, module in nnx.iter_modules(ours):
-        if getattr(module, "dtype", None) is not None:  # as an embedding, which keeps that of its first weights
+        if getattr(module, "dtype", None) is not None:  # such as an embedding, which keeps its first dtype
             module.dtype = dtype  # type: ignore[attr-defined]
     _check_dropout(ours, theirs)
 
-    # each run is of a copy: a module may average what it sees
+    # each run uses a copy, because a module may update running averages
     ours_afterwards = nnx.clone(ours)
     with named("JAX", ours, dtype):
         our_outputs, our_calls = run_flax(ours_afterwards, our_inputs, own)
     turned = tuple(_channels_first(ours, theirs, our_calls) if channels_first is None else channels_first)
-    # contiguous, for PyTorch's backward pass of a group norm does not survive other strides
+    # contiguous, because PyTorch's backward pass of a group norm fails with other strides
     first = each_leaf(lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim in turned else x, inputs)
     their_inputs = each_leaf(lambda x: torch_tensor(x, dtype), first)
     given = f"arrays of {' and '.join(map(str, turned))} axes as [N, C, ...]" if turned else "its arrays as they are"
@@ -226,7 +226,7 @@ def _differences(
     for subject, ours_of_it in in_torch(ours, nnx.Param, every).items():
         slopes = {name: x for name, x in ours_of_it.items() if name in their_slopes}
         wanted = {name: their_slopes[name] for name in slopes}
-        scale = max((np.abs(x).max(initial=0) for x in wanted.values()), default=0)  # of the bias before a norm it is 0
+        scale = max((np.abs(x).max(initial=0) for x in wanted.values()), default=0)  # 0 for a bias before a norm
         yield from by_leaf(slopes, wanted, limit=limits[1], scale=scale, part="gradient", subject=subject, **where)
 
 
@@ -238,9 +238,9 @@ def _values(
     turned: tuple[int, ...],
     **where: Any,
 ) -> Iterator[Difference]:
-    """What comes out of each layer and of the modules, and where that differs, what may explain it.
+    """Compare the outputs of each layer and of the modules, and the settings that may explain a difference.
 
-    If what goes into the first layer that differs is different already, then the fault is before the layer.
+    If the inputs of the first layer that differs are different already, the fault is before the layer.
     """
     value: Any = {**where, "part": "value"}
     wrong: Any = {**where, "part": "setting", "one": "jax", "other": "torch", "ulp": math.inf}
@@ -279,7 +279,7 @@ def _largest(tree: Any) -> float:
 
 
 def _states(ours: Any, theirs: Any, pairs: list[Pair], **where: Any) -> Iterator[Difference]:
-    """What the modules hold beside their parameters, after the run."""
+    """Compare the variables of the modules other than parameters, after the run."""
     from flax import nnx
 
     buffers = {name: to_numpy(x) for name, x in theirs.named_buffers()}
@@ -293,13 +293,13 @@ def _states(ours: Any, theirs: Any, pairs: list[Pair], **where: Any) -> Iterator
 
 
 def _channels_first(ours: Any, theirs: Any, our_calls: list[Call]) -> list[int]:
-    """The numbers of axes of what has its channels first in PyTorch, and last in Flax."""
+    """The numbers of axes of the arrays that have their channels first in PyTorch and last in Flax."""
     from flax import nnx
 
     seen = {x.ndim for call in our_calls for x in call.inputs if moves_channels(call.layer.module, x)}
     norms = [x for _, x in nnx.iter_modules(ours) if isinstance(x, nnx.BatchNorm)]
     names = {c.__name__ for x in theirs.modules() for c in type(x).__mro__ if c.__module__.startswith("torch.nn")}
-    by_channel = {name for name in names if name[-2:] in ("1d", "2d", "3d")} - {"BatchNorm1d"}  # which takes [N, C] too
+    by_channel = {name for name in names if name[-2:] in ("1d", "2d", "3d")} - {"BatchNorm1d"}  # it takes [N, C] too
     if any(norm.axis not in (-1, (-1,)) for norm in norms):
         by_channel -= {"BatchNorm2d", "BatchNorm3d"}
     return sorted(seen | {int(name[-2]) + 2 for name in by_channel})
@@ -330,7 +330,7 @@ def _rate(module: Any, *names: str) -> float:
 
 
 def _check_repeatable(theirs: Any, inputs: tuple[Any, ...]) -> None:
-    """A dropout that is a function is no part of the module: it shows in that two runs differ."""
+    """Raise an error if two runs differ: a dropout that is a function is not one of the module's layers."""
     import torch
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How the inputs of a case are spoilt: `PERTURBATIONS` has a line for each way."""
+"""How the inputs of a case are perturbed: `PERTURBATIONS` has a line for each way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parity.row import Loss
 
 
 def _of_kind(loss: Loss, inputs: dict[str, Any], kinds: tuple[str, ...], function: Callable) -> dict[str, Any] | None:
-    """The inputs with a function of (array, with its examples first) applied to those of some kinds, if there are any."""
+    """Apply a function to the inputs of some kinds, with examples on the first axis; None if there are none."""
     result = dict(inputs)
     for name in (name for name in inputs if loss.inputs[name] in kinds):
         axis = KINDS[loss.inputs[name]].axis or 0
@@ -26,7 +26,7 @@ def _of_kind(loss: Loss, inputs: dict[str, Any], kinds: tuple[str, ...], functio
     return result if set(kinds) & set(loss.inputs.values()) else None
 
 
-# whose examples may hold any numbers
+# the kinds whose examples may contain any numbers
 _NUMBERS = tuple(name for name, kind in KINDS.items() if kind.numbers and kind.axis is not None)
 
 
@@ -35,7 +35,7 @@ def _wide(scale: float, loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _confident(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The student's largest logit is that of the label, by far."""
+    """The student's logit of the label is by far the largest."""
     if "labels" not in loss.inputs.values() or "logits" not in loss.inputs.values():
         return None
     labels = next(name for name, kind in loss.inputs.items() if kind == "labels")
@@ -44,7 +44,7 @@ def _confident(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _padded(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The last class is padding, in all logits, and nobody's label."""
+    """The last class is padding in all logits, and not the label of any example."""
     if not loss.padding or inputs[loss.first].shape[-1] < 4:
         return None
     inputs = {k: x % (x.max() or 1) if loss.inputs[k] == "labels" else x for k, x in inputs.items()}
@@ -65,7 +65,7 @@ def _equal_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _near_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Two of the student's; the teacher's stay apart, so that what separates the two is felt."""
+    """Two rows of the student are close, but not those of the teacher, so that their small difference matters."""
     if not loss.batch_coupled or loss.inputs[loss.first] != "features":
         return None
     student = inputs[loss.first].copy()
@@ -74,7 +74,7 @@ def _near_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _zero_rows(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """One of the student's, and another of the teacher's."""
+    """One row of the student is 0, and another one of the teacher."""
     result = dict(inputs)
     for name, place in (*((k, 0) for k in loss.learns), *((k, -1) for k in loss.constant)):
 
@@ -92,7 +92,7 @@ def _ties(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _near_ties(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """Every second class is as likely as the one before to the student, and by a unit or two more to its second head."""
+    """Every second class is as likely as the one before it, and in the second head more likely by a unit or two."""
     heads = [name for name in loss.learns if loss.inputs[name] == "logits"]
     if len(heads) != 2:
         return None
@@ -118,7 +118,7 @@ def _equal_indices(loss: Loss, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return _of_kind(loss, inputs, ("labels", "index", "negatives"), repeat)
 
 
-# what can be done to any draw, without a change of its shapes: None where it means nothing for the loss
+# changes of any draw that keep its shapes; None if a change does not apply to the loss
 PERTURBATIONS: dict[str, Callable[[Loss, dict[str, Any]], dict[str, Any] | None]] = {
     "logits-of-100": functools.partial(_wide, 100.0),
     "logits-of-1e4": functools.partial(_wide, 1e4),

@@ -1,4 +1,4 @@
-"""A comparison as a file: JSON, or a page to open in a browser."""
+"""Writes a comparison to a file: JSON, or a page to open in a browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("kdlosses", "jax", "jaxlib", "flax", "torch", "numpy")
 
 
 def environment() -> dict[str, str]:
-    """When, with which versions and on which machine."""
+    """The date, the versions and the machine."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -44,14 +44,14 @@ def _processor() -> str:
 
 
 def check_writable(path: str | None) -> None:
-    """Raise the `OSError` now that writing would raise later."""
+    """Raise now the `OSError` that writing would raise later."""
     if path is not None:
         with open(path, "a"):
             pass
 
 
 def write_json(path: str, comparison: Comparison) -> None:
-    """Every difference; what JSON has no number for is a string."""
+    """Write all differences; NaN and infinities, which JSON does not have, are strings."""
     content = {
         "environment": environment(),
         "passed": comparison.passed,
@@ -65,7 +65,7 @@ def _finite(x: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_html(path: str, comparison: Comparison) -> None:
-    """One page that needs no other file: verdict, heat map, sortable table, what is over its limit, versions."""
+    """Write one page that needs no other file: verdict, heat map, sortable table, failures, and versions."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("parity", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,4 +1,4 @@
-"""What the tests need to know about a loss: its row, in `parity/losses` next to the loss's formula."""
+"""The row of a loss, which has what the tests need to know about it; it is in `parity/losses`, below the formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from parity import scales
 from parity.kinds import Sizes
 
-# the sizes at which `Memory` counts, unless it says otherwise
+# the sizes that `Memory` refers to by default
 MEMORY_SIZES = Sizes((96,), 700, 64, 6, 2, ((20, 12, 12),), 4000, 300, kept=64, teacher_dim=64, patches=12)
 
 
@@ -43,18 +43,18 @@ class Benchmark:
     """Sizes at which the loss is timed, and the speed that is claimed there, compared with the direct form.
 
     Attributes:
-        title: of the sizes; the loss's short name stands before it.
-        sizes: of the inputs.
-        torch: how many times faster eager kdtorch must be; None: nothing is claimed.
+        title: a title of the sizes, shown after the loss's short name.
+        sizes: the sizes of the inputs.
+        torch: how many times faster eager kdtorch must be; None if nothing is claimed.
         jax: the same for kdjax under `jit`.
         memory: the fraction of the direct form's memory that each may use.
-        options: of the loss.
+        options: the settings of the loss.
         factor: a factor for the logits.
         direct: whether the direct form fits a common machine.
         compiles: whether `torch.compile` can compile the direct form within minutes; it cannot if the form loops over a
             batch.
-        dtype: of the inputs; the direct form makes float32 of them first, as trainers in half precision do.
-        masked: whether every fifth example is masked, which the direct form takes out by an index.
+        dtype: the dtype of the inputs; the direct form converts them to float32 first, as training code usually does.
+        masked: whether every fifth example is masked, which the direct form removes by indexing.
     """
 
     title: str
@@ -76,8 +76,8 @@ class Growth:
 
     Attributes:
         axis: the field of `Sizes` that grows.
-        values: that it takes.
-        sizes: the others.
+        values: the values that it takes.
+        sizes: the other sizes.
     """
 
     axis: str
@@ -90,9 +90,10 @@ class IllConditioned:
     """Wider limits for a case in which the formula itself amplifies the rounding errors of its inputs.
 
     Attributes:
-        bounds: for each dtype the limits of (value, gradient, state), in ULP; those of `parity.check` where it has none.
+        bounds: the limits of (value, gradient, state) for each dtype, in ULP; a dtype that is missing has those of
+            `parity.check`.
         why: the reason why the formula is ill-conditioned there.
-        scale: the least number to measure the error of the gradient by, where its terms cancel.
+        scale: the smallest number that the error of the gradient is measured relative to, if its terms cancel.
     """
 
     bounds: dict[str, tuple[float, float, float]]
@@ -100,7 +101,7 @@ class IllConditioned:
     scale: float = 0.0
 
 
-# of two rows of unit length that nearly coincide, in losses of distances or directions between rows
+# for two unit rows that nearly coincide, in losses of distances or directions between rows
 NEAR_ROWS = IllConditioned(
     {"float64": (64, 512, 64), "float32": (16, 512, 64)},
     "the rows are rounded once they have unit length, and two of them differ by a thousandth of that",
@@ -190,30 +191,30 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """Of the function, in kdjax, in kdtorch and here."""
+        """The name of the function in kdjax, in kdtorch and in `parity.losses`."""
         return self.formula.__name__
 
     @property
     def required(self) -> dict[str, Any]:
-        """The settings without a default, as the ordinary case has them."""
+        """The settings without a default, with their values in the ordinary case."""
         parameters = inspect.signature(self.formula).parameters.values()
         return {
             x.name: self.options[0][x.name] for x in parameters if x.default is x.empty and x.name in self.options[0]
         }
 
     def of(self, package: Any) -> Callable[..., Any]:
-        """The function in kdjax or kdtorch, with the settings that it cannot do without."""
+        """The function in kdjax or kdtorch, with the settings that have no default."""
         function = getattr(package, self.name)
         return _with(function, tuple(self.required.items()))
 
     @property
     def first(self) -> str:
-        """The first input: the student's, where there is one."""
+        """The first input, which is the student's if there is a student."""
         return next(iter(self.inputs))
 
     @property
     def title(self) -> str:
-        """The name, and what tells two rows of one name apart."""
+        """The name, with an addition if several rows have the same name."""
         return self.name + ("-soft" if "distribution" in self.inputs.values() else "")
 
     @property
@@ -223,5 +224,5 @@ class Loss:
 
 @functools.cache
 def _with(function: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """The same function for the same settings, so that what is compiled of it is not compiled again."""
+    """A function with settings; it is the same object for the same settings, so that it is compiled only once."""
     return functools.partial(function, **dict(settings)) if settings else function

@@ -1,4 +1,4 @@
-"""A case through kdjax, kdtorch or the oracle."""
+"""Runs a case in kdjax, kdtorch or the oracle."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FRAMEWORKS = ("jax", "torch", "torch-compiled")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a case gave, in NumPy: the values, the gradients by input and the states by field, of each step.
+    """The result of a case in NumPy: for each step the values, the gradients by input, and the states by field.
 
-    The gradient is that of `sum(upstream * value)`. Values, gradients and states are in the dtype they came in.
+    The gradient is that of `sum(upstream * value)`. Values, gradients and states keep their dtypes.
     """
 
     values: list[np.ndarray]
@@ -32,7 +32,7 @@ class Result:
 
 
 def upstream(case: Case, shape: tuple[int, ...]) -> np.ndarray:
-    """A gradient from above that is not 1, unless the case asks for that."""
+    """An upstream gradient that is not 1, unless the case has no seed."""
     if case.seed is None:
         return np.ones(shape)
     return np.random.default_rng(case.seed).uniform(0.5, 2.0, shape).astype(np.float32).astype(np.float64)
@@ -41,7 +41,7 @@ def upstream(case: Case, shape: tuple[int, ...]) -> np.ndarray:
 def run(framework: str, case: Case, dtype: str = "float64", gradients: bool = True, package: Any = None) -> Result:
     """Run a case in one of `FRAMEWORKS` (JAX under `jit`) or in the `"oracle"`, on inputs rounded to `dtype`.
 
-    A `package` other than kdjax or kdtorch is one that has the loss, and its state, by the same names.
+    `package` may be another object than kdjax or kdtorch that has the loss, and its state, by the same names.
     """
     make = {"jax": _jax, "torch": _torch, "torch-compiled": _torch_compiled, "oracle": _oracle}[framework]
     step = make(case, dtype, gradients, package)
@@ -57,14 +57,14 @@ def run(framework: str, case: Case, dtype: str = "float64", gradients: bool = Tr
 
 
 def result_dtype(dtype: str) -> str:
-    """Of values and states: half precision is computed and returned in float32."""
+    """The dtype of values and states: half precision is computed and returned in float32."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def _arguments(
     case: Case, dtype: str, package: Any, array: Callable[..., Any], inputs: dict[str, Any], state: Any
 ) -> dict[str, Any]:
-    """The inputs of a step as a framework's arrays, the state as the package's own."""
+    """The inputs of a step as a framework's arrays, and the state in the package's own type."""
     given = {}
     for name, value in {**inputs, **_given(case, state)}.items():
         kind = case.loss.inputs[name]
@@ -99,7 +99,7 @@ def _jax(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
 
 @functools.cache
 def _jax_program(function: Callable, order: tuple[str, ...], options: tuple, reduction: str, gradients: bool) -> Any:
-    """One jitted function for all cases that differ in arrays alone."""
+    """One jitted function for all cases that differ only in arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -113,7 +113,7 @@ def _jax_program(function: Callable, order: tuple[str, ...], options: tuple, red
 
 
 def forget() -> None:
-    """Free the compiled programs, each of which holds memory maps, of which a process has a limited number."""
+    """Free the compiled programs, because each has memory maps, and their number per process is limited."""
     _jax_program.cache_clear()
     _torch_program.cache_clear()
     if "jax" in sys.modules:
@@ -158,7 +158,7 @@ def _torch_compiled(case: Case, dtype: str, gradients: bool, package: Any) -> Ca
 def _torch_program(function: Callable) -> Callable:
     import torch
 
-    torch._dynamo.config.recompile_limit = 1000  # a program for each case
+    torch._dynamo.config.recompile_limit = 1000  # there is a program for each case
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -167,7 +167,7 @@ def _fields(state: Any) -> dict[str, np.ndarray] | None:
 
 
 def _given(case: Case, state: Any) -> dict[str, Any]:
-    """The state of the step before, under its name."""
+    """The state of the previous step, by its name."""
     return {} if state is None or case.loss.state is None else {case.loss.state: state}
 
 
@@ -193,7 +193,7 @@ def _oracle(case: Case, dtype: str, gradients: bool, package: Any) -> Callable:
     shape = _batch(case, case.steps[0])
     where = np.ones(shape, bool) if case.where is None else case.where
     kept = np.flatnonzero(where if where.ndim == len(shape) else where.any(-1))
-    if where.ndim > len(shape):  # of parts of an example too, which the formula leaves out itself
+    if where.ndim > len(shape):  # the mask also covers parts of examples, which the formula leaves out itself
         options["where"] = where[kept]
     above = np.broadcast_to(upstream(case, _value_shape(case)), shape).ravel()[kept]
     weights = above / max(len(kept), 1) if case.reduction == "mean" else above
@@ -258,9 +258,9 @@ def _complex_step(
 ) -> list[np.ndarray]:
     """The gradient: the imaginary part of the weighted values after a tiny imaginary step of one entry at a time.
 
-    Where no example has a part in another's value, the same entry of every example moves in one step.
+    If the value of an example does not depend on other examples, all examples take the step of an entry at once.
     """
-    tiny = np.finfo(np.longdouble).tiny ** 0.25  # next to the smallest inputs in float64 too
+    tiny = np.finfo(np.longdouble).tiny ** 0.25  # tiny even compared with the smallest float64 inputs
     axis = None if case.loss.batch_coupled else KINDS[case.loss.inputs[name]].axis
     arrays = _list(inputs[name])
     gradients = []

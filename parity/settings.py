@@ -1,4 +1,4 @@
-"""The settings of a Flax layer and of its PyTorch twin, and where they differ."""
+"""The settings in which a Flax layer and its PyTorch counterpart differ."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from parity.layers import Call, Pair
 
 
 def unseen(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
-    """Each setting in which twins differ, in words, if it may not show in what the layer gives, or only later.
+    """Describe each setting that differs and may not show in the layer's output, or only later.
 
     Args:
-        pair: of layers.
-        call: of the layer of Flax.
-        dtype: that it computes in.
+        pair: the pair of layers.
+        call: a call of the Flax layer.
+        dtype: the dtype in which it computes.
     """
     import torch
 
@@ -29,7 +29,7 @@ def unseen(pair: Pair, call: Call, dtype: str) -> Iterator[str]:
 
 
 def shown(pair: Pair, call: Call) -> Iterator[str]:
-    """Each other setting in which twins differ: what the layer gives shows it, unless the models make up for it."""
+    """Describe each other setting that differs; it shows in the output, unless the models compensate for it."""
     x, y = pair.ours.module, pair.theirs.module
     if pair.kind == "GroupNorm" and x.num_groups != y.num_groups:
         yield f"num_groups is {x.num_groups} in Flax, {y.num_groups} in PyTorch"
@@ -73,12 +73,12 @@ def _window(pair: Pair, shape: Sequence[int]) -> Iterator[str]:
 
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
-    """One for each axis of the window."""
+    """One value for each axis of the window."""
     return tuple(value) if isinstance(value, Sequence) else (1 if value is None else value,) * rank
 
 
 def _our_padding(pair: Pair, shape: Sequence[int]) -> list[tuple[int, int]]:
-    """How much stands before and after each axis; of a transposed convolution, once the strides are put in."""
+    """The padding before and after each axis; for a transposed convolution, that of the input with inserted strides."""
     import jax
 
     x = pair.ours.module

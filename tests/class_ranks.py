@@ -1,4 +1,4 @@
-"""What a rank does in test_class_ranks.py, which starts it: each has a part of the classes."""
+"""The work of a rank in test_class_ranks.py, which starts the ranks; each rank has a part of the classes."""
 
 import functools
 import inspect
@@ -15,12 +15,12 @@ from parity.cases import KINDS, LOSSES, Loss, Sizes, draw
 TAKE = [x for x in LOSSES if "class_group" in inspect.signature(getattr(kdtorch, x.name)).parameters]
 OF_LOGITS = [x for x in TAKE if list(x.inputs.values()) == ["logits", "logits"]]
 FORMS = [(loss, i) for loss in TAKE for i in range(len(loss.options))]
-# how many of 8 classes each rank has
+# the numbers of classes on each rank, out of 8
 PARTS = {1: {"even": [8]}, 2: {"even": [4, 4], "uneven": [1, 7]}, 4: {"even": [2, 2, 2, 2], "uneven": [1, 3, 1, 3]}}
 
 
 def part(loss: Loss, inputs: dict, rank: int, sizes: list[int]) -> dict:
-    """A rank's classes of what is given for each, and all of the rest."""
+    """The inputs of a rank: its classes of inputs that have classes, and all of the others."""
 
     def own(name: str, x: Tensor) -> Tensor:
         axis = divided(loss.inputs[name])
@@ -59,7 +59,7 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
 
 
 def batch_by_classes(rank: int, ranks: int, folder: str) -> None:
-    """The batch over one axis of a mesh, the classes over the other."""
+    """Spread the batch over one axis of a mesh, and the classes over the other."""
     with member(rank, ranks, folder):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
         groups = {"group": mesh.get_group("data"), "class_group": mesh.get_group("classes")}
@@ -75,7 +75,7 @@ def batch_by_classes(rank: int, ranks: int, folder: str) -> None:
 
 
 def hostile() -> tuple[Tensor, Tensor]:
-    """Rows of 16 classes: equal ones, large ones, classes that are padding, ones that are close."""
+    """Rows of 16 classes: equal rows, large logits, padded classes, and close rows."""
     student, teacher = map(torch.from_numpy, draw(OF_LOGITS[0], Sizes((8,), 16), 0)[0].values())
     student[0] = teacher[0]
     student[1] *= 1e3
@@ -96,7 +96,7 @@ def each_row(loss: Loss, student: Tensor, teacher: Tensor, **options) -> list[Te
 
 
 def counted(function) -> int:
-    """The entries that are given to the collectives."""
+    """The number of entries that the collectives send."""
     total, originals = 0, {}
 
     def counting(name: str, *arguments, **options):
@@ -115,7 +115,7 @@ def counted(function) -> int:
 
 
 def transformed(loss: Loss, inputs: dict, take, **options) -> Iterator[tuple[str, list[Tensor]]]:
-    """What torch.func and torch.compile make of a loss; `take` gives a rank's part of an input."""
+    """The results of a loss under torch.func and torch.compile; `take` returns a rank's part of an input."""
     first, *rest = (take(x) for x in inputs.values())
     function = functools.partial(getattr(kdtorch, loss.name), **options)
     gradient = torch.func.grad(function)
@@ -201,7 +201,7 @@ def alone(loss: Loss, i: int, masked: bool) -> dict:
 
 
 def close(a: Tensor, b: Tensor, ulps: float, bits: torch.dtype) -> bool:
-    """Within so many ULP of the row's largest number."""
+    """Whether the rows agree within `ulps` ULP of the row's largest number."""
     a, b = a.double(), b.double()
     largest = b.abs().amax(-1, keepdim=True) if b.ndim > 1 else b.abs()
     return bool(((a - b).abs() <= ulps * torch.finfo(bits).eps * largest).all())

@@ -1,4 +1,4 @@
-"""Strict from day one: dtype promotion, rank promotion, and 64-bit numbers where they are asked for."""
+"""Settings of all tests: strict dtype promotion, no rank promotion, and 64-bit numbers in JAX."""
 
 import itertools
 import pathlib
@@ -12,20 +12,20 @@ import torch
 from parity.run import forget
 
 jax.config.update("jax_num_cpu_devices", 8)
-# a program that one worker or an earlier run has compiled is not compiled again
+# programs that another worker or an earlier run has compiled are reused
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(1)  # a worker a core: threads that wait for one another would take most of the time
+torch.set_num_threads(1)  # one thread per worker, because threads would mostly wait for each other
 hypothesis.settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The examples of Flax modules compile each of their layers."""
+    """Mark the doctests of Flax modules as slow, because they compile each layer."""
     for item in items:
         if isinstance(item, pytest.DoctestItem) and item.name.startswith(("kdjax.nn.", "parity.modules")):
             item.add_marker(pytest.mark.slow)
@@ -36,7 +36,7 @@ _tests = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def float64_in_jax():
-    """For the tests in this folder; the examples of the docstrings run as a user would run them."""
+    """64-bit numbers for the tests in this folder; doctests run with the settings of a user."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -46,7 +46,7 @@ def float64_in_jax():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules of tests that compile much and run little; what XLA's optimisations do to numbers is for the others."""
+    """For tests that compile much and compute little: without XLA's optimisations, whose effects other tests check."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -55,7 +55,7 @@ def quick_compilation():
 
 @pytest.fixture
 def browser(tmp_path):
-    """Chromium, which finds no other host than this one and keeps a log of what it asks for."""
+    """Chromium without access to other hosts, and with a log of its requests."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver")
     from selenium import webdriver

@@ -1,4 +1,4 @@
-"""The bits of what every loss gives, as a digest a package and loss; `python digest.py THREADS` prints them."""
+"""`python digest.py THREADS` prints a digest of the exact results, for each package and loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parity.cases import LOSSES, Case, Sizes, draw
 from parity.run import run
 
 SIZES = Sizes(batch=(64,), classes=300, dim=96, maps=((16, 12, 12),), num_data=200, negatives=20)
-IN_JAX = ("kl_loss", "nkd_loss", "euclidean_mse_loss", "dino_loss")  # each is a compilation, and a process has its own
+IN_JAX = ("kl_loss", "nkd_loss", "euclidean_mse_loss", "dino_loss")  # only some, because each process must compile them
 
 
 def digests() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a rank does in test_dtensors.py, which starts it: every loss of the table on DTensors."""
+"""The work of a rank in test_dtensors.py, which starts the ranks: all losses of the table on DTensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from parity.cases import KINDS, LOSSES, Loss, Sizes, draw, each_array
 
 SIZES = Sizes(
     batch=(9,), classes=13, dim=7, num_data=11
-)  # uneven over 2 and 4; of the examples, the last of 4 has none
+)  # not divisible by 2 and 4; the last of 4 ranks has no examples
 KEPT = np.array([1, 0, 1, 1, 0, 1, 1, 0, 1], bool)
-LAYOUTS = {2: ("batch", "last", "whole"), 4: ("batch", "last", "both")}  # of so many ranks; "both" on a mesh of 2 × 2
+LAYOUTS = {2: ("batch", "last", "whole"), 4: ("batch", "last", "both")}  # by ranks; "both": a mesh of 2 × 2
 REDUCTIONS = ("mean", "none")
 
 
@@ -27,7 +27,7 @@ def inputs_of(loss: Loss) -> dict[str, Any]:
 
 
 def placements(kind: str, x: Tensor, layout: str) -> list:
-    """What has examples lies in shards of them; what is a number a class or feature, in shards of these."""
+    """The placements of an input: by examples, and by classes or features if it has a number for each of them."""
     axis = KINDS[kind].axis
     batch = Replicate() if axis is None else Shard(axis)
     rows = x.is_floating_point() and KINDS[kind].axes and kind != "kept_logits"
@@ -36,7 +36,7 @@ def placements(kind: str, x: Tensor, layout: str) -> list:
 
 
 def evaluate(loss: Loss, inputs: dict[str, Any], **options: Any) -> list[Tensor]:
-    """The value and the gradients, whole."""
+    """The value and the gradients as whole tensors."""
     learned = [x for name in loss.learns for x in as_list(inputs[name])]
     given = {name: x for name, x in inputs.items() if name != loss.state}
     if loss.state:
@@ -54,7 +54,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def every_loss(rank: int, ranks: int, folder: str) -> None:
-    """The value and gradients, or what is said, by loss, layout, mask and reduction."""
+    """The value and gradients, or the error, by loss, layout, mask and reduction."""
     with member(rank, ranks, folder):
         line = distributed.device_mesh.init_device_mesh("cpu", (ranks,))
         square = distributed.device_mesh.init_device_mesh("cpu", (2, ranks // 2))
@@ -144,7 +144,7 @@ def mends_and_mistakes(rank: int, ranks: int, folder: str) -> None:
             "redistribute kl_loss": slope("kl_loss", lambda x: x.redistribute(placements=[Replicate()])),
             "a plain number kl_loss": slope("kl_loss", lambda x: x, temperature=torch.tensor(2.0)),
         }
-        results["local"] = slope("difference_kl_loss", lambda x: x.to_local(), group=group)  # of this rank
+        results["local"] = slope("difference_kl_loss", lambda x: x.to_local(), group=group)  # the part of this rank
         results["compiled"] = {}
         for place in (Shard(0), Shard(1)):
             torch._dynamo.reset()
@@ -157,7 +157,7 @@ def mends_and_mistakes(rank: int, ranks: int, folder: str) -> None:
             torch.compile(kdtorch.dkd_loss, backend="eager", fullgraph=True), s, t, labels
         )
 
-        # as many as a CPU takes a block of rows at a time
+        # so many classes that a CPU computes in blocks of rows
         student, teacher = torch.randn(2, 32, 2**15, generator=generator)
         labels = torch.randint(2**15, (32,), generator=generator)
         results["many classes"] = {}

@@ -1,4 +1,4 @@
-"""The two packages behind one face, for tests that go through both."""
+"""A common interface to both packages, for tests that run in both."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,14 +18,14 @@ import kdtorch.nn
 
 @dataclasses.dataclass(frozen=True)
 class Framework:
-    """`array` and `numpy` go in and out; maps are [batch, channels, height, width] outside."""
+    """A framework; `array` and `numpy` convert to it and back. Maps are [batch, channels, height, width] outside."""
 
     name: str
     kd: Any
     array: Callable[..., Any]
     grad: Callable[..., Any]
     numpy: Callable[[Any], np.ndarray] = np.asarray
-    jit: Callable[..., Any] = lambda function: function  # eager JAX compiles every operation by itself
+    jit: Callable[..., Any] = lambda function: function  # in JAX, because eager JAX compiles each operation separately
 
     def arrays(self, tree: Any, dtype: str = "float64") -> Any:
         if isinstance(tree, dict):
@@ -51,7 +51,7 @@ BOTH = (JAX, TORCH)
 
 
 def set_parameter(parameter: Any, value: np.ndarray) -> None:
-    """In place, of either framework, in the value's dtype."""
+    """Set a parameter of either framework in place, in the value's dtype."""
     if isinstance(parameter, nnx.Variable):
         parameter.set_value(jnp.asarray(value))
     else:

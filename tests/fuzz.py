@@ -1,4 +1,4 @@
-"""`make fuzz`: every law of `laws.py` on twenty thousand examples of every loss, and ten thousand steps of those with state."""
+"""`make fuzz`: all properties in `laws.py` on 20,000 examples of each loss, and 10,000 steps of losses with a state."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def _drawn(name: str, loss: Loss, number: int, seed: int, advance) -> tuple[int, str | None]:
-    """How many examples were tried, and the least that breaks a law, if one does."""
+    """The number of examples that were tried, and the simplest one that violates a property, if there is one."""
     trials: list[laws.Trial] = []
     tried = 0
 

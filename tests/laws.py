@@ -1,7 +1,7 @@
-"""Laws that every loss of the table obeys, whatever finite numbers it is given; `test_properties.py` and `fuzz.py` try them.
+"""The properties that the losses of the table have for any finite inputs; `test_properties.py` and `fuzz.py` test them.
 
-A recipe tells how an example is made in any size and precision, so that each law can have the shapes it needs and all
-examples of a loss share a handful of compiled programs.
+A recipe describes an example independently of its size and precision. So each property can use the shapes that it
+needs, and all examples of a loss share a few compiled programs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETTINGS = ("ordinary", "drawn", "least", "most")
 
 
 def _largest(limits: Any) -> float:
-    """Beyond a ten-thousandth of the largest number that is computed with, sums and differences may not exist."""
+    """The largest entry: 1e-4 of the dtype's largest number, so that sums do not overflow; in float16 that number."""
     return float(limits.max) * (1 if float(limits.max) < 1e6 else 1e-4)
 
 
@@ -55,17 +55,18 @@ def _signs(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an example is made.
+    """A description of an example.
 
     Attributes:
-        seed: of the random numbers.
-        student: what becomes of them in the inputs that learn, a key of `HOSTILE`.
-        teacher: the same of the constant ones.
-        relation: of the two, one of `RELATIONS`: `"equal"`; `"padded"`: a class at -inf in all logits; `"excluded"`: in
-            the student's alone; `"lowest"`: the same with the lowest number there is instead of -inf.
-        setting: of the hyperparameters, one of `SETTINGS`.
-        mask: which examples are kept, a bit each.
-        form: the place of its size and precision in `FORMS`.
+        seed: the seed of the random numbers.
+        student: how the student's numbers are changed, a key of `HOSTILE`.
+        teacher: the same for the other inputs.
+        relation: the relation of the two, one of `RELATIONS`: `"equal"`; `"padded"`: a class at -inf in all logits;
+            `"excluded"`: only in the student's; `"lowest"` and `"lowest in the student"`: the same with a large
+            negative number instead of -inf.
+        setting: the choice of the hyperparameters, one of `SETTINGS`.
+        mask: which examples are kept, one bit for each.
+        form: the index of its size and precision in `FORMS`.
     """
 
     seed: int
@@ -89,28 +90,28 @@ RECIPES = st.builds(
 )
 
 
-# what once broke a law
+# examples that once violated a property
 KEPT = (
     Recipe(4135871039, "ties", "ordinary", "excluded", "least", 255, 4),  # a weight of 0 times an infinite part
     Recipe(1835295431, "ordinary", "largest", "excluded", "most", 255, 4),  # a probability of 0 at an excluded label
-    Recipe(64890790, "ordinary", "zero", "apart", "least", 255, 0),  # NaN at the label that NKD did not feel
+    Recipe(64890790, "ordinary", "zero", "apart", "least", 255, 0),  # NaN at the label that NKD ignored
     Recipe(0, "1e4", "1e4", "apart", "ordinary", 255, 0),  # digits of DKD's target part
     Recipe(3217372416, "of all sizes", "ordinary", "lowest", "drawn", 138, 4),  # a column whose sum overflows
     Recipe(2409223080, "ordinary", "ordinary", "equal", "least", 255, 4),  # CRCD's normaliser beyond float32
-    Recipe(1, "ordinary", "ordinary", "lowest in the student", "drawn", 255, 0),  # β KL beyond float64, and T² β KL not
+    Recipe(1, "ordinary", "ordinary", "lowest in the student", "drawn", 255, 0),  # β KL overflows, T² β KL does not
     Recipe(
         40180, "1e4", "ordinary", "lowest in the student", "drawn", 255, 0
-    ),  # T² times a part, and γ T² times it not
-    Recipe(6, "1e4", "of all sizes", "equal", "ordinary", 255, 0),  # DCN's gradient near the largest number
-    Recipe(1, "ordinary", "of all sizes", "apart", "least", 255, 0),  # a step of the oracle's, larger than the input
+    ),  # T² times a part overflows, and γ T² times it does not
+    Recipe(6, "1e4", "of all sizes", "equal", "ordinary", 255, 0),  # a gradient of DCN near the largest number
+    Recipe(1, "ordinary", "of all sizes", "apart", "least", 255, 0),  # a step of the oracle larger than the input
     Recipe(841277490, "ordinary", "largest", "padded", "least", 255, 5),  # p - q and log(p / q) of different signs
-    Recipe(268, "ordinary", "1e4", "excluded", "most", 255, 0),  # an excluded class of which the teacher gives e^-200
+    Recipe(268, "ordinary", "1e4", "excluded", "most", 255, 0),  # an excluded class to which the teacher gives e^-200
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The batch's axes (those of losses that take no leading axes are their product), classes and precision."""
+    """The axes of the batch (flattened for losses without leading axes), the number of classes, and the precision."""
 
     batch: tuple[int, ...]
     classes: int
@@ -123,7 +124,7 @@ class Form:
 
 
 WHOLE, SINGLE = Form((4,), 5, "float64"), Form((1, 1, 2), 2, "float32")
-# every form is a compilation in JAX, where some come twice, and none in PyTorch
+# JAX compiles each form, so it has few, some of them twice; PyTorch compiles nothing
 FORMS = {
     "jax": (WHOLE, SINGLE, Form((), 4, "float16"), WHOLE, SINGLE, Form((), 4, "bfloat16")),
     "torch": tuple(
@@ -137,7 +138,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Inputs in NumPy, of values that their precision has, settings, a mask, and the gradient from above."""
+    """Inputs in NumPy, rounded to their precision, settings, a mask, and the upstream gradient."""
 
     inputs: dict[str, Any]
     options: dict[str, Any]
@@ -148,7 +149,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The value of each example, their sum and mean, the gradients of a weighted sum, each a list, and the state."""
+    """The value of each example, their sum and mean, the gradients of a weighted sum (as lists), and the state."""
 
     values: np.ndarray
     sum: np.ndarray
@@ -162,7 +163,7 @@ def _limits(dtype: str) -> Any:
 
 
 def _numbers(loss: Loss) -> dict[str, str]:
-    """The inputs that a hostile value may be put into, and whose they are."""
+    """The inputs that may get extreme values, and whether each belongs to the student or the teacher."""
     return {
         name: "student" if name == loss.first else "teacher"
         for name, kind in loss.inputs.items()
@@ -188,7 +189,7 @@ def example(loss: Loss, recipe: Recipe, form: Form) -> Example:
 
         inputs[name] = each_array(inputs[name], spoil)
     options = _options(loss, recipe, rng)
-    # a logit beyond the largest number once it is divided by T is the student's exclusion of a class
+    # a logit that overflows when it is divided by T would exclude the class
     _relate(loss, inputs, recipe.relation, -float(limits.max) / 2 * min(1.0, options.get("temperature", 1.0)))
     if loss.state and recipe.seed % 2:
         inputs[loss.state] |= {k: np.array(v) for k, v in KINDS[loss.inputs[loss.state]].later.items()}
@@ -221,7 +222,7 @@ def _relate(loss: Loss, inputs: dict[str, Any], relation: str, lowest: float) ->
 
 
 def _options(loss: Loss, recipe: Recipe, rng: np.random.Generator) -> dict[str, float]:
-    """Of values that float32 holds. Temperatures go further than the table's."""
+    """Settings that float32 can represent. The range of temperatures is wider than in the table."""
     ends = {k: (0.01, 100.0) if "temperature" in k else v for k, v in loss.ranges.items()}
     drawn = {
         "ordinary": lambda low, high: (low * high) ** 0.5 if low else 1.0 if high > 1 else 0.5,
@@ -235,7 +236,7 @@ def _options(loss: Loss, recipe: Recipe, rng: np.random.Generator) -> dict[str, 
 
 
 def evaluate(name: str, loss: Loss, given: Example) -> Outcome:
-    """In a package, under `jit` in JAX."""
+    """Run a loss in a package, with `jit` in JAX."""
     return outcome(
         name,
         loss,
@@ -244,12 +245,12 @@ def evaluate(name: str, loss: Loss, given: Example) -> Outcome:
 
 
 def forms(loss: Loss, given: Example) -> tuple[tuple[str, Any], ...]:
-    """The settings that are no arrays: each of their values is a program of its own."""
+    """The settings that must not be arrays; each of their values needs its own program."""
     return tuple((k, given.options[k]) for k in loss.forms if k in given.options)
 
 
 def outcome(name: str, loss: Loss, result: tuple[Any, ...]) -> Outcome:
-    """A package's result in NumPy, maps with their channels first."""
+    """A package's result in NumPy, with the channels of maps first."""
     values, total, mean, gradients, state = result
 
     def array(key: str, x: Any) -> np.ndarray:
@@ -296,9 +297,9 @@ def jax_arguments(loss: Loss, given: Example) -> tuple[Any, ...]:
 
 
 def objective(title: str, fixed: tuple[tuple[str, Any], ...] = (), reductions: bool = False) -> Callable[..., Any]:
-    """What kdjax gives, as one function: of inputs that learn, other inputs, mask, settings but the fixed, and cotangent.
+    """All results of kdjax as one function of trained inputs, other inputs, mask, settings and cotangent.
 
-    Without `reductions` the values stand in the place of their sum and mean.
+    The `fixed` settings are not arguments. Without `reductions` the values take the place of their sum and mean.
     """
     loss = next(x for x in LOSSES if x.title == title)
 
@@ -339,7 +340,7 @@ def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
 
     values, state = call("none")
     weight = torch.as_tensor(given.weights, dtype=values.dtype)
-    known = values.requires_grad  # not where the result is constant
+    known = values.requires_grad  # False if the result is constant
     slopes = iter(torch.autograd.grad(values, leaves, weight, allow_unused=True) if known else [None] * len(leaves))
 
     def slope(x: torch.Tensor) -> torch.Tensor:
@@ -353,7 +354,7 @@ def _torch(loss: Loss, given: Example) -> tuple[Any, ...]:
 
 @dataclasses.dataclass
 class Trial:
-    """A recipe for a loss in a package, and what came of it."""
+    """A recipe for a loss in a package, and its results."""
 
     name: str
     loss: Loss
@@ -361,13 +362,13 @@ class Trial:
 
     @functools.cached_property
     def own(self) -> tuple[Example, Outcome]:
-        """In the recipe's own size and precision."""
+        """The example and its results in the recipe's own size and precision."""
         forms = FORMS[self.name]
         return self.tried(forms[self.recipe.form % len(forms)])
 
     @functools.cached_property
     def whole(self) -> tuple[Example, Outcome]:
-        """In float64 and without a mask, to be compared with others like it."""
+        """The example and its results in float64 and without a mask, for comparisons."""
         given = example(self.loss, self.recipe, WHOLE)
         return self.run(given, where=np.ones_like(given.where))
 
@@ -380,7 +381,7 @@ class Trial:
 
 
 def _given(loss: Loss, given: Example) -> scales.Given:
-    """What the row's scales depend on."""
+    """What the scales of the loss's row depend on."""
     entries = [x for k in _numbers(loss) for x in _leaves(given.inputs[k])]
     largest = max(map(scales.size, entries), default=0.0)
     limits = _limits(given.dtype)
@@ -388,12 +389,12 @@ def _given(loss: Loss, given: Example) -> scales.Given:
 
 
 def _scales(loss: Loss, given: Example) -> tuple[float, float]:
-    """The least numbers to measure errors of value and gradient by: what an input's own rounding does to them."""
+    """The smallest numbers that errors of value and gradient are measured relative to, by the inputs' rounding."""
     return loss.rounding(_given(loss, given))
 
 
 def close(got: Any, want: Any, dtype: str, limit: float, scale: float = 0.0) -> None:
-    """Within so many ULP of the largest finite entry, or of the scale; infinite where the other is."""
+    """Check that `got` agrees within `limit` ULP of the largest finite entry or of `scale`, and in infinite entries."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     finite = np.isfinite(got) & np.isfinite(want)
     assert np.array_equal(got[~finite], want[~finite]), f"{got} is not {want}"
@@ -402,7 +403,7 @@ def close(got: Any, want: Any, dtype: str, limit: float, scale: float = 0.0) -> 
     with np.errstate(over="ignore"):
         allowed = limit * float(_limits(dtype).eps) * max(float(np.abs(want[finite]).max()), scale)
         error = float(np.abs(got[finite] - want[finite]).max())
-    tiny = float(_limits(dtype).tiny)  # below which a processor may round to 0
+    tiny = float(_limits(dtype).tiny)  # a processor may round smaller numbers to 0
     assert error <= allowed + 16 * tiny, f"{error:.3g} apart (limit {allowed:.3g}): {got} is not {want}"
 
 
@@ -424,7 +425,7 @@ def _same_state(trial: Trial, given: Example, got: Outcome, want: Outcome) -> No
 
 
 def finite(trial: Trial) -> None:
-    """Value, gradient and state are finite, and of the right dtype; inf where the exact number is beyond the largest, or its rounding."""
+    """Value, gradient and state are finite, with the right dtype; inf only if the exact number nearly overflows."""
     given, got = trial.own
     assert str(got.values.dtype) == ("float64" if given.dtype == "float64" else "float32")
     assert all(np.isfinite(x).all() for x in got.state.values()), f"the state: {got.state}"
@@ -444,8 +445,8 @@ def finite(trial: Trial) -> None:
             f"{got.values} where the formula gives {value}"
         )
         assert (np.isfinite(got.values) | np.isposinf(got.values)).all(), got.values
-        least = min(1.0, float(np.abs(given.weights).min()))  # an example's own gradient is held before it is weighed
-        rounding = GRADIENT * float(_limits(given.dtype).eps) * _scales(trial.loss, given)[1]  # what cancels leaves it
+        least = min(1.0, float(np.abs(given.weights).min()))  # gradients are stored before they are weighted
+        rounding = GRADIENT * float(_limits(given.dtype).eps) * _scales(trial.loss, given)[1]  # left by cancellation
         for k in gradients:
             want = exact.gradients[0][k] if isinstance(exact.gradients[0][k], list) else [exact.gradients[0][k]]
             for a, b in zip(gradients[k], want, strict=True):
@@ -468,7 +469,7 @@ def reductions(trial: Trial) -> None:
     """The sum is the sum of the values, the mean their mean over kept examples."""
     given, got = trial.own
     values = got.values.astype(np.longdouble)
-    dtype, scale = str(got.values.dtype), _scales(trial.loss, given)[0]  # each is a program of its own
+    dtype, scale = str(got.values.dtype), _scales(trial.loss, given)[0]  # three separate programs
     with np.errstate(all="ignore"):
         for got_one, want in ((got.sum, values.sum()), (got.mean, values.sum() / max(given.where.sum(), 1))):
             if np.abs(values).sum() < float(_limits(dtype).max):
@@ -487,7 +488,7 @@ def masked_is_nothing(trial: Trial) -> None:
 
 
 def mask_is_drop(trial: Trial) -> None:
-    """Masked examples, of NaN and numbers out of range, are as if they were not there: value, gradient and state."""
+    """Masking examples that hold NaN or numbers out of range equals dropping them, in value, gradient and state."""
     loss = trial.loss
     given, _ = trial.whole
     rng = np.random.default_rng(trial.recipe.seed)
@@ -535,7 +536,7 @@ def permutation(trial: Trial) -> None:
 def shift_of_logits(trial: Trial) -> None:
     """A number added to all logits of an example changes nothing."""
     given, want = trial.whole
-    kinds = ("views",) if trial.loss.state else ("logits",)  # a centre is no shift of one example
+    kinds = ("views",) if trial.loss.state else ("logits",)  # not the teacher's views, which also move the centre
     moved = {k: v + 8.0 if trial.loss.inputs[k] in kinds else v for k, v in given.inputs.items()}
     logits = [(moved[k], v) for k, v in given.inputs.items() if trial.loss.inputs[k] in kinds]
     if trial.loss.jumps and not all(np.array_equal(x - 8.0, v) for x, v in logits):
@@ -545,7 +546,7 @@ def shift_of_logits(trial: Trial) -> None:
 
 
 def never_negative(trial: Trial) -> None:
-    """A divergence is never below 0, and exactly 0, with no gradient, where the student is the teacher."""
+    """A divergence is never negative, and it is exactly 0, without a gradient, if student and teacher are equal."""
     _, got = trial.own
     assert (got.values >= 0).all()
     loss, (given, _) = trial.loss, trial.own
@@ -558,7 +559,7 @@ def never_negative(trial: Trial) -> None:
 
 
 def hot_limit(trial: Trial) -> None:
-    """As T grows KL becomes half the mean, over the classes, of the squared difference of the centred logits."""
+    """For large T, KL is half the mean over classes of the squared difference of the centred logits."""
     given, _ = trial.whole
     s, t = (given.inputs[k] for k in ("student_logits", "teacher_logits"))
     used = ~(np.isneginf(s) | np.isneginf(t))
@@ -589,12 +590,12 @@ def dkd_is_kl(trial: Trial) -> None:
         label = np.arange(t.shape[-1]) == given.inputs["labels"][..., None]
         rest = np.where(label, 0, t).sum(-1) / t.sum(-1)
         joined = parts[0] + np.where(rest == 0, 0, rest * parts[1]).astype(np.float64)
-    there = np.isfinite(parts[1]) | np.isinf(whole)  # T² may take a part alone beyond the largest number
+    there = np.isfinite(parts[1]) | np.isinf(whole)  # times T², a part may overflow where the sum does not
     close(joined[there], whole[there], "float64", VALUE, _scales(trial.loss, given)[0])
 
 
 def split(trial: Trial) -> None:
-    """Halves of a batch, put together, are the whole: values, their sum, gradients, and the states' mean."""
+    """The results of two halves of a batch give those of the batch: values, sum, gradients, and mean of the states."""
     loss, (given, want) = trial.loss, trial.whole
     halves = []
     for half in (slice(0, 2), slice(2, 4)):
@@ -613,7 +614,7 @@ def split(trial: Trial) -> None:
         for parts in zip(want.gradients[k], *(x.gradients[k] for _, x in halves), strict=True):
             whole, *pieces = parts
             close(sum(pieces) if axis is None else np.concatenate(pieces, axis), whole, "float64", GRADIENT, gradient)
-    masks = [k for k, kind in loss.inputs.items() if kind == "patch_mask"]  # a mean of so many patches, not of examples
+    masks = [k for k, kind in loss.inputs.items() if kind == "patch_mask"]  # the state is a mean over patches
     shares = np.array([x.inputs[masks[0]].sum() if masks else 2 for x, _ in halves], float)
     for k, v in want.state.items() if shares.all() else ():
         middle = sum(x.state[k] * share for (_, x), share in zip(halves, shares / shares.sum(), strict=True))
@@ -627,12 +628,12 @@ def scaled_gradient(trial: Trial) -> None:
     gradient = _scales(trial.loss, given)[1]
     for k in trial.loss.learns:
         for a, b in zip(got.gradients[k], want.gradients[k], strict=True):
-            if np.abs(b).max(initial=0) < _largest(_limits(given.dtype)):  # or a number on the way may overflow
+            if np.abs(b).max(initial=0) < _largest(_limits(given.dtype)):  # else intermediate numbers may overflow
                 close(a, -4.0 * b, "float64", 4, gradient)
 
 
 def a_bad_batch(trial: Trial) -> None:
-    """A teacher that is not finite, unmasked, gives NaN for its example and leaves the state as it was."""
+    """A teacher that is not finite and not masked gives NaN for its example, and leaves the state unchanged."""
     loss, (given, _) = trial.loss, trial.whole
     teacher = "teacher" if loss.state else loss.constant[0]
     rng = np.random.default_rng(trial.recipe.seed)
@@ -648,7 +649,7 @@ def a_bad_batch(trial: Trial) -> None:
 
 
 def _rows_of_logits(loss: Loss) -> list[tuple[str, ...]]:
-    """The inputs whose rows are distributions, those together that make one."""
+    """The inputs whose rows are distributions; inputs that form one distribution are grouped."""
     kinds = ("logits", "views", "teacher_views")
     rows = [(name,) for name, kind in loss.inputs.items() if kind in kinds]
     kept = tuple(name for name, kind in loss.inputs.items() if kind in ("kept_logits", "rest"))
@@ -656,21 +657,21 @@ def _rows_of_logits(loss: Loss) -> list[tuple[str, ...]]:
 
 
 def no_distribution(trial: Trial) -> None:
-    """A row of logits that is -inf throughout makes its example NaN, value and gradient, and no other; masked, it is nothing."""
+    """A row of logits that is all -inf makes value and gradient of its example NaN, and no others; a mask hides it."""
     loss, (given, _) = trial.loss, trial.whole
     for names in _rows_of_logits(loss):
         bad = {k: given.inputs[k].copy() for k in names}
         for k, x in bad.items():
             x[(0, 1) if "view" in loss.inputs[k] else 1] = -np.inf
         _, got = trial.run(given, inputs={**given.inputs, **bad})
-        together = loss.name == "difference_kl_loss" or loss.value == "batch"  # every example has a part in every value
+        together = loss.name == "difference_kl_loss" or loss.value == "batch"  # every value depends on every example
         assert np.array_equal(np.isnan(got.values), np.arange(4) == 1) or (together and np.isnan(got.values).all()), (
             f"{names}: {got.values}"
         )
         assert np.isnan(got.sum) and np.isnan(got.mean), names  # noqa: PT018
         for k in loss.learns:
             (x,) = got.gradients[k]
-            if KINDS[loss.inputs[k]].axis is None:  # which every example moves
+            if KINDS[loss.inputs[k]].axis is None:  # its gradient depends on every example
                 assert np.isnan(x).any(), f"{names}, the gradient of {k}: {x}"
                 continue
             x = np.moveaxis(x, KINDS[loss.inputs[k]].axis, 0)
@@ -699,7 +700,7 @@ def _always(loss: Loss) -> bool:
     return True
 
 
-# each law, and the losses that it is of
+# each property, and the losses that have it
 LAWS: dict[Callable[[Trial], None], Callable[[Loss], Any]] = {
     finite: _always,
     teacher_is_constant: lambda loss: loss.constant,
@@ -718,21 +719,21 @@ LAWS: dict[Callable[[Trial], None], Callable[[Loss], Any]] = {
 }
 
 
-# of many examples together
+# properties of many examples together
 
 
 def vmap_is_a_loop(name: str, loss: Loss, tried: list[tuple[Example, Outcome]]) -> None:
-    """A stack of examples under `vmap`, settings and all, gives what each gives alone."""
+    """A stack of examples with their settings under `vmap` gives the results of each example alone."""
     _alike(name, loss, tried, _stacked_jax(loss, tried, jax.jit) if name == "jax" else _stacked_torch(loss, tried))
 
 
 def jit_is_eager(name: str, loss: Loss, tried: list[tuple[Example, Outcome]]) -> None:
-    """Operation by operation, without `jit`, the numbers are those of the compiled program."""
+    """Without `jit`, operation by operation, the results are those of the compiled program."""
     _alike(name, loss, tried, _stacked_jax(loss, tried, lambda function: function))
 
 
 def state_goes_on(name: str, loss: Loss, tried: list[tuple[Example, Outcome]]) -> None:
-    """The examples one after another, in JAX under `scan`: the state keeps its dtype and shape and stays finite."""
+    """Over one example after another, in JAX with `scan`, the state keeps its dtype and shape and stays finite."""
     state = _arguments(loss, tried[0][0], PACKAGES[name].kd, jax_array if name == "jax" else torch_tensor)[loss.state]
     if name == "jax":
         arrays = jax.tree.map(lambda *x: jnp.stack(x), *(jax_arguments(loss, given) for given, _ in tried))
@@ -801,7 +802,7 @@ def _alike(name: str, loss: Loss, tried: list[tuple[Example, Outcome]], result: 
         _same(Trial(name, loss, None), given, one, want)
 
 
-# each law of many examples together, and where it holds
+# each property of many examples together, and where it is tested
 TOGETHER: dict[Callable[..., None], Callable[[str, Loss], Any]] = {
     vmap_is_a_loop: lambda name, loss: True,
     jit_is_eager: lambda name, loss: name == "jax",
@@ -810,13 +811,13 @@ TOGETHER: dict[Callable[..., None], Callable[[str, Loss], Any]] = {
 
 
 def obey(trial: Trial) -> None:
-    """Hold a trial against every law of its loss; an error says which one was broken."""
+    """Test all properties of a trial's loss; an error says which one is violated."""
     for law in laws(trial.loss):
         _named(law, lambda law=law: law(trial))
 
 
 def obey_together(name: str, loss: Loss, trials: list[Trial]) -> None:
-    """Hold trials against the laws of many together."""
+    """Test the properties of many examples together."""
     alike: dict[tuple, list[tuple[Example, Outcome]]] = {}
     for trial in trials:
         alike.setdefault(forms(loss, trial.whole[0]), []).append(trial.whole)

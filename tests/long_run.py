@@ -1,4 +1,4 @@
-"""Thousands of steps of the losses with state, ordinary and hostile batches in turn, in both packages."""
+"""Thousands of steps of losses with a state, on ordinary and extreme batches in turn, in both packages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from frameworks import JAX, TORCH
 from parity.cases import LOSSES, Loss, Sizes, along, draw
 
 SIZES = Sizes(batch=(3,), dim=4, views=2, num_data=12, negatives=3)
-# what becomes of a batch, in turn; the rest of them is ordinary
+# the kinds of batches, in turn; most of them are ordinary
 KINDS = ("ordinary", "masked NaN", "all masked", "zero", "constant", "large", "bad teacher", *["ordinary"] * 4)
 STATEFUL = [loss for loss in LOSSES if loss.state]
-WARM_UP = 0.3  # of the steps, before memory is measured
+WARM_UP = 0.3  # fraction of the steps before memory is measured
 
 
 def batches(loss: Loss, steps: int) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
@@ -34,7 +34,7 @@ def batches(loss: Loss, steps: int) -> Iterator[tuple[str, dict[str, Any], np.nd
             factor, number = {"zero": (0, 0), "constant": (0, 1.5), "large": (1e4, 0)}[kind]
             inputs |= {k: factor * inputs[k] + number for k in numbers}
         if kind == "bad teacher":
-            inputs |= {k: np.ones_like(x) for k, x in inputs.items() if x.dtype == bool}  # every patch is read
+            inputs |= {k: np.ones_like(x) for k, x in inputs.items() if x.dtype == bool}  # every patch is used
             inputs["teacher"][..., 1, 0] = [np.nan, np.inf][step % 2]
         masked = along(loss, {k: inputs[k] for k in numbers}, lambda x, axis, w=where: _spoilt(x, axis, w))
         yield kind, {**inputs, **masked}, where
@@ -50,7 +50,7 @@ def start(loss: Loss, kd: Any, array: Any) -> Any:
 
 
 def in_jax(loss: Loss, steps: int) -> tuple[np.ndarray, list[np.ndarray], float]:
-    """The loss and the state of each step, by `scan` a hundred at a time, and the growth of memory in MiB."""
+    """The loss and the state of each step, computed with `scan` over 100 steps, and the growth of memory in MiB."""
 
     def step(state: Any, given: Any) -> tuple[Any, Any]:
         inputs, where = given
@@ -86,12 +86,12 @@ def in_torch(loss: Loss, steps: int) -> tuple[np.ndarray, list[np.ndarray], floa
 
 
 def _room(steps: int, state: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-    """For the values and states of all steps, held from the start, so that memory does not grow by them."""
+    """Arrays for the values and states of all steps, allocated at the start, so that they do not add to the growth."""
     return np.full(steps, np.nan), [np.full((steps, *x.shape), np.nan) for x in state]
 
 
 def resident() -> float:
-    """The memory that the process holds, in MiB; where nobody tells, the most that it ever held."""
+    """The resident memory of the process in MiB, or its maximum if the system does not report it."""
     status = pathlib.Path("/proc/self/statm")
     if status.exists():
         return int(status.read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -99,7 +99,7 @@ def resident() -> float:
 
 
 def check(loss: Loss, steps: int) -> dict[str, float]:
-    """Run both packages, hold every step against what must be, and give the figures."""
+    """Run both packages, check every step, and return the figures."""
     kinds = np.array([kind for kind, *_ in batches(loss, steps)])
     results = {"jax": in_jax(loss, steps), "torch": in_torch(loss, steps)}
     stays = np.isin(kinds, ["bad teacher", "all masked"])
@@ -109,7 +109,7 @@ def check(loss: Loss, steps: int) -> dict[str, float]:
         for x in states:
             assert np.isfinite(x).all()
             moved = np.flatnonzero(stays[1:]) + 1
-            assert np.array_equal(x[moved], x[moved - 1])  # the very bits
+            assert np.array_equal(x[moved], x[moved - 1])  # bit by bit
     ours, theirs = results["jax"], results["torch"]
     eps = np.finfo("float64").eps
     drift = max(

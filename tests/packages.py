@@ -1,4 +1,4 @@
-"""The sdist and the wheel: what they hold, and what they do in empty environments that have one framework alone.
+"""Tests the sdist and the wheel: their contents, and that they work in empty environments with only one framework.
 
 `python tests/packages.py` builds both and installs the wheel with `[jax]` and the sdist with `[torch]`.
 """

@@ -1,4 +1,4 @@
-"""What a rank of a process group does in test_ranks.py, which starts it."""
+"""The work of a rank of a process group in test_ranks.py, which starts the ranks."""
 
 import contextlib
 import datetime
@@ -36,8 +36,10 @@ def member(rank: int, ranks: int, folder: str, timeout: float = 60) -> Iterator[
 
 
 class Student(nn.Module):
-    """A loss of the table on a student with one parameter a feature, or one for all where an example is a number, which is 1;
-    what else the loss learns is its own."""
+    """A loss on a student with a factor of 1 for each feature, or one factor if an example is a number.
+
+    Other inputs that the loss trains are parameters too.
+    """
 
     def __init__(self, loss: Loss, inputs: dict) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Student(nn.Module):
         first = self.loss.first
         scaled = []
         for scale, x in zip(self.scale, as_list(inputs[first]), strict=True):
-            number = x.nan_to_num()  # NaN under the mask reaches the loss, not the scale
+            number = x.nan_to_num()  # a masked NaN reaches the loss, but not the factor
             scaled.append(scale * number + (x - number))
         given = {**inputs, first: scaled if isinstance(inputs[first], list) else scaled[0], **self.others}
         return per_example(kdtorch, self.loss)(*(given[k] for k in self.loss.inputs), **options)
@@ -65,7 +67,7 @@ def tensors(inputs: dict) -> dict:
 
 
 def steps_of(loss: Loss, where: np.ndarray | None, group, wrap: Callable[[Student], nn.Module] = lambda x: x) -> list:
-    """Value, gradients of the inputs and of the parameters, and state, of each step, on this rank's part of the batch."""
+    """For each step, on this rank's part of the batch: value, gradients of inputs and of parameters, and state."""
     ranks = group.size() if group else 1
     rank = distributed.get_rank(group) if group else 0
     steps = [tensors(own(loss, inputs, rank, ranks)) for inputs in drawn(loss, where)]
@@ -109,14 +111,14 @@ def every_loss(rank: int, ranks: int, folder: str) -> None:
 
 REMEMBER = [x for x in LOSSES if x.name in ("crcd_loss", "crd_loss")]
 WITH_STATE = [loss for loss in LOSSES if loss.state]
-# those that take two arrays of a row an example, and nothing else
+# losses of two arrays with one row per example, without other inputs
 OF_TWO = [
     x for x in LOSSES if len(x.inputs) == 2 and all(k.endswith(("logits", "features")) for k in x.inputs.values())
 ]
 
 
 def said(function: Callable, *arguments, **options) -> str:
-    """What a mistake is told."""
+    """The text of the error for a mistake."""
     try:
         function(*arguments, **options)
     except Exception as error:
@@ -181,7 +183,7 @@ def what_goes_wrong(rank: int, ranks: int, folder: str) -> None:
 
 
 class Distiller(nn.Module):
-    """A student whose loss remembers a centre."""
+    """A student whose loss has a centre as its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class Distiller(nn.Module):
 
 
 def killed(rank: int, ranks: int, folder: str) -> None:
-    """The last rank is gone before the others wait for it."""
+    """The last rank ends before the others wait for it."""
     with contextlib.suppress(RuntimeError), member(rank, ranks, folder, timeout=5):
         x = torch.randn(4, 5)
         kdtorch.difference_kl_loss(x, x, group=distributed.group.WORLD)

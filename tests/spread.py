@@ -1,17 +1,17 @@
-"""Batches that are spread over devices or ranks, for the tests of both packages."""
+"""Batches spread over devices or ranks, for the tests of both packages."""
 
 import numpy as np
 
 from parity.cases import KINDS, Loss, Sizes, along, draw
 
 SIZES = Sizes(batch=(16,), classes=8, dim=6, num_data=32, negatives=5)
-STEPS = 3  # of the losses with a state
-# uneven over 2, 4 and 8: of the first two examples one is kept, of the seventh and eighth none
+STEPS = 3  # for losses with a state
+# unevenly masked over 2, 4 and 8 devices: one of the first two examples is kept, none of the seventh and eighth
 UNEVEN = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1], bool)
 
 
 def drawn(loss: Loss, where: np.ndarray | None = None) -> list[dict]:
-    """The inputs of each step, with NaN under the mask."""
+    """The inputs of each step, with NaN in masked examples."""
     steps = draw(loss, SIZES, 0, STEPS if loss.state else 1)
     if where is None:
         return list(steps)
@@ -33,10 +33,10 @@ def own(loss: Loss, inputs: dict, rank: int, ranks: int) -> dict:
 
 
 def divided(kind: str) -> int | None:
-    """Which axis of an input are the classes that ranks may have parts of."""
+    """The axis of the classes in an input, if ranks may have parts of it."""
     return {"logits": 1, "head": 0, "wide_head": 0, "bias": 0}.get(kind)
 
 
 def spread(loss: Loss, name: str) -> bool:
-    """Whether the ranks hold different parts of an input."""
+    """Whether an input is spread over the ranks."""
     return KINDS[loss.inputs[name]].axis is not None

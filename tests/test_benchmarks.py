@@ -1,4 +1,4 @@
-"""The benchmarks: every form of a workload gives the same numbers, and what the tool says."""
+"""The benchmarks: all forms of a workload give the same numbers, and the commands print the right texts."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ TIMED = [loss for loss in LOSSES if loss.benchmarks]
 
 
 def small(loss):
-    """The loss's first benchmark, at sizes that are the same for all."""
+    """The first benchmark of a loss, at small sizes."""
     options = {**loss.benchmarks[0].options, **loss.required}
     return Workload(loss, dataclasses.replace(loss.benchmarks[0], sizes=SMALL, options=options))
 
@@ -48,7 +48,7 @@ def test_a_wrong_value_is_not_timed():
 
 
 def test_hostile_inputs():
-    """kdtorch never fails; some direct form does."""
+    """kdtorch never fails; some direct forms do."""
     pairs = [pair for _, counts in hostile.count(1) for pair in counts.values()]
     assert sum(direct for direct, _ in pairs) > 0
     assert all(ours == 0 for _, ours in pairs)
@@ -72,7 +72,7 @@ def test_a_quick_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [80, 150])
 def test_tables_keep_every_figure(width):
-    """A line a workload where it fits, and in 80 columns nothing cut off."""
+    """One line per workload if the terminal is wide enough, and nothing cut off in 80 columns."""
     seconds = {name: {"median": 1.234567} for name in ("floor", *FORMS)}
     memory = {name: {"resident": 3067 * 2**20, "program": 3066 * 2**20 if name == "jax" else None} for name in FORMS}
     rows = [
@@ -116,7 +116,7 @@ def test_what_the_compiler_says_of_many_devices():
 
 
 def test_where_the_time_of_a_call_goes(capsys):
-    """The parts make up the whole, and are printed."""
+    """The parts add up to the whole, and are printed."""
     found = calls.shares(calls.measure(1, 1))
     whole, *parts, rest = found.values()
     assert sum(parts) == pytest.approx(whole)
@@ -130,7 +130,7 @@ def test_where_the_time_of_a_call_goes(capsys):
 
 
 def run_for_a_gpu(tmp_path, *arguments):
-    """The script on a CPU, of tiny inputs; what it wrote."""
+    """Run the script on a CPU with tiny inputs; returns what it wrote."""
     script = pathlib.Path(gpu.__file__).with_suffix(".sh")
     command = [str(script), "--device", "cpu", "--small", "--json", str(tmp_path / "gpu.json"), *arguments]
     environment = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
@@ -159,7 +159,7 @@ def test_the_run_for_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_all_losses_in_the_run_for_a_gpu(tmp_path):
-    """What there is no time for is named."""
+    """The output names what was not reached in time."""
     found = run_for_a_gpu(tmp_path, "--seconds", "60")
     measured = {f"parity {row['form']} {row['loss']} {row['dtype']}" for row in found["parity"]}
     assert measured | set(found["not reached"]) >= {

@@ -1,4 +1,4 @@
-"""The catalogue: every loss has a page, made of its docstrings and of docs/losses/NAME.md, and every number on it holds."""
+"""The catalogue: each loss has a page, from its docstrings and docs/losses/NAME.md, and all numbers on it are right."""
 
 import contextlib
 import inspect
@@ -31,7 +31,7 @@ def loss(request):
 
 
 def written(name, **sections):
-    """A page that a test makes; what a page must have is there unless it is taken out."""
+    """A page for a test, with everything that a page must have, unless the test removes it."""
     front = {"family": "logits", "cost": "B C; B C", "picture": "curves", "caption": "Curves", **name}
     lines = [f"{key}: {value}" for key, value in front.items() if value is not None]
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items())
@@ -50,7 +50,7 @@ def test_a_family_is_a_folder(loss):
 def test_the_front_matter_says_what_the_table_of_losses_says(loss):
     rows = [row for row in ROWS if row.name == loss.name]
     assert rows
-    if "State" not in "".join(rows[0].inputs.values()):  # a state couples by itself, and the row speaks of the value
+    if "State" not in "".join(rows[0].inputs.values()):  # a state couples examples too, but the row is about the value
         assert ("couples" in loss.meta) == rows[0].batch_coupled
     assert ("labels" in loss.meta) == bool({"labels", "distribution", "index"} & set(rows[0].inputs.values()))
 
@@ -98,13 +98,13 @@ def test_a_page_links_what_is_used_with_its_loss(name, want):
 
 
 def test_both_examples_print_the_same(loss):
-    """The docstrings' own tests run them."""
+    """That they run is tested by the doctests."""
     printed = [re.findall(r"^(?!>>>|\.\.\.).*$", loss.docstring(x).example, re.M) for x in ("kdjax", "kdtorch")]
     assert printed[0] == printed[1] != []
 
 
 def test_the_code_of_a_page_prints_the_numbers_of_its_table(loss, monkeypatch):
-    """A line of numbers for each row; the first row says what this library and another one compute."""
+    """The code prints one line for each row of the table; the first row is this library."""
     monkeypatch.chdir(ROOT)
     text = loss.sections["How implementations differ"]
     folded = re.search(r'^\?\?\? example "Code for these numbers"\n\n    ```python\n(.*?)^    ```', text, re.M | re.S)
@@ -139,7 +139,7 @@ def test_the_names_of_a_configuration_and_what_they_read():
             return loss(feat={k: x for k, x in reads.items() if k != "target"}, target=target, epoch=0)
 
         assert call(reads).isfinite()
-        for key in reads:  # and nothing that is not read
+        for key in reads:  # and nothing else
             with pytest.raises((ValueError, TypeError), match=key):
                 call({k: x for k, x in reads.items() if k != key})
 

@@ -1,4 +1,4 @@
-"""The check of arguments: what it takes, what it costs, what it leaves alone, and what gets no gradient without a word."""
+"""The check of arguments: what it accepts, what it costs, what it leaves alone, and warnings of missing gradients."""
 
 import contextlib
 import inspect
@@ -27,7 +27,7 @@ from parity.cases import LOSSES, MAPS, Sizes, draw, each_array
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 SIZES = Sizes(batch=(3,), classes=5, dim=4, num_data=7)
-compiled = pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+compiled = pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 
 
 def arguments(f, loss, sizes=SIZES, dtype="float32", seed=0):
@@ -49,7 +49,7 @@ def evaluate(f, loss, inputs, **options):
 
 
 def settings(loss):
-    """The options that are numbers."""
+    """The options of a loss that are numbers."""
     plan, _ = checks.read(getattr(kdtorch, loss.name).__wrapped__)
     return [argument.name for argument in plan.arguments if argument.forms[0].kind == "Scalar"]
 
@@ -104,8 +104,9 @@ def test_what_is_decorated_stays_documented(f):
 
 @both
 def test_every_annotation_is_read(f):
-    """Each argument is an array, a number or of a type. Choices among texts are left to the losses, and so are top-k's rest,
-    which may be a mapping by its temperature, and a soft cap, which may be a pair."""
+    """Each argument is an array, a number or of a known type. The losses themselves check choices among texts, the
+    `rest` of
+    top-k, which may be a mapping by temperature, and a soft cap, which may be a pair."""
     for loss in LOSSES:
         plan, _ = checks.read(getattr(f.kd, loss.name).__wrapped__)
         free = {a.name for a in plan.arguments if any(form.kind == "any" for form in a.forms)}
@@ -165,7 +166,7 @@ def test_a_call_like_one_that_passed_is_not_checked_again(loss, monkeypatch):
     for change in (torch.Tensor.double, torch.Tensor.requires_grad_, lambda x: x.to("meta")):
         given = inputs[first]
         changed = [change(x.clone()) for x in given] if isinstance(given, list) else change(given.clone())
-        with contextlib.suppress(RuntimeError):  # of what the check, which is not there now, would refuse
+        with contextlib.suppress(RuntimeError):  # errors that the check would have raised earlier
             evaluate(TORCH, loss, {**inputs, first: changed}, **options)
     with torch.no_grad():
         evaluate(TORCH, loss, inputs, **options)
@@ -186,7 +187,7 @@ def test_two_graphs_for_many_shapes(loss):
 
 @compiled
 def test_the_check_leaves_no_guard():
-    """What annotations say is a constant of the program, which no later call compares with anything."""
+    """The annotations are constants of the compiled program, and later calls do not compare them."""
     torch._dynamo.reset()
 
     def step(student, teacher, state):
@@ -207,7 +208,7 @@ def test_the_check_leaves_no_guard():
 @both
 @every_setting
 def test_numbers_of_any_kind(f, loss, name):
-    """An integer is a number, as it is, of NumPy, or as an array, which may be traced; a Boolean is none."""
+    """Integers count as numbers, also those of NumPy and arrays, which may be traced; Booleans do not."""
     inputs = arguments(f, loss)
     whole = 1 if loss.ranges[name][1] <= 1 else 2
     want = f.numpy(evaluate(f, loss, inputs, **{name: float(whole)}))
@@ -306,7 +307,7 @@ CONSTANTS = [
 @pytest.mark.usefixtures("none_warned")
 @pytest.mark.parametrize(("loss", "name"), CONSTANTS, ids=[f"{loss.title}-{name}" for loss, name in CONSTANTS])
 def test_a_constant_that_requires_a_gradient(loss, name):
-    """A warning, once, if the first argument requires none; teachers that are trained too are common."""
+    """It gives one warning if the first argument requires no gradient; a teacher that is trained too is common."""
     seed = itertools_seed()
 
     def inputs(*requiring):
@@ -342,7 +343,7 @@ _seeds = iter(range(17, 400))
 
 
 def itertools_seed():
-    """A size that no call had before, so that it is checked."""
+    """A size that no earlier call had, so that the call is checked."""
     return next(_seeds)
 
 
@@ -370,7 +371,7 @@ def test_a_constant_under_a_compiler():
 
 @pytest.mark.usefixtures("none_warned")
 def test_what_the_second_argument_of_a_divergence_misses():
-    """The Jensen-Shannon divergence by hand, as the documentation of kl_loss has it."""
+    """The Jensen-Shannon divergence from two KL divergences, as in the documentation of kl_loss."""
     s, t = torch.randn(2, 3, 4, dtype=torch.float64)
 
     def mixture(s):
@@ -398,7 +399,7 @@ def test_what_the_second_argument_of_a_divergence_misses():
 
 @every_setting
 def test_a_setting_that_requires_a_gradient(loss, name):
-    """Only temperatures that act on the student have one; for any other setting it is an error, under transforms too."""
+    """Only temperatures that act on the student have a gradient; any other setting raises, also under transforms."""
     inputs = arguments(TORCH, loss)
 
     def value(x):

@@ -1,4 +1,4 @@
-"""Ranks that share the classes give the numbers of one: every loss that takes `class_group`, what is sent, and what goes wrong."""
+"""Ranks that share the classes give the results of one: all losses with `class_group`, communication, and errors."""
 
 import functools
 
@@ -33,7 +33,7 @@ def same_gradients(loss, got, want, rank, sizes):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "uneven mask"])
 @pytest.mark.parametrize(("loss", "i"), FORMS, ids=lambda x: getattr(x, "title", None))
 def test_every_loss(loss, i, masked, results):
-    """Every rank has the value and the temperature's gradient of the whole, and its part of the gradient of the logits."""
+    """Every rank has the whole value and temperature gradient, and its part of the gradient of the logits."""
     want = alone(loss, i, masked)
     assert want["temperature"] != 0
     for name, sizes in PARTS[len(results)].items():
@@ -54,7 +54,7 @@ def mesh(tmp_path_factory):
 
 @pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
 def test_batch_by_classes(loss, mesh):
-    """The mean over the ranks of the batch is the whole, as without `class_group`."""
+    """The mean over the ranks of the batch is the whole loss, as without `class_group`."""
     want, got = alone(loss, len(loss.options) - 1, True), [x[loss.title] for x in mesh]
     assert ulps(np.mean([x["value"] for x in got]), want["value"], "float64") <= 64
     assert ulps(np.mean([x["temperature"] for x in got]), want["temperature"], "float64") <= 256
@@ -77,7 +77,7 @@ def second(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss", OF_LOGITS, ids=lambda loss: loss.title)
 def test_laws(loss, dtype, second):
-    """Equal rows give exactly 0, padding adds nothing, large logits stay finite; in half precision as on one rank."""
+    """Equal rows give exactly 0, padding contributes nothing, large logits stay finite; also in half precision."""
     want, slope = each_row(loss, *(x.to(dtype) for x in hostile()))
     got = [x["hostile", loss.title, str(dtype)] for x in second]
     gradient, others = torch.cat([x[1] for x in got], -1), [1, 2, 4, 5, 6, 7]
@@ -93,17 +93,17 @@ def test_laws(loss, dtype, second):
 
 @pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
 def test_what_is_sent(loss, second):
-    """A few numbers of each of 16 examples, however many classes there are; and a gradient of hidden states."""
+    """A few numbers for each of 16 examples, for any number of classes; and a gradient of hidden states."""
     hidden = sum(16 * Sizes().dim for k in loss.learns if loss.inputs[k] == "hidden")
     for result in second:
         few, many = result["counted", loss.title]
-        assert few == many <= 16 * 32 + hidden  # of which half are for the temperature's gradient
+        assert few == many <= 16 * 32 + hidden  # half of them for the temperature's gradient
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize("loss", [x for x in TAKE if "logits" in x.inputs.values()], ids=lambda loss: loss.title)
 def test_transforms(loss, second):
-    """torch.func.grad, vmap, both, and torch.compile without a break of the graph."""
+    """torch.func.grad, vmap, both, and torch.compile without a graph break."""
     inputs = tensors(draw(loss, Sizes((4,), 8), 0)[0])
     for name, want in transformed(loss, inputs, lambda x: x):
         for rank, result in enumerate(second):

@@ -1,4 +1,4 @@
-"""Classes over devices, by `class_axis_name` inside `shard_map` and by the compiler: the numbers of one device, and what is sent."""
+"""Classes spread over devices, with `class_axis_name` or by the compiler: results as on one device, communication."""
 
 import functools
 import inspect
@@ -30,7 +30,7 @@ def mesh(*shape):
 
 
 def layout(kind, data="data"):
-    """The batch over one axis of the mesh, the classes over the other."""
+    """The layout of an input: the batch over one axis of the mesh, and the classes over the other."""
     axes = {KINDS[kind].axis: data, divided(kind): "model"}
     return P(*(axes.get(i) for i in range(2) if any(k is not None and k >= i for k in axes)))
 
@@ -51,7 +51,8 @@ def split(loss, inputs):
 
 
 def sharded(loss, options, shape, vma=True, masked=False, inside=True, data="data"):
-    """Value and gradients on a mesh of batch by classes, of a loss and its temperature, differentiated inside `shard_map` or outside."""
+    """Value and gradients, also of the temperature, on a mesh of batch × classes, differentiated in or outside
+    `shard_map`."""
 
     def mean(learned, fixed, temperature, where):
         names = {"axis_name": data, "class_axis_name": "model"}
@@ -88,7 +89,7 @@ def agree(got, want):
     ("loss", "options"), only(lambda x: x == (KL, {}), FORMS), ids=lambda x: getattr(x, "title", "")
 )
 def test_inside_shard_map(loss, options, shape):
-    """Value, gradients of all that learns and of the temperature, under a mask that hides NaN."""
+    """Value and all gradients, also of the temperature, with a mask that hides NaN."""
     inputs = split(loss, given(loss, UNEVEN))
     got = sharded(loss, options, shape, masked=True)(*inputs, jnp.asarray(2.0), jnp.asarray(UNEVEN))
     agree(got, alone(loss.title, tuple(options.items()), True))
@@ -98,7 +99,7 @@ def test_inside_shard_map(loss, options, shape):
 @pytest.mark.parametrize("vma", [True, False])
 @pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
 def test_outside_of_shard_map(loss, vma):
-    """A gradient that is taken of the whole, whether or not JAX keeps account of what varies between devices."""
+    """The gradient of the whole loss, whether or not JAX tracks which arrays vary between devices."""
     got = sharded(loss, {}, (4, 2), vma, inside=False)(*split(loss, given(loss)), jnp.asarray(2.0), None)
     agree(got, alone(loss.title, (), False))
 
@@ -107,7 +108,7 @@ def test_outside_of_shard_map(loss, vma):
 @pytest.mark.parametrize("shape", [(1, 8), (4, 2)], ids=["1x8", "4x2"])
 @pytest.mark.parametrize("loss", TAKE, ids=lambda loss: loss.title)
 def test_the_compilers_way(loss, shape):
-    """Under jit alone, with inputs laid out on the mesh."""
+    """With `jit` alone, and inputs sharded over the mesh."""
     devices = mesh(*shape)
     where = jax.device_put(jnp.asarray(UNEVEN), NamedSharding(devices, P("data")))
     inputs = {
@@ -118,7 +119,7 @@ def test_the_compilers_way(loss, shape):
 
 
 def sent(function, *arguments):
-    """The collectives of a compiled program: their names, and the entries of what each gives."""
+    """The collectives of a compiled program: their names, and the numbers of entries of their results."""
     text = function.lower(*arguments).compile().as_text()
     names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = re.findall(rf"= (\S.*?) ({names})[\w-]*\(", text)
@@ -130,7 +131,7 @@ def sent(function, *arguments):
 
 @pytest.mark.parametrize("loss", only(lambda loss: loss is KL, TAKE), ids=lambda loss: loss.title)
 def test_what_is_sent(loss):
-    """Forward and backward, a few numbers of each example, however many classes there are; and a gradient of hidden states."""
+    """Forward and backward, a few numbers per example, for any number of classes; and a gradient of hidden states."""
     totals = []
     for classes in (64, 512):
         inputs = given(loss, batch=(16,), classes=classes, kept=5)
@@ -144,7 +145,7 @@ def test_what_is_sent(loss):
 @slow
 @pytest.mark.parametrize("loss", [x for x in TAKE if "logits" in x.inputs.values()], ids=lambda loss: loss.title)
 def test_what_the_compiler_sends(loss):
-    """The same of logits that are laid out on a mesh; heads, which are sliced by classes, it may gather."""
+    """The same for logits that are sharded over a mesh; heads, which are sliced by classes, may be gathered."""
     devices, totals = mesh(1, 8), []
     for classes in (64, 512):
         inputs = given(loss, batch=(16,), classes=classes, kept=5)
@@ -158,11 +159,11 @@ def test_what_the_compiler_sends(loss):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("loss", OF_LOGITS, ids=lambda loss: loss.title)
 def test_laws(loss, dtype):
-    """Equal rows, classes that are padding, large logits and half precision: as on one device."""
+    """Equal rows, padded classes, large logits and half precision give the results of one device."""
     student, teacher = (np.array(x) for x in draw(loss, Sizes((8,), 16), 0)[0].values())
     student[0] = teacher[0]
     student[1] = 1e3 * student[1]
-    student[2, 10:] = teacher[2, 10:] = -np.inf  # all of a device's, and more
+    student[2, 10:] = teacher[2, 10:] = -np.inf  # all classes of a device, and more
     student[3, 8:] = teacher[3, 8:] = -np.inf
     student[3, :8] = teacher[3, :8]
     teacher[4] = student[4] + 1e-3 * teacher[4]
@@ -190,7 +191,7 @@ def test_laws(loss, dtype):
     assert (each[np.array([0, 3])] == 0).all()
     assert (gradient[np.array([0, 3])] == 0).all()
     assert (gradient[2, 10:] == 0).all()
-    others = np.array([1, 2, 4, 5, 6, 7])  # of those on one device XLA may round the two equal sums differently
+    others = np.array([1, 2, 4, 5, 6, 7])  # without rows whose equal sums XLA on one device may round differently
     each, want, gradient, slope = (np.asarray(x, "float64")[others] for x in (each, want, gradient, slope))
     assert (np.abs(each - want) <= 64 * np.finfo(np.float32).eps * want).all()
     eps = 256 * np.finfo(np.float32).eps if dtype == "float32" else 4 * float(jnp.finfo(dtype).eps)
@@ -253,7 +254,7 @@ def test_the_name_of_the_other_package():
 
 @slow
 def test_top_k_over_devices():
-    """An index is one of the whole vocabulary; one outside of it, or twice, makes its example NaN; all may be on one device."""
+    """Indices refer to the whole vocabulary; one out of range, or one that occurs twice, makes its example NaN."""
     rng = np.random.default_rng(0)
     student, teacher = jnp.asarray(rng.normal(size=(2, 5, 16)))
     indices = jnp.asarray([[0, 1, 2], [15, 14, 3], [4, 16, 5], [7, 9, 7], [-1, 2, 3]], "int8")

@@ -1,4 +1,4 @@
-"""parity for anybody's functions and models: what it finds, and what it says."""
+"""parity for users' functions and models: what it finds, and what it reports."""
 
 import itertools
 import pathlib
@@ -126,7 +126,7 @@ def test_unknown_dtype():
 @slow
 @pytest.mark.parametrize("missing", ["jax", "torch"])
 def test_a_missing_framework_is_a_failure(missing):
-    """Of the tool, of a comparison, never a skip."""
+    """The command and the comparison fail, and never skip it."""
     hide = f"import sys; sys.modules[{missing!r}] = None\n"
     tool = hide + "from parity.__main__ import main; sys.exit(main(['--loss', 'mse_loss', '--dtype', 'float64']))"
     done = subprocess.run([sys.executable, "-c", tool], capture_output=True, text=True, check=False)
@@ -141,7 +141,7 @@ def test_a_missing_framework_is_a_failure(missing):
 
 
 class Block(nnx.Module):
-    """A transformer block with the norms first."""
+    """A pre-norm transformer block."""
 
     def __init__(self, dim, heads, *, epsilon=1e-5, rngs):
         self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
@@ -171,7 +171,7 @@ class TorchBlock(torch.nn.Module):
 
 
 def randomised(module):
-    """Biases are 0 and scales 1 at first, which hides much."""
+    """Give a module random weights, because initial biases of 0 and scales of 1 hide errors."""
     state = nnx.state(module, nnx.Param)
     rng = np.random.default_rng(1)
     nnx.update(module, jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) / 4, x.dtype), state))
@@ -193,7 +193,7 @@ def test_a_transformer_block():
     ]
     gradients = {x.leaf for x in comparison.differences if x.part == "gradient"}
     assert {name.rpartition(".")[2] for name in gradients} >= {"weight", "bias", "in_proj_weight", "in_proj_bias"}
-    assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())  # nothing of the caller's is changed
+    assert all(torch.equal(v, before[k]) for k, v in theirs.state_dict().items())  # the caller's module is unchanged
 
 
 @slow
@@ -224,7 +224,7 @@ def test_the_digits_student(monkeypatch):
 
 
 class Net(nnx.Module):
-    """One of every layer that is known."""
+    """A model with one of each known layer."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(7, 6, rngs=rngs)
@@ -243,7 +243,7 @@ class Net(nnx.Module):
 
 
 class TorchNet(torch.nn.Module):
-    """The same, with other names."""
+    """The same model with other names."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ def small(*layers):
 
 
 def linear(*sizes, between=jnp.tanh, **options):
-    """Linear layers with a function between."""
+    """Linear layers with a function between them."""
     layers = [nnx.Linear(*pair, rngs=nnx.Rngs(i), **options) for i, pair in enumerate(itertools.pairwise(sizes))]
     return nnx.Sequential(*[x for layer in layers for x in (between, layer)][1:])
 
@@ -308,7 +308,7 @@ VOLUMES = RNG.normal(size=(2, 4, 3, 5, 3))
 
 
 class Scaled(nnx.Module):
-    """A layer that nobody knows: a parameter, an average, and a layer that is known inside."""
+    """An unknown layer: a parameter, an average, and a known layer inside."""
 
     def __init__(self, dim):
         self.scale, self.mean = nnx.Param(jnp.arange(1.0, dim + 1)), nnx.BatchStat(jnp.zeros(dim))
@@ -320,7 +320,7 @@ class Scaled(nnx.Module):
 
 
 class BatchNorm(Scaled):
-    """Not the one of Flax."""
+    """A layer with the name of Flax's, but of another class."""
 
 
 class TorchScaled(torch.nn.Module):
@@ -336,7 +336,7 @@ class TorchScaled(torch.nn.Module):
 
 
 class TorchRenamed(torch.nn.Module):
-    """The same without the average, and with the scale as a column."""
+    """The same layer without the average, and with the scale as a column."""
 
     def __init__(self, dim):
         super().__init__()
@@ -378,7 +378,7 @@ class TorchBlock2d(torch.nn.Module):
 
 
 class Asked(nnx.Module):
-    """The mode is of the call, not of the norm."""
+    """A model whose call sets the mode of its norm."""
 
     def __init__(self, averages):
         self.norm, self.averages = nnx.BatchNorm(3, momentum=0.9, use_running_average=None, rngs=nnx.Rngs(0)), averages
@@ -448,7 +448,7 @@ class TorchCentred(torch.nn.Module):
         return self.head(x - self.mean)
 
 
-# what is equal, however it is built: the two modules, the inputs, and further arguments
+# models that are equal, however they are built: the two modules, the inputs, and further arguments
 EQUAL = {
     "batch norm 1d": lambda: (batch_norm(), torch.nn.BatchNorm1d(3), X),
     "batch norm 1d of three axes": lambda: (batch_norm(4), torch.nn.BatchNorm1d(4), TOKENS),
@@ -546,7 +546,7 @@ def activations(ours, theirs):
     return lambda: (linear(3, 8, 2, between=ours), small(torch.nn.Linear(3, 8), theirs, torch.nn.Linear(8, 2)), X)
 
 
-# what differs: the case, the first that does, the parts that fail, and a word of what is said
+# models that differ: the case, the first difference, the parts that fail, and a word of the report
 DIFFERENT = {
     "gelu": (activations(jax.nn.gelu, torch.nn.GELU()), TWO, {"value", "gradient"}, ""),
     "the slope of a leaky ReLU": (activations(lambda x: jax.nn.leaky_relu(x, 0.2), torch.nn.LeakyReLU()), TWO, {"value", "gradient"}, ""),

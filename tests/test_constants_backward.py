@@ -1,4 +1,4 @@
-"""What is constant is not needed backwards: it may come from `torch.inference_mode`, and be written into after the loss."""
+"""The backward pass does not need constants: they may come from `torch.inference_mode`, or change after the loss."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def leaves(x):
 
 
 def given(loss, dtype, masked, inference=False):
-    """The inputs that learn, and what is constant: inputs, state and mask."""
+    """The trained inputs, and all constants: other inputs, state and mask."""
     (inputs,) = draw(loss, Sizes(), 0)
     with torch.inference_mode(inference):
         constants = {k: TORCH.arrays(v, dtype) for k, v in inputs.items() if k not in loss.learns}
@@ -35,7 +35,7 @@ def given(loss, dtype, masked, inference=False):
 
 
 def weighted(loss, learned, constants, reduction):
-    """The loss, as one number."""
+    """The loss as one number."""
     result = FUNCTIONS[loss.title](**learned, **constants, reduction=reduction)
     value = result[0] if loss.state else result
     return (value * torch.arange(1, 1 + value.numel()).reshape(value.shape)).sum()
@@ -51,7 +51,7 @@ def value_and_slopes(loss, learned, constants, reduction, before_backward=lambda
 
 
 def write(constants):
-    """Other numbers into every tensor that is constant."""
+    """Write other numbers into all constant tensors."""
     for x in (x for v in constants.values() for x in leaves(v)):
         if x.dtype == torch.bool:
             x.logical_not_()
@@ -82,7 +82,8 @@ def test_written_into_before_the_backward_pass(loss, reduction, dtype, masked):
 @every
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_under_function_transforms(loss, masked):
-    """`torch.func.grad`, alone and below `vmap`, of constants from inference mode; `vjp` of some that are written into."""
+    """`torch.func.grad`, alone and inside `vmap`, with constants from inference mode; `vjp` with constants that
+    change."""
     learned, constants = given(loss, "float64", masked)
     want = value_and_slopes(loss, learned, constants, "mean")[1:]
 
@@ -104,7 +105,7 @@ def test_under_function_transforms(loss, masked):
     write(constants)
     try:
         (got,) = pull(torch.ones_like(value))
-    except RuntimeError as error:  # they are held there for a second derivative
+    except RuntimeError as error:  # they are stored for a second derivative
         if "was changed in place" not in str(error) and "modified by an inplace operation" not in str(error):
             raise
     else:
@@ -113,7 +114,7 @@ def test_under_function_transforms(loss, masked):
 
 @every
 def test_second_derivative_of_what_was_written_into(loss):
-    """It needs the inputs, and says so; or it does not, and is right."""
+    """It needs the inputs and raises an error, or it does not and is right."""
     results = []
     for before in (lambda constants: None, write):
         learned, constants = given(loss, "float64", masked=True)
@@ -137,11 +138,11 @@ def test_second_derivative_of_what_was_written_into(loss):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every
 @pytest.mark.parametrize("inference", [False, True], ids=["written into", "inference mode"])
 def test_compiled(loss, inference):
-    """With the partitioner that chooses what a compiler holds, and without the kernels that it would write."""
+    """With the partitioner, which chooses what is stored for the backward pass, but without compiled kernels."""
     want = value_and_slopes(loss, *given(loss, "float32", masked=True), "mean")[1:]
     learned, constants = given(loss, "float32", masked=True, inference=inference)
     learned = {k: [x.clone().requires_grad_() for x in leaves(v)] for k, v in learned.items()}

@@ -1,4 +1,4 @@
-"""CRD where its formula is at an edge: kept cases, against the formula in extended precision."""
+"""Edge cases of CRD, compared with the formula in extended precision."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def agrees(f, case, dtype):
 
 
 def near(dtype="float32"):
-    """Every embedding is what is remembered of it, but for a thousandth, so that v.w is 1."""
+    """Inputs whose embeddings differ from the memory by a thousandth, so that v.w is nearly 1."""
     (inputs,) = draw(CRD, Sizes(), 0)
     rng = np.random.default_rng(0)
     for side, other in (("student", "teacher"), ("teacher", "student")):
@@ -38,13 +38,13 @@ def test_negatives_that_contain_the_positive(f, dtype):
     ordinary = next(cases(CRD))
     (inputs,) = draw(CRD, Sizes(), 0)
     inputs["negatives"][:, 1] = inputs["index"]
-    inputs["negatives"][0, 3] = inputs["index"][0]  # twice
+    inputs["negatives"][0, 3] = inputs["index"][0]  # the example's own index is also a negative
     agrees(f, dataclasses.replace(ordinary, steps=(inputs,)), dtype)
 
 
 @each
 def test_a_temperature_whose_normaliser_float32_does_not_hold(f):
-    """Of exp(1 / 0.005). The value is that of the formula, and the normaliser stays unset; float64 holds it."""
+    """exp(1 / 0.005) overflows in float32: the value is right, and the normaliser stays unset; float64 sets it."""
     case = Case(CRD, "cold", (near(),), {"temperature": float(np.float32(0.005))}, reduction="none")
     want = run("oracle", case, "float32", gradients=False)
     got = run(f.name, case, "float32")
@@ -60,7 +60,7 @@ def test_a_temperature_whose_normaliser_float32_does_not_hold(f):
 @each
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_a_mixture_of_zero_leaves_its_row(f, momentum):
-    """At momentum 0 that of an embedding of zeros, at momentum ½ that of an embedding opposite to a unit row."""
+    """For an embedding of zeros at momentum 0, and for an embedding opposite to the unit row at momentum ½."""
     (inputs,) = draw(CRD, Sizes(), 0)
     place, others = inputs["index"][0], inputs["index"][1:]
     memory, unit = inputs["state"]["student_memory"], np.eye(6)[2]
@@ -78,7 +78,8 @@ def test_a_mixture_of_zero_leaves_its_row(f, momentum):
 
 @each
 def test_a_normaliser_is_set_once(f):
-    """By the kept examples of the first step; another batch, another temperature, or no kept example do not move it."""
+    """By the kept examples of the first step; a later batch or temperature, or a fully masked batch, does not change
+    it."""
     steps = draw(CRD, Sizes(), 0, steps=3)
     case = Case(CRD, "", steps)
     states = run(f.name, case).states

@@ -1,4 +1,4 @@
-"""The example that crosses, and what the benchmark of crossing prints."""
+"""The example with teachers of the other framework, and the output of its benchmark."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_teachers_of_either_framework_teach_students_of_either(tmp_path):
     assert len(accuracy) == 4
     for (teacher, student), crossed in accuracy.items():
         alone = accuracy[student, student]
-        assert crossed.mean() > 0.8, (teacher, student)  # a student told 50 labels and nothing else has about 0.73
+        assert crossed.mean() > 0.8, (teacher, student)  # a student with only 50 labels has about 0.73
         assert abs(crossed.mean() - alone.mean()) <= 2 * np.hypot(crossed.std(ddof=1), alone.std(ddof=1)) + 0.02
 
 

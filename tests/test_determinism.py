@@ -1,4 +1,4 @@
-"""The same inputs give the same bits: on a second call, in another process, with another number of threads."""
+"""The same inputs give the same bits: in a second call, in another process, and with another number of threads."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tiers import slow
 from parity.cases import LOSSES
 
 TESTS = pathlib.Path(__file__).parent
-# a sum over a whole array, a product of matrices, and PyTorch's gradient of a softmax are divided among threads as there are
+# sums over whole arrays, matrix products, and PyTorch's gradient of a softmax are divided among the threads
 DEPENDS_ON_THREADS = {f"torch {loss.title}" for loss in LOSSES if loss.depends_on_threads}
 
 

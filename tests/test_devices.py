@@ -1,4 +1,4 @@
-"""n devices give the numbers of one: every loss of the table, sharded by the compiler and inside `shard_map`."""
+"""Several devices give the results of one: all losses of the table, sharded by the compiler and inside `shard_map`."""
 
 import functools
 import inspect
@@ -29,7 +29,7 @@ def mesh(*shape):
 
 
 def given(loss, where=None):
-    """The inputs of each step, in JAX, with NaN under the mask; the state apart."""
+    """The inputs of each step in JAX, with NaN in masked examples, and the state."""
     maps = {k for k, kind in loss.inputs.items() if kind in MAPS}
 
     def array(x):
@@ -56,7 +56,7 @@ def split(loss, inputs):
 
 
 def remembers_rows(loss):
-    """Whether its state has a row for each sample, which the devices may divide among themselves."""
+    """Whether the state of a loss has a row for each sample, so that it may be divided among devices."""
     return "sharded_memory" in inspect.signature(getattr(kdjax, loss.name)).parameters
 
 
@@ -66,7 +66,7 @@ def layouts(loss, names):
 
 @functools.cache
 def alone(title, masked):
-    """On one device: values, gradients and states of the steps."""
+    """The values, gradients and states of the steps on one device."""
     loss, where = next(x for x in LOSSES if x.title == title), UNEVEN if masked else None
     steps, state = given(loss, where)
     step = jax.jit(jax.value_and_grad(functools.partial(objective, loss, {}), has_aux=True))
@@ -89,7 +89,7 @@ def agree(got, want, limit=(64, 256, 64)):
 @pytest.mark.parametrize("loss", one_of_a_kind(LOSSES), ids=lambda loss: loss.title)
 @pytest.mark.parametrize(("vma", "where"), first(1, [(True, UNEVEN), (False, None)]), ids=["uneven", "all"])
 def test_inside_shard_map(loss, vma, where):
-    """The mean over devices is the loss of the whole batch, gradients too; every device has the same state, to the bit."""
+    """The mean over devices is the loss of the whole batch, also for gradients; the states are equal bit by bit."""
     devices = mesh(8)
     steps, state = given(loss, where)
     learned, fixed = split(loss, steps[0])
@@ -100,7 +100,7 @@ def test_inside_shard_map(loss, vma, where):
             return jax.lax.pmean(value, "batch"), after
 
         (value, state), gradients = jax.value_and_grad(mean, has_aux=True)(learned)
-        if not vma:  # there, the sum over devices is differentiated
+        if not vma:  # then the sum over devices is differentiated
             gradients = {
                 k: jax.tree.map(lambda x: x / 8, g)
                 if KINDS[loss.inputs[k]].axis is not None
@@ -125,7 +125,7 @@ def test_inside_shard_map(loss, vma, where):
 
 
 def placed(loss, devices, inputs):
-    """The inputs spread over a mesh; logits over both of its axes."""
+    """The inputs sharded over a mesh; logits over both of its axes."""
 
     def layout(name, x):
         if loss.inputs[name] == "logits" and "classes" in devices.axis_names:
@@ -142,7 +142,7 @@ def placed(loss, devices, inputs):
 @every
 @pytest.mark.parametrize(("shape", "where"), [((1,), None), ((8,), UNEVEN), ((4, 2), None)], ids=["1", "8", "4x2"])
 def test_the_compilers_way(loss, shape, where):
-    """Under jit alone, with inputs, and memories of every sample, spread over a mesh."""
+    """With `jit` alone, and inputs and memories sharded over a mesh."""
     devices = mesh(*shape)
     steps, state = given(loss, where)
     if loss.state:
@@ -165,7 +165,8 @@ def test_the_compilers_way(loss, shape, where):
     ids=lambda x: x.title,
 )
 def test_a_vocabulary_in_shards(loss):
-    """Tokens, `[batch, tokens, vocabulary]`, the batch over one axis of the mesh and the vocabulary over the other, masked."""
+    """Masked tokens, `[batch, tokens, vocabulary]`, with batch and vocabulary sharded over different axes of the
+    mesh."""
     devices = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     (inputs,) = draw(loss, Sizes(batch=(4, 3), classes=8), 0)
     inputs = {k: jnp.asarray(x, "int32" if x.dtype.kind == "i" else None) for k, x in inputs.items()}
@@ -183,7 +184,7 @@ def test_a_vocabulary_in_shards(loss):
 
 
 def inside(loss, where, vma=False, **options):
-    """The compiled step of every device, and its arguments: value, gradients of the inputs, state of each device."""
+    """A compiled step of all devices and its arguments; it returns value, gradients and state of each device."""
     steps, state = given(loss, where)
     learned, fixed = split(loss, steps[0])
 
@@ -211,14 +212,14 @@ def inside(loss, where, vma=False, **options):
     ids=lambda x: getattr(x, "title", "all" if x is None else "uneven"),
 )
 def test_collectives(loss, where):
-    """What is not coupled says nothing; what is says little: never more than `[batch, dim]`, never pairs."""
+    """Losses of single examples communicate nothing; others never more than `[batch, dim]`, and never pairs."""
     step, arguments = inside(loss, where)
     text = step.lower(*arguments).compile().as_text()
     found = re.findall(r"= (\S.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\w*\(", text)
     names = sorted(name for _, name in found)
     if where is None:
         assert names == sorted(loss.collectives)
-    else:  # a mean under a mask adds the number of kept examples
+    else:  # a masked mean also sums the number of kept examples
         assert len(names) <= len(loss.collectives) + 2
     sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in re.findall(r"\[([\d,]*)\]", str(found))]
     assert max(sizes, default=0) <= 16 * 8
@@ -234,7 +235,7 @@ COOLED = [
 
 @pytest.mark.parametrize(("loss", "name"), first(1, COOLED), ids=lambda x: getattr(x, "title", ""))
 def test_the_gradient_of_a_temperature(loss, name):
-    """That of the whole batch."""
+    """It is the gradient for the whole batch."""
     (inputs, *_), state = given(loss, UNEVEN)
 
     def mean(temperature, inputs, state, where, **options):
@@ -257,7 +258,7 @@ with_state = pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if 
 @pytest.mark.parametrize("loss", list(filter(remembers_rows, LOSSES)), ids=lambda loss: loss.title)
 @pytest.mark.parametrize("places", ["uniform", "all of one device"])
 def test_memories_in_shards(loss, places):
-    """Each device holds its rows of the memories; the rows of the batch travel, the memories do not."""
+    """Each device holds its rows of the memories; only the rows of the batch are communicated."""
     step, arguments = inside(loss, UNEVEN, sharded_memory=True)
     alike, replicated = inside(loss, UNEVEN)
     for function, (learned, fixed, state, where) in ((step, arguments), (alike, replicated)):
@@ -279,7 +280,7 @@ def test_memories_in_shards(loss, places):
 
 @with_state
 def test_no_update(loss):
-    """For all micro-batches of a step but the last: the same loss, and the state that was given."""
+    """With `update=False`, for micro-batches, the loss is the same and the state is returned unchanged."""
     (inputs, *_), state = given(loss)
     value, after = objective(loss, {}, inputs, {}, state, None)
     again, same = objective(loss, {"update": False}, inputs, {}, state, None)
@@ -290,7 +291,7 @@ def test_no_update(loss):
 
 @with_state
 def test_one_device_with_nan(loss):
-    """The loss of the batch is NaN; what would not be a number is remembered on no device, the rest on all alike."""
+    """The loss of the batch is NaN; the states stay finite, and equal on all devices."""
     step, (learned, fixed, state, where) = inside(loss, None)
     name = loss.constant[0] if loss.constant else loss.first
     bad = fixed if name in fixed else learned
@@ -313,7 +314,7 @@ def test_unknown_axis(loss):
 
 @with_state
 def test_every_device_masked(loss):
-    """An answer of 0 and a state that stays."""
+    """The loss is 0, and the state stays unchanged."""
     nothing = np.zeros(16, bool)
     step, (learned, fixed, state, _) = inside(loss, nothing)
     value, gradients, after = step(learned, fixed, state, jnp.asarray(nothing))
@@ -347,7 +348,7 @@ def test_a_combined_loss_hands_the_axis_on():
     ids=lambda x: x.title,
 )
 def test_a_mesh_of_explicit_axes(loss):
-    """Whose shardings are part of the types: `auto_axes` hands a loss to the compiler."""
+    """With explicit axes, shardings are part of the types; `auto_axes` leaves the loss to the compiler."""
     devices = jax.make_mesh((8,), ("batch",))
     (inputs, *_), state = given(loss)
     with jax.set_mesh(devices):

@@ -1,4 +1,4 @@
-"""The example: what it writes, and what it says to bad input."""
+"""The digits example: its outputs, and its errors for bad input."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow  # trainings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-# small tensors gain nothing from threads, and lose much where the cores are busy
+# threads do not help with small tensors, and are slow if the cores are busy
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -71,7 +71,7 @@ def test_both_frameworks_train_the_same(tmp_path):
 
 
 def of_logits(digits):
-    """The losses that read nothing else of the teacher."""
+    """The losses that read only the teacher's logits."""
     return [name for name, loss in digits.LOSSES.items() if loss.reads == digits.LOGITS]
 
 

@@ -1,4 +1,4 @@
-"""DIST: batches and rows that have no correlation, what eps is, and what is refused."""
+"""DIST: batches and rows without correlation, the role of eps, and errors."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def logits(batch, classes, seed=0):
 
 
 def evaluated(f, student, teacher, dtype="float64", **options):
-    """Value and gradient."""
+    """The loss and its gradient."""
     student, teacher = f.array(student, dtype), f.array(teacher, dtype)
     options = {k: f.array(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
 
@@ -45,7 +45,7 @@ def agree(got, want, ulp, dtype="float64"):
 
 @both
 def test_one_row(f):
-    """Classes have no relation in it, which is gamma T^2, and no gradient."""
+    """A single row has no relation between examples: that term is gamma T^2, without a gradient."""
     student, teacher = logits(1, 6)
     alone, slope = evaluated(f, student, teacher, beta=0.0, gamma=0.7, temperature=2.0)
     assert alone == pytest.approx(0.7 * 4, rel=1e-12)
@@ -55,7 +55,7 @@ def test_one_row(f):
 
 @both
 def test_two_classes(f):
-    """The rows correlate at 1 or -1, and have no gradient but for eps."""
+    """The rows have a correlation of 1 or -1, and a gradient only through eps."""
     student, teacher = logits(5, 2)
     value, slope = evaluated(f, student, teacher, gamma=0.0)
     opposite = np.sign(student[:, 0] - student[:, 1]) != np.sign(teacher[:, 0] - teacher[:, 1])
@@ -70,7 +70,7 @@ def test_two_classes(f):
 @both
 @pytest.mark.parametrize("whose", ["student", "teacher", "both"])
 def test_a_column_of_equal_entries(f, whose):
-    """A class whose probability is the same in all examples has relation 0, and a gradient of y / eps if it is the student's."""
+    """A class with the same probability in all examples has relation 0; in the student its gradient is y / eps."""
     student, teacher = logits(4, 3)
     for x in {"student": [student], "teacher": [teacher], "both": [student, teacher]}[whose]:
         x[:] = x[0]
@@ -84,7 +84,7 @@ def test_a_column_of_equal_entries(f, whose):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("rows", ["one", "all"])
 def test_a_uniform_student(f, dtype, rows):
-    """Its gradient is up to 1e7, finite, and right."""
+    """Its gradient is large, finite, and right."""
     student, teacher = logits(4, 6)
     student[0 if rows == "one" else slice(None)] = 0.7
     got, want = evaluated(f, student, teacher, dtype), exact(student, teacher, dtype)
@@ -96,7 +96,7 @@ def test_a_uniform_student(f, dtype, rows):
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("rows", ["one", "all"])
 def test_a_nearly_uniform_student(f, spread, rows):
-    """Keeps its digits in float32: the beginning of a training."""
+    """It keeps its digits in float32; this is how a training begins."""
     student, teacher = logits(5, 6)
     student[0 if rows == "one" else slice(None)] *= spread
     agree(evaluated(f, student, teacher, "float32"), exact(student, teacher, "float32"), 16, "float32")
@@ -113,7 +113,8 @@ def test_a_student_near_its_teacher(f, distance):
 
 @both
 def test_padding_and_masks(f):
-    """A class at -inf in all kept rows, in both, is left out of C and of the means; one at -inf in the student alone is not."""
+    """A class at -inf in all kept rows of both is left out of C and of the means; one at -inf only in the student is
+    not."""
     student, teacher = logits(5, 4)
     where = np.array([True, True, False, True, True])
     want = exact(student[where], teacher[where])
@@ -140,7 +141,7 @@ def test_everything_masked(f, reduction):
 
 @both
 def test_eps_is_a_term(f):
-    """Of 50,000 classes equal student and teacher have class relation 0.30; with a small eps it is 1."""
+    """With 50,000 classes, equal student and teacher have a class relation of 0.30; with a small eps it is 1."""
     x = np.random.default_rng(0).normal(size=(12, 50_000))
     (value, slope), (small, _) = (evaluated(f, x, x, beta=0.0, **more) for more in ({}, {"eps": 1e-20}))
     assert value == pytest.approx(0.70, abs=0.005)
@@ -172,7 +173,7 @@ def test_the_sum_is_the_mean_times_the_kept(f, near):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_kdtorch_goes_two_ways_to_the_same_numbers(spread):
-    """Eager code looks whether student and teacher are near; what is traced does not."""
+    """Eager code checks whether student and teacher are close; traced code computes both ways."""
     student, teacher = map(torch.from_numpy, logits(6, 5))
     student = (teacher + spread * student).requires_grad_()
     temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)

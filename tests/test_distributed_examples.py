@@ -1,4 +1,4 @@
-"""Two processes under the engines themselves train as one process does, to rounding."""
+"""Two processes under the real engines train like one process, up to rounding."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.slow  # processes that train
 
 ROOT = Path(__file__).parent.parent
-# programs that run for a second are not worth optimising, nor are small tensors worth threads
+# optimisations and threads are not worth their time for short programs with small tensors
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
@@ -27,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def curves(folder: Path, framework: str, *commands: list[str], launcher: Sequence[str] = ()) -> list[dict]:
-    """What each rank wrote, after the script ran with each list of options, all at once."""
+    """Run the script with each list of options at the same time; returns what each rank wrote."""
     script = [sys.executable, *launcher, str(ROOT / "examples" / "distributed" / f"distil_{framework}.py")]
     script += ["--accumulate", "2", "--json", str(folder)]
     started = [

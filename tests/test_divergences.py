@@ -1,4 +1,5 @@
-"""Where divergences of logits are easy to get wrong: their ends, infinite logits, ties, rows that nearly agree, rows that do not."""
+"""Difficult cases for divergences of logits: ends of beta, infinite logits, ties, close rows, and rows that are far
+apart."""
 
 import dataclasses
 
@@ -16,7 +17,7 @@ from parity.compare import ulps
 
 
 def _slope_and_values(function, has_aux):
-    """As `torch.func.grad`, in eager PyTorch, which goes another way on a CPU."""
+    """Like `torch.func.grad`, but in eager PyTorch, which has separate code on a CPU."""
 
     def slope(x):
         x = x.clone().requires_grad_()
@@ -58,7 +59,7 @@ def value_and_slope(f, name, student, teacher, dtype="float64", **settings):
 
 
 def exact(name, student, teacher, temperature=1.0, beta=0.5):
-    """In 80 bits, with Python's own series where a difference of large numbers would have few digits."""
+    """The exact result in 80 bits, with series where a difference of large numbers would have few digits."""
     x, y = (np.asarray(z, np.longdouble) / temperature for z in (student, teacher))
     log_p, log_q = (z - z.max(-1, keepdims=True) for z in (x, y))
     log_p, log_q = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (log_p, log_q))
@@ -89,7 +90,7 @@ def exact(name, student, teacher, temperature=1.0, beta=0.5):
 @every
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_float32_keeps_its_digits_where_rows_nearly_agree(f, name, settings, classes):
-    """Value and gradient, from logits that are 1 apart to such that differ by 1e-4: 16 ULP of the exact numbers."""
+    """Value and gradient are within 16 ULP of the exact numbers, for logits that differ by 1 down to 1e-4."""
     rng = np.random.default_rng(0)
     for apart in (1.0, 0.1, 1e-2, 1e-3, 1e-4):
         teacher = (3 * rng.normal(size=(4, classes))).astype(np.float32)
@@ -103,7 +104,7 @@ def test_float32_keeps_its_digits_where_rows_nearly_agree(f, name, settings, cla
 @every
 @pytest.mark.parametrize(("classes", "scale"), [(4000, 3.0), (1000, 6.0), (100, 8.0)])
 def test_float32_keeps_its_digits_where_rows_are_far_apart(f, name, settings, classes, scale):
-    """Each row by itself, also where a gradient all but vanishes because the two have next to no class in common."""
+    """In each row, also if the gradient nearly vanishes because the two have hardly any class in common."""
     rng = np.random.default_rng(1)
     teacher, student = ((scale * rng.normal(size=(6, classes))).astype(np.float32) for _ in range(2))
     value, slope = value_and_slope(f, name, student, teacher, "float32", **settings)
@@ -127,9 +128,9 @@ def test_rows_that_agree(f, name, settings):
 @both
 @every
 def test_infinite_logits(f, name, settings):
-    """In both: nothing. In one alone: infinite where the divergence is. Neither value nor gradient is ever NaN."""
+    """A class at -inf in both contributes nothing, in one it is infinite if the divergence is; nothing is NaN."""
     student, teacher = np.array([[2.0, 0.0, -1.0, 0.5]] * 4), np.array([[1.0, 1.0, -1.0, 0.0]] * 4)
-    student[[1, 3], 2] = teacher[[2, 3], 2] = -INF  # none; the student; the teacher; both
+    student[[1, 3], 2] = teacher[[2, 3], 2] = -INF  # rows: in none, in the student, in the teacher, in both
     for dtype in ("float64", "float32"):
         value, slope = value_and_slope(f, name, student, teacher, dtype, **settings)
         beta = settings.get("beta", 0.5)
@@ -139,7 +140,7 @@ def test_infinite_logits(f, name, settings):
         assert not np.isnan(value).any()
         assert np.isfinite(slope).all()
         assert not slope[[1, 3], 2].any() or forward
-        if reverse:  # away from what the teacher excludes
+        if reverse:  # the gradient leads away from the class that the teacher excludes
             assert slope[2, 2] > 0
         left = [0, 1, 3]
         alone = value_and_slope(f, name, student[3:, left], teacher[3:, left], dtype, **settings)
@@ -149,7 +150,7 @@ def test_infinite_logits(f, name, settings):
 
 @both
 def test_no_class_in_common(f):
-    """The bounds: the entropy of (beta, 1 - beta), and 1."""
+    """The values are the upper bounds: the entropy of (beta, 1 - beta), and 1."""
     student, teacher = np.array([[0.0, 1.0, -INF, -INF]]), np.array([[-INF, -INF, 0.0, 1.0]])
     for beta in (0.01, 0.1, 0.5, 0.9):
         value, slope = value_and_slope(f, "jsd_loss", student, teacher, beta=beta)
@@ -188,7 +189,7 @@ def test_the_ends_of_beta_are_the_divergences_and_no_limits(f):
 
 @both
 def test_a_class_that_underflows_in_both(f):
-    """Where a mixture of probabilities would be 0, in float32 from 104 below the top."""
+    """A mixture of the probabilities would be 0, in float32 for logits of 104 below the largest."""
     student, teacher = np.array([[1.0, 0.0, -104.0]]), np.array([[0.0, 1.0, -104.0]])
     for name, settings in SETTINGS:
         for dtype in ("float32", "float64"):
@@ -203,7 +204,7 @@ def test_a_class_that_underflows_in_both(f):
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_tie_has_the_sign_0(f, dtype):
-    """Also where the normalisers, of the same numbers in another order, are rounded otherwise."""
+    """Even if the normalisers, sums of the same numbers in another order, are rounded differently."""
     rng = np.random.default_rng(4)
     for _ in range(20):
         teacher = 3 * rng.normal(size=(1, 9))
@@ -221,7 +222,7 @@ def test_a_tie_has_the_sign_0(f, dtype):
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.padding and x.value != "array"], ids=lambda x: x.title)
 @both
 def test_what_the_teacher_excludes_is_never_nan(f, loss):
-    """A class at -inf in the second input alone, in every loss that knows padding: no NaN in value or gradient."""
+    """For a class at -inf only in the second input, value and gradient have no NaN, in all losses with padding."""
     (inputs,) = draw(loss, Sizes((4,), 6), 0)
     if "labels" in inputs:
         inputs["labels"] = inputs["labels"] % 5 if loss.inputs["labels"] == "labels" else np.eye(6)[[0, 1, 2, 3]]
@@ -243,7 +244,8 @@ def test_what_the_teacher_excludes_is_never_nan(f, loss):
 
 @pytest.mark.parametrize(("name", "most"), [("reverse_kl_loss", 15), ("jsd_loss", 22), ("jsd_loss-far", 30)])
 def test_kernels(name, most):
-    """In eager PyTorch each kernel over the logits is a barrier for its threads: so many, forward and backward."""
+    """The number of kernels over the logits, forward and backward; in eager PyTorch each is a barrier for its
+    threads."""
     name, _, far = name.partition("-")
     shape, scale = (128, 1000), 6.0 if far else 1.0
     rng = np.random.default_rng(5)
@@ -265,10 +267,10 @@ def test_kernels(name, most):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every
 def test_compiled(name, settings):
-    """Under `torch.compile`, and under `jit`, `vmap` and `scan` in kdjax, the numbers are those of eager float64."""
+    """Under `torch.compile`, and in kdjax under `jit`, `vmap` and `scan`, the results are those of eager float64."""
     rng = np.random.default_rng(6)
     student, teacher = rng.normal(size=(2, 3, 4, 5))
     value, slope = value_and_slope(TORCH, name, student, teacher, **settings)

@@ -1,4 +1,5 @@
-"""DTensors: what PyTorch's operators carry gives what plain tensors give; all else is an error that says what to write."""
+"""DTensors: supported losses give the results of plain tensors; others raise an error that says what to write
+instead."""
 
 import functools
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow  # processes
 
 CARRIED = {"kl_loss", "symmetric_kl_loss", "reverse_kl_loss", "jsd_loss", "tvd_loss", "topk_kl_loss", "sampled_kl_loss"}
 CARRIED |= {"bce_loss", "mse_loss", "smooth_l1_loss", "dcn_loss"}
-CARRIED_BY_ROWS = {"dkd_loss", "nkd_loss"}  # over which the classes must not be spread
+CARRIED_BY_ROWS = {"dkd_loss", "nkd_loss"}  # their classes must not be sharded
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -97,7 +98,7 @@ def test_mistakes(mistake, text, second):
 
 
 def test_mends(second):
-    """What the errors say to write gives what plain tensors give."""
+    """The code that the errors suggest gives the results of plain tensors."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (8,), generator=generator)
@@ -116,12 +117,12 @@ def test_mends(second):
         assert "dkd_loss: `labels` must be a DTensor" in result["compiled mistake"]
     value, gradient = slope("difference_kl_loss")
     assert ulps(np.mean([result["local"][0] for result in second]), value, "float64") <= 64
-    same([value, second[0]["local"][1] / 2], [value, gradient])  # of the mean over ranks
+    same([value, second[0]["local"][1] / 2], [value, gradient])  # the gradient of the mean over ranks
 
 
 @pytest.mark.parametrize("name", ["kl_loss", "symmetric_kl_loss", "dkd_loss", "nkd_loss"])
 def test_many_classes(name, second):
-    """Where a CPU takes a block of rows at a time, a DTensor goes whole."""
+    """A DTensor is computed as a whole where a CPU computes plain tensors in blocks of rows."""
     for result in second:
         want, got = result["many classes"][name]
         same(got, want, "float32")

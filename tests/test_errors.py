@@ -1,4 +1,4 @@
-"""Every mistake gets the same error in both packages: the argument, what was expected, what came, how to mend it."""
+"""Each mistake gives the same error in both packages: the argument, what was expected, what came, what to write."""
 
 import dataclasses
 import os
@@ -42,7 +42,7 @@ def crcd(
 
 
 def call(name, *arguments, **options):
-    """A call whose NumPy arrays become the framework's; `wrap` may compile the function."""
+    """A call whose NumPy arrays are converted to the framework's; `wrap` may compile the function."""
 
     def run(f, wrap=as_it_is):
         def given(x):
@@ -63,7 +63,7 @@ def key(f):
 
 @dataclasses.dataclass
 class Output:
-    """What a model of transformers returns."""
+    """The output of a model of transformers."""
 
     logits: np.ndarray
 
@@ -741,7 +741,7 @@ MISTAKES = {
         "`where` must be Bool.* give where != 0, or labels != -100 if these are labels$",
     ),
 }
-OF_VALUES = {  # whose text needs a value, which no tracer has
+OF_VALUES = {  # errors whose text needs a value, which is unknown while tracing
     "labels as a mask": (
         call("kl_loss", LOGITS, LOGITS, where=np.array([1, -100, 2, 3])),
         TypeError,
@@ -758,7 +758,7 @@ OF_VALUES = {  # whose text needs a value, which no tracer has
 
 
 def traced(f, dynamic=None):
-    """What compiles a function: of jax.jit's, what is no array is a constant of the program."""
+    """A function that compiles another; with jax.jit, arguments that are not arrays are constants."""
     if f is TORCH:
         return lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
 
@@ -800,11 +800,11 @@ def test_both_packages_say_the_same(mistake):
 TRACED = [name for name, (run, _, _) in MISTAKES.items() if run.__code__.co_argcount == 2]
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @both
 @pytest.mark.parametrize("mistake", TRACED)
 def test_mistakes_under_a_compiler(f, mistake):
-    """The same text from `jax.jit`, and from `torch.compile`, in whose own exception it lies."""
+    """`jax.jit` raises the same text, and `torch.compile` too, inside its own exception."""
     run, error, _ = MISTAKES[mistake]
     with pytest.raises(error) as raised:
         run(f)
@@ -818,7 +818,7 @@ def test_mistakes_under_a_compiler(f, mistake):
         assert text in str(compiled.value).replace("\\'", "'")
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_mistakes_where_the_compiler_may_leave_the_graph():
     """Without `fullgraph` the error is the eager one."""
     run, error, message = MISTAKES["batches differ"]
@@ -827,7 +827,7 @@ def test_mistakes_where_the_compiler_may_leave_the_graph():
         run(TORCH, lambda function: torch.compile(function, backend="eager"))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @both
 @pytest.mark.parametrize("mistake", OF_VALUES)
 def test_mistakes_of_values(f, mistake):
@@ -943,7 +943,7 @@ def test_what_modules_do_not_take(f, build, given, message):
         build(f)(*(x if x is None else f.array(x, "float32") for x in given))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @both
 @pytest.mark.parametrize(
     ("build", "given", "options", "message"),
@@ -969,7 +969,7 @@ def test_what_modules_do_not_take(f, build, given, message):
     ],
 )
 def test_mistakes_through_modules(f, build, given, options, message):
-    """A module says what its function says, compiled too."""
+    """A module raises the error of its function, also compiled."""
     loss, given = build(f), f.arrays(given, "float32")
     options = {name: f.array(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     with pytest.raises(TypeError, match=message):
@@ -1003,7 +1003,7 @@ OUT_OF_RANGE = {
 
 @pytest.mark.parametrize("name", first(2, OUT_OF_RANGE))
 def test_an_index_out_of_range(name):
-    """PyTorch raises; JAX, which cannot under `jit`, gives NaN for that example and no other."""
+    """PyTorch raises an error; JAX, which cannot under `jit`, gives NaN for that example only."""
     run, argument, last, got = OUT_OF_RANGE[name]
     with pytest.raises(
         IndexError, match=rf"`{argument}` must be in 0 .. {last}, got {got}; mask those without one with `where`"
@@ -1022,7 +1022,7 @@ def test_arrays_of_the_other_framework():
         TORCH.kd.mse_loss(jnp.asarray(x), jnp.asarray(x))
     with pytest.raises(TypeError, match=r"got numpy float32\[2, 3\]; give kdtorch torch.as_tensor\(x\)"):
         TORCH.kd.mse_loss(x, x)
-    assert JAX.kd.mse_loss(x, x) == 0  # JAX takes NumPy arrays
+    assert JAX.kd.mse_loss(x, x) == 0  # kdjax accepts NumPy arrays
 
 
 @both
@@ -1034,7 +1034,7 @@ def test_numbers_of_numpy_are_numbers(f, number):
 
 @both
 def test_an_array_of_a_bad_temperature_is_nan(f):
-    """An array is not asked, which under `jit` is impossible and elsewhere a wait."""
+    """The value of an array is not read, which is impossible under `jit` and slow elsewhere."""
     assert np.isnan(f.numpy(f.kd.kl_loss(*f.arrays([LOGITS, LOGITS]), temperature=f.array(np.array(-1.0)))))
 
 
@@ -1063,7 +1063,7 @@ except ValueError as error:
 @slow
 @pytest.mark.parametrize(("f", "code"), [(JAX, UNCHECKED), (TORCH, UNCHECKED_TORCH)], ids=["kdjax", "kdtorch"])
 def test_the_switch_of_the_check(f, code):
-    """Without the check one row is broadcast; what the losses themselves refuse they still do, and autocast is left."""
+    """Without the check one row is broadcast; the losses' own errors remain, and autocast is still disabled."""
     with pytest.raises(TypeError, match="kl_loss: `teacher_logits` must be"):
         call("kl_loss", LOGITS, LOGITS[:1])(f)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`jax.export` with sizes left open: the exported function gives the loss's numbers, or the loss says what must be fixed."""
+"""`jax.export` with symbolic sizes: the exported function gives the loss, or an error says which size must be fixed."""
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,19 @@ from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, MAPS, Sizes, draw, each_array
 from parity.compare import ulps
 
-# they go by blocks of the batch, or over its pairs
+# they compute in blocks of the batch, or over its pairs
 FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss", "crd_loss", "similarity_loss", "pkt_loss")
 FIXED += ("correlation_loss", "instance_graph_loss", "rkd_loss", "linear_kl_loss", "linear_jsd_loss", "gram_loss")
 FIXED += ("koleo_loss", "linear_reverse_kl_loss", "linear_topk_kl_loss")
 CASES = [
     pytest.param(loss, options, id=f"{loss.title}-{i}") for loss in LOSSES for i, options in enumerate(loss.options)
 ]
-# kinds whose last axes may be left open, too, in losses whose leading axes are free
+# kinds whose last axes may be symbolic too, in losses with any leading axes
 WIDE = {"logits": "c", "distribution": "c", "features": "d", "fractions": "d", "centers": "cd"}
 
 
 def drawn(loss, sizes):
-    """The inputs of a loss in kdjax, channels last, and a mask."""
+    """The inputs of a loss in kdjax, with channels last, and a mask."""
     (inputs,) = draw(loss, sizes, 0)
     maps = {name: x for name, x in inputs.items() if loss.inputs[name] in MAPS}
     inputs |= each_array(maps, lambda x: np.moveaxis(x, 1, -1))
@@ -36,7 +36,7 @@ def drawn(loss, sizes):
 
 
 def left_open(loss, arguments, batch, wide, constraints=()):
-    """Shapes with letters in the place of the sizes of the batch and, where asked for, of the last axis."""
+    """Shapes with symbols for the sizes of the batch and, with `wide`, of the last axis."""
     scope = jax.export.SymbolicScope(constraints)
 
     def shape(kind, x):
@@ -91,7 +91,7 @@ OPEN = [loss for loss in LOSSES if loss.leading and loss.name not in FIXED]
 
 @pytest.mark.parametrize("loss", first(2, OPEN), ids=lambda loss: loss.title)
 def test_tokens_and_classes_of_any_number(loss):
-    ranked = loss.name == "uskd_loss"  # by as many bits as the number of classes needs
+    ranked = loss.name == "uskd_loss"  # it sorts by as many bits as the number of classes needs
     constraints = ["c >= 3"] if "logits" in loss.inputs.values() and not ranked else []
     sizes = Sizes(batch=(2, 3)) if ranked else Sizes(batch=(2, 3), classes=6, dim=4)
     shapes = left_open(loss, drawn(loss, Sizes(batch=(3, 2))), ["b", "t"], wide=not ranked, constraints=constraints)

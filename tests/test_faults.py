@@ -1,4 +1,4 @@
-"""The comparer itself: faults planted in copies of the losses, each of which it must find."""
+"""Tests the comparison itself with faults in copies of the losses, all of which it must find."""
 
 import dataclasses
 import itertools
@@ -17,9 +17,9 @@ ROOT = pathlib.Path(kdjax.__file__).parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A copy of `package/path`, in which `old` is `new`, is wrong as a `loss` of the table.
+    """A copy of `package/path` in which `old` is replaced by `new`, so that a `loss` of the table is wrong.
 
-    Where the file has no loss, it is a copy of the file `user` that is wrong, which takes its helpers from the first copy.
+    If the file has no loss, a copy of the file `user` is wrong, which takes its helpers from the first copy.
     """
 
     what: str
@@ -122,7 +122,7 @@ FAULTS = [
 
 
 def copied(file, old="", new="", helpers=""):
-    """The module of a file, with a change, beside the one that is imported; or with helpers from the copy of another file."""
+    """A separate module from a file, with a change, or with helpers from the copy of another file."""
     source = (ROOT / file).read_text()
     assert old in source, f"{file} no longer reads {old!r}"
     if helpers:
@@ -130,13 +130,13 @@ def copied(file, old="", new="", helpers=""):
         assert f"from {original} import" in source
         source = source.replace(f"from {original} import", f"from copy_of_{pathlib.Path(helpers).stem} import")
     module = types.ModuleType(f"copy_of_{pathlib.Path(file).stem}")
-    sys.modules[module.__name__] = module  # where the annotations of a state are looked up
+    sys.modules[module.__name__] = module  # the annotations of a state are looked up there
     exec(compile(source.replace(old, new, 1) if old else source, file, "exec"), vars(module))
     return module
 
 
 def differences(file, loss, package):
-    """Of a module's loss from the oracle, one case and dtype after another."""
+    """The differences between a module's loss and the oracle, for one case and dtype after another."""
     framework = {"kdjax": "jax", "kdtorch": "torch"}[file.split("/")[0]]
     row = next(x for x in LOSSES if x.title == loss)
     for dtype, case in itertools.product(DTYPES, cases(row)):
@@ -152,7 +152,7 @@ def test_every_fault_is_found(fault):
         package = copied(fault.user, helpers=fault.file)
     found = next((x for x in differences(fault.file, fault.loss, package) if not x.passed), None)
     assert found is not None
-    assert "raised" not in found.problem, found.problem  # a fault is a wrong number, not a crash
+    assert "raised" not in found.problem, found.problem  # a fault must be a wrong number, not a crash
 
 
 @pytest.mark.parametrize(

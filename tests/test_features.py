@@ -1,4 +1,4 @@
-"""Limits of single losses of features that the laws of all losses do not reach."""
+"""Edge cases of feature losses that the properties of all losses do not cover."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ INFINITE = -np.inf
 
 
 def value_and_slopes(f, name, inputs, learns=(0,), dtype="float64", **options):
-    """In NumPy: the value of `"none"`, and the gradients of its sum; maps have their channels second."""
+    """The value with `"none"` and the gradients of its sum, in NumPy; maps have their channels second."""
     options |= {"channel_axis": 1} if name != "cosine_loss" else {}
     arrays = [f.arrays(x, dtype) for x in inputs]
 
@@ -31,7 +31,7 @@ def value_and_slopes(f, name, inputs, learns=(0,), dtype="float64", **options):
 
 
 def cosine(s, t):
-    """In 80 bits."""
+    """The cosine distance in 80 bits."""
     s, t = s.astype(np.longdouble), t.astype(np.longdouble)
     u, v = (x / np.sqrt((x * x).sum(-1, keepdims=True)) for x in (s, t))
     cos = (u * v).sum(-1, keepdims=True)
@@ -41,7 +41,7 @@ def cosine(s, t):
 @both
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
 def test_cosine_of_close_features(f, distance):
-    """The value is of the size of the squared distance, and has its digits in float32 too."""
+    """The value is proportional to the squared distance, and keeps its digits in float32."""
     t = RNG.normal(size=(20, 64)).astype(np.float32)
     s = (t + distance * RNG.normal(size=t.shape)).astype(np.float32)
     value, (slope,) = value_and_slopes(f, "cosine_loss", (s, t), dtype="float32")
@@ -75,7 +75,7 @@ def test_cwd_is_kl_over_positions(f):
 
 @both
 def test_cwd_of_few_positions(f):
-    """Of one position it is 0, and a position at -inf in both is as if it were not there."""
+    """With one position the loss is 0, and a position at -inf in both contributes nothing."""
     s, t = RNG.normal(size=(2, 3, 4, 5)), RNG.normal(size=(2, 3, 4, 5))
     value, (slope,) = value_and_slopes(f, "cwd_loss", (s[..., :1, :1], t[..., :1, :1]))
     assert (value == 0).all()
@@ -96,7 +96,7 @@ def test_cwd_of_few_positions(f):
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_vid_at_scales_of_a_hundred(f, dtype):
-    """Where e^a is beyond float32, or e^a is 0 next to ε."""
+    """e^a overflows in float32, or is 0 compared with ε."""
     mean, t = (RNG.normal(size=(3, 4, 2, 3)).astype(np.float32).astype(float) for _ in range(2))
     scale = np.array([100.0, -100, 30, -30])
     value, (of_mean, of_scale) = value_and_slopes(f, "vid_loss", (mean, t, scale), (0, 2), dtype)
@@ -113,7 +113,7 @@ def test_vid_at_scales_of_a_hundred(f, dtype):
 
 
 def flow(maps, other):
-    """The loss and its gradient in 80 bits, of maps of one size."""
+    """The loss and its gradient in 80 bits, for maps of one size."""
     value, slopes = 0, [np.zeros(x.shape, np.longdouble) for x in maps]
     maps, other = ([x.astype(np.longdouble).reshape(*x.shape[:2], -1) for x in both] for both in (maps, other))
     for i in range(len(maps) - 1):
@@ -130,7 +130,7 @@ def flow(maps, other):
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e8])
 @pytest.mark.parametrize("distance", [1.0, 1e-4])
 def test_fsp_of_three_maps(f, size, distance):
-    """A map between two others is felt twice; close maps keep their digits in float32, and so do small and large ones."""
+    """The middle map counts twice; close maps keep their digits in float32, and so do small and large ones."""
     t = [(size * RNG.normal(size=(2, c, 3, 4))).astype(np.float32) for c in (3, 4, 2)]
     s = [(x + distance * size * RNG.normal(size=x.shape)).astype(np.float32) for x in t]
     value, (slopes,) = value_and_slopes(f, "fsp_loss", (s, t), dtype="float32")
@@ -154,7 +154,7 @@ def test_fsp_of_maps_of_several_dtypes(f):
 
 @pytest.mark.slow
 def test_second_derivatives_of_vid_in_jax():
-    """Which kdtorch refuses."""
+    """kdtorch raises an error instead."""
     mean, t, a = RNG.normal(size=(2, 2, 2, 3)), RNG.normal(size=(2, 2, 2, 3)), RNG.normal(size=3)
     second = jax.jit(jax.hessian(lambda x: JAX.kd.vid_loss(x, jnp.asarray(t), jnp.asarray(a))))(jnp.asarray(mean))
     variance = np.log1p(np.exp(a)) + 1e-5

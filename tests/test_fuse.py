@@ -19,8 +19,8 @@ from kdtorch import _rowwise
 from parity.cases import LOSSES, Sizes, cases, draw
 from parity.check import check
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
-# functions of rows, by what the loss's file calls
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
+# losses that are functions of rows, found by the calls in their files
 CALLS = re.compile(r"\b(rowwise|by_rows|kl_divergence)\(")
 OF_ROWS = [x for x in LOSSES if CALLS.search(inspect.getsource(inspect.getmodule(getattr(kdtorch, x.name))))]
 EAGER, INDUCTOR = "eager", "inductor"
@@ -28,7 +28,8 @@ EAGER, INDUCTOR = "eager", "inductor"
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Switch it on, with a backend of `torch.compile`; returns a function that counts the programs and their graphs."""
+    """A function that turns fusing on with a backend of `torch.compile`, and returns a counter of programs and
+    graphs."""
     from torch._dynamo.utils import counters
 
     def start(backend):
@@ -46,7 +47,7 @@ def fused(monkeypatch):
 
 
 def given(loss, dtype="float32", sizes=None, seed=0):
-    """The inputs by name; those that learn require a gradient."""
+    """The inputs by name; trained inputs require a gradient."""
     (inputs,) = draw(loss, sizes or Sizes(), seed)
     state = inputs.pop(loss.state, None)
     inputs = TORCH.arrays(inputs, dtype)
@@ -84,7 +85,7 @@ def close(ours, theirs, tolerance=1e-5):
 
 
 def wrong(loss, dtype, names=()):
-    """What is not within the limits of parity, in all cases or in those of some names."""
+    """The differences that exceed the limits of parity, in all cases or in some."""
     found = (x for case in cases(loss) if not names or case.name in names for x in check(case, dtype, ("torch",)))
     return [str(x) for x in found if not x.passed]
 
@@ -96,7 +97,7 @@ def test_numbers(fused, loss):
     assert count()[0] > 0
 
 
-# what a compiled kernel of each gets wrong by more than the limit in float32
+# known errors of compiled kernels that exceed the limit in float32
 OPEN = {
     "alpha_beta_loss": "exponents of 1e-4: the gradient is 2e-5 of its largest entry off, 174 ULP",
     "taid_loss": "an interpolation of 0: a gradient of 4e-9 for 0",
@@ -118,7 +119,8 @@ def of_single(loss):
     ids=lambda x: x if isinstance(x, str) else x.title,
 )
 def test_numbers_of_compiled_kernels(fused, loss, dtype):
-    """In float32 of all cases, with what is infinite or excluded; each mask and number of rows is a compilation."""
+    """All cases in float32, also infinite and excluded logits; it is slow, because masks and single rows compile
+    anew."""
     fused(INDUCTOR)
     assert not wrong(loss, dtype, () if dtype == "float32" else ("masked",))
 
@@ -150,8 +152,9 @@ def test_logits_of_linear_heads(fused, name):
 
 @slow
 def test_a_compiled_kernel(fused):
-    """By PyTorch's own compiler: one program for many sizes, and of the logits' size the gradient and p - q in float32, which
-    the compiler keeps while it sums them."""
+    """With PyTorch's compiler there is one program for many sizes. The only arrays of the logits' size are the
+    gradient and
+    p - q in float32, which the compiler stores while it sums them."""
     count = fused(INDUCTOR)
     kl = next(loss for loss in OF_ROWS if loss.name == "kl_loss")
     for batch, classes in (((8,), 8), ((64,), 3000), ((2, 3), 70)):
@@ -183,7 +186,7 @@ LEADING = [(x, masked) for x in OF_ROWS if x.leading for masked in (False, True)
     ("loss", "masked"), first(2, LEADING), ids=lambda x: getattr(x, "title", "masked" if x else "all")
 )
 def test_at_most_two_graphs(fused, loss, masked):
-    """For one row and for more, whatever the sizes, the number of axes and the settings."""
+    """One graph for a single row and one for several, for any sizes, numbers of axes and settings."""
     count = fused(EAGER)
     for seed, (batch, size) in enumerate(SHAPES):
         where = {"where": torch.ones(batch, dtype=torch.bool)} if masked else {}
@@ -199,7 +202,7 @@ def test_at_most_two_graphs(fused, loss, masked):
 
 
 def test_past_the_limit_of_recompilations(fused):
-    """PyTorch runs the function as it is."""
+    """PyTorch then runs the function uncompiled."""
     fused(EAGER)
     with torch._dynamo.config.patch(recompile_limit=1):
         for batch in (3, 1, 5):
@@ -209,7 +212,7 @@ def test_past_the_limit_of_recompilations(fused):
 
 @pytest.mark.parametrize("loss", first(2, [x for x in OF_ROWS if x.second_derivative]), ids=lambda loss: loss.title)
 def test_second_derivative(fused, loss):
-    """The first by the program, the second in the ordinary way."""
+    """The first derivative is fused, and the second one is not."""
     count = fused(EAGER)
 
     def curvature():
@@ -291,7 +294,7 @@ def test_grad_of_torch_func(fused):
 
 
 def test_under_torch_compile_nothing_is_compiled_twice(fused):
-    """Nor is a compiled function compiled anew when the setting changes."""
+    """A compiled function is not compiled again when the setting changes, either."""
     programs = fused(EAGER)
     counter = torch._dynamo.testing.CompileCounter()
     compiled = functools.partial(torch.compile).func(kdtorch.kl_loss, backend=counter, fullgraph=True)
@@ -390,7 +393,7 @@ def test_settings(monkeypatch, fused):
             kdtorch.fuse(setting)
     count = fused(EAGER)
     x, y = torch.randn(5, 7), torch.randn(5, 7)
-    kdtorch.fuse("auto")  # off: it was measured on no device
+    kdtorch.fuse("auto")  # off, because no device has been measured
     assert not _rowwise._AUTO
     kdtorch.kl_loss(x, y)
     assert count() == (0, 0)

@@ -1,18 +1,19 @@
-"""The published codes' figures, in tests/golden, through both packages and the oracle.
+"""Compares both packages and the oracle with values that published code returned, in tests/golden.
 
-What a file's `meta` may name, beside `function`, `kwargs`, `source` and `note`:
+The `meta` of a file may have, in addition to `function`, `kwargs`, `source` and `note`:
 
-- `inputs`: the arguments before the state, in order: the arrays `in_NAME`; `in_where`, where there is one, is the mask;
-- `counts`: the inputs that are lists, and of how many arrays: `in_NAME_0`, `in_NAME_1`, …;
+- `inputs`: the arguments before the state, in order: the arrays `in_NAME`; `in_where`, if there is one, is the mask;
+- `counts`: the inputs that are lists, and their numbers of arrays: `in_NAME_0`, `in_NAME_1`, …;
 - `layouts`: the inputs that are feature maps, always `"NCHW"`;
-- `grads`: the inputs whose gradient was published, `grad_NAME`;
-- `returns`: `"array"` where the published figures are an array, `out_array`, and the gradients those of its sum times
-  `in_cotangent`;
+- `grads`: the inputs whose gradients are in the file, `grad_NAME`;
+- `returns`: `"array"` if the result is an array, `out_array`; then the gradients are those of the sum of the array
+  times `in_cotangent`;
 - `state`: the fields of a state; it starts at `in_FIELD`, or at 0, and is `state_FIELD_0` after the first step;
-- `steps`: how many there are, each with arrays of its own: `in_NAME_0`, `out_loss_0`, …; `step_kwargs`: settings of each;
-- `renamed`: prefixes of arrays that are called otherwise;
-- `through`: a function that some of the inputs pass first, with its `kwargs` and the names of these `inputs`; `factor`:
-  what the value is multiplied by.
+- `steps`: the number of steps, each with its own arrays: `in_NAME_0`, `out_loss_0`, …; `step_kwargs`: the settings of
+    each;
+- `renamed`: prefixes of arrays with other names;
+- `through`: a function that is applied to some of the inputs first, with its `kwargs` and the names of these `inputs`;
+  `factor`: a factor for the value.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from parity.run import run, upstream
 
 FILES = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
 # relative to the value, and to the gradient's largest entry. The released code of the Euclidean distances clamps their
-# squares at 1e-12, which is felt at 5e-13; everything else agrees to rounding.
+# squares at 1e-12, which changes results by 5e-13; everything else agrees up to rounding.
 LIMITS = {"float64": (1e-12, 1e-11), "float32": (3e-6, 1e-5)}
 
 
@@ -46,10 +47,10 @@ def load(path):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a function, and what the published code gave: the value, the gradients by input, the next state.
+    """One call of a function, and the published results: the value, the gradients by input, and the next state.
 
-    A step of several starts from the state that was published for the step before. Maps have their channels second.
-    `first` is the function that each input passes before, if there is one, by name.
+    Each of several steps starts from the published state of the previous step. Maps have their channels second. `first`
+    has the function that is applied to an input first, by name, if there is one.
     """
 
     name: str
@@ -109,7 +110,7 @@ CALLS = [call for path in FILES if load(path)[0]["function"] != "make_loss" for 
 
 
 def evaluate(f, call, dtype):
-    """The value, the gradients of the inputs that learn and of those that are constant, and the next state."""
+    """The value, the gradients of trained and constant inputs, and the next state."""
 
     def turned(name, x, source, place):
         return each_array(x, lambda y: np.moveaxis(y, source, place)) if f is JAX and name in call.maps else x
@@ -143,7 +144,7 @@ def numpy(f, x):
 
 
 def compared(call, dtype, sides, *parts):
-    """Each part as (what it is, what came, what is published); raises unless they agree."""
+    """Each part as (name, result, published value); raises an error unless they agree."""
     for part, got, want in parts:
         limit = LIMITS[dtype][part != "value"] / np.finfo(dtype).eps
         names = {"subject": call.function, "case": call.name, "dtype": dtype, "names": sides}
@@ -152,7 +153,7 @@ def compared(call, dtype, sides, *parts):
 
 
 def array_of(name, x, settings, where=None):
-    """What the oracle's function of rows gives of an array with any leading axes, and 0 in masked rows."""
+    """Apply the oracle's function of rows to an array with any leading axes; masked rows become 0."""
     formula = next(loss.formula for loss in LOSSES if loss.name == name)
     rows = x.astype(np.longdouble).reshape(-1, x.shape[-1])
     kept = np.ones(len(rows), bool) if where is None else where.reshape(-1)
@@ -165,7 +166,8 @@ FIRST = {call.function: call for call in reversed(CALLS) if call.function in REP
 
 
 def tier(call, f):
-    """JAX compiles each file's own sizes: in the first tier those of one file for a loss of each kind."""
+    """The tier of a test. JAX compiles the sizes of each file, so the first tier has one file for a loss of each
+    kind."""
     return pytest.param(call, f, marks=() if f is TORCH or FIRST.get(call.function) is call else slow)
 
 
@@ -187,7 +189,7 @@ def test_packages(call, f, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_oracle(call, dtype):
-    """Its gradients, a step of every entry, are compared with the packages' on small cases."""
+    """Its gradients, which need a step for each entry, are compared with the packages' on small cases instead."""
     sides = ("oracle", "published")
     given = dict(call.inputs)
     for k, (name, settings) in call.first.items():
@@ -202,7 +204,7 @@ def test_oracle(call, dtype):
         return
     reduction = call.options.get("reduction", "mean")
     got = run("oracle", Case(call.loss, "", (inputs,), options, call.where, reduction), dtype, gradients=False)
-    # it computes in more digits than either dtype has
+    # the oracle computes with more digits than either dtype has
     after = {k: x.astype(dtype) for states in got.states for k, x in states.items()}
     value = call.factor * got.values[0].astype(dtype)
     compared(call, dtype, sides, ("value", value, call.value), ("state", after, call.after))
@@ -210,7 +212,7 @@ def test_oracle(call, dtype):
 
 @pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 def test_a_mask_and_an_array(f, tmp_path):
-    """What no file has yet: written from the oracle's figures, and refused where one of them is wrong."""
+    """What no file uses yet: a file from the oracle's results passes, and fails if one of them is wrong."""
     loss = next(x for x in LOSSES if x.name == "dkd_loss")
     (inputs,) = draw(loss, Sizes(), 0)
     where = np.arange(5) != 2
@@ -243,7 +245,7 @@ def test_teacher_temperature(path, package):
 
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 2, 3, 30])
 def test_teacher_temperature_follows_the_released_table(warmup_epochs):
-    """`np.linspace` and then the final temperature, of integers and of arrays, outside and inside a compiled program."""
+    """`np.linspace` and then the final temperature, for integers and arrays, outside and inside a compiled program."""
     epochs, schedule = 33, {"warmup": 0.04, "final": 0.07, "warmup_epochs": warmup_epochs}
     table = np.concatenate([np.linspace(0.04, 0.07, warmup_epochs), np.full(epochs - warmup_epochs, 0.07)])
     ours = jax.jit(lambda epoch: kdjax.dino_teacher_temperature(epoch, **schedule))

@@ -1,4 +1,4 @@
-"""What is held until the backward pass: the gradient, in the dtype of the input, and no other array of the inputs' size."""
+"""Until the backward pass only the gradient is stored, in the input's dtype, and no other array of the inputs' size."""
 
 import gc
 import math
@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "fl
 masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 SIZES = Sizes((12,), 3000, 1000, 4, 2, ((6, 16, 17), (5, 13, 14)), 40, 5, kept=16)
 KEPT = np.arange(12) % 3 > 0
-SMALL = 12 * 12 * 8 * 4  # bytes: some numbers for each example and each pair of examples
+SMALL = 12 * 12 * 8 * 4  # bytes, for a few numbers per example and per pair of examples
 
 
 def leaves(x):
@@ -29,7 +29,7 @@ def leaves(x):
 
 
 def given(f, loss, dtype, masked):
-    """The inputs that learn, and a function of them."""
+    """The trained inputs, and a function of them."""
     (inputs,) = draw(loss, SIZES, 0)
     maps = {k: inputs[k] for k, kind in loss.inputs.items() if kind in MAPS and f is JAX}
     inputs |= each_array(maps, lambda x: np.moveaxis(x, 1, -1))
@@ -52,7 +52,7 @@ def given(f, loss, dtype, masked):
 
 
 def allowed(learned):
-    """Two bytes an entry of an input in half precision, four of one in float32."""
+    """The bytes that may be stored: one entry in the input's dtype for each entry of an input."""
     return sum(x.dtype.itemsize * math.prod(x.shape) for v in learned.values() for x in leaves(v)) + SMALL
 
 
@@ -66,7 +66,7 @@ def requiring(learned):
 @dtypes
 @masks
 def test_saved_tensors(loss, dtype, masked):
-    """What autograd holds, by its hooks: each tensor once."""
+    """The tensors that autograd stores, found by its hooks, each counted once."""
     learned, value = given(TORCH, loss, dtype, masked)
     held = {}
 
@@ -89,22 +89,22 @@ def test_saved_tensors(loss, dtype, masked):
     ),
 )
 def test_memory_that_was_not_freed(loss, dtype, masked):
-    """What is alive after the loss and was not before, by the allocator: nothing hides in a closure or a context."""
+    """The allocator's memory that the loss adds and keeps, so that nothing is hidden in a closure or a context."""
     learned, value = given(TORCH, loss, dtype, masked)
-    value(requiring(learned)).backward()  # what is made once and kept is made
-    gc.collect(1)  # the oldest objects, which are many, are not of this test
+    value(requiring(learned)).backward()  # create everything that is cached
+    gc.collect(1)  # without the oldest objects, which are many
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = value(learned)
     records = [x.nbytes() for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
     state = sum(x.nbytes for k, kind in loss.inputs.items() if kind.endswith("State") for x in value_state(loss, dtype))
-    # a matrix that pools 21 bins of a map, one for all examples, which the second derivative would take again
+    # the matrix that pools a map into 21 bins, which is stored for the second derivative
     pools = sum(21 * h * w * 8 for _, h, w in SIZES.maps) if "maps" in loss.inputs.values() else 0
     assert 0 < sum(records) <= allowed(learned) + state + pools
     result.backward()
 
 
 def value_state(loss, dtype):
-    """Of the size of the next state: CRCD's memory, DINO's centre."""
+    """Arrays of the size of the next state, such as CRCD's memory and DINO's centre."""
     (inputs,) = draw(loss, SIZES, 0)
     return tuple(TORCH.arrays(inputs[loss.state], "float64" if dtype == "float64" else "float32").values())
 
@@ -115,7 +115,7 @@ def value_state(loss, dtype):
 @dtypes
 @masks
 def test_residuals(loss, dtype, masked):
-    """What `jax.vjp` holds, outside of `jit`, of losses that are functions of rows; their shapes tell."""
+    """The arrays that `jax.vjp` stores outside of `jit`, by their shapes, for losses that are functions of rows."""
     learned, value = given(JAX, loss, dtype, masked)
     pull = jax.eval_shape(lambda learned: jax.vjp(value, learned)[1], learned)
     assert 0 < sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(pull)) <= allowed(learned)
@@ -126,7 +126,7 @@ def test_residuals(loss, dtype, masked):
     "loss", [x for x in LOSSES if "logits" in x.inputs.values() and x.value != "array"], ids=lambda x: x.title
 )
 def test_small_gradients_of_float16(f, loss):
-    """A loss that is multiplied, as mixed precision in float16 does, so that small gradients do not vanish: they do not."""
+    """They do not underflow if the loss is scaled, as in mixed precision with float16."""
     scale = 2.0**10
     slopes = {}
     for dtype in ("float16", "float32"):
@@ -140,7 +140,7 @@ def test_small_gradients_of_float16(f, loss):
             return per_example(f.kd, loss)(**{**inputs, first: x}).sum() * scale
 
         slopes[dtype] = f.numpy(f.grad(value)(inputs[first])).astype(np.float64)
-    small = np.abs(slopes["float32"]) < scale * 2.0**-16  # of which float16 has few digits before it is multiplied
+    small = np.abs(slopes["float32"]) < scale * 2.0**-16  # float16 has few digits for these before the scaling
     assert small.any()
     error = np.abs(slopes["float16"] - slopes["float32"])
     assert (error <= 2.0**-9 * np.abs(slopes["float32"]) + 2.0**-24).all()
@@ -148,7 +148,7 @@ def test_small_gradients_of_float16(f, loss):
 
 @pytest.mark.parametrize("axes", [1, 2])
 def test_float16_beside_what_is_not_finite(axes):
-    """A number that is not finite stays what it is; the small ones of its row, or of all rows, keep their digits."""
+    """An entry that is not finite stays as it is; small entries of its row, or of all rows, keep their digits."""
     gradient = torch.tensor([[1e-9, math.nan, -3e-9], [2e-9, -math.inf, 1e-20], [0.0, 0.0, 0.0]])
     packed, unit = pack(gradient, torch.float16, axes)
     assert unit.numel() == (3 if axes == 1 else 1)
@@ -159,7 +159,7 @@ def test_float16_beside_what_is_not_finite(axes):
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if not x.second_derivative], ids=lambda x: x.title)
 def test_a_backward_pass_makes_no_zeros(loss):
-    """For what has no gradient: the held gradients and the next state, which are results too."""
+    """No zeros are created as gradients of outputs without one: the stored gradients and the next state."""
     learned, value = given(TORCH, loss, "float32", False)
     result = value(requiring(learned))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -170,7 +170,7 @@ def test_a_backward_pass_makes_no_zeros(loss):
 @every
 @dtypes
 def test_a_backward_pass_writes_where_nobody_looks(loss, dtype):
-    """The last one writes into what was held: not into the inputs, and not while another may follow."""
+    """Only the last backward pass overwrites what was stored; it never overwrites the inputs."""
     learned, value = given(TORCH, loss, dtype, True)
     inputs = [x for v in requiring(learned).values() for x in leaves(v)]
     before = [x.detach().clone() for x in inputs]
@@ -183,14 +183,14 @@ def test_a_backward_pass_writes_where_nobody_looks(loss, dtype):
         assert torch.equal(x, old)
         assert torch.equal(one, copy)
         assert torch.equal(x.grad, one)
-        limits = torch.finfo(one.dtype)  # below `tiny` numbers are as far apart as there
+        limits = torch.finfo(one.dtype)  # below `tiny` the spacing of numbers is constant
         assert (three - 3 * one).abs().max() <= 2 * limits.eps * max(three.abs().max(), limits.tiny)
 
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.leading], ids=lambda x: x.title)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_in_a_batch(loss, dtype):
-    """`is_grads_batched`, of values an example."""
+    """`is_grads_batched` with one value per example."""
     (inputs,) = draw(loss, Sizes((3,)), 0)
     inputs = TORCH.arrays(inputs, dtype)
     x = inputs[loss.learns[0]].requires_grad_()
@@ -201,7 +201,7 @@ def test_gradients_in_a_batch(loss, dtype):
 
 
 def test_the_gradient_lies_where_it_was_held():
-    """So that the last backward pass takes no more memory than what is held."""
+    """So the last backward pass needs no memory in addition to what is stored."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, y, held = torch.randn(300, 1000, dtype=dtype, requires_grad=True), torch.randn(300, 1000, dtype=dtype), []
         with torch.autograd.graph.saved_tensors_hooks(lambda v, held=held: held.append(v.data_ptr()) or v, lambda v: v):

@@ -1,4 +1,4 @@
-"""Nothing happens at import, nothing in the packages runs what it reads, and the dependencies are what they should be."""
+"""Imports have no side effects, the packages execute nothing that they read, and the dependencies are as required."""
 
 import ast
 import builtins
@@ -51,7 +51,7 @@ print(*set(sys.modules) - loaded)
 
 @pytest.mark.parametrize(("code", "own"), [(IMPORT_JAX, "kdjax"), (IMPORT_TORCH, "kdtorch")], ids=["kdjax", "kdtorch"])
 def test_import_does_nothing_but_define(code, own):
-    # a package loads itself, and of its framework no more than is loaded already: that keeps its import short
+    # a package loads only itself, and nothing more of its framework, which keeps its import short
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.split()
@@ -121,7 +121,7 @@ def test_the_hook_of_ruff_has_its_version():
 
 
 def test_licences():
-    """Of whatever the packages bring: none that a closed project could not use."""
+    """All dependencies have licences that a closed-source project can use."""
     names, seen = [x.name for x in REQUIREMENTS], set()
     while names:
         name = names.pop()
@@ -153,7 +153,7 @@ DOCUMENTED += [
 
 @pytest.mark.parametrize("x", [pytest.param(x, id=name) for name, x in DOCUMENTED])
 def test_docstrings_say_all(x):
-    """A line; every argument by its name; what comes back; what is raised; of what is imported, an example that runs."""
+    """A summary line, all arguments by name, the return value, the errors and, for public names, an example."""
     (head, summary), *rest = blocks(x.__doc__)
     sections = dict(rest)
     assert not head
@@ -163,7 +163,7 @@ def test_docstrings_say_all(x):
     if inspect.isfunction(x):
         assert ("Returns" in sections) == (inspect.signature(x).return_annotation not in (None, "None"))
     said = entries(sections.get("Raises", ""))
-    said["RuntimeError"] = ""  # of a derivative that needs inputs which were written into since, for all losses
+    said["RuntimeError"] = ""  # raised by all losses, for derivatives whose inputs were changed
     assert [error for error in raised(x) if not said.keys() & {kind.__name__ for kind in error.__mro__}] == []
     assert "Example" in sections or (inspect.isfunction(x) and "." in x.__qualname__)
 
@@ -177,7 +177,7 @@ def own_parameters(x):
 
 
 def raised(x, seen=()):
-    """The errors that a function or a constructor raises, itself or in what it calls of the packages."""
+    """The errors that a function or a constructor raises, itself or in functions of the packages that it calls."""
     x = inspect.unwrap(vars(x).get("__init__", x) if inspect.isclass(x) else x)
     source = pathlib.Path(x.__code__.co_filename) if inspect.isfunction(x) else ROOT
     if x in seen or not getattr(x, "__module__", "").startswith(PACKAGES) or not source.is_file():

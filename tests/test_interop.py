@@ -1,4 +1,4 @@
-"""Teachers, losses, states, weights and files that cross from one framework to the other."""
+"""Teachers, losses, states, weights and files that are used in the other framework."""
 
 import contextlib
 import copy
@@ -63,7 +63,7 @@ class Pair(NamedTuple):
 
 
 class Echo(torch.nn.Module):
-    """Gives its input, and what it was made with."""
+    """A module that returns its input, and what it was built with."""
 
     def __init__(self, function=lambda x: x):
         super().__init__()
@@ -370,7 +370,7 @@ def test_64_bits_are_not_cut_in_silence(tmp_path):
 
 
 def in_torch(loss, function, inputs):
-    """The value, the gradients of all that could learn, and the state."""
+    """The value, the gradients of all inputs that may have one, and the state."""
     given = TORCH.arrays(inputs)
     for x in leaves({k: given[k] for k in loss.learns + loss.constant}).values():
         x.requires_grad_()
@@ -399,7 +399,7 @@ def in_jax(loss, function, inputs):
 @pytest.mark.parametrize("loss", one_of_a_kind(x for x in LOSSES if x.learns), ids=lambda loss: loss.title)
 @pytest.mark.parametrize("name", ["jax_loss", "torch_loss"])
 def test_every_loss_crosses(name, loss):
-    """A loss of one package, called from the other, gives the value, the gradients and the state of kdtorch's own."""
+    """A loss of one package, called from the other, gives the same value, gradients and state as kdtorch."""
     (inputs,) = draw(loss, Sizes(), 0)
     options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     theirs = functools.partial(per_example(kdtorch, loss), **options)
@@ -421,7 +421,7 @@ def test_every_loss_crosses(name, loss):
 
 
 def test_a_users_own_loss_in_torch():
-    """Trees in, a tree of losses and extras out, several inputs that learn, some that do not."""
+    """A function of trees that returns a tree of losses and extras, with some inputs that need a gradient."""
 
     def ours(tree, scale, labels, *, power):
         rows = jnp.arange(len(labels))
@@ -479,7 +479,7 @@ def test_second_derivatives_are_refused():
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_was_written_into_has_no_gradient(which):
-    """The tensors are the memory that the backward pass reads."""
+    """The backward pass reads the memory of the tensors, so it raises an error if they were changed."""
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     inputs = [x * 1, torch.tensor([3.0, 4.0])]
     value = kdtorch.interop.jax_loss(lambda x, y: (x**3 * y).sum())(*inputs)
@@ -490,7 +490,7 @@ def test_what_was_written_into_has_no_gradient(which):
 
 
 def test_a_teacher_waits_for_its_input():
-    """JAX gives an array before it has computed it."""
+    """JAX returns an array before it is computed."""
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: jnp.cos(x @ x.T / 300), x))
     x = slow(jnp.ones((300, 300), "float32"))
     y = torch_teacher(lambda x: x.clone())(x)
@@ -517,7 +517,7 @@ def test_a_foreign_loss_is_compiled_once():
     loss = jax.jit(kdjax.interop.torch_loss(lambda x: runs.append(1) or x.sum()))
     for _ in range(3):
         loss(X).block_until_ready()
-    assert len(runs) == 4  # the first on zeros
+    assert len(runs) == 4  # the first run is on zeros
 
 
 # states and weights
@@ -557,7 +557,7 @@ MODULES = {
 
 
 def flat(module):
-    """The weights of a module of either framework by its own names, without the keys and generators."""
+    """The weights of a module of either framework by their names, without keys and generators."""
     if isinstance(module, torch.nn.Module):
         return {k: numpy(x) for k, x in module.state_dict().items()}
     flat = nnx.to_flat_state(nnx.state(module))
@@ -573,7 +573,7 @@ def same(a, b):
 
 
 def settings(module):
-    """What a module was built with and is not an array."""
+    """The arguments that a module was built with, without arrays."""
     plain = (int, float, str, bool, tuple)
     own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
     return {k: v for k, v in own.items() if k not in ("use_running_average", "reads")}
@@ -681,7 +681,7 @@ def test_copies_are_copies():
 
 
 class Student(nnx.Module):
-    """A student that is not of this library, with a loss of it inside."""
+    """A student of another library, with a loss of this one inside."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -734,7 +734,7 @@ def test_transposed_convolutions_cross(window, transpose_kernel):
     with torch.no_grad():
         y = theirs(torch.from_numpy(np.array(x)).movedim(-1, 1)).movedim(1, -1)
     np.testing.assert_allclose(numpy(y), ours(x), rtol=1e-12, atol=1e-12)
-    if not transpose_kernel:  # what PyTorch's is read as
+    if not transpose_kernel:  # that is how PyTorch's is read
         same(flat(kdjax.interop.to_jax(theirs)), flat(ours))
 
 
@@ -743,7 +743,7 @@ def test_attention_does_not_come_back():
         kdjax.interop.to_jax(torch.nn.MultiheadAttention(4, 2))
 
 
-# a run that goes on in the other framework
+# a training that continues in the other framework
 
 B, WIDTH = 6, 8 + CLASSES + 10
 NEGATIVES = RNG.integers(20, size=(B, 16))
@@ -751,7 +751,7 @@ MIXTURES = ["kd-dino-dcn-crcd", "kd-uskd-rkd-dkd-mse", "kd-eu_mse-diff-uskd_tea-
 
 
 def parts(y):
-    """What a student says, by the names of `feat`."""
+    """The outputs of a student, by the names of `feat`."""
     return {"stu": y[:, :8], "score_stu": y[:, 8 : 8 + CLASSES], "fea_stu": y[:, 8 + CLASSES :]}
 
 
@@ -809,7 +809,7 @@ def package(module):
 
 
 def batches():
-    """By step, in NumPy; maps are channels-first."""
+    """The batches of all steps in NumPy, with channels-first maps."""
     result = []
     for step in range(2 * STEPS):
         rng = np.random.default_rng(step)
@@ -838,13 +838,13 @@ def jax_step(call):
 
 
 def go_on_in_jax(step, student, loss, speeds, batches):
-    """SGD with momentum; the speeds are a student and a loss with speeds for weights."""
+    """Continue SGD with momentum; the velocities are stored as the weights of a student and a loss."""
     both, moving = nnx.Dict(student=student, loss=loss), nnx.Dict(**speeds)
     graph, params, state = nnx.split(both, nnx.Param, ...)
     speed, values = nnx.state(moving, nnx.Param), []
     for batch in batches:
         turned = {k: [np.moveaxis(x, 1, -1) for x in v] if "feats" in k else v for k, v in batch.items()}
-        with jax.numpy_dtype_promotion("standard"):  # which Flax's batch norm needs
+        with jax.numpy_dtype_promotion("standard"):  # Flax's batch norm needs it
             params, state, speed, value = step(graph, params, state, speed, JAX.arrays(turned))
         values.append(float(value))
     nnx.update(both, params, state)
@@ -871,7 +871,7 @@ def blank(f):
 
 
 def across(to, path, run):
-    """The student, the loss and their speeds through a file."""
+    """Pass the student, the loss and their velocities through a file."""
     other = TORCH if to is JAX else JAX
     BRIDGES[other.name].save(path, run)
     loaded = BRIDGES[to.name].load(path)
@@ -942,7 +942,7 @@ def test_the_header_says_what_is_inside(saved):
     assert metadata["kdlosses"] == importlib.metadata.version("kdlosses")
     assert metadata["holds"] == "DINOState"
     assert set(metadata) == {"kdlosses", "format", "holds", "tree", "sha256"}
-    assert safetensors.numpy.load_file(saved)["state.center"].shape == (300,)  # by anybody's reader
+    assert safetensors.numpy.load_file(saved)["state.center"].shape == (300,)  # any reader of safetensors can open it
 
 
 def refusal(path):
@@ -1028,12 +1028,12 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
         [sys.executable, "-c", KILLED, tmp_path / "file"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1  # so that the kills came while files were being written
+    assert int(done.stdout) > 1  # the process was killed while it wrote files
 
 
 @contextlib.contextmanager
 def no_file_beyond(size):
-    """A disk that is full."""
+    """A full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

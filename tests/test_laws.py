@@ -1,4 +1,4 @@
-"""Laws that every loss of the table obeys, in both packages."""
+"""Properties that all losses of the table have, in both packages."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ def test_an_empty_batch(name, loss):
 )
 @pytest.mark.parametrize("distance", [1e-7, 1e-4])
 def test_divergences(name, loss, distance):
-    """Never below 0, however close student and teacher are."""
+    """A divergence is never negative, even if student and teacher are very close."""
     student, teacher = loss.first, loss.constant[0]
     rng = np.random.default_rng(0)
     for seed in range(3):
@@ -77,7 +77,7 @@ def leaves(x):
 
 
 def called(f, loss, dtype="float64", sizes=None, seed=0):
-    """A function of the first learned input alone, and that input."""
+    """A function of only the first trained input, and that input."""
     (inputs,) = draw(loss, sizes or Sizes(), seed)
     inputs = f.arrays(inputs, dtype)
     options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
@@ -100,7 +100,7 @@ def close(a, b, limit=256):
 
 @learning_kind
 def test_second_derivative(loss):
-    """That of kdjax is right; kdtorch's is the same, or refused. Where a part that moves is held constant, they agree."""
+    """That of kdjax is right; kdtorch's is the same, or an error. If a part of the loss is constant, they agree."""
     function, x = called(JAX, loss)
     direction = jax.tree.map(jnp.cos, x)
 
@@ -132,7 +132,7 @@ def test_second_derivative(loss):
 @slow
 @pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
 def test_second_derivative_of_two_classes(name):
-    """Beside the label there is one class, of which the others' softmax is 1 whatever its logit is."""
+    """Besides the label there is only one class, so the softmax over the others is always 1."""
     results = []
     for f in BOTH:
         student, teacher = f.array(np.array([[0.3, -1.2]])), f.array(np.array([[2.0, 0.5]]))
@@ -146,7 +146,8 @@ def test_second_derivative_of_two_classes(name):
 
 
 def calls(f, loss):
-    """Arguments of two calls that share no number: inputs, a mask, and every setting as an array; and a first state."""
+    """The arguments of two calls with different numbers: inputs, a mask, and all settings as arrays; and a first
+    state."""
     given = []
     for seed, share in ((0, 0.4), (1, 0.6)):
         (inputs,) = draw(loss, Sizes(), seed)
@@ -161,7 +162,7 @@ def calls(f, loss):
 
 
 def test_every_number_is_a_setting_that_moves():
-    """The ranges of the table are of every option that may be a number or an array, its forms of those that are a number."""
+    """The table has ranges for all options that may be numbers or arrays, and forms for those that must be numbers."""
     for loss in LOSSES:
         for f in BOTH:
             parameters = inspect.signature(getattr(f.kd, loss.name)).parameters.values()
@@ -174,7 +175,7 @@ def test_every_number_is_a_setting_that_moves():
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.forms], ids=named)
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
-    """An array is refused, and an integer or a number of NumPy is a number."""
+    """An array is an error; an integer and a number of NumPy are accepted."""
     (inputs,) = draw(loss, Sizes(), 0)
     inputs = f.arrays(inputs)
     function = getattr(f.kd, loss.name)
@@ -190,7 +191,7 @@ def test_a_number_that_chooses_the_formula_is_no_array(f, loss):
 
 @every_kind
 def test_second_call_compiles_nothing(loss):
-    """With other inputs, mask and settings, and the state that the first call returned; the gradient too."""
+    """With other inputs, mask and settings, and the returned state; also for the gradient."""
     *both, state = calls(JAX, loss)
     options = {"channel_axis": 1} if MAPS & set(loss.inputs.values()) else {}
     learns = loss.first
@@ -216,10 +217,10 @@ def test_second_call_compiles_nothing(loss):
     assert values[0] != values[1]
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every_kind
 def test_second_call_compiles_nothing_in_torch(loss):
-    """With other inputs, mask and settings, and the state that the first call returned; it gives what eager PyTorch does."""
+    """With other inputs, mask and settings, and the returned state; the results are those of eager PyTorch."""
     *both, state = calls(TORCH, loss)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -237,7 +238,7 @@ def test_second_call_compiles_nothing_in_torch(loss):
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 @pytest.mark.parametrize("loss", [x for x in LOSSES if not x.batch_coupled], ids=named)
 def test_chunks_of_a_sum_are_the_whole(f, loss):
-    """`reduction="sum"` of parts of a batch, added: value and gradients are those of the whole, with a mask."""
+    """The sum of `reduction="sum"` over parts of a masked batch has the value and gradients of the whole batch."""
     sizes = Sizes((3, 2) if loss.leading else (6,))
     (inputs,) = draw(loss, sizes, 0)
     state = inputs.pop(loss.state, None)
@@ -274,7 +275,7 @@ def test_chunks_of_a_sum_are_the_whole(f, loss):
             close([sum(pieces) if axis is None else np.concatenate(pieces, axis)], [whole], 256)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @learning_kind
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile(backend, loss):
@@ -303,7 +304,7 @@ def test_infinite_where_the_student_excludes_a_class(name, loss):
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 @pytest.mark.parametrize("loss", [x for x in LOSSES if "labels" in x.inputs.values()], ids=named)
 def test_labels_of_any_integer_dtype(f, loss):
-    """Of more classes than the dtype counts."""
+    """Also with more classes than the dtype can count."""
     (inputs,) = draw(loss, Sizes((4,), 300), 0)
     given = {**f.arrays(inputs), "labels": f.array(np.array([0, 5, 100, 127]))}
 
@@ -325,7 +326,7 @@ def test_labels_of_any_integer_dtype(f, loss):
 
 
 def slopes(loss, device=None):
-    """Value and gradient, in PyTorch, where what names no device is made on another."""
+    """Value and gradient in PyTorch, with another default device."""
     function, x = called(TORCH, loss)
     given = [y.clone().requires_grad_() for y in leaves(x)]
     with torch.device(device or "cpu"):
@@ -341,7 +342,7 @@ def test_the_default_device_is_not_asked(loss):
 
 @every
 def test_shapes_alone(loss):
-    """Tensors without data go through, forward and backward."""
+    """Tensors without data work, forward and backward."""
     (inputs,) = draw(loss, Sizes(), 0)
     inputs = TORCH.arrays(inputs)
     if loss.state:
@@ -366,7 +367,7 @@ def test_shapes_alone(loss):
     ids=lambda x: named(x) if isinstance(x, Loss) else f"{x.classes} classes",
 )
 def test_values_may_be_written_into(loss, sizes):
-    """`loss(..., reduction="none")` times weights, in place; the wide rows are taken in blocks."""
+    """`loss(..., reduction="none")` may be multiplied by weights in place; wide rows are computed in blocks."""
     function, x = called(TORCH, loss, sizes=sizes)
     gradients = []
     for multiply in (torch.Tensor.mul, torch.Tensor.mul_):
@@ -395,9 +396,9 @@ def test_gradients_of_many_cotangents_at_once(loss):
     "loss", [x for x in LOSSES if (x.padding and not x.batch_coupled) or x.name == "uskd_loss"], ids=named
 )
 def test_no_nan_on_the_way(loss):
-    """`jax_debug_nans`, which looks at every operation outside of `jit`, stops at nothing, with a padded class neither.
+    """`jax_debug_nans`, which checks each operation outside of `jit`, finds no NaN, even with a padded class.
 
-    With two classes, of which one is padding, there is no class but the label.
+    With two classes, one of them padding, the label is the only class.
     """
     for classes in (4, 2):
         (inputs,) = draw(loss, Sizes(batch=(2,), classes=classes), 0)
@@ -429,7 +430,7 @@ def test_one_hot_labels_are_labels():
 
 @slow
 def test_close_memories_keep_their_digits():
-    """CRCD on rows that nearly coincide, float32 against the oracle, where products of matrices would lose everything."""
+    """CRCD in float32 on rows that nearly coincide, where matrix products would lose all digits."""
     loss = next(x for x in LOSSES if x.name == "crcd_loss")
     (inputs,) = draw(loss, Sizes(), 0)
     for memory in ("student_memory", "teacher_memory"):
@@ -441,7 +442,7 @@ def test_close_memories_keep_their_digits():
 
 
 def rows_that_leave_out_classes(span):
-    """What the first two have in common is the smallest of the first and the largest of the second."""
+    """The only common class of the first two rows is the smallest of one and the largest of the other."""
     rows = np.array([[0, -np.inf, -span, 0.4 - span], [-np.inf, -span, 0, 0.7], [0.1, 0.5, -0.3, 0.2]])
     return rows, rows + np.random.default_rng(0).normal(size=rows.shape)
 
@@ -455,7 +456,8 @@ def a_class_that_the_teacher_alone_leaves_out():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("span", first(2, [None, 45.0, 5.0, 70.0, 300.0, 560.0, 700.0]))
 def test_differences_of_rows_that_leave_out_classes(span, dtype):
-    """Difference KL at spans that its ways of computing it reach and do not reach; with None the teacher alone does so."""
+    """Difference KL at spans within and beyond the reach of its methods; with None, only the teacher has a class at
+    -inf."""
     loss = next(x for x in LOSSES if x.name == "difference_kl_loss")
     logits = rows_that_leave_out_classes(span) if span else a_class_that_the_teacher_alone_leaves_out()
     inputs = dict(zip(loss.inputs, (x.astype(np.float32).astype(float) for x in logits), strict=True))
@@ -466,7 +468,7 @@ def test_differences_of_rows_that_leave_out_classes(span, dtype):
         got = run(name, case, dtype)
         pairs = (got.values[0], want.values[0]), (got.gradients[0][loss.learns[0]], want.gradients[0][loss.learns[0]])
         for a, b in pairs:
-            # the logits' columns are centred, which rounds them to so many digits
+            # the columns of the logits are centred, which rounds them to this accuracy
             assert np.abs(a - b).max() <= 4 * max(span or 0, 8) * np.finfo(dtype).eps * np.abs(b).max()
 
 
@@ -487,7 +489,7 @@ def test_of_two_rows_with_one_index_the_later_is_remembered(f, name):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @every
 def test_autocast_does_not_round_what_is_compiled(loss):
     function, x = called(TORCH, loss, "float32")
@@ -515,7 +517,7 @@ def test_autocast_does_not_round_backward(loss):
 
 
 def test_autocast_does_not_round():
-    """A loss called under PyTorch's autocast gives what it gives outside."""
+    """A loss gives the same result under PyTorch's autocast as outside."""
     for loss in LOSSES:
         function, x = called(TORCH, loss, "float32")
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,5 @@
-"""What is particular to the losses of linear heads; the laws and the comparison with the oracle are those of every loss."""
+"""Tests specific to the losses of linear heads; properties and the comparison with the oracle are tested for all
+losses."""
 
 import itertools
 import math
@@ -30,7 +31,7 @@ def given(f, loss, sizes=SIZES, dtype="float64", seed=0):
 
 
 def value_and_slopes(f, loss, inputs, **options):
-    """And the gradients of all that may have one."""
+    """The value, and the gradients of all inputs that may have one."""
     names = (*loss.learns, *loss.constant)
 
     def value(free):
@@ -45,7 +46,8 @@ def value_and_slopes(f, loss, inputs, **options):
 @memories
 @both
 def test_weights(f, loss, memory):
-    """The mean divides by the sum of the weights; a weight of 0 leaves an example out, be it NaN; weights are constant."""
+    """The mean divides by the sum of the weights; a weight of 0 leaves an example out, even NaN; weights are
+    constant."""
     inputs = given(f, loss)
     weights, where = np.array([0.5, 0.0, 2.0, 1.0, 3.0]), np.array([True, True, False, True, True])
     (first,) = draw(loss, SIZES, 0)
@@ -92,7 +94,7 @@ def test_weights_of_one(f, loss):
 @pytest.mark.parametrize("softcap", [(2.0, 5.0), (None, 3.0), (3.0, None), 4], ids=str)
 @both
 def test_softcap(f, loss, softcap):
-    """One number for both heads, or a pair, of which one may be none, after the scale and before the temperature."""
+    """One number for both heads, or a pair with None for no cap; it acts after the scale and before the temperature."""
     inputs = given(f, loss)
     caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
     logits = []
@@ -111,7 +113,7 @@ def test_softcap(f, loss, softcap):
 @every
 @both
 def test_a_class_that_a_bias_excludes_stays_excluded(f, loss):
-    """By -inf in both heads, as rows that fill up a vocabulary; a softcap would bring it back. NaN in its rows is felt."""
+    """A class at -inf in both biases pads the vocabulary, also with a softcap. NaN in its rows reaches the result."""
     (inputs,) = draw(loss, SIZES, 0)
     fewer = dict(inputs)
     for name in inputs:
@@ -132,7 +134,7 @@ def test_a_class_that_a_bias_excludes_stays_excluded(f, loss):
 @pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.title)
 @both
 def test_blocks(f, loss, monkeypatch):
-    """Of rows and of classes, the last of which is smaller, give what all at once does, and the derivative by T too."""
+    """Blocks of rows or classes, the last one smaller, give the same result as a single block, also the T gradient."""
     inputs = given(f, loss)
     settings = [{"tail": "renormalize"}, {"divergence": "jsd"}] if "values" in inputs else [{}]
 
@@ -158,7 +160,7 @@ def test_blocks(f, loss, monkeypatch):
 
 @every
 def test_a_second_backward_pass(loss):
-    """The last hands the gradients over; before that they are kept for as many as are asked."""
+    """Only the last backward pass hands over the stored gradients; with `retain_graph` they are kept."""
     inputs = given(TORCH, loss)
     x = inputs["student_weight"].requires_grad_()
     value = getattr(TORCH.kd, loss.name)(**inputs)
@@ -176,7 +178,8 @@ def test_a_second_backward_pass(loss):
 @memories
 @both
 def test_small_float16_gradients_do_not_vanish(f, loss, memory):
-    """Users of float16 multiply the loss, after gradients are made that float16 cannot hold: 1e-9 and less."""
+    """Users of float16 scale the loss, but only after gradients below the range of float16 are computed: 1e-9 and
+    less."""
     inputs = given(f, loss, Sizes((4,), classes=3000, dim=8), "float16")
     scale, weights = 2.0**24, {"weights": f.array(np.full(4, 1e-9), "float32"), "reduction": "sum"}
 
@@ -192,7 +195,7 @@ def test_small_float16_gradients_do_not_vanish(f, loss, memory):
     exact = f.jit(f.grad(lambda free: value(free, wide)))({k: wide[k] for k in loss.learns})
     for name, slope in slopes.items():
         got, want = f.numpy(slope).astype("float64"), f.numpy(exact[name])
-        assert np.abs(want).max() < scale * 2**-25  # half of the least number that float16 has
+        assert np.abs(want).max() < scale * 2**-25  # half of the smallest number in float16
         np.testing.assert_allclose(got, want, rtol=2**-8, atol=max(2**-24, 2**-14 * np.abs(want).max()))
 
 
@@ -200,7 +203,7 @@ def test_small_float16_gradients_do_not_vanish(f, loss, memory):
 @memories
 @both
 def test_no_tokens(f, loss, memory):
-    """A batch of none has a loss of 0, and no gradient."""
+    """An empty batch has a loss of 0 and gradients of 0."""
     inputs = given(f, loss)
     inputs = {k: x[:0] if k.endswith("_hidden") or k in ("values", "indices", "rest") else x for k, x in inputs.items()}
     value, slopes = value_and_slopes(f, loss, inputs, memory=memory)
@@ -209,10 +212,10 @@ def test_no_tokens(f, loss, memory):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.title)
 def test_options_under_a_compiler(loss):
-    """All of them at once, in one graph, and by `vmap` over sets of weights."""
+    """All options at once, in one graph, and with `vmap` over sets of weights."""
     inputs = given(TORCH, loss)
     softcap = 3.0 if "values" in inputs else (None, 3.0)
     options = {"student_scale": 0.5, "softcap": softcap, "memory": "least", "temperature": 2.0}
@@ -232,7 +235,7 @@ def test_options_under_a_compiler(loss):
 
 @slow
 def test_weights_over_devices():
-    """The mean over devices divides by the weights of all of them."""
+    """The mean over devices divides by the sum of all devices' weights."""
     (inputs,) = draw(LINEAR[0], Sizes((8,)), 0)
     inputs, weights = JAX.arrays(inputs), jnp.arange(8.0)
     rows = {k: inputs.pop(k) for k in ("student_hidden", "teacher_hidden")}
@@ -247,7 +250,7 @@ def test_weights_over_devices():
     np.testing.assert_allclose(got.mean(), function(**rows, **inputs, weights=weights), rtol=1e-13)
 
 
-# --- memory: asked of the compiler and the profiler -----------------------------------------------------------------
+# --- memory, by the compiler and the profiler -----------------------------------------------------------------------
 
 BIG = {"tokens": 256, "classes": 40_000, "dim": 128}
 
@@ -259,7 +262,7 @@ def heads(tokens, classes, dim, dtype=np.float32):
 
 
 def held(sizes, memory, dtype=torch.float32, name="linear_kl_loss", frozen=False, where=None, reduction="mean"):
-    """The most bytes that a step holds beside its inputs, and the largest that it asks for at once."""
+    """The peak bytes of a step in addition to its inputs, and its largest allocation."""
     h, w, g, v = (torch.from_numpy(x).to(dtype) for x in heads(**sizes))
     h.requires_grad_()
     w.requires_grad_(not frozen)
@@ -275,7 +278,8 @@ def held(sizes, memory, dtype=torch.float32, name="linear_kl_loss", frozen=False
     "name", only(lambda x: x == "linear_kl_loss", ["linear_kl_loss", "linear_reverse_kl_loss", "linear_jsd_loss"])
 )
 def test_what_kdtorch_holds_at_least(name):
-    """The gradients, of which the backward pass makes no second one, and a few blocks of 2²¹ entries; more tokens cost their own."""
+    """The gradients, without copies, and a few blocks of 2²¹ entries; more tokens need memory only for their hidden
+    states."""
     hidden, head = 4 * BIG["tokens"] * BIG["dim"], 4 * BIG["classes"] * BIG["dim"]
     most, largest = held(BIG, "least", name=name)
     assert largest == head
@@ -305,7 +309,7 @@ def test_what_kdtorch_holds_of_many_tokens(name):
 
 
 def test_what_kdtorch_holds_of_a_head_in_bfloat16():
-    """At least its gradient is written once, in its own precision; no copy of a head is wider."""
+    """With "least" the gradient is written once, in bfloat16, and no copy of a head is wider."""
     head = 2 * BIG["classes"] * BIG["dim"]
     most, largest = held({**BIG, "tokens": 64}, "least", torch.bfloat16)
     assert largest <= head
@@ -343,7 +347,7 @@ def program(sizes, memory, name="linear_kl_loss", dtype="float32", frozen=False)
     ],
 )
 def test_what_kdjax_holds(name, memory):
-    """Beside the gradients a few blocks, and of more tokens a few copies of their hidden states."""
+    """The gradients and a few blocks; more tokens need a few copies of their hidden states."""
     with jax.enable_x64(False):
         compiled = program(BIG, memory, name)
         most = compiled.memory_analysis().temp_size_in_bytes
@@ -352,14 +356,14 @@ def test_what_kdjax_holds(name, memory):
         assert max(math.prod(map(int, shape.split(","))) for shape in shapes) <= head
         assert most <= 4 * 12 * (kdjax._linear.LEAST if memory == "least" else kdjax._linear.BLOCK)
         more = program({**BIG, "tokens": 1024}, memory, name).memory_analysis().temp_size_in_bytes
-    # blocks are rounded to whole classes; the logits of all would be 59 MiB each
+    # blocks are rounded to whole classes; all logits of a model would be 59 MiB
     assert more - most <= 4 * 4 * (1024 - BIG["tokens"]) * BIG["dim"] + 4 * kdjax._linear.BLOCK
 
 
 @slow
 @pytest.mark.xfail(strict=True, reason="XLA on a CPU carries arrays in bfloat16 through its loops in float32")
 def test_what_kdjax_holds_of_a_head_in_bfloat16():
-    """No array in float32 is as large as a head, but inside of a loop over its entries, which holds none."""
+    """No float32 array is as large as a head, except in fused loops over its entries, which store none."""
     with jax.enable_x64(False):
         text = program(BIG, "least", dtype="bfloat16").as_text()
     wide = rf"= f32\[{BIG['classes']},{BIG['dim']}\]\S* (fusion|get-tuple-element|while|copy)\("

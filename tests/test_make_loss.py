@@ -1,4 +1,4 @@
-"""make_loss: the founding code's figures, the published conventions, and every mistake in a configuration."""
+"""make_loss: the values of the founding code, the published conventions, and mistakes in a configuration."""
 
 import argparse
 import collections
@@ -30,7 +30,7 @@ BATCH, DIM, WIDE, CLASSES = 6, 8, 10, 5
 
 
 def batch(f, seed=0, dtype="float32"):
-    """A `feat`, and the target."""
+    """A `feat` and the target."""
     rng = np.random.default_rng(seed)
     shapes = {"stu": DIM, "tea": DIM, "score_stu": CLASSES, "score_tea": CLASSES, "fea_stu": WIDE, "fea_tea": WIDE}
     feat = {key: rng.normal(size=(BATCH, width)) for key, width in shapes.items()}
@@ -147,7 +147,7 @@ def test_founding_conventions(f):
     scores = feat["score_stu"], feat["score_tea"]
     assert float(terms["skld"]) == pytest.approx(float(kd.kl_loss(*scores)) / CLASSES, rel=1e-5)
     assert float(terms["eu_mse"]) == pytest.approx(float(kd.euclidean_mse_loss(*scores)), rel=1e-5)
-    assert np.isfinite(f.numpy(terms["crcd"]))  # target is the index
+    assert np.isfinite(f.numpy(terms["crcd"]))  # the target is used as the index
 
 
 @both
@@ -190,7 +190,8 @@ def test_state_moves_in_training_mode_only(f):
 
 
 def test_pure_step_in_jax():
-    """Split outside, merged inside `jit` and `grad`: the state comes back, and a second call compiles nothing."""
+    """With the module split outside and merged inside `jit` and `grad`, the state is returned; a second call compiles
+    nothing."""
     loss = JAX.kd.make_loss(configuration("kd-dino-crcd-dcn"), CLASSES, 20)
     feat, target = batch(JAX)
     graph, learned, state = nnx.split(loss, nnx.Param, ...)
@@ -214,10 +215,10 @@ def test_pure_step_in_jax():
     assert np.any(np.asarray(slope["losses"]["dcn"]["centers"][...]) != 0)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize(("number", "compilations"), first(1, [(torch.tensor, 1), (int, 2)]))
 def test_epochs_in_torch(number, compilations):
-    """Other epochs and states compile nothing, but for the first other integer."""
+    """Other epochs and states compile nothing, except the second integer."""
     loss = TORCH.kd.make_loss(configuration("kd-dino-crcd-dcn"), CLASSES, 20)
     feat, target = batch(TORCH)
     torch._dynamo.reset()
@@ -376,16 +377,16 @@ FOUNDING = [
 
 
 def numeric_settings(name):
-    """The settings of a name that are numbers."""
+    """The settings of a loss that are numbers."""
     term = {**by_function(kdjax, PUBLISHED, {}), **PUBLISHED}[name]
     return [p.name for p in parameters(term.loss).values() if isinstance(p.default, float) or p.annotation == "float"]
 
 
 @pytest.mark.parametrize("name", [*FOUNDING, *PUBLIC])
 def test_every_setting_is_checked_where_the_loss_is_built(name):
-    """As a number that its own default may replace; the text is the same in both packages."""
+    """A bad number raises an error when the loss is built, with the same text in both packages."""
     for setting in numeric_settings(name):
-        negative = [] if name == "alpha_beta_loss" else [-1.0]  # its exponents may be
+        negative = [] if name == "alpha_beta_loss" else [-1.0]  # its exponents may be negative
         for wrong in ("4", None, float("nan"), float("inf"), *negative, [1.0]):
             said = []
             for f in BOTH:
@@ -402,7 +403,7 @@ def test_every_setting_is_checked_where_the_loss_is_built(name):
 
 
 def given_by_name(f):
-    """A `feat` with all that any loss reads, and the target."""
+    """A `feat` with everything that any loss reads, and the target."""
     feat, target = batch(f)
     order = np.argsort(-f.numpy(feat["score_tea"]), -1)
     feat["indices"] = f.array(order[:, :3].copy())
@@ -427,7 +428,7 @@ def given_by_name(f):
 
 @torch_first
 def test_every_loss_by_its_function(f):
-    """With `_loss` and without: the function with its own settings, of inputs that its parameters' names say."""
+    """With and without `_loss`: the function with its own settings, whose parameters' names say what it reads."""
     feat, target = given_by_name(f)
     maps = {"student_maps": feat["feats_stu"], "teacher_maps": feat["feats_tea"][-2:]}
     maps |= {"student_map": feat["feats_stu"][-1], "teacher_map": feat["feats_tea"][-1]}
@@ -435,7 +436,7 @@ def test_every_loss_by_its_function(f):
     known |= {"student_logits": feat["score_stu"], "teacher_logits": feat["score_tea"]}
     plain = [name for name in PUBLIC if name.removesuffix("_loss") not in MODULES]
     shorts = [name.removesuffix("_loss") for name in plain if name.removesuffix("_loss") not in FOUNDING]
-    given = {"taid_loss": {"interpolation": 0.4}, "minilm_loss": {"relation_heads": 2}}  # which have no default
+    given = {"taid_loss": {"interpolation": 0.4}, "minilm_loss": {"relation_heads": 2}}  # they have no default
     given |= {name.removesuffix("_loss"): settings for name, settings in given.items()}
     config = configuration("-".join(["kd", *plain, *shorts]), [1.0] * len(plain + shorts), KD_LOSS_ARGS=given)
     terms = f.jit(lambda feat: f.kd.make_loss(config, CLASSES, 20).terms(feat=feat, target=target))(feat)
@@ -468,7 +469,7 @@ def test_modules_by_the_functions_that_they_hold(f, conventions):
     terms = published.terms(feat=feat, target=target)
     assert f.numpy(terms["kl"]) == f.numpy(terms["kl_loss"])
     assert (f.numpy(terms["kl"]) == f.numpy(terms["kld"])) == (conventions == "published")
-    if conventions == "founding":  # by its function crcd takes the samples' places for an index
+    if conventions == "founding":  # by the name of its function, crcd reads the samples' indices
         with pytest.raises(ValueError, match=r"the loss 'crcd_loss' reads `feat\['index'\]`"):
             f.kd.make_loss(configuration("kd-crcd_loss"), CLASSES, 20, conventions="founding")(
                 feat={k: x for k, x in feat.items() if k != "index"}, target=target
@@ -518,7 +519,7 @@ def test_a_state_that_no_module_holds():
 
 
 class ConfigDict:
-    """As that of ml_collections: entries under keys and attributes, and no mapping."""
+    """Like that of ml_collections: it has entries by keys and by attributes, but is not a mapping."""
 
     def __init__(self, entries):
         self._fields = entries
@@ -542,7 +543,7 @@ class Settings:
     kld: typing.Any
 
     def method(self):
-        """No setting."""
+        """Not a setting."""
 
 
 class Triple(typing.NamedTuple):
@@ -578,7 +579,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outer", [*KINDS, None])
 def test_settings_may_be_objects(f, kind, outer):
-    """All of the configuration of one kind, or its settings of another than the rest."""
+    """The whole configuration of one kind of object, or its settings of another kind."""
     settings = {"dkd": {"beta": 8.0, "temperature": 4.0, "alpha": 1.0}, "kld": {"temperature": 2.0}}
     config = configuration("kd-kld-dkd", [1.0, 0.5], KD_LOSS_ARGS=nested(KINDS[kind], settings))
     if outer is not None:
@@ -621,7 +622,7 @@ def test_weights_that_are_functions_of_the_epoch(f):
 
 
 def test_a_schedule_of_a_traced_epoch():
-    """One program for all epochs, in either framework."""
+    """There is one program for all epochs, in both frameworks."""
     feat, target = batch(JAX)
     config = configuration("kd-kld-dkd", [1.0, optax.linear_schedule(0.0, 1.0, 20)])
     loss, traces = JAX.kd.make_loss(config, CLASSES, 20), []
@@ -632,7 +633,7 @@ def test_a_schedule_of_a_traced_epoch():
     assert values[1] - values[0] == pytest.approx(values[2] - values[1], rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_a_schedule_of_an_epoch_that_is_a_tensor():
     feat, target = batch(TORCH)
     config = configuration("kd-kld-dkd", [1.0, lambda epoch: (epoch / 20).clamp(max=1.0)])
@@ -648,7 +649,7 @@ def test_a_schedule_of_an_epoch_that_is_a_tensor():
 
 @both
 def test_a_weight_of_0_takes_a_loss_away(f):
-    """Be it infinite, as where a warm-up begins."""
+    """Even an infinite loss, for example at the start of a warm-up."""
     loss = f.kd.make_loss(configuration("kd-kld-mse", [lambda epoch: 0.0, 1.0]), CLASSES, 20)
     feat, _ = batch(f)
     score = f.numpy(feat["score_stu"]).copy()
@@ -661,7 +662,7 @@ def test_a_weight_of_0_takes_a_loss_away(f):
 @pytest.mark.slow
 @both
 def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
-    """By the parameters that a loss has: every one of this library; of others those with the name."""
+    """They are passed to losses that have these parameters: all losses of this library, and others with these names."""
     feat, target = batch(f)
     names = "kd-bce-mse-sml-dcn-crcd-rkd-diff-skld-kld-eu_mse-dkd-nkd-uskd-uskd_tea-dino"
     loss = f.kd.make_loss(configuration(names), CLASSES, 20)
@@ -672,14 +673,14 @@ def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
     }
 
     def values(options):
-        torch.manual_seed(0)  # of the negatives
+        torch.manual_seed(0)  # for the negatives
         return loss.terms(feat=broken, target=target, where=f.array(rows), **options)
 
     each, mean = f.jit(lambda: [values({"reduction": reduction}) for reduction in ("none", None)])()
     for name in names.split("-")[1:]:
         kept = f.numpy(each[name])
         assert kept.shape == ((3,) if name == "dino" else (BATCH,))
-        number = 2 if name == "dino" else rows.sum()  # of whose pairs of views two are whole
+        number = 2 if name == "dino" else rows.sum()  # both views of two pairs are kept
         assert np.isfinite(kept).all(), name
         assert kept.sum() / number == pytest.approx(f.numpy(mean[name]), rel=1e-4), name
 
@@ -694,7 +695,7 @@ def test_a_mask_and_a_reduction_for_the_losses_that_take_them(f):
 
 
 def spoilt(f, x, rows):
-    """NaN where the mask is False."""
+    """x with NaN where the mask is False."""
     x = f.numpy(x)
     keep = rows.reshape(-1, *[1] * (x.ndim - 1))
     return f.array(np.where(keep, x, np.nan), "float32") if x.dtype.kind == "f" else f.array(x)

@@ -1,4 +1,4 @@
-"""Losses of feature maps at their limits: scales, zeros, powers, one position, and many of them."""
+"""Edge cases of losses of feature maps: scales, zeros, powers, a single position, and many positions."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import kdtorch
 
 both = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 LISTED = ("attention_transfer_loss", "nst_loss", "ab_loss")
-# what does not depend on the scale of a map
+# losses that do not depend on the scale of a map
 SCALELESS = [
     ("attention_transfer_loss", {}),
     ("attention_transfer_loss", {"p": 3}),
@@ -30,7 +30,7 @@ def drawn(*shape, seed=0):
 
 
 def evaluated(f, name, student, teacher, dtype="float64", **options):
-    """The value of each example and the gradient of their sum, of maps whose channels come first."""
+    """The value of each example and the gradient of their sum, for maps with channels first."""
     student, teacher = f.array(student, dtype), f.array(teacher, dtype)
 
     def values(x):
@@ -44,7 +44,7 @@ def evaluated(f, name, student, teacher, dtype="float64", **options):
 @both
 @scaleless
 def test_the_scale_of_a_map_does_not_matter(f, name, options):
-    """In float32 from 1e-30 to 1e30: the value is the same, and the gradient that many times larger or smaller."""
+    """In float32 from 1e-30 to 1e30, the value is the same, and the gradient is inversely proportional to the scale."""
     student, teacher = drawn(3, 4, 3, 5), drawn(3, 4, 3, 5, seed=1)
     value, slope = evaluated(f, name, student, teacher, **options)
     for ours, theirs in ((1e-7, 1.0), (1e10, 1e-7), (1e-30, 1e30), (1.0, 1e10)):
@@ -56,7 +56,7 @@ def test_the_scale_of_a_map_does_not_matter(f, name, options):
 @both
 @scaleless
 def test_maps_and_channels_of_zeros(f, name, options):
-    """They are as good as of length 0: finite, without a gradient, and equal to one another."""
+    """They count as length 0: the results are finite, without a gradient, and zero maps are equal to each other."""
     student, teacher = drawn(4, 3, 2, 4), drawn(4, 3, 2, 4, seed=1)
     student[0], teacher[1], student[2:4], teacher[3] = 0, 0, 0, 0
     student[2, 1] = drawn(2, 4)
@@ -83,7 +83,7 @@ def test_maps_and_channels_of_zeros(f, name, options):
     ids=str,
 )
 def test_high_powers(f, name, options):
-    """In which the largest entry is all that counts: finite, and the float64 value in float32 too."""
+    """Only the largest entry counts then: results are finite, and float32 gives the float64 value."""
     student, teacher = 1e10 * drawn(3, 4, 3, 5), drawn(3, 4, 3, 5, seed=1)
     value, _ = evaluated(f, name, student, teacher, **options)
     got, slope = evaluated(f, name, student, teacher, "float32", **options)
@@ -93,7 +93,7 @@ def test_high_powers(f, name, options):
 
 @both
 def test_one_position(f):
-    """Where there is one, it has all of the attention; a factor over channels is what is left to compare."""
+    """A single position has all of the attention; only a factor over channels is left to compare."""
     student, teacher = drawn(2, 3, 1, 1), drawn(2, 3, 1, 1, seed=1)
     for name, options in (("attention_transfer_loss", {}), ("attention_transfer_loss", {"p": 3}), ("nst_loss", {})):
         value, slope = evaluated(f, name, student, teacher, **options)
@@ -110,7 +110,7 @@ def test_one_position(f):
 
 @both
 def test_odd_powers(f):
-    """Attention has absolute values, so that channels do not cancel; a factor keeps its signs."""
+    """Attention uses absolute values, so that channels do not cancel; a factor keeps its signs."""
     x = drawn(2, 3, 2, 3)
     teacher = drawn(2, 3, 2, 3, seed=1)
     for p in (1, 3, 2.5):
@@ -129,7 +129,7 @@ def test_odd_powers(f):
 
 @both
 def test_entries_of_zero_are_not_pulled(f):
-    """The slope of |f|^p is 0 at 0, also for p = 1, and that of |difference| at a tie."""
+    """The derivative of |f|^p is 0 at 0, also for p = 1, and that of |difference| is 0 at a tie."""
     student, teacher = drawn(2, 3, 2, 2), drawn(2, 3, 2, 2, seed=1)
     student[:, 1] = 0
     for p in (1, 1.5, 2, 3):
@@ -143,7 +143,7 @@ def test_entries_of_zero_are_not_pulled(f):
 @both
 @pytest.mark.parametrize(("channels", "size"), [((3, 5), (10, 9)), ((2, 70), (13, 11)), ((80, 4), (9, 19))], ids=str)
 def test_selectivity_of_many_positions(f, channels, size):
-    """A block of rows at a time gives what the kernels give, value and gradient."""
+    """Blocks of rows give the value and the gradient of the whole kernels."""
     student, teacher = drawn(2, channels[0], *size), drawn(2, channels[1], *size, seed=1)
     x = torch.tensor(student, requires_grad=True)
     u, v = (normalize(z.flatten(2), dim=2) for z in (x, torch.tensor(teacher)))
@@ -157,7 +157,7 @@ def test_selectivity_of_many_positions(f, channels, size):
 
 @both
 def test_selectivity_near_equality(f):
-    """In float32, where the means of kernels would cancel."""
+    """It is accurate in float32, where the means of kernels would cancel."""
     teacher = drawn(2, 8, 6, 6).astype("float32")
     student = (teacher + 1e-3 * drawn(2, 8, 6, 6, seed=1)).astype("float32")
     value, slope = evaluated(f, "nst_loss", student, teacher)
@@ -168,7 +168,8 @@ def test_selectivity_near_equality(f):
 
 @both
 def test_boundaries(f):
-    """A teacher's 0 is not active; at the margin there is no pull; the last map weighs most."""
+    """An entry of 0 in the teacher is not active; there is no gradient at the margin; the last map has the largest
+    weight."""
     student = np.array([1.0, 0.0, -1.0, -3.0, 0.5, -2.0]).reshape(1, 1, 2, 3)
     teacher = np.array([1.0, 0.0, 0.0, 2.0, -0.0, -1.0]).reshape(1, 1, 2, 3)
     value, slope = evaluated(f, "ab_loss", student, teacher)
@@ -184,7 +185,7 @@ def test_boundaries(f):
     ids=str,
 )
 def test_second_derivative_where_student_is_teacher(name, options):
-    """That the value is exactly 0 there must not take the curvature away."""
+    """The value is exactly 0 there, but the curvature must remain."""
     x, direction = (torch.tensor(drawn(2, 3, 3, 2, seed=i)) for i in range(2))
     teacher = x.clone()
 

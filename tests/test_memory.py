@@ -1,4 +1,4 @@
-"""What the losses hold: no array that the row does not allow. Asked of the compiler and the profiler, not of the clock."""
+"""The memory of the losses: no array that the row does not allow, measured by the compiler and the profiler."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ def sizes(loss):
 
 
 def given(loss, package, array):
-    """The inputs in float32, the state as the package's own."""
+    """The inputs in float32, with the state in the package's own type."""
     (inputs,) = draw(loss, sizes(loss), 0)
     inputs = each_array(inputs, lambda x: array(x.astype(np.float32) if x.dtype.kind == "f" else x))
     if loss.state:
@@ -34,7 +34,7 @@ def given(loss, package, array):
 
 
 def largest(loss):
-    """The entries of the largest array that there may be."""
+    """The number of entries of the largest array that is allowed."""
     if loss.memory.largest:
         return loss.memory.largest(sizes(loss))
     (inputs,) = draw(loss, sizes(loss), 0)
@@ -77,7 +77,7 @@ def test_torch(loss, factor):
         if learned:
             result.backward()
     records = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
-    changes = [x.nbytes() for x in sorted(records, key=lambda x: x.start_ns())]  # below 0 where memory is freed
+    changes = [x.nbytes() for x in sorted(records, key=lambda x: x.start_ns())]  # negative if memory is freed
     least = 4 * next(iter(learned or leaves(inputs).values())).numel()  # the gradient, or the result
     assert least <= max(changes) <= 4 * largest(loss)
     assert max(itertools.accumulate(changes)) <= 4 * largest(loss) * loss.memory.torch
@@ -86,9 +86,10 @@ def test_torch(loss, factor):
 @pytest.mark.parametrize(("temperature", "most"), [(1.0, 14), (4.0, 14), (3.0, 16)])
 @pytest.mark.parametrize("shape", [(128, 10), (128, 1000)], ids=str)
 def test_kernels_of_kl(shape, temperature, most):
-    """In eager PyTorch each kernel over the logits is a barrier for its threads: at most 14, forward and backward.
+    """At most 14 kernels over the logits, forward and backward; in eager PyTorch each is a barrier for its threads.
 
-    A division by T that rounds, where T is no power of 2, takes two more: the largest logit is taken off first.
+    If T is not a power of 2, the division by T rounds and needs two more, because the largest logit is subtracted
+    first.
     """
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
     kdtorch.kl_loss(student, teacher, temperature=temperature).backward()

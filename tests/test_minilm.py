@@ -1,4 +1,4 @@
-"""MiniLM where its formula is at an edge: kept cases."""
+"""Edge cases of MiniLM."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def given(sizes=None):
 
 @each
 def test_masked_tokens_are_as_if_they_were_not_there(f):
-    """In the middle too, be they NaN; and the mean is over sequences, however long each is."""
+    """Also in the middle, and even if they hold NaN; the mean is over sequences of any length."""
     inputs, where = given(Sizes((3,), positions=5)), np.array([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
     spoilt = {k: np.where(where[..., None], x, np.nan) for k, x in inputs.items()}
     whole = run(f.name, Case(MINILM, "", (spoilt,), where=where, reduction="none", seed=None))
@@ -48,7 +48,7 @@ def test_one_kept_token(f):
 
 @each
 def test_numbers_whose_products_float32_does_not_hold(f):
-    """Rows that attend to one token alone, the same in student and teacher, or another."""
+    """Rows that attend to only one token, which is the same in student and teacher, or another one."""
     student, teacher = 1e25 * np.eye(4)[None], 1e30 * np.eye(4)[None]
     one = np.concatenate([teacher[:, :1], 2 * teacher[:, :1], teacher[:, 2:]], 1)  # the first attends to the second
     values = []
@@ -57,4 +57,4 @@ def test_numbers_whose_products_float32_does_not_hold(f):
         assert np.isfinite(result.gradients[0]["student"]).all()
         values.append(result.values[0][0])
     assert values[0] == 0
-    assert values[1] > 1e37  # beyond the largest number, or near it
+    assert values[1] > 1e37  # it overflows, or nearly

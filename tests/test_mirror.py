@@ -1,4 +1,4 @@
-"""The two packages hold the same files, names, parameters, defaults and docstrings, and imports run one way."""
+"""The two packages have the same files, names, parameters, defaults and docstrings, and imports have one direction."""
 
 import ast
 import inspect
@@ -19,9 +19,9 @@ from kdlosses.pages import blocks, entries, losses
 
 ROOT = pathlib.Path(kdjax.__file__).parent.parent
 RENAMED = {"key": "generator", "rngs": "generator", "axis_name": "group", "class_axis_name": "class_group"}
-OTHER = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}  # each takes what the other framework has
-ONLY_JAX = {"LossState"}  # PyTorch calls it a buffer
-ONLY_TORCH = {"fuse"}  # `jax.jit` does
+OTHER = {"torch_teacher": "jax_teacher", "torch_loss": "jax_loss"}  # each takes an object of the other framework
+ONLY_JAX = {"LossState"}  # PyTorch has buffers instead
+ONLY_TORCH = {"fuse"}  # `jax.jit` does it
 WITHOUT_GENERATOR = {
     "DynamicCenterNormLoss",
     "USKDLoss",
@@ -29,7 +29,7 @@ WITHOUT_GENERATOR = {
     "ReviewKD",
     "VIDLoss",
     "Projector",
-}  # PyTorch's own layers draw from its global one
+}  # PyTorch's own layers use the global generator
 
 
 def files(package):
@@ -84,12 +84,12 @@ def test_signatures(jax_module, torch_module, name):
             "CRCDLoss",
             "CRDLoss",
             "make_loss",
-        ):  # Flax demands its rngs, PyTorch falls back on its global generator
+        ):  # Flax requires rngs, PyTorch has a global generator as the default
             mine = [(*p[:2], "None") if p[0] == "generator" else p for p in mine]
         assert mine == parameters(theirs)
 
 
-# what kdjax says and what kdtorch says in its place
+# texts of kdjax, and the texts of kdtorch in their place
 SAID = [
     (
         "axis_name: the mesh axis that the batch is spread over, inside `shard_map`.",
@@ -106,9 +106,9 @@ SAID = [
     ("[batch, height, width, out_channels]", "[batch, out_channels, height, width]"),
     ("`kdjax.nn.", "`kdtorch.nn."),
 ]
-# what is left out before that: where random numbers come from, and kdtorch's error of an index out of range
+# removed before the comparison: the source of random numbers, and kdtorch's error for an index out of range
 LEFT_OUT = [r"^ +(key|rngs|generator): .*\n", r"^ +IndexError: an? (label|index|class) .*\n"]
-# what is true of one package alone
+# texts that only one package has
 OWN = {
     "difference_kl_loss": r"The limit is about .*? a row at a time\. |Under `vmap` all three ways are computed\.",
     "euclidean_mse_loss": r"Under `vmap` both ways are computed\.",
@@ -122,7 +122,7 @@ OWN = {
 
 
 def prose(docstring):
-    """All of a docstring but its example, on one line, without what is left out of the comparison."""
+    """A docstring without its example on one line, without the parts that are not compared."""
     text = f"{docstring}\n".partition(">>>")[0]
     for pattern in LEFT_OUT:
         text = re.sub(pattern, "", text, flags=re.M)
@@ -130,7 +130,7 @@ def prose(docstring):
 
 
 def in_one_vocabulary(text):
-    """PyTorch's tensors are arrays."""
+    """The text with "array" instead of "tensor"."""
     return re.sub(r"\ba tensor", "an array", text).replace("tensor", "array").replace("Tensor", "Array")
 
 
@@ -151,7 +151,7 @@ def documented(ours, theirs):
 
 @pytest.mark.parametrize(("jax_module", "torch_module", "name"), PUBLIC, ids=lambda x: x if isinstance(x, str) else "")
 def test_docstrings(jax_module, torch_module, name):
-    """Every word of them; an example differs in its code, and prints the same."""
+    """The texts are equal word by word; examples have different code, but print the same."""
     for ours, theirs in documented(getattr(jax_module, name), getattr(torch_module, name)):
         assert said(ours, name, SAID) == said(theirs, name)
         printed = [re.findall(r"^(?!>>>|\.\.\.).*$", x.partition(">>>")[2], re.M)[1:] for x in (ours, theirs)]
@@ -167,7 +167,7 @@ def test_what_one_package_alone_says_is_there(name):
 
 
 def test_the_docstrings_of_the_packages():
-    """What all losses share is the same to the letter; before it the names of the two are exchanged."""
+    """The section on what all losses share is identical; before it only the names of the two packages are swapped."""
     heading = "What all losses share:"
     (ours, _, shared), (theirs, _, shared_too) = (inspect.getdoc(x).partition(heading) for x in (kdjax, kdtorch))
     assert shared == shared_too != ""
@@ -195,7 +195,7 @@ def test_summaries_of_what_takes_the_other(ours, theirs):
 
 @pytest.mark.parametrize("path", files("kdjax"))
 def test_order(path):
-    """Functions and classes stand in the same order, helpers that one framework alone needs aside."""
+    """Functions and classes have the same order, except helpers that only one framework needs."""
     ours, theirs = (
         [node.name for node in ast.parse((ROOT / package / path).read_text()).body if hasattr(node, "name")]
         for package in ("kdjax", "kdtorch")
@@ -203,7 +203,7 @@ def test_order(path):
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
 
 
-# the arrows: kdlosses <- kdjax, kdtorch <- parity, and nothing of the repository besides
+# what each package may import of the repository: kdlosses <- kdjax, kdtorch <- parity
 BELOW = {"kdlosses": set(), "kdjax": {"kdlosses"}, "kdtorch": {"kdlosses"}, "parity": {"kdlosses", "kdjax", "kdtorch"}}
 JAX, TORCH = {"jax", "jaxlib", "flax", "optax"}, {"torch"}
 OTHERS = {"kdlosses": JAX | TORCH, "kdjax": TORCH, "kdtorch": JAX, "parity": set()}
@@ -223,7 +223,7 @@ OF_THE_REPOSITORY = {
 
 
 def imports(source):
-    """What a file imports, module by module: at once, in functions as they are called, and for the types alone."""
+    """The modules that a file imports: at once, inside functions, and only for types."""
     found = {"at once": set(), "in a function": set(), "for types": set()}
 
     def visit(node, when):
@@ -245,7 +245,7 @@ def imports(source):
 
 
 def strays(path, source):
-    """The imports of a file that go against the arrows."""
+    """The imports of a file that are not allowed."""
     package = path.partition("/")[0]
     above = (OF_THE_REPOSITORY - BELOW[package] - {package}) | OTHERS[package]
     allowed = {"at once": set(), "in a function": CROSSES.get(path, set()), "for types": FOR_TYPES.get(path, set())}

@@ -1,4 +1,4 @@
-"""Modules with a state under what the frameworks do to modules: the state moves, where it is, as in plain calls."""
+"""Modules with a state under the frameworks' transformations: the state is updated in place, as in plain calls."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ def build(f, name):
 
 
 def caller(f, name):
-    """What calls the module with `[6, 4]`, of which the value depends."""
+    """A function that calls the module with an array `[6, 4]`."""
     index, classes, negatives = (f.array(x) for x in (INDEX, CLASSES, NEGATIVES))
     maps = [f.array(np.moveaxis(x, 1, -1) if f is JAX else x, "float32") for x in MAPS]
 
@@ -83,7 +83,7 @@ X = {"jax": JAX.array(ROWS, "float32"), "torch": TORCH.array(ROWS, "float32")}
 
 
 def variables(module):
-    """The Variables that are state, by their paths, and the number that each holds as an array of NumPy."""
+    """The Variables of the state by path, and their values as NumPy arrays."""
     kinds = (kdjax.nn.LossState, nnx.BatchStat)
     return {".".join(map(str, path)): x for path, x in nnx.iter_graph(module) if isinstance(x, kinds)}
 
@@ -97,7 +97,7 @@ def numbers(states):
 
 
 def moved(now, before):
-    """Whether all is another, but for the normalisers, which the first step sets."""
+    """Whether everything has changed, except the normalisers, which the first step sets."""
     return all((now[k] != before[k]).any() for k in before if not ("normalizer" in k and before[k].all()))
 
 
@@ -107,7 +107,7 @@ def same(got, want):
         np.testing.assert_allclose(got[name], want[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-# in JAX: how many steps, and what takes them
+# in JAX: the number of steps, and the function that takes them
 
 LOOPS = {
     "jit": (1, lambda call, m, x: nnx.jit(call)(m, x)),
@@ -161,7 +161,7 @@ def test_transforms_of_flax(name, loop):
 @pytest.mark.parametrize("name", only("dino".__eq__, NAMES))
 @pytest.mark.parametrize("options", [{"copy": True}, {}], ids=["copy", "no copy"])
 def test_merged_inside_grad(name, options):
-    """From a state outside: what the module then holds is inside alone, and is handed out."""
+    """With a state from outside: the merged module has its own Variables inside, and returns its state."""
     call, module, plain = caller(JAX, name), build(JAX, name), build(JAX, name)
     graph, state = nnx.split(module)
     start = numbers(variables(module))
@@ -186,7 +186,8 @@ def test_merged_inside_grad(name, options):
     first(1, [(jax.jit, "dino"), (nnx.grad, "dino"), (jax.vmap, "dino"), *((jax.grad, name) for name in NAMES)]),
 )
 def test_a_module_from_outside_of_a_transformation(transform, name):
-    """An error that says how to mend it; in eval mode, and with another view of it, nothing is to be mended."""
+    """It raises an error that says what to write instead; it works in eval mode, and with another view of the
+    module."""
     call, module = caller(JAX, name), build(JAX, name)
     x = jnp.stack([X["jax"]]) if transform is jax.vmap else X["jax"]
     start = numbers(variables(module))
@@ -207,7 +208,7 @@ def test_a_module_from_outside_of_a_transformation(transform, name):
 
 @pytest.mark.parametrize("name", only("dino".__eq__, NAMES))
 def test_plain_jit_drops_the_state(name):
-    """As the recipe warns: a module is a pytree, and plain `jax.jit` hands out no change of its arguments."""
+    """As the documentation warns: a module is a pytree, and plain `jax.jit` drops changes of its arguments."""
     call, module = caller(JAX, name), build(JAX, name)
     start = numbers(variables(module))
     jax.jit(call)(module, X["jax"])
@@ -216,7 +217,7 @@ def test_plain_jit_drops_the_state(name):
 
 @slow
 def test_an_ensemble_in_jax():
-    """Three memories at once, each with its own batches."""
+    """Three memories at the same time, each with its own batches."""
     call, x = caller(JAX, "crcd"), jax.random.normal(jax.random.key(0), (3, 6, 4), "float32")
 
     @nnx.split_rngs(splits=3)
@@ -246,7 +247,7 @@ def test_copies_in_jax(name):
 
 
 class Called(torch.nn.Module):
-    """A module as one of a single input, after a student of one weight."""
+    """A module with a single input, after a student with one weight."""
 
     def __init__(self, module, call):
         super().__init__()
@@ -275,7 +276,7 @@ def exported(call, module, x):
 
 
 def replicated(call, module, x):
-    """What DataParallel does for its first device: another module, with the same tensors as its attributes."""
+    """Like DataParallel on its first device: another module with the same tensors as its attributes."""
 
     def replica(module):
         copied = module._replicate_for_data_parallel()
@@ -292,7 +293,7 @@ def functional(call, module, x):
 
 
 def differentiated(call, module, x):
-    """The buffers are handed in, for `torch.func.grad` lets nothing write to what it does not know."""
+    """The buffers are arguments, because inside `torch.func.grad` no other tensor can be changed."""
     given = {f"module.{name}": held for name, held in module.named_buffers()}
     torch.func.grad(lambda x, given: torch.func.functional_call(Called(module, call), given, (x,)))(x.detach(), given)
 
@@ -345,21 +346,21 @@ USES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @all_modules
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_modules_in_torch(name, use):
     call, module, plain = caller(TORCH, name), build(TORCH, name), build(TORCH, name)
     before, start = buffers(module), numbers(buffers(module))
     for step, stepped in ((USES[use], module), (USES["eager"], plain)):
-        torch.manual_seed(1)  # of the negatives
+        torch.manual_seed(1)  # for the negatives
         step(call, stepped, X["torch"].clone().requires_grad_())
     after = buffers(module)
     assert all(after[k] is before[k] for k in before), "a buffer was replaced"
     if use != "autocast" or name == "dino":  # the heads are rounded
         same(numbers(after), numbers(buffers(plain)))
     assert moved(numbers(after), start)
-    if use != "fully_shard":  # whose group is gone
+    if use != "fully_shard":  # its process group has ended
         call(module, X["torch"].clone().requires_grad_()).backward()
 
 
@@ -370,7 +371,7 @@ def test_uses_of_modules_in_torch(name, use):
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies_in_torch(name, copied):
-    """After a step under autograd; a copy shares nothing with what it was made of."""
+    """After a step with autograd, a copy shares nothing with the original."""
     call, module = caller(TORCH, name), build(TORCH, name)
     call(module, X["torch"].clone().requires_grad_())
     twin, start = copied(module), numbers(buffers(module))
@@ -420,10 +421,10 @@ def test_an_ensemble_in_torch(name):
 
 @pytest.mark.parametrize("name", ["CRCDLoss", "CRDLoss"])
 def test_no_step_copies_the_memories(name):
-    """Of 4,000 rows a step writes the batch's."""
+    """A step writes only the rows of the batch, out of 4,000."""
     module = getattr(kdtorch.nn, name)(4, 4, 64, 4000, num_negatives=5)
     x = torch.randn(6, 4)
-    module(x, x, torch.arange(6))  # which finds the normaliser
+    module(x, x, torch.arange(6))  # sets the normaliser
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         module(x, x, torch.arange(6)).backward()
     sizes = [x.nbytes() for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
@@ -446,14 +447,14 @@ def test_update_false_leaves_the_state(f, name):
     value = call(functools.partial(module, update=False), X[f.name])
     same(numbers(states()), start)
     again = call(module, X[f.name])
-    if name != "mixture":  # which draws its negatives anew
+    if name != "mixture":  # it draws new negatives
         np.testing.assert_allclose(f.numpy(again), f.numpy(value), rtol=1e-5)
     assert moved(numbers(states()), start)
 
 
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 def test_a_mask_of_stacked_views(f):
-    """As the batch is stacked: an example counts if all its views do, and what is masked may be NaN."""
+    """A mask that is stacked like the batch: an example is kept if all its views are, and masked ones may hold NaN."""
     module, x = build(f, "dino"), RNG.normal(size=(8, 4))
     rows = np.array([True, True, False, True, True, True, True, False])
     broken = np.where(rows[:, None], x, np.nan)

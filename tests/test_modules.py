@@ -1,4 +1,4 @@
-"""The modules of the two packages, with the same weights, give the same numbers."""
+"""The modules of both packages give the same numbers with the same weights."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def copy_weights(ours, theirs):
-    """From a module of Flax to its PyTorch twin, both in float64."""
+    """Copy the weights of a Flax module to its PyTorch counterpart, both in float64."""
     for path, value in nnx.to_flat_state(nnx.state(ours, nnx.Param)):
         value = np.asarray(value[...], np.float64)
         *names, last = (str(key) for key in path if key != "layers")
@@ -77,9 +77,10 @@ RESIZED = {
 
 
 def released(review, maps, sizes, training):
-    """The released connectors, from the deepest map on, with PyTorch's own interpolation, written from the paper.
+    """The released connectors, written from the paper, starting at the deepest map, with PyTorch's own interpolation.
 
-    A deeper map takes the student's size to be fused, and all maps the teacher's size before the last convolution.
+    A deeper map is resized to the student's size to be fused, and all maps to the teacher's size before the last
+    convolution.
     """
 
     def norm(layer, x):
@@ -140,7 +141,7 @@ def test_connectors_resize_as_released(setting, training):
     slopes += [first(x) for x in jax_slopes]
     for a, b in zip([*got, *slopes], [*want, *want, *want_slopes, *want_slopes], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-    for i, connector in enumerate(theirs.connectors):  # the running averages, which training moves alike
+    for i, connector in enumerate(theirs.connectors):  # running averages, which training updates equally
         for name in ("norm1", "norm2"):
             norm, other = getattr(connector, name), getattr(ours.connectors[i], name)
             np.testing.assert_allclose(norm.running_mean.numpy(), other.mean[...], rtol=1e-9, atol=1e-12)
@@ -149,14 +150,15 @@ def test_connectors_resize_as_released(setting, training):
 
 
 def test_nearest_neighbours_are_pytorchs():
-    """For the sizes of maps in use; at a few others, such as 14 to 46, PyTorch's depend on how it rounds the ratio."""
+    """For common sizes of maps; at a few others, such as 14 to 46, PyTorch's result depends on the rounding of the
+    ratio."""
     for size, wanted in itertools.product(
         (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64), repeat=2
     ):
         x = np.arange(float(size), dtype="float32").reshape(1, 1, size, 1)
         want = functional.interpolate(torch.from_numpy(x), (wanted, 3), mode="nearest").numpy()
         assert np.array_equal(kdtorch.nn.reviewkd._resize(torch.from_numpy(x), wanted, 3).numpy(), want)
-        if size % 7 == 0 and wanted % 8 == 0:  # each is compiled
+        if size % 7 == 0 and wanted % 8 == 0:  # only some, because each is compiled
             got = kdjax.nn.reviewkd._resize(np.moveaxis(x, 1, -1), wanted, 3)
             assert np.array_equal(np.moveaxis(np.asarray(got), -1, 1), want)
 
@@ -185,7 +187,7 @@ def last(x):
 
 
 def test_vid():
-    """The value and all gradients, with a mask, from the same weights."""
+    """The value and all gradients with a mask, for the same weights."""
     ours, theirs = kdjax.nn.VIDLoss(3, 6, 4, rngs=nnx.Rngs(0)), kdtorch.nn.VIDLoss(3, 6, 4)
     assert ours.log_scale[...] == pytest.approx(np.log(np.expm1(5 - 1e-5)))
     copy_weights(ours, theirs)
@@ -210,7 +212,7 @@ def test_vid():
 
 @pytest.mark.parametrize(("batch_norm", "training"), [(False, True), (True, True), (True, False)])
 def test_projector(batch_norm, training):
-    """Of a map it makes a 1×1 convolution, of features a linear layer, with the same weights in both packages."""
+    """It applies a 1×1 convolution to maps and a linear layer to features, with the same weights in both packages."""
     ours = kdjax.nn.Projector(3, 4, batch_norm=batch_norm, rngs=nnx.Rngs(0))
     theirs = kdtorch.nn.Projector(3, 4, batch_norm=batch_norm)
     copy_weights(ours, theirs)
@@ -240,7 +242,7 @@ def test_projector(batch_norm, training):
         assert bool((theirs.norm.running_mean != 0).any()) == training
 
 
-MASKED = {  # the arguments, of which the first passes a head
+MASKED = {  # the arguments; the first one goes through a head
     "VIDLoss": ((3, 6, 4), [RNG.normal(size=(4, 3, 2, 2)), RNG.normal(size=(4, 4, 2, 2))]),
     "USKDLoss": ((5, 6), [RNG.normal(size=(4, 5)), RNG.normal(size=(4, 6)), np.arange(4)]),
     "CRCDLoss": ((5, 6, 4, 9), [RNG.normal(size=(4, 5)), RNG.normal(size=(4, 6)), np.arange(4), np.ones((4, 3), int)]),
@@ -250,7 +252,7 @@ MASKED = {  # the arguments, of which the first passes a head
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 @pytest.mark.parametrize("name", MASKED)
 def test_masked_examples_before_a_head_may_hold_nan(f, name):
-    """Their NaN reaches no weight, though 0 times NaN is NaN."""
+    """Their NaN does not reach any weight, although 0 times NaN is NaN."""
     sizes, inputs = MASKED[name]
     where = np.array([True, False, True, True])
     spoilt = [np.where(where.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan) if x.dtype == float else x for x in inputs]
@@ -285,7 +287,7 @@ def test_masked_examples_before_a_head_may_hold_nan(f, name):
     ],
 )
 def test_contrast_with_memories(name, embed):
-    """Three steps from the same weights, memories and negatives."""
+    """Three steps with the same weights, memories and negatives."""
     dims = (4, 4, 4) if embed == "none" else (5, 6, 4)
     ours = getattr(kdjax.nn, name)(*dims, 20, num_negatives=7, embed=embed, rngs=nnx.Rngs(0))
     theirs = getattr(kdtorch.nn, name)(*dims, 20, num_negatives=7, embed=embed)
@@ -334,7 +336,7 @@ def test_negatives_are_drawn_anew(name):
 
 @slow
 def test_a_state_of_numpy():
-    """As every other array of kdjax, a state may be of NumPy."""
+    """A state may consist of NumPy arrays, like all other arrays of kdjax."""
     memories = [np.eye(4, 3), np.ones((4, 3)), np.zeros(()), np.zeros(())]
     index, negatives = np.arange(2), np.array([[2], [3]])
     value, after = JAX.kd.crcd_loss(np.eye(2, 3), np.ones((2, 3)), index, negatives, JAX.kd.CRCDState(*memories))
@@ -350,7 +352,7 @@ def test_an_empty_batch_of_contrast(name):
     assert theirs(torch.zeros(0, 5), torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64)) == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_negatives_of_a_batch_of_any_size():
     torch._dynamo.reset()
     draw = torch.compile(
@@ -360,7 +362,7 @@ def test_negatives_of_a_batch_of_any_size():
 
 
 def test_heads_have_a_precision_of_their_own():
-    """A head cast to half precision, or to float64, takes features of any."""
+    """A head in half precision or float64 accepts features of any precision."""
     x, labels = torch.from_numpy(RNG.normal(size=(4, 8))), torch.arange(4)
     for head in (torch.bfloat16, torch.float32, torch.float64):
         uskd, crcd = kdtorch.nn.USKDLoss(8, 8), kdtorch.nn.CRCDLoss(8, 8, 4, 20, num_negatives=7, embed="nonlinear")

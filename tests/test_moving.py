@@ -1,4 +1,4 @@
-"""Migrating: each ratio on the pages, from the other library itself where it is installed, or from its formula."""
+"""Migrating: checks each factor on the pages, with the other library if it is installed, or with its formula."""
 
 import functools
 import importlib.abc
@@ -39,7 +39,7 @@ FACTORS |= {
     "N": N,
     "α": 0.5,
     "β": 0.8,
-}  # α and β are those of the figures
+}  # with the α and β of the published values
 
 rng = np.random.default_rng(0)
 S, TEACHER = rng.normal(size=(2, BATCH, C))
@@ -69,11 +69,11 @@ def kl():
 
 
 def longer():
-    """The student's features, made longer than the teacher's."""
+    """The student's features, scaled to be longer than the teacher's."""
     return S * 10
 
 
-# torchdistill's losses take what the models gave by the paths of modules
+# torchdistill's losses take the outputs of models by the paths of modules
 A, B = 0.25, 0.4
 PLACES = ("logits", "output", "logits", "output")
 WRAPPED = {
@@ -86,7 +86,7 @@ PAIR = [{side: {"io": "output", "path": str(i)} for side in ("student", "teacher
 
 
 def boundaries(x, y):
-    """The sum over entries of a map as RepDistiller writes it, mean over the batch, at margin 1."""
+    """The sum over the entries of a map as in RepDistiller, averaged over the batch, with margin 1."""
     inactive = (x + 1) ** 2 * ((x > -1) & (y <= 0))
     return (inactive + (x - 1) ** 2 * ((x <= 1) & (y > 0))).sum() / len(x)
 
@@ -104,7 +104,7 @@ def kd(targets, loss=mid_level.KDLoss, **options):
 
 
 def crd():
-    """torchdistill's, of the same memories and places."""
+    """torchdistill's loss, with the same memories and indices."""
     loss = mid_level.CRDLoss("student", "empty", "teacher", C, 9, 3, 9)
     loss.params = torch.tensor([3, 0.07, -1, -1, 0.5], dtype=s.dtype)
     loss.memory_v1, loss.memory_v2 = (x.clone() for x in memories / memories.norm(dim=-1, keepdim=True))
@@ -113,11 +113,11 @@ def crd():
 
 
 def standardized(logits):
-    """As the authors' code has it."""
+    """The standardisation of the authors' code."""
     return (logits - logits.mean(-1, keepdim=True)) / (1e-7 + logits.std(-1, keepdim=True))
 
 
-# and for language models: three sequences of N tokens, of which the labels keep some; TRL shifts them, the others do not
+# language models: three sequences of N tokens, some of them kept by the labels; TRL shifts labels, the others do not
 BETA, SKEW, KEPT = 0.3, 0.2, 3
 TOKENS = rng.normal(size=(2, 3, N, C))
 s3, t3 = map(torch.from_numpy, TOKENS)
@@ -129,7 +129,7 @@ log_p1, log_q1, log_p3, log_q3 = map(log_softmax, (s3, t3, s3 / T, t3 / T))
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules under the names that another library's files import at their head and that its losses do not use."""
+    """Empty modules in place of those that another library imports, but that its losses do not use."""
 
     def __init__(self, *names):
         self.names = names
@@ -163,11 +163,11 @@ def lightly(name):
 
 @functools.cache
 def imported(name, *missing):
-    """A module; the stand-ins are there while it is imported, and only where the packages are not installed."""
+    """Import a module, with empty modules in place of packages that are not installed."""
     stand_ins = StandIns(*missing)
     sys.meta_path.append(stand_ins)
     try:
-        with warnings.catch_warnings(action="ignore"):  # trl.experimental says that it is
+        with warnings.catch_warnings(action="ignore"):  # trl.experimental warns that it is experimental
             return importlib.import_module(name)
     finally:
         sys.meta_path.remove(stand_ins)
@@ -186,7 +186,7 @@ def jsd(**options):
 
 
 def step(trainer):
-    """What a trainer of TRL computes from two models' logits; its own settings are those of the page."""
+    """The loss of a trainer of TRL for the logits of two models, with the settings of the page."""
     cls = getattr(trl(f"experimental.{trainer}.{trainer}_trainer"), f"{trainer.upper()}Trainer")
 
     def model(logits):
@@ -211,7 +211,7 @@ def shifted(**options):
 
 
 def uld_of_gold():
-    """GOLD's loss of the sequences, with one tokenizer on both sides."""
+    """GOLD's loss of the sequences, with the same tokenizer on both sides."""
     settings = {f"uld_{side}_temperature": T for side in ("student", "teacher")}
     settings |= {f"uld_skip_{side}_eos": False for side in ("student", "teacher")}
     settings |= {"uld_crossentropy_weight": 0.0, "uld_distillation_weight": 1.0}
@@ -225,7 +225,7 @@ def per_sequence(values):
 
 
 def distillation_trainer():
-    """In float32 whatever comes; from hidden states and heads."""
+    """TRL's loss from hidden states and heads, which is float32 for any input."""
     loss = trl("trainer.distillation_trainer")._chunked_divergence_loss
     return loss(s3, t3, *2 * [torch.eye(C, dtype=s3.dtype)], kept3, BETA, temperature=T)[0]
 
@@ -236,7 +236,7 @@ def sdpo(kind, student, teacher, trainer="sdpo", alpha=BETA, tokens=None, **opti
 
 
 def served(tail):
-    """TRL's loss on the k largest logarithms of probabilities of a teacher, as its server gives them."""
+    """TRL's loss on a teacher's k largest log-probabilities, as its server returns them."""
     module = trl("experimental.server_distillation.server_distillation_trainer")
     cls = module.ServerDistillationTrainer
     self = types.SimpleNamespace(loss_add_tail=tail, _reduce_divergence_loss=cls._reduce_divergence_loss)
@@ -246,7 +246,7 @@ def served(tail):
 
 
 def top_k(chosen_by, temperature=T, **options):
-    """The teacher's logits of the k classes that are largest for one of the two, and the rest in one."""
+    """Our loss on the k classes with the largest logits of one of the two, and one class for the rest."""
     indices = chosen_by.topk(KEPT).indices
     rest = temperature * (t3 / temperature).scatter(-1, indices, -torch.inf).logsumexp(-1)
     options |= {"temperature": temperature, "where": kept3}
@@ -254,7 +254,7 @@ def top_k(chosen_by, temperature=T, **options):
 
 
 def liger(weights=(0, 1), labels=labels3, student_head=None, kind="JSD", **options):
-    """Liger's loss from hidden states and heads that give the logits above; it adds up in the default dtype."""
+    """Liger's loss from hidden states and heads with the logits above; it accumulates in the default dtype."""
     from liger_kernel import chunked_loss
 
     head = torch.eye(C, dtype=s3.dtype)
@@ -282,12 +282,12 @@ def liger_cosine(student, teacher, **options):
 
 
 def mean_over_kept(values):
-    """Of values for each class: the sum over classes, then the mean over the tokens that the labels keep."""
+    """The sum of values over classes, then the mean over the tokens that the labels keep."""
     return values.sum(-1)[kept3].mean()
 
 
 def mixture_divergence(beta, log_p, log_q):
-    """The divergence for each class as Liger's kernels write it."""
+    """The divergence for each class, as in Liger's kernels."""
     log_m = torch.logaddexp(log_p + np.log(1 - beta), log_q + np.log(beta))
     return beta * log_q.exp() * (log_q - log_m) + (1 - beta) * log_p.exp() * (log_p - log_m)
 
@@ -302,7 +302,7 @@ def forward_kl(student=s3):
 
 @functools.cache
 def torchtune():
-    """torchtune's losses; its package does not import without torchao, which they do not use."""
+    """torchtune's losses. Importing the package requires torchao, which the losses do not use."""
     (folder,) = importlib.util.find_spec("torchtune").submodule_search_locations
     return types.SimpleNamespace(**runpy.run_path(f"{folder}/modules/loss/kd_losses.py"))
 
@@ -324,13 +324,13 @@ def vid_given():
 
 
 def vid():
-    """As RepDistiller and mdistiller write it, of what the regressor gave."""
+    """The loss as in RepDistiller and mdistiller, for the regressor's output."""
     variance = (torch.log(1.0 + torch.exp(SCALES)) + 1e-5).view(1, -1, 1, 1)
     return torch.mean(0.5 * ((student_maps[0] - teacher_maps[0]) ** 2 / variance + torch.log(variance)))
 
 
 def released(figure):
-    """What a published code gave, and what this library gives for the same."""
+    """The result of published code, and that of this library for the same inputs."""
     with np.load(FIGURES / f"{figure}.npz") as file:
         meta = json.loads(file["meta"].tobytes())
         student, teacher = (torch.from_numpy(file[f"in_{name}_logits"]).double() for name in ("student", "teacher"))
@@ -691,7 +691,7 @@ def entropy(log_probabilities):
     return mean_over_kept(-log_probabilities.exp() * log_probabilities)
 
 
-# what has the same gradient: theirs and ours of the student's logits, and what theirs is larger by
+# losses with the same gradient: theirs and ours as functions of the student's logits, and the constant difference
 MIXED = log_softmax((1 - SKEW) * s3 + SKEW * t3)
 SAME_GRADIENT = {
     "trl": {
@@ -754,10 +754,10 @@ def of_labels(logits):
     return log_softmax(logits).gather(-1, labels3.clamp(min=0)[..., None])[..., 0]
 
 
-# self-supervision: views, patches of which some are masked, and prototypes
+# self-supervision: views, patches (some of them masked), and prototypes
 VIEWS = torch.from_numpy(rng.normal(size=(4, 5, C)))
 PATCHES = torch.from_numpy(rng.normal(size=(2, 5, 6, C)))
-MASK = (torch.arange(6) < torch.tensor([2, 4, 1, 2, 0])[:, None]).view(5, 2, 3)  # theirs round 1 / 3 to float32
+MASK = (torch.arange(6) < torch.tensor([2, 4, 1, 2, 0])[:, None]).view(5, 2, 3)  # the others round 1 / 3 to float32
 CENTER = torch.from_numpy(0.1 * rng.normal(size=C))
 FLAT = MASK.flatten(1)
 
@@ -792,12 +792,13 @@ def lightly_targets():
 
 
 def weighed(assignments):
-    """A number for an array of assignments."""
+    """A weighted sum of an array of assignments."""
     return (assignments * torch.arange(assignments.numel()).cos().view_as(assignments)).sum()
 
 
 def dinov2_dino():
-    """Of pairs of different views, as its training loop adds them up: of each of the local views, and of the exchanged global ones."""
+    """DINOv2's loss over pairs of different views, added up as in its training loop: local views, and swapped global
+    ones."""
     q = functional.softmax((VIEWS[:2].flip(-1) - CENTER) / 0.0625, -1)
     log_p = functional.log_softmax(VIEWS / 0.1, -1)
     local = -sum((a * b).sum(-1).mean() for a in q for b in log_p[2:])
@@ -863,7 +864,7 @@ MOVES |= {
 
 
 def table(page):
-    """The first cell and the factor of each row of the page's table of losses."""
+    """The first cell and the factor of each row in a page's table of losses."""
     text = (PAGES / f"{page}.md").read_text()
     losses = re.search(r"^.* their value ÷ ours \|\n\|[- |]*\|\n((?:\|.*\n)*)", text, re.M)[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in losses.splitlines()]
@@ -898,7 +899,7 @@ def test_same_gradient(page):
 
 
 def test_founding_conventions():
-    """On the same inputs, features and scores alike, a term of one convention is the factor times that of the other."""
+    """With the same arrays as features and scores, a term of one convention is the factor times that of the other."""
     names = [name for row in table("founding") for name in re.findall(r"`(\w+)`", row)]
     model = {"METRIC_LOSS_TYPE": "-".join(["kd", *names]), "KD_LOSS_WEIGHT": [1.0] * len(names)}
     config = {"MODEL": model | {"FEAT_DIM": C, "CLS_FEA_NUM": C}}
@@ -938,7 +939,7 @@ def test_an_excluded_class_in_optax():
 
 
 def test_alpha_of_torchdistill():
-    """0 is not the limit of small ones: T² is lost; None needs a beta, and the call ignores it."""
+    """alpha=0 is not the limit of small alphas, because T² is lost; None needs a beta, which the call ignores."""
     assert kd(labels, alpha=1e-9) == pytest.approx(float(kl()), rel=1e-6)
     assert kd(labels, alpha=0) == pytest.approx(float(kl()) / T**2)
     with pytest.raises(TypeError):
@@ -949,7 +950,7 @@ def test_alpha_of_torchdistill():
 
 @pytest.fixture
 def wrapper(monkeypatch):
-    """torchdistill's connectors, without its own models, whose import needs torchvision; the connectors do not."""
+    """torchdistill's connectors, imported without its models, which need torchvision."""
     package = types.ModuleType("torchdistill.models")
     package.__path__ = [str(pathlib.Path(torchdistill.__file__).parent / "models")]
     monkeypatch.setitem(sys.modules, "torchdistill.models", package)
@@ -960,7 +961,7 @@ def wrapper(monkeypatch):
 
 
 def test_weights_of_torchdistills_connectors(wrapper):
-    """Under the names of the page, its connectors' weights make ours give its maps."""
+    """With its weights, renamed as on the page, our connectors return its maps."""
     page = (PAGES / "torchdistill.md").read_text().partition("## Weights of the connectors")[2]
     names = dict(re.findall(r"^\| `([\w.]+)` \| `(\w+)` \|$", page, re.M))
     widths, sizes = [(2, 5), (3, 4), (4, 3)], (8, 4, 2)
@@ -987,7 +988,7 @@ def test_weights_of_torchdistills_connectors(wrapper):
 
 
 def test_where_of_optax_masks_classes():
-    """In the cross-entropy it leaves the normaliser too; in `kl_divergence`, the sum alone."""
+    """In the cross-entropy it removes classes from the normaliser too; in `kl_divergence` only from the sum."""
     kept = jnp.arange(C) % 3 > 0
     x, y = S / T, TEACHER / T
     left_out = [jnp.where(kept[None], z, -jnp.inf) for z in (x, y)]
@@ -1007,13 +1008,13 @@ def test_targets_of_optax_need_not_be_a_distribution():
     assert optax.losses.generalized_kl_divergence(log_p, jnp.exp(log_p) / 2).min() > 0
     unchanged = optax.losses.generalized_kl_divergence(log_p, q)
     np.testing.assert_allclose(unchanged, optax.losses.kl_divergence(log_p, q), rtol=1e-10)
-    ours = kdjax.kl_loss(S, jnp.log(q / 2))  # logits of any level
+    ours = kdjax.kl_loss(S, jnp.log(q / 2))  # logits up to a constant
     assert ours == pytest.approx(float(optax.losses.kl_divergence(log_p, q).mean()))
 
 
 @pytest.mark.parametrize("far", [-1, 1])
 def test_dkd_of_mdistiller_is_inf_where_the_label_is_far_from_the_rest(far):
-    """Its probabilities underflow in float32, whichever way."""
+    """Its probabilities underflow in float32, in either direction."""
     label = torch.tensor([0])
     for distance, finite in ((95, True), (104, False), (1000, False)):
         student, teacher = torch.zeros(2, 1, C)
@@ -1028,7 +1029,7 @@ def test_dkd_of_mdistiller_is_inf_where_the_label_is_far_from_the_rest(far):
 
 
 def test_the_ends_of_beta():
-    """Near them it is about that fraction of a KL divergence, at them the whole; TRL, Liger and here."""
+    """Near the ends it is about that fraction of a KL divergence, at the ends the whole; in TRL, Liger and kdlosses."""
     small = 1e-5
     for beta, kl in ((0, forward_kl()), (1, reverse_kl())):
         near = abs(beta - small)
@@ -1043,7 +1044,8 @@ EXCLUDED, BOTH, ALL = (torch.tensor([[*x]]) for x in ((1, 0, -np.inf, 2), (0, 1,
 
 @pytest.mark.parametrize("theirs", ["trl", "liger"])
 def test_an_excluded_class_in(theirs):
-    """A term of 0 times infinity, which is NaN; at the ends, where the divergence is inf, it has no such term."""
+    """It has a term of 0 times infinity, which is NaN; at the ends of beta, where the loss is inf, it has no such
+    term."""
     loss = trl("experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss if theirs == "trl" else liger_function
     for student, teacher in ((EXCLUDED, BOTH), (EXCLUDED, ALL), (ALL, EXCLUDED)):
         for beta in (0, BETA, 1):
@@ -1059,7 +1061,7 @@ def test_an_excluded_class_in(theirs):
 
 
 def test_an_excluded_class_in_torchtune():
-    """Its reverse KL drops the class from the value, not from the gradient."""
+    """Its reverse KL removes the class from the value, but not from the gradient."""
     for student, teacher in ((EXCLUDED, BOTH), (EXCLUDED, ALL), (ALL, EXCLUDED)):
         x = student.clone().requires_grad_()
         theirs, ours = torchtune().ReverseKLLoss()(x, teacher, torch.tensor([0])), kdtorch.reverse_kl_loss(x, teacher)
@@ -1083,7 +1085,7 @@ def test_tokens_ignored_throughout():
 
 
 def test_vocabularies_in_liger():
-    """The student's shorter one is filled up with logits of 0, which take part."""
+    """The student's shorter vocabulary is padded with logits of 0, which affect the loss."""
     head = torch.eye(C, dtype=s3.dtype)
     filled = torch.cat([s3[..., :-1], torch.zeros(3, N, 1, dtype=s3.dtype)], -1)
     ours = kdtorch.jsd_loss(filled, t3, beta=BETA, temperature=T, where=kept3)
@@ -1096,7 +1098,7 @@ def test_vocabularies_in_liger():
 
 
 def test_settings_of_trl():
-    """The defaults that the page names."""
+    """The defaults that the page mentions."""
     page = (PAGES / "trl.md").read_text()
     for name, module in (
         ("GKDConfig", "experimental.gkd.gkd_config"),
@@ -1112,7 +1114,7 @@ def test_settings_of_trl():
 
 
 def test_js_distance_of_distillm_underflows():
-    """Of a class 104 below the others in both, in float32."""
+    """In float32, for a class whose logits are 104 below the others in both."""
     student = teacher = torch.tensor([[0.0, -104.0]])
     mixture = 0.5 * functional.softmax(student, -1) + 0.5 * functional.softmax(teacher, -1)
     assert (functional.softmax(student, -1) * mixture.log()).isnan().any()
@@ -1136,7 +1138,7 @@ def test_lightly_leaves_no_stand_ins():
 
 
 def test_no_masked_patch_in_lightly():
-    """Its centre is NaN from then on; ours stays."""
+    """Its centre becomes NaN and stays NaN; ours does not change."""
     loss = lightly("ibot_loss").IBOTPatchLoss(C).double()
     nothing = torch.zeros_like(MASK)
     loss(*(x[nothing.flatten(1)] for x in PATCHES), nothing)
@@ -1146,7 +1148,7 @@ def test_no_masked_patch_in_lightly():
 
 
 def test_large_logits_in_lightly():
-    """In float32 its exponentials are infinite from t / T = 88.7 on, and its assignments NaN."""
+    """In float32 its exponentials overflow from t / T = 88.7 on, and its assignments become NaN."""
     rows = torch.tensor([[3.6, 0.0], [0.0, 1.0]])
     assert lightly("swav_loss").sinkhorn(rows, epsilon=0.04).isnan().any()
     assert kdtorch.sinkhorn_knopp(rows, temperature=0.04).sum(1).tolist() == pytest.approx([1, 1])

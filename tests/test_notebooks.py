@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and hold what such a run puts out."""
+"""The notebooks run from the first cell to the last, and contain the outputs of such a run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_a_run_gives_what_is_kept(name, tmp_path):
         kinds = [[(x["output_type"], *x.get("data", ())) for x in cell.get("outputs", ())] for cell in (old, new)]
         assert kinds[0] == kinds[1]
     assert NUMBER.sub("", printed(kept)) == NUMBER.sub("", printed(now))  # nothing from pip, no warning
-    # in percent; another machine may round otherwise
+    # in percent; another machine may round differently
     assert list(map(float, NUMBER.findall(printed(now)))) == pytest.approx(
         list(map(float, NUMBER.findall(printed(kept)))), abs=4
     )

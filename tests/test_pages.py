@@ -1,4 +1,4 @@
-"""`python -m kdlosses`, `kdjax` and `kdtorch`: every loss, and its page, in a terminal of 80 columns."""
+"""`python -m kdlosses`, `kdjax` and `kdtorch`: the table of losses and all pages, in a terminal of 80 columns."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ LOSSES = [(package, name) for package in (kdjax, kdtorch) for name in losses(pac
 
 @pytest.fixture
 def page(monkeypatch, capsys):
-    """What the command prints; its exit status must be the one that is expected."""
+    """Run the command, check its exit status, and return what it prints."""
 
     def run(package, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", ["", *arguments])
@@ -42,7 +42,7 @@ def page(monkeypatch, capsys):
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_the_table(page, package):
     text = page(package)
-    # a line a name, and beside the first what the loss compares, needs and whose it is
+    # one line per name; the first also has what the loss compares, what it needs, and its paper
     assert re.search(r"^ dkd_loss +Decoupled .* labels +Zhao et al., CVPR", text, re.M)
     assert re.search(r"^ dkd_loss .*\n dkd +\w+", text, re.M)
     assert re.search(r"^ crcd_loss +Complementary +index +Zhu et al., CVPR", text, re.M)
@@ -95,7 +95,7 @@ except SystemExit as left:
     ],
 )  # fmt: skip
 def test_with_what_is_installed(hidden, having, array, notes):
-    """Neither framework is loaded for it, and one of them is enough."""
+    """Neither framework is loaded, and it works if only one of them is installed."""
 
     def printed(*arguments):
         command = [sys.executable, "-c", HIDDEN, hidden, *arguments]
@@ -211,7 +211,7 @@ def test_an_unknown_name(page, package):
         ("contrastive", "crcd_loss or crd_loss"),
         ("tokenizers", "uld_loss"),
         ("Logit standardization", "standardize_logits"),
-        ("Neuron Selectivity Transfer", "nst_loss"),  # the paper, by the docstring alone
+        ("Neuron Selectivity Transfer", "nst_loss"),  # the title of the paper, found in the docstring
     ],
 )
 def test_a_name_of_a_paper_or_a_method(page, asked, meant):

@@ -1,4 +1,5 @@
-"""Where losses over pairs of samples are easy to get wrong: rows far from the origin, opposite, of no length, tied, or few."""
+"""Difficult cases for losses over pairs of samples: rows far from the origin, opposite rows, zeros, ties, and few
+rows."""
 
 import functools
 
@@ -26,12 +27,12 @@ def drawn(seed=0, batch=6):
 
 
 def _far(s, t):
-    """Near one another and far from the origin: of the products of such rows float32 has no digit of a distance."""
+    """Rows that are close to each other and far from the origin; float32 products of such rows lose all distances."""
     return s + 1e4, t - 1e4
 
 
 def _opposite(s, t):
-    """Of two rows the sum is nothing, or next to nothing, for the student, the teacher or both."""
+    """Two rows whose sum is 0, or nearly 0, in the student, the teacher or both."""
     s[1], s[3], t[3], t[5] = -s[0], -2 * s[2] + 1e-3, -t[2], -t[4] + 1e-4
     return s, t
 
@@ -42,7 +43,7 @@ def _zero(s, t):
 
 
 def _tied(s, t):
-    """The corners of a square are farthest apart twice, and the first pair of them is meant."""
+    """The corners of a square, where two pairs are farthest apart; the first one is used."""
     corners = np.zeros_like(s)
     corners[1:5, :2] = [[1, 1], [1, -1], [-1, 1], [-1, -1]]
     return corners + np.arange(5), t
@@ -63,7 +64,7 @@ ANGULAR = (
     "similarity_loss",
     "pkt_loss",
     "correlation_loss",
-)  # whose rows far from the origin are one row, but for rounding
+)  # for these, rows far from the origin coincide up to rounding
 
 
 @framework
@@ -72,7 +73,7 @@ ANGULAR = (
     ("name", "case"), [(name, case) for name in NAMES for case in CASES if case != "far" or name not in ANGULAR]
 )
 def test_the_formula(framework, dtype, name, case):
-    """Value and gradient are the formula's, within the ordinary limits; where all rows are equal both may be 0."""
+    """Value and gradient agree with the formula within the usual limits; if all rows are equal, both may be 0."""
     inputs = dict(zip(("student", "teacher"), CASES[case](*drawn()), strict=True))
     inputs = {key: x.astype(np.float32).astype(np.float64) for key, x in inputs.items()}
     loss = ROWS[name]
@@ -86,7 +87,8 @@ def test_the_formula(framework, dtype, name, case):
 @pytest.mark.parametrize("name", ["similarity_loss", "correlation_loss", "instance_graph_loss", "rkd_loss"])
 @pytest.mark.parametrize("factor", [1e-7, 1e-30, 1e30])
 def test_no_scale_of_the_features_is_felt(framework, name, factor):
-    """In float32: released codes of similarity give 0.45 for 0 at 1e-7. The gradient is the smaller the longer the rows."""
+    """In float32, where released code of similarity gives 0.45 instead of 0 at 1e-7. Longer rows have smaller
+    gradients."""
     student, teacher = (x.astype(np.float32) for x in drawn())
     factor = 2.0 ** round(np.log2(factor))
     plain, scaled = (value_and_slope(framework, name, x, teacher) for x in (student, np.float32(factor) * student))
@@ -105,7 +107,7 @@ def value_and_slope(framework, name, student, teacher):
 
 
 def test_the_first_of_tied_pairs_has_the_gradient():
-    """Of rows at 0, 2, 0 and 2 the first two are meant: the gradient of the largest distance is theirs."""
+    """With rows at 0, 2, 0 and 2, the first two rows get the gradient of the largest distance."""
     student = torch.tensor([[0.0], [2.0], [0.0], [2.0], [1.0]], requires_grad=True)
     teacher = torch.tensor([[0.0], [2.0], [0.3], [1.5], [1.0]])
     value = kdtorch.instance_graph_loss(student, teacher)
@@ -128,7 +130,7 @@ def test_an_order_that_is_no_number_is_an_error(framework):
 
 @slow
 def test_another_number_of_rows_at_once_changes_nothing(monkeypatch):
-    """A large batch goes by blocks, in kdtorch; rkd meets each triple in one of them."""
+    """kdtorch computes a large batch in blocks; in rkd each triple is in one of them."""
     from kdtorch.relations import _pairs
 
     student, teacher = (torch.from_numpy(x) for x in drawn(batch=40))

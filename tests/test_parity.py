@@ -1,4 +1,4 @@
-"""kdjax = kdtorch = oracle, over the one table of cases: values, gradients, states, in every precision."""
+"""kdjax, kdtorch and the oracle agree on all cases of the table: values, gradients and states, in every precision."""
 
 import dataclasses
 import sys
@@ -12,7 +12,7 @@ from parity.compare import Comparison, difference
 from parity.run import run
 
 CASES = [case for loss in LOSSES for case in cases(loss)]
-# half precision is a cast at the boundary: the cases that share one compiled program are enough here
+# half precision is only a cast of inputs and outputs, so the cases that share one compiled program are enough
 ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
 # the rounding of these is that of the ordinary case: only their shape or reduction differs, which float64 shows
 OTHER_SHAPES = ("axes", "classes", "example", "none", "sum")
@@ -23,7 +23,7 @@ def is_run(case, dtype):
 
 
 def tier(case, dtype):
-    """In float64 the ordinary case and those that share its compiled program, in float32 one loss of a kind; the rest is slow."""
+    """The tier of a case. In the first: in float64 the cases that share a program, in float32 one loss of each kind."""
     ordinary = dtype == "float32" and case.name == "ordinary" and case.loss.name in REPRESENTATIVES
     quick = ordinary or (dtype == "float64" and case.name in ONE_PROGRAM)
     return pytest.param(case, dtype, marks=() if quick else slow)
@@ -48,7 +48,7 @@ def test_torch_in_float32(loss):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 @pytest.mark.parametrize("seeds", first(1, [range(2), range(2, 10)]), ids=["few", "many"])
 def test_random_draws(seeds, loss):
-    """PyTorch alone, which need not compile; `python -m parity --tries` draws for both."""
+    """Only in PyTorch, which does not compile; `python -m parity --tries` tests both."""
     for seed in seeds:
         comparison = Comparison(tuple(check(random_case(loss, seed), "float64", ["torch"])))
         assert comparison.passed, f"\n{comparison}"
@@ -58,7 +58,7 @@ def test_random_draws(seeds, loss):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 @pytest.mark.parametrize(("size", "every"), [(8, True), (10, False)])
 def test_in_blocks(size, every, loss, monkeypatch):
-    """PyTorch on a CPU takes large batches in blocks: here of a row, of two rows and the one that is left."""
+    """PyTorch on a CPU computes large batches in blocks, in this test of one row, or of two rows with one left over."""
     modules = [x for name, x in sys.modules.items() if name.startswith("kdtorch") and hasattr(x, "BLOCK")]
     for module in modules:
         monkeypatch.setattr(module, "BLOCK", size)
@@ -69,7 +69,7 @@ def test_in_blocks(size, every, loss, monkeypatch):
 
 @slow
 def test_a_step_of_every_entry_gives_what_a_step_of_all_examples_gives():
-    """The oracle moves all examples at once where none has a part in another's value."""
+    """The oracle steps all examples at once if their values do not depend on each other."""
     for loss in (x for x in LOSSES if not x.batch_coupled):
         case = next(cases(loss))
         alone = dataclasses.replace(case, loss=dataclasses.replace(loss, batch_coupled=True))

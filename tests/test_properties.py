@@ -1,6 +1,6 @@
-"""Every law of `laws.py` on 10 drawn examples of every loss, in JAX of one loss of a kind.
+"""All properties in `laws.py` on 10 random examples of each loss, in JAX only for one loss of each kind.
 
-On 100 of every loss, in JAX on 20, by `make test-all`, on 20,000 by `make fuzz`.
+`make test-all` tests 100 examples of each loss, in JAX 20, and `make fuzz` 20,000.
 """
 
 import hypothesis
@@ -36,5 +36,5 @@ def test_laws(draws, name, loss):
         laws.obey(trials[-1])
 
     each()
-    if name == "torch" or draws > 10:  # JAX compiles a program for each of these laws
+    if name == "torch" or draws > 10:  # JAX compiles a program for each of these properties
         laws.obey_together(name, loss, trials)

@@ -1,4 +1,4 @@
-"""n ranks of a process group give the numbers of one: every loss of the table, and what goes wrong."""
+"""Several ranks of a process group give the results of one: all losses of the table, and errors."""
 
 import functools
 import signal
@@ -25,7 +25,7 @@ def start(function, number, folder, *arguments):
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def results(request, tmp_path_factory):
-    """What each rank computed."""
+    """The results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     start(ranks.every_loss, request.param, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
@@ -40,7 +40,9 @@ def alone(title, masked):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "uneven"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 def test_every_loss(loss, masked, results):
-    """The mean over ranks is the loss of the whole batch; DistributedDataParallel's gradients, and all states, are its own."""
+    """The mean over ranks is the loss of the whole batch, DistributedDataParallel's gradients are its gradients, and
+    the
+    states are equal."""
     number = len(results)
     for i, want in enumerate(alone(loss.title, masked)):
         got = [result[loss.title, masked][i] for result in results]
@@ -72,7 +74,7 @@ def wrong(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [loss.name for loss in ranks.OF_TWO])
 def test_batches_of_different_sizes(name, wrong):
-    """An error on every rank that names both."""
+    """All ranks raise an error that names both sizes."""
     for rank, result in enumerate(wrong):
         here, there = (3, 2) if rank == 0 else (2, 3)
         assert result[f"sizes {name}"].startswith(
@@ -87,7 +89,7 @@ def test_a_group_without_this_rank(wrong):
 
 @pytest.mark.parametrize("name", [loss.name for loss in ranks.WITH_STATE])
 def test_one_rank_with_nan(name, wrong):
-    """The loss of the batch is NaN; what would not be a number is remembered on no rank, the rest on all alike."""
+    """The loss of the batch is NaN; the states stay finite, and equal on all ranks."""
     assert np.isnan(np.mean([x[f"nan {name}"]["value"] for x in wrong]))
     for a, b in zip(wrong[0][f"nan {name}"]["after"], wrong[1][f"nan {name}"]["after"], strict=True):
         assert a.isfinite().all()
@@ -96,7 +98,7 @@ def test_one_rank_with_nan(name, wrong):
 
 @pytest.mark.parametrize("name", [loss.name for loss in ranks.WITH_STATE])
 def test_a_rank_without_examples(name, wrong):
-    """A masked rank adds nothing; where all are masked, the answer is 0 and the state stays."""
+    """A masked rank contributes nothing; if all are masked, the loss is 0 and the state does not change."""
     masked, nothing = ([x[f"{kind} {name}"] for x in wrong] for kind in ("masked", "nothing"))
     assert masked[0]["value"] > 0
     assert masked[1]["value"] == 0
@@ -136,7 +138,7 @@ def test_memories_in_shards(name, places, wrong):
 
 
 def test_modules_carry_their_state(wrong):
-    """The centre is in the state_dict, the same on all ranks, and moves once for two micro-batches."""
+    """The centre is in the state_dict, equal on all ranks, and is updated once for two micro-batches."""
     centers = [x["module"]["loss.center"] for x in wrong]
     assert centers[0].equal(centers[1])
     teachers = [torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(rank)).double()[1] for rank in range(2)]
@@ -147,7 +149,7 @@ def test_modules_carry_their_state(wrong):
 
 
 def test_a_killed_rank(tmp_path):
-    """The others end with an error, within the timeout."""
+    """The other ranks end with an error within the timeout."""
     context = torch.multiprocessing.start_processes(
         ranks.killed, (2, str(tmp_path)), nprocs=2, join=False, start_method="spawn"
     )

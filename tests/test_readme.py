@@ -1,4 +1,5 @@
-"""The code of the README and of the pages of docs/ runs as printed (docs/losses has its own test); the table holds."""
+"""The code in the README and in docs/ runs as printed (docs/losses has its own test); the README's table is
+complete."""
 
 import json
 import pathlib
@@ -18,7 +19,7 @@ from kdlosses.pages import losses
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(x for x in (ROOT / "docs").rglob("*.md") if x.parent.name != "losses")]
 CODE = {str(x.relative_to(ROOT)): re.findall(r"^ *```python\n(.*?)^ *```", x.read_text(), re.S | re.M) for x in PAGES}
-# each block as a program of its own, but for the imports, which take most of the time
+# runs each block as its own program, but imports only once, because that takes most of the time
 RUN = """
 import contextlib, io, json, sys
 printed = []
@@ -49,7 +50,7 @@ def test_code(page):
 
 @pytest.mark.parametrize("package", [kdjax, kdtorch], ids=lambda x: x.__name__)
 def test_the_table_of_families_names_and_links_every_loss(package):
-    """A family is a folder of the package."""
+    """Each family is a folder of the package."""
     rows = re.findall(r"^\| (\w.*?) \| (\[.*?) \|", (ROOT / "README.md").read_text(), re.M)
     links = {family: re.findall(r"\[`(\w+)`\]\((.*?)\)", cell) for family, cell in rows}
     want = {}

@@ -1,4 +1,4 @@
-"""Every recipe runs, as a user runs it, and does what its page says."""
+"""All recipes run as a user runs them, and do what their pages say."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]  #
 
 @pytest.fixture(autouse=True)
 def float64_in_jax():
-    """Not here: recipes run as a user runs them, and Optax's Adam relies on promotion."""
+    """Not for recipes, which run with the settings of a user; Optax's Adam relies on promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -76,7 +76,7 @@ def test_flax(name, run):
     assert names["accuracy"] > 0.88
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_torch_compile(run):
     names = run("torch_compile")
     falls(names["losses"])
@@ -85,7 +85,7 @@ def test_torch_compile(run):
 
 
 @pytest.mark.filterwarnings(r"ignore:.isinstance\(treespec, LeafSpec\). is deprecated:FutureWarning")  # Lightning's own
-@pytest.mark.filterwarnings("ignore:Found 5 module.s. in eval mode at the start of training")  # the teacher, as meant
+@pytest.mark.filterwarnings("ignore:Found 5 module.s. in eval mode at the start of training")  # as intended
 def test_lightning(run):
     names = run("lightning_module")
     falls(names["losses"])
@@ -99,12 +99,12 @@ def test_huggingface(run, offline):
     falls(names["losses"])
     assert names["accuracy"] > 0.88
     assert names["trainer"].state.global_step == 160
-    assert names["losses"][0] < 16  # of a student that guesses: the accumulated loss is a mean, not a sum
+    assert names["losses"][0] < 16  # the loss of a guess, so the accumulated loss is a mean, not a sum
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # to be put back after the recipe has set it
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # restored after the recipe has set it
 
 
 def test_huggingface_tokens(run, offline, tmp_path):
@@ -130,7 +130,7 @@ def test_huggingface_tokens(run, offline, tmp_path):
         assert whole.norm() > 0.1
         assert (moved(kind, 4) - whole).norm() < 1e-5 * whole.norm()
 
-    # the mask: what the labels leave out, and padding, is as if it were not there
+    # the mask: padding and tokens that the labels leave out contribute nothing
     trainer, batch = names["trainer"], names["collate"](data)
     alone = [names["collate"]([row]) for row in data]
     tokens = (batch["labels"][:, 1:] != -100).sum()
@@ -138,7 +138,7 @@ def test_huggingface_tokens(run, offline, tmp_path):
         together = trainer.compute_loss(trainer.model, batch).item() * tokens.item()
         one_by_one = [trainer.compute_loss(trainer.model, x, num_items_in_batch=1).item() for x in alone]
         assert together == pytest.approx(sum(one_by_one), rel=1e-5)
-        # the shift: from hidden states as from logits, each of which is for the token after it
+        # the shift: the same from hidden states as from logits, which predict the next token
         logits, taught = (net(batch["input_ids"]).logits for net in (trainer.model, trainer.teacher))
         losses = kl_loss(logits, taught, temperature=2.0, reduction="none")
         predicting = [(i, t - 1) for i, row in enumerate(data) for t, x in enumerate(row["labels"]) if x != -100]
@@ -157,7 +157,7 @@ def test_trl_gkd(run, offline):
     assert ours == pytest.approx(value, rel=1e-5)
     assert (our_gradient - gradient).norm() < 1e-5 * gradient.norm()
     theirs, ours = names["held"].values()
-    assert ours < 80 < 500 < theirs  # of which the gradient takes 62.5
+    assert ours < 80 < 500 < theirs  # the gradient takes 62.5
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -205,7 +205,7 @@ def test_lightning_cache(run, tmp_path):
 
     whole = curve(1)
     assert whole[-1] < 0.95 * whole[0]
-    assert torch.allclose(curve(4), whole, rtol=1e-5)  # the same steps, of parts that keep different numbers of tokens
+    assert torch.allclose(curve(4), whole, rtol=1e-5)  # the parts keep different numbers of tokens
 
     index = torch.tensor([5, 300, 7])
     (part,) = names["read"](cache, 1, index.tolist())
@@ -215,7 +215,7 @@ def test_lightning_cache(run, tmp_path):
         hard = names["next_byte"](logits, tokens[index], reduction="sum")
         full = kl_loss(logits, taught, temperature=names["T"], where=kept, reduction="sum")
         soft = names["Distillation"](student).total(**part) - hard
-    assert 0.8 * full < soft < 1.001 * full  # less than of all logits, on the same places
+    assert 0.8 * full < soft < 1.001 * full  # less than with all logits, at the same positions
 
 
 def test_nnx_mesh(run):
@@ -243,7 +243,7 @@ def test_nnx_mesh(run):
 
         return jax.jit(jax.value_and_grad(total, (0, 1)))(*wide[:2])
 
-    # on eight devices, whole and in parts, as on one by way of the logits
+    # on eight devices, as a whole and in parts, the results are those of one device with logits
     kept = np.asarray(tokens)[:, 1:] > 0
     wide = [np.asarray(x, "float32") for x in (hidden, head, *taught)]
     value, gradients = jax.jit(jax.value_and_grad(by_logits, (0, 1)))(*wide[:2])
@@ -261,9 +261,9 @@ def test_tokenizers(framework, run):
     (before, hard), (_, both), (_, alone) = names["bits"].values()
     assert hard < 0.8 * before
     assert both < 0.8 * before
-    assert alone > before  # which knows no token
+    assert alone > before  # ULD alone does not know which token is which
     assert names["blind"] < 1e-5
-    # the logits that are compared follow the same text, and something follows
+    # the logits that are compared follow the same text, and are not at its end
     student, teacher, text = names["STUDENT"], names["TEACHER"], names["TRAIN"][0]
     ours, theirs = student.encode(text).offsets, teacher.encode(text).offsets
     data = {name: x[0] for name, x in names["data"].items()}
@@ -332,7 +332,7 @@ def test_on_policy(framework, run):
     (before, _), _ = names["divergences"]["sampled tokens, the score"]
     assert after["reverse_kl_loss"][0] < after["the score"][0] < after["k3 direct"][0] < before / 2
     assert after["k3 direct"][1] < after["the score"][1]  # the other direction
-    assert after["k1 direct"][0] > before  # which does nothing but add noise
+    assert after["k1 direct"][0] > before  # it only adds noise
     exact, right = float(names["exact"]), np.asarray(names["right"])
     for (estimator, gradient), (mean, _, slope, _) in names["found"].items():
         if estimator != "k2":
@@ -395,7 +395,7 @@ def test_dino(framework, run):
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_dinov2(framework, run):
-    """Features learned without a label are better than those of random weights, centred and balanced."""
+    """Features trained without labels, centred or balanced, are better than those of random weights."""
     names = run(f"dinov2_{framework}")
     for losses in (names["losses"], names["other_losses"]):
         assert np.isfinite(losses).all()
@@ -405,7 +405,7 @@ def test_dinov2(framework, run):
 
 
 def test_training_nnx(run):
-    """A resumed run has the same bits, which it has not without the centre; the average is worth nothing without statistics."""
+    """A resumed run has the same bits, but not without the centre; the average is useless without its statistics."""
     names = run("training_nnx")
     check_training(names)
     half, stop = names["HALF"], names["HALF"] + 3
@@ -448,7 +448,7 @@ def test_training_torch(run):
 
 
 def check_training(names):
-    assert np.mean(names["losses"][-5:]) < 0.95 * names["losses"][0]  # though the weight of one part has grown
+    assert np.mean(names["losses"][-5:]) < 0.95 * names["losses"][0]  # although the weight of one part has grown
     accuracies = names["accuracies"]
     assert min(accuracies["student"], accuracies["average"]) > 0.5
     assert accuracies["parameters alone"] < 0.2  # chance is 0.1
@@ -511,8 +511,9 @@ print(float(keras.ops.convert_to_numpy(by_hand)), names["report"]["distillation_
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_keras(backend, tmp_path):
-    """In a process of its own, for Keras reads its backend once; its sum is that of the losses called by hand."""
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]  # Keras' own, of NumPy
+    """In a process of its own, because Keras reads its backend once; the total is that of the losses called
+    directly."""
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]  # Keras' own use of NumPy
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{RECIPES}", "OMP_NUM_THREADS": "1"}
     environment |= {"KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
     command += ["-c", KERAS, str(RECIPES / "keras_distiller.py")]

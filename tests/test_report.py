@@ -19,7 +19,7 @@ FAST = ["--loss", "mse_loss", "--dtype", "float32"]
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """The tool sets JAX for its process."""
+    """Restore the settings of JAX, which the command changes for its process."""
     yield
     jax.config.update("jax_enable_x64", False)
 
@@ -82,11 +82,11 @@ def test_one_framework_alone(capsys):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_compiled(capsys):
     torch._dynamo.reset()
     assert main([*FAST, "--framework", "torch", "--compile", "--tries", "1"]) == 0
-    assert "to torch" in capsys.readouterr().out  # the compiled against the eager
+    assert "to torch" in capsys.readouterr().out  # compiled compared with eager
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_bad_arguments_fail_before_the_run(arguments, says, capsys):
 
 
 def comparison():
-    """Three subjects; one far off, one incomparable."""
+    """A comparison of three subjects; one is far off, and one cannot be compared."""
     common = {"case": "ordinary", "one": "torch", "other": "oracle", "part": "value", "limit": 16.0}
     rows = [("b_loss", 2.0, ""), ("c_loss", 3e4, ""), ("a_loss", 0.5, "")]
     found = [
@@ -161,7 +161,7 @@ def test_the_page_in_a_browser(tmp_path, browser):
     }
     assert len(shades) >= 4
     assert browser.get_log("browser") == []
-    browser.set_window_size(500, 800)  # a telephone: the page stays, its tables scroll
+    browser.set_window_size(500, 800)  # a phone: tables scroll, and the page does not
     assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
     screenshot = pathlib.Path(tmp_path / "page.png")
     assert browser.save_screenshot(str(screenshot))

@@ -1,4 +1,4 @@
-"""Sampled KL: what an exact sum over a small vocabulary says of it, its limits, and what is no log-probability."""
+"""Sampled KL: comparison with exact sums over a small vocabulary, edge cases, and invalid log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def log_softmax(f, logits):
 
 
 def mean(f, sampler, *behavior, **options):
-    """Of the loss over the tokens of a vocabulary as a policy samples them, and the gradient by the student's logits."""
+    """The exact mean of the loss over tokens that a policy samples, and the mean gradient for the student's logits."""
     log_q, weights = (log_softmax(f, f.array(x)) for x in (TEACHER, sampler))
     behavior = [log_softmax(f, f.array(x)) for x in behavior]
 
@@ -66,7 +66,8 @@ def test_means_over_the_teachers_tokens(f):
 
 @both
 def test_tokens_of_an_older_student(f):
-    """The weights make up for them; a bound of the weights does not, and one that binds no weight changes nothing."""
+    """The weights correct for them; a bound that limits weights does not, and a bound that limits none changes
+    nothing."""
     reverse, slope = divergence(f, "reverse_kl_loss")
     for options in ({"estimator": "k1"}, {}, {"max_ratio": 1e3}, {"max_ratio": 0.5}):
         value, gradient = mean(f, OLDER, OLDER, **options)
@@ -77,7 +78,7 @@ def test_tokens_of_an_older_student(f):
 
 @both
 def test_without_a_policy_of_its_own_the_student_has_sampled(f):
-    """The weight is then 1, to the bit."""
+    """The weight is then exactly 1."""
     log_p, log_q = f.arrays(list(-np.random.default_rng(1).exponential(size=(2, 3, 4))))
     for options in ({}, {"estimator": "k2"}, {"gradient": "direct"}):
         alone, with_it = (f.kd.sampled_kl_loss(log_p, log_q, *x, reduction="none", **options) for x in ((), (log_p,)))
@@ -85,7 +86,7 @@ def test_without_a_policy_of_its_own_the_student_has_sampled(f):
 
 
 def evaluated(f, log_p, log_q, *behavior, dtype="float32", **options):
-    """Values and gradients of tokens."""
+    """The values and gradients of tokens."""
     log_p, log_q, *behavior = f.arrays([np.array(x) for x in (log_p, log_q, *behavior)], dtype)
 
     def loss(log_p):
@@ -102,7 +103,8 @@ FORMS = [{"estimator": k, "gradient": g} for k in ("k1", "k2", "k3") for g in ("
 
 @both
 def test_an_excluded_token(f):
-    """NaN where a side gives -inf to what it has sampled; inf, with a gradient that leads away, where the other side does."""
+    """NaN if a model gives -inf to a token that it sampled; inf, with a gradient away from the token, if the other
+    does."""
     log_p, log_q = [EXCLUDED, -1.0, EXCLUDED, -1.0], [-1.0, EXCLUDED, EXCLUDED, -1.0]
     for options in FORMS:
         values, gradient = evaluated(f, log_p, log_q, **options)
@@ -125,7 +127,7 @@ def test_an_excluded_token(f):
 
 @both
 def test_numbers_beyond_the_dtype(f):
-    """Infinite only where the estimate itself is too large, not where a factor of it is."""
+    """A result is infinite only if the estimate itself overflows, not if a factor of it does."""
     for far, finite in ((-87.0, True), (-90.0, False)):
         (value,), (gradient,) = evaluated(f, [far - 1.0], [-1.0])
         assert np.isfinite(value) == finite
@@ -133,7 +135,7 @@ def test_numbers_beyond_the_dtype(f):
         (_,), (gradient,) = evaluated(f, [far - 1.0], [-1.0], gradient="direct")
         assert np.isfinite(gradient) == finite
         (_,), (gradient,) = evaluated(f, [far - 1.0], [-1.0], dtype="float16", gradient="direct")
-        assert np.isneginf(gradient)  # beyond float16 in any case, and no NaN
+        assert np.isneginf(gradient)  # an overflow in float16 in any case, but not NaN
     for estimator, want in (("k1", 0.0), ("k2", 0.0), ("k3", np.exp(1.0))):  # e^-299 times 299, its square, and e^300
         values, gradient = evaluated(f, [-300.0], [0.0], [-1.0], estimator=estimator)
         np.testing.assert_allclose(values, want, rtol=1e-6)
@@ -144,9 +146,9 @@ def test_numbers_beyond_the_dtype(f):
 
 
 @both
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_what_is_no_logarithm_of_a_probability(f):
-    """An error that names it in eager kdtorch, NaN elsewhere; what is masked may be anything, and rounding is let pass."""
+    """An error that names the argument in eager kdtorch, NaN elsewhere; masked tokens and rounding are allowed."""
     names, kept = ("student_log_probs", "teacher_log_probs", "behavior_log_probs"), np.array([True, True, False])
     compile_it = jax.jit if f is JAX else torch.compile(backend="eager", fullgraph=True)
     compiled = compile_it(lambda given: f.kd.sampled_kl_loss(**given, reduction="none"))
@@ -174,7 +176,7 @@ def test_it_is_nan_under_the_transforms_of_torch():
 
 @both
 def test_second_derivatives(f):
-    """Of the value, the weight being constant; that of the score is constant too."""
+    """With constant weights; the gradient with "score" is constant, so its derivative is 0."""
     log_p, log_q, log_b = -1.3, -0.4, -0.9
 
     def curvature(log_q=log_q, **options):
@@ -191,6 +193,6 @@ def test_second_derivatives(f):
     for other in (-0.4, -1.2, -5.0):
         assert curvature(other, gradient="direct") == pytest.approx(weight * np.exp(other - log_p))
         assert curvature(other, sampled_from="teacher") == pytest.approx(weight * np.exp(log_p - other))
-    log_p, log_q, log_b = -4.0, -0.5, -3.0  # where e^z is large
+    log_p, log_q, log_b = -4.0, -0.5, -3.0  # e^z is large
     weight = np.exp(log_p - log_b)
     assert curvature(log_q, gradient="direct") == pytest.approx(weight * np.exp(log_q - log_p))

@@ -1,4 +1,5 @@
-"""DINO and iBOT on ready targets, masked patches, KoLeo's neighbours, Gram's clipped products, Sinkhorn-Knopp's limits."""
+"""DINO and iBOT with given targets, masked patches, KoLeo's neighbours, Gram's clipping, Sinkhorn-Knopp's edge
+cases."""
 
 import re
 
@@ -28,7 +29,7 @@ def softmax(x):
 
 
 def stepped(f, name, inputs, dtype="float64", center=CENTER, **options):
-    """Value, gradient and next state of `dino_loss` or `ibot_loss`, and the state that was given."""
+    """Value, gradient and next state of `dino_loss` or `ibot_loss`, and the old state."""
     arrays, kd = f.arrays(inputs, dtype), f.kd
     state = (kd.DINOState if name == "dino_loss" else kd.IBOTState)(f.array(center))
     weights = f.array(np.arange(1.0, 1 + B))
@@ -45,7 +46,7 @@ def stepped(f, name, inputs, dtype="float64", center=CENTER, **options):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("name", "inputs"), [("dino_loss", VIEWS), ("ibot_loss", PATCHES)], ids=["dino", "ibot"])
 def test_targets_that_are_the_teacher_s_own(f, name, inputs, masked):
-    """The same value and gradient; the teacher is not read, and the state that was given comes back."""
+    """Value and gradient are the same; the teacher is not used, and the old state is returned."""
     options = {"where": f.array(KEPT)} if masked else {}
     targets = softmax((inputs["teacher"] - CENTER) / 0.04)
     for reduction in ("mean", "sum", "none"):
@@ -94,10 +95,10 @@ def test_targets_are_constant_and_checked(f, name, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize(("name", "inputs"), [("dino_loss", VIEWS), ("ibot_loss", PATCHES)], ids=["dino", "ibot"])
 def test_targets_under_a_compiler(name, inputs):
-    """A whole step: assignments of the teacher's outputs, and the loss of them."""
+    """A whole step: the assignments of the teacher's outputs, and the loss."""
 
     def step(student, teacher, *mask):
         where = mask[0].reshape(-1) if mask else None
@@ -131,7 +132,8 @@ def test_patches_that_are_not_masked_may_hold_anything(f):
 
 @both
 def test_no_masked_patch(f):
-    """An image without one gives 0 and counts; a batch without one leaves the state; masked images count in neither."""
+    """Such an image has a loss of 0, but counts; a batch of them does not change the state; masked images do not
+    count."""
     values, *_ = stepped(f, "ibot_loss", PATCHES, reduction="none")
     assert values[1] == 0
     assert (values[[0, 2, 3]] > 0).all()
@@ -156,7 +158,7 @@ def test_one_image_of_one_patch(f):
 
 
 def koleo(f, rows, dtype="float64", **options):
-    """The value of each row, and the gradient of their sum."""
+    """The value of each row, and the gradient of the sum."""
 
     def value(x):
         values = f.kd.koleo_loss(x, reduction="none", **options)
@@ -177,7 +179,7 @@ def test_neighbours(f, dtype):
     assert equal == pytest.approx([-np.log(1e-8 * (1 + 3**0.5))] * 5, rel=1e-5)
     assert np.isfinite(slope).all()
     values, slope = koleo(f, [[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], dtype)
-    assert values == pytest.approx([0, 0, 0], abs=1e-6)  # each of the others is nearer to 0 than to the other
+    assert values == pytest.approx([0, 0, 0], abs=1e-6)  # the zero row is the nearest of both others
     assert (slope[0] == 0).all()
     for rows, where in (([[1.0, 2.0]], None), ([[1.0, 2.0], [3.0, 4.0], [np.nan, 1.0]], [False, True, False])):
         options = {} if where is None else {"where": f.array(np.array(where))}
@@ -190,7 +192,7 @@ def test_neighbours(f, dtype):
 @pytest.mark.parametrize("number", [3, 8, 33])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_of_equal_neighbours_the_first(f, number, dtype):
-    """Copies of a row, all at the same distance from the last: the gradient goes to the first of them."""
+    """Of copies of a row at the same distance from the last row, the first one gets the gradient."""
     rows = np.tile(RNG.normal(size=7), (number, 1))
     rows = np.concatenate([rows, rows[:1] + 0.5 * RNG.normal(size=(1, 7))])
 
@@ -203,7 +205,7 @@ def test_of_equal_neighbours_the_first(f, number, dtype):
 
 @both
 def test_near_neighbours_keep_their_digits(f):
-    """In float32, of rows that a product of matrices cannot tell apart: the nearest is found, and its distance."""
+    """In float32 the nearest row and its distance are found among rows that a matrix product cannot distinguish."""
     base = RNG.normal(size=(1, 16))
     rows = (base + 1e-5 * RNG.normal(size=(20, 16))).astype(np.float32).astype(float)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -214,7 +216,7 @@ def test_near_neighbours_keep_their_digits(f):
 
 @both
 def test_clipped_products(f):
-    """Where both products are negative they are not there; where the student's alone is, it has no gradient."""
+    """If both products are negative, they do not count; if only the student's is, it has no gradient."""
     student = np.array([[[1.0, 0.0], [-1.0, 0.5]], [[1.0, 0.0], [-1.0, 0.5]]])
     teacher = np.array([[[1.0, 0.0], [-1.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]])
 
@@ -246,7 +248,7 @@ def test_a_zero_patch_and_products_of_raw_patches(f, image_level):
     assert np.isfinite(slope).all()
     assert (slope[0, 1] == 0).all()
     raw = f.numpy(f.grad(lambda x: value(x, normalize=False))(f.array(student)))
-    assert (raw[0, 1] != 0).any()  # its products with others differ from the teacher's, and move with it
+    assert (raw[0, 1] != 0).any()  # its products with others differ from the teacher's, so it has a gradient
 
 
 @both
@@ -275,7 +277,7 @@ def test_settings_that_do_not_exist(f):
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_assignments(f, dtype):
-    """Rows sum to 1 at any size of the logits; prototypes are balanced after many steps; one at -inf has 0."""
+    """Rows sum to 1 for logits of any size; prototypes are balanced after many steps; a prototype at -inf gets 0."""
     logits = RNG.normal(size=(12, 5))
     logits[:, 3] = -np.inf
     q = f.numpy(f.kd.sinkhorn_knopp(f.array(logits, dtype), temperature=0.5, iterations=200))
@@ -289,7 +291,7 @@ def test_assignments(f, dtype):
 
 @both
 def test_samples_that_take_no_part(f):
-    """A masked one is 0, whatever it holds; one that is -inf throughout is no distribution, and alone in that."""
+    """A masked sample is 0, whatever it holds; a sample that is all -inf becomes NaN, and no other does."""
     logits, where = RNG.normal(size=(6, 4)), np.arange(6) % 3 != 1
     bad = np.where(where[:, None], logits, np.nan)
     q = f.numpy(f.kd.sinkhorn_knopp(f.array(bad), temperature=0.3, where=f.array(where)))

@@ -1,4 +1,4 @@
-"""The site builds without a warning, holds every public name, and is what it should be in a browser."""
+"""The site builds without warnings, contains all public names, and displays correctly in a browser."""
 
 import functools
 import html.parser
@@ -30,7 +30,7 @@ WIDE, PHONE = (1300, 900), (390, 800)
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """Built once, whichever process comes first."""
+    """The site, built once by the first process."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
     with filelock.FileLock(f"{folder}.lock"):
@@ -50,7 +50,7 @@ def public(face):
 
 
 def methods(value):
-    """What a class offers, but for what frameworks and dataclasses gave it."""
+    """The public methods of a class, without those of frameworks and dataclasses."""
     ours = (kind for kind in value.__mro__ if kind.__module__.partition(".")[0] in ("kdjax", "kdtorch", "parity"))
     return {name for kind in ours for name, x in vars(kind).items() if inspect.isfunction(x) and name[0] != "_"}
 
@@ -60,7 +60,7 @@ def test_every_public_name_has_an_entry(site):
     found = {line.split()[0] for line in zlib.decompress(entries).decode().splitlines()}
     names = {name: value for face in FACES for name, value in public(face)}
     assert names.keys() <= found
-    classes = {value: name for name, value in names.items() if inspect.isclass(value)}  # by the last face that has it
+    classes = {value: name for name, value in names.items() if inspect.isclass(value)}  # by the last module that has it
     assert {f"{name}.{method}" for value, name in classes.items() for method in methods(value)} <= found
 
 
@@ -73,7 +73,7 @@ def test_every_formula_of_a_docstring_is_there(site, package):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page has and what it leads to."""
+    """The contents of a page, and its links."""
 
     def __init__(self, path):
         super().__init__()
@@ -100,7 +100,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_what_is_in_the_pages(site):
-    """Links and anchors lead somewhere, nothing is loaded from elsewhere, no LaTeX and no fence of code is left."""
+    """Links and anchors exist, nothing is loaded from other hosts, and no LaTeX or code fence is left."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     assert len(pages) > 40
     for path, page in pages.items():
@@ -111,7 +111,7 @@ def test_what_is_in_the_pages(site):
                 assert address in page.links, f"{path.name} loads {address}"
                 continue
             where = (path.parent / urllib.parse.unquote(target)).resolve() if target else path
-            if path.name == "404.html":  # which a server may show anywhere
+            if path.name == "404.html":  # a server may show it at any address
                 where = site / target.lstrip("/")
             where = where / "index.html" if where.is_dir() else where
             assert where.exists(), f"{path.name} leads to {address}"
@@ -132,7 +132,7 @@ def address(site):
 
 
 def show(browser, size, scheme="light"):
-    """As a screen of this size, set to this scheme."""
+    """Set the size of the screen and the colour scheme."""
     metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -150,7 +150,7 @@ def said_nothing(browser):
     assert [x for x in browser.get_log("browser") if x["level"] == "SEVERE"] == []
 
 
-# what stands out of the window, unless it can be scrolled to
+# elements outside of the window, unless one can scroll to them
 OUTSIDE = """
 const scrolls = x => x && (x.scrollWidth > x.clientWidth && /auto|scroll/.test(getComputedStyle(x).overflowX)
                            || scrolls(x.parentElement));
@@ -167,9 +167,9 @@ return [...document.querySelectorAll("article math")].filter(x => x.checkVisibil
 def test_every_page_fits(site, address, browser, size):
     show(browser, size)
     browser.execute_cdp_cmd("Network.enable", {})
-    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/search_index.json"]})  # which takes most of the time
+    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/search_index.json"]})  # it takes most of the time
     formulas = 0
-    pages = [path for path in sorted(site.rglob("*.html")) if "kdtorch" not in path.parts]  # as wide as its twin
+    pages = [path for path in sorted(site.rglob("*.html")) if "kdtorch" not in path.parts]  # kdjax's are as wide
     for path in pages[:: 8 if size == WIDE else 1]:
         browser.get(f"{address}/{path.relative_to(site)}")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0], path
@@ -196,7 +196,7 @@ def test_light_and_dark(address, browser):
         assert ("invert" in picture.value_of_css_property("filter")) == (scheme == "dark")
     browser.find_element("css selector", "label[title='To light']").click()
     assert brightness() > 200
-    browser.get(f"{address}/index.html")  # the choice stays
+    browser.get(f"{address}/index.html")  # the choice is remembered
     assert brightness() > 200
     said_nothing(browser)
     asked_nobody_else(browser, address)

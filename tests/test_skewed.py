@@ -1,4 +1,4 @@
-"""Where skewed KL, α-β-divergence and TAID are easy to get wrong: ends, infinite logits, exponents of 0, rows that nearly agree."""
+"""Difficult cases for skewed KL, α-β-divergence and TAID: ends, infinite logits, exponents of 0, and close rows."""
 
 import numpy as np
 import pytest
@@ -19,14 +19,15 @@ SETTINGS = [
     ("taid_loss", {"interpolation": 0.4}),
 ]
 STUDENT, TEACHER = np.array([[2.0, 0.0, -1.0, 0.5]] * 4), np.array([[1.0, 1.0, -1.0, 0.0]] * 4)
-STUDENT[[1, 3], 2] = TEACHER[[2, 3], 2] = -INF  # none; the student; the teacher; both
+STUDENT[[1, 3], 2] = TEACHER[[2, 3], 2] = -INF  # rows: in none, in the student, in the teacher, in both
 
 
 @both
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=lambda x: x if isinstance(x, str) else str(x))
 def test_float32_keeps_its_digits_where_rows_nearly_agree(f, name, settings):
-    """Of the float64 numbers for the same float32 logits, which `parity` compares with the formula. A TAID gradient is the
-    difference of two softmaxes where rows are far apart."""
+    """Compared with float64 for the same float32 logits, which `parity` compares with the formula. For rows that are
+    far
+    apart, a TAID gradient is the difference of two softmaxes."""
     rng = np.random.default_rng(0)
     for apart in (1.0, 0.1, 1e-2, 1e-3, 1e-4):
         teacher = (3 * rng.normal(size=(4, 50))).astype(np.float32)
@@ -83,7 +84,8 @@ def test_a_skew_of_one_and_the_bound(f, name):
 @both
 @pytest.mark.parametrize(("alpha", "beta"), [*EXPONENTS, (1.0, 1.0), (0.5, 0.0), (2.0, -1.0)])
 def test_infinite_logits_of_the_alpha_beta_divergence(f, alpha, beta):
-    """In the student alone finite where β > 0 and α + β > 0, in the teacher alone where α > 0 and α + β > 0; never NaN."""
+    """Finite for -inf only in the student if β > 0 and α + β > 0, only in the teacher if α > 0 and α + β > 0; never
+    NaN."""
     for dtype in ("float64", "float32"):
         value, slope = value_and_slope(f, "alpha_beta_loss", STUDENT, TEACHER, dtype, alpha=alpha, beta=beta)
         total = alpha + beta
@@ -96,7 +98,7 @@ def test_infinite_logits_of_the_alpha_beta_divergence(f, alpha, beta):
 @both
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.0), (0.0, 0.5), (0.5, -0.5), (0.0, 0.0)])
 def test_an_exponent_of_zero_is_the_limit(f, alpha, beta):
-    """What a tiny exponent gives, on either side, in float32 too: no difference is divided by it."""
+    """It is what a tiny exponent of either sign gives, also in float32, because no difference is divided by it."""
     for dtype, rel in (("float64", 1e-6), ("float32", 1e-5)):
         at, *near = (
             value_and_slope(f, "alpha_beta_loss", STUDENT[:1], TEACHER[:1], dtype, alpha=alpha + step, beta=beta + step)
@@ -109,7 +111,8 @@ def test_an_exponent_of_zero_is_the_limit(f, alpha, beta):
 
 @both
 def test_ends_of_the_interpolation(f):
-    """At λ = 0 the target is the student, whatever the teacher excludes; between the ends a class at -inf is in no target."""
+    """At λ = 0 the target is the student, even with a teacher at -inf; between the ends, a class at -inf has no
+    target."""
     for dtype in ("float64", "float32"):
         value, slope = value_and_slope(f, "taid_loss", STUDENT, TEACHER, dtype, interpolation=0.0)
         assert np.abs(value).max() <= 1e-15
@@ -122,9 +125,9 @@ def test_ends_of_the_interpolation(f):
 
 
 @slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_exponents_that_move_under_a_compiler():
-    """A second number makes a symbol of an exponent, which may be below 0."""
+    """At the second value, `torch.compile` turns an exponent into a symbol, which may be negative."""
     torch._dynamo.reset()
     student, teacher = (torch.from_numpy(x[:1]) for x in (STUDENT, TEACHER))
     compiled = torch.compile(kdtorch.alpha_beta_loss, fullgraph=True, backend="eager")

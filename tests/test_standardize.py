@@ -1,4 +1,4 @@
-"""Standardised logits, entry by entry: limits, precision, and losses that take them."""
+"""Standardised logits, entry by entry: edge cases, precision, and losses that use them."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ ROWS = np.random.default_rng(0).normal(size=(4, 9))
 
 
 def result(f, logits, dtype="float64", **options):
-    """The array, and the gradient of its finite entries times cosines."""
+    """The result, and the gradient of a weighted sum of its finite entries."""
     x = f.array(logits, dtype)
     factor = np.cos(np.arange(logits.shape[-1]) + 1.0) * np.isfinite(logits)
 
@@ -44,7 +44,7 @@ def test_every_entry_is_the_formula_s(f, dtype, scale, level):
 @pytest.mark.parametrize("value", [0.0, 2.3, -1e4, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_constant_row_is_0(f, value, dtype):
-    """With the gradient of a centring, times 10⁷ / T."""
+    """Its gradient is that of the centring, times 10⁷ / T."""
     got, slope = result(f, np.full((2, 1000), value), dtype, temperature=2.0)
     assert (got == 0).all()
     factor = np.cos(np.arange(1000) + 1.0)
@@ -54,7 +54,7 @@ def test_a_constant_row_is_0(f, value, dtype):
 
 @both
 def test_two_classes_have_one_shape(f):
-    """Whatever the logits, ±0.7071 / T: in exact arithmetic all that moves them is the 1e-7."""
+    """For any logits the result is ±0.7071 / T; in exact arithmetic only the 1e-7 gives a gradient."""
     logits = np.array([[3.0, -1.0], [1e4, 1e5], [-0.25, 0.5]])
     got, slope = result(f, logits, temperature=4.0)
     assert np.abs(got - np.sign(logits - logits[:, ::-1]) / np.sqrt(2) / 4).max() < 1e-7
@@ -63,7 +63,7 @@ def test_two_classes_have_one_shape(f):
 
 @both
 def test_rows_with_two_finite_classes_and_fewer(f):
-    """A class at -inf stays there, and has no gradient; one class or none that is left is 0."""
+    """A class at -inf stays there, without a gradient; a single class above -inf becomes 0."""
     logits = np.array(
         [[-np.inf, 3.0, -np.inf, -1.0], [-np.inf, 2.0, -np.inf, -np.inf], [-np.inf] * 4, [1.0, 2.0, 3.0, -np.inf]]
     )
@@ -82,7 +82,7 @@ def test_rows_with_two_finite_classes_and_fewer(f):
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_ends_of_the_range(f, dtype):
-    """The largest numbers, of both signs, and the smallest."""
+    """The largest numbers of both signs, and the smallest."""
     most, least = float(np.finfo(dtype).max), float(np.finfo(dtype).smallest_subnormal)
     logits = np.array(
         [[most, -most, 0.0], [-most, -most, most], [least, -least, 0.0], [1.0, 1.0 + 8 * np.finfo(dtype).eps, 1.0]]
@@ -107,7 +107,8 @@ def test_half_precision_is_computed_in_float32(f, dtype):
 
 @both
 def test_both_places_of_the_temperature(f):
-    """T² KL at 1 of the results at T is KL at T of the results at 1; and any other loss of logits takes them too."""
+    """T² KL(T=1) of logits standardised with T equals KL(T) of those standardised with 1; other losses accept them
+    too."""
     student, teacher = f.array(ROWS), f.array(3 * ROWS[:, ::-1].copy())
     kd = f.kd
     one = 4 * kd.kl_loss(
@@ -121,7 +122,7 @@ def test_both_places_of_the_temperature(f):
     assert float(scaled) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:kl_loss. `teacher_logits` requires a gradient")  # as kdtorch should
+@pytest.mark.filterwarnings("ignore:kl_loss. `teacher_logits` requires a gradient")  # as it should
 @both
 def test_a_teacher_through_it_stays_constant(f):
     teacher, student = f.array(ROWS), f.array(ROWS[::-1].copy())
@@ -129,7 +130,7 @@ def test_a_teacher_through_it_stays_constant(f):
     assert (f.numpy(slope) == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 def test_compiled():
     torch._dynamo.reset()
     x = TORCH.array(ROWS).requires_grad_()

@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: what is recorded is what is read, in either framework, whatever happens to the writer."""
+"""A teacher's outputs on disk: both frameworks read what was recorded, whatever happens to the writer."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 SAMPLES, CLASSES = 40, 11
 LOGITS = (3 * RNG.normal(size=(SAMPLES, CLASSES))).astype(np.float32)
 FEATURES = RNG.normal(size=(SAMPLES, 2, 3)).astype(np.float32)
-ORDER = RNG.permutation(SAMPLES) * 7  # the samples' places in the data set
+ORDER = RNG.permutation(SAMPLES) * 7  # the samples' indices in the data set
 MODULES = {"jax": kdjax.teacher_cache, "torch": kdtorch.teacher_cache}
 
 
@@ -78,7 +78,7 @@ def test_what_is_recorded_is_read_in_both_frameworks(f, dtype, tmp_path):
 
 @both
 def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
-    """What `read` gives is refused at another temperature: in words for a number, by NaN for an array."""
+    """Another temperature than that of `read` is an error if it is a number, and NaN if it is an array."""
     cache = record(f, tmp_path / "cache", top_k=3, temperatures=[1.0, 4.0], dtype="float32")
     student = f.array(np.flip(LOGITS, 1), "float32")
     names = "values", "indices", "rest"
@@ -109,7 +109,7 @@ def test_the_rest_is_of_the_temperature_it_was_recorded_for(f, tmp_path):
 @pytest.mark.slow
 @both
 def test_the_loss_of_what_is_read(f, tmp_path):
-    """Of all classes it is the full KL; of some, with their rest, the KL of what is left when the rest is one."""
+    """With all classes it is the full KL; with some and their rest, the KL in which the rest is one class."""
     cache = record(f, tmp_path / "all", dtype="float32", top_k=CLASSES, temperatures=[4.0])
     student = f.array(np.flip(LOGITS, 1), "float32")
     x = cache.read(ORDER, temperature=4.0)
@@ -124,7 +124,7 @@ def test_the_loss_of_what_is_read(f, tmp_path):
 
 @slow
 def test_tokens_and_half_precision_teachers(tmp_path):
-    """Logits with axes between, in bfloat16; many classes."""
+    """Logits in bfloat16 with further axes, and many classes."""
     logits = RNG.normal(size=(6, 5, 70_000)).astype(np.float32)
     for f, array in ((JAX, jnp.asarray(logits, "bfloat16")), (TORCH, torch.from_numpy(logits).bfloat16())):
         data = [{"index": np.arange(6), "logits": array}]
@@ -201,7 +201,7 @@ def test_a_killed_recorder_goes_on(tmp_path):
         [sys.executable, "-c", KILLED, tmp_path / "cache"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1  # so that the kills came while samples were being written
+    assert int(done.stdout) > 1  # the process was killed while it wrote samples
 
 
 @both
@@ -453,7 +453,7 @@ SIZES = [(2, 1), (5, 5), (37, 4), (1009, 16), (32_000, 64), (4100, 64), (131, 13
 @pytest.mark.parametrize("where", ["_largest", "_largest_on_device"])
 @pytest.mark.parametrize(("classes", "kept"), first(5, SIZES))
 def test_the_largest_logits(f, where, classes, kept):
-    """Of rows with ties and with excluded classes, against a sort in float64."""
+    """Rows with ties and with classes at -inf, compared with a sort in float64."""
     logits = np.round(4 * RNG.normal(size=(3, 7, classes)), 1).astype(np.float32)
     logits[0, :, classes // 3 + 1 :] = -np.inf
     logits[1, 0] = -np.inf
@@ -526,7 +526,7 @@ TO_ARRAY = {
 @both
 @pytest.mark.parametrize(("dtype", "top_k"), [("float32", 64), ("bfloat16", 64), ("bfloat16", 0)])
 def test_the_memory_of_recording(f, dtype, top_k, tmp_path):
-    """Less than as much again as the logits, which are 62 or 31 MiB."""
+    """It is less than the memory of the logits, which is 62 or 31 MiB."""
     code = MEMORY.format(package=f.kd.__name__, array=TO_ARRAY[f.name])
     command = [sys.executable, "-c", code, tmp_path, dtype, str(top_k)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -542,7 +542,7 @@ SAMPLES_OF_TEXTS = np.arange(10, 16)
 
 
 def texts(f, kind="lengths", **changes):
-    """Batches of two, each as long as it must be and padded by NaN, on the right or on the left."""
+    """Batches of two sequences, as long as necessary and padded with NaN, on the right or on the left."""
     for i in (0, 2, 4):
         two = slice(i, i + 2)
         where = np.arange(LENGTHS[two].max() + 1) < LENGTHS[two, None]
@@ -570,7 +570,7 @@ def test_sequences(f, kind, top_k, tmp_path):
             assert np.array_equal(reader.numpy(got[name]), want)
             assert tuple(got["ids"].shape) == text.shape[:1]
         picked = np.array([4, 1, 2, 2])
-        where = np.arange(7) % 7 >= 7 - LENGTHS[picked, None]  # on the left, in a longer batch
+        where = np.arange(7) % 7 >= 7 - LENGTHS[picked, None]  # padded on the left, in a longer batch
         for mask in (None, where):
             got = cache.read(SAMPLES_OF_TEXTS[picked], where=mask if mask is None else reader.array(mask))
             kept = reader.numpy(got["where"])
@@ -586,7 +586,7 @@ def test_sequences(f, kind, top_k, tmp_path):
 
 
 def test_the_loss_of_sequences(tmp_path):
-    """Padding and the order of its tokens make no difference."""
+    """Padding and the order of the tokens make no difference."""
     cache = record(TORCH, tmp_path / "cache", texts(TORCH, "left"), top_k=3, dtype="float32")
     where = torch.arange(7) >= 7 - torch.from_numpy(LENGTHS)[:, None]
     x = cache.read(SAMPLES_OF_TEXTS, temperature=1.0, where=where)
@@ -615,7 +615,7 @@ def test_sequences_go_on_where_a_killed_recorder_stopped(tmp_path):
 
 
 def test_a_batch_that_fails_leaves_no_rows(tmp_path, monkeypatch):
-    """Though some were written before its NaN was found."""
+    """Even if some rows were written before the NaN was found."""
     monkeypatch.setattr(kdlosses.cache, "_BLOCK", 1)
     data = list(texts(TORCH))
     data[1]["logits"] = torch.nan_to_num(data[1]["logits"])
@@ -659,7 +659,7 @@ def test_sequences_that_do_not_fit(f, tmp_path):
 @torch_first
 @pytest.mark.parametrize("kind", ["arrays", "sequences"])
 def test_a_top_k_that_comes_ready(f, kind, tmp_path):
-    """What is read of a teacher's logits, recorded again, is the same; so are logarithms of probabilities, but for a shift."""
+    """Recording again what was read gives the same; log-probabilities give the same up to a shift."""
     data = list(texts(f)) if kind == "sequences" else list(batches(f))
     samples = SAMPLES_OF_TEXTS if kind == "sequences" else ORDER
     options = {"dtype": "float32", "temperatures": [1.0]}
@@ -685,7 +685,7 @@ def test_a_top_k_that_comes_ready(f, kind, tmp_path):
 
 
 def test_the_rest_of_log_probs(tmp_path):
-    """It is finite unless no class is left; entries that are padding have no part in it."""
+    """It is finite unless no class is left; padded entries do not contribute to it."""
     q = np.array([[0.7, 0.3, 0.4], [0.5, 0.25, 9.0]])
     batch = {"index": [0, 1], "log_probs": np.log(q), "indices": [[4, 1, -7], [0, 9, 9]]}
     batch["kept"] = [[True, True, False], [True, True, False]]
@@ -700,7 +700,7 @@ def test_the_rest_of_log_probs(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_top_k_in_half_precision(dtype, tmp_path):
-    """As `lax.top_k` or `torch.topk` of half-precision logits gives it."""
+    """A top k as `lax.top_k` or `torch.topk` returns it for half-precision logits."""
     top = {"values": np.array([[2, 1.5]]), "rest": np.array([-1.25])}
     for f, array in (
         (JAX, lambda x: jnp.asarray(x, dtype)),
@@ -717,7 +717,8 @@ def test_a_top_k_in_half_precision(dtype, tmp_path):
 @torch_first
 @pytest.mark.parametrize("kind", ["arrays", "sequences"])
 def test_parts_open_as_one(f, kind, tmp_path):
-    """Of writers in either framework, one of which has nothing to write; a sample that two of them have counts once."""
+    """The parts of writers in either framework, one of them without samples; a sample that two of them have counts
+    once."""
     data = list(batches(f)) if kind == "arrays" else list(texts(f))
     samples = ORDER if kind == "arrays" else SAMPLES_OF_TEXTS
     whole = record(f, tmp_path / "whole", data)
@@ -737,7 +738,7 @@ def test_parts_open_as_one(f, kind, tmp_path):
         for name, x in pickle.loads(pickle.dumps(cache)).tokens(samples[2]).items():
             assert np.array_equal(reader.numpy(x), f.numpy(whole.tokens(samples[2])[name]))
         assert cache.lengths is None or cache.lengths.sum() == LENGTHS.sum()
-    record(f, tmp_path / "parts", data, part=1, parts=3)  # the writer that had nothing goes on
+    record(f, tmp_path / "parts", data, part=1, parts=3)  # the writer without samples continues
     assert len(MODULES[f.name].TeacherCache(tmp_path / "parts" / "part-1-of-3")) == len(samples)
 
 
@@ -772,7 +773,7 @@ def test_parts_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize("parts", [{}, {"part": 1, "parts": 2}], ids=["alone", "part"])
 def test_two_writers_of_one_part(parts, tmp_path):
-    """The second is refused and the first goes on; a third may begin when it has ended."""
+    """The second gets an error and the first continues; a third may start when the first has ended."""
 
     def data():
         yield from one()
@@ -799,7 +800,7 @@ def test_a_file_that_is_missing(gone, tmp_path):
 
 
 def test_a_cache_of_an_earlier_version(tmp_path):
-    """As it was written before there were sequences and parts: it opens, and recording goes on."""
+    """A cache from before sequences and parts existed can be opened, and recording continues."""
     row = np.dtype(
         [("values", "<f2", (2,)), ("indices", "|u1", (2,)), ("rest", "<f4", (2,)), ("z", "<i8"), ("a", "|b1")]
     )

@@ -1,4 +1,4 @@
-"""A temperature that is learned: its gradient, alone and mixed with that of the student, in every loss that has one."""
+"""Trained temperatures: first and second derivatives, also mixed with the student, in all losses that have one."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ KEPT = np.array([True, False, True, True, False])
 
 
 def test_which_losses_have_one():
-    """Every loss with a parameter called a temperature, but for the teacher's."""
+    """All losses with a parameter called a temperature, except that of a teacher."""
     for loss in (x for x in LOSSES if x.learns):
         parameters = inspect.signature(getattr(TORCH.kd, loss.name)).parameters
         named = {name for name in parameters if "temperature" in name} - {"teacher_temperature"}
@@ -37,7 +37,7 @@ def test_which_losses_have_one():
 
 @dataclasses.dataclass
 class Drawn:
-    """A loss as a function of its first input and its temperature, in float64, on inputs that have been drawn."""
+    """A loss as a function of its first input and its temperature, in float64, with random other inputs."""
 
     f: Any
     loss: Loss
@@ -79,7 +79,7 @@ class Drawn:
 
 
 def slope_of(f, function, at):
-    """A central difference of fourth order of a function of a temperature."""
+    """The derivative of a function of a temperature, by a central difference of fourth order."""
     step, function = 1e-3 * at, f.jit(function)
     near, far = (
         f.numpy(function(f.array(np.array(at + d)))) - f.numpy(function(f.array(np.array(at - d))))
@@ -100,7 +100,7 @@ OPTIONS = ({}, {"where": KEPT, "reduction": "sum"})
 @pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 @pytest.mark.parametrize("twist", first(1, ["", "padded", "wide", "near"]))
 def test_its_gradient(f, loss, twist):
-    """That of central differences, T² and all, of a mean and of a sum under a mask."""
+    """It equals central differences, including T², for a mean and for a masked sum."""
     if not {"": True, "padded": loss.padding, "wide": loss.shift_invariant, "near": loss.divergence}[twist]:
         pytest.skip("means nothing for this loss")
     value = Drawn(f, loss, twist)
@@ -119,7 +119,7 @@ def refuses_second_derivatives(f, loss):
 @learned
 @framework
 def test_its_second_derivatives(f, loss):
-    """By T twice, and by T and the student, in both orders; or refused in words."""
+    """With respect to T twice, and to T and the student in both orders; or an error that says so."""
     value = Drawn(f, loss, "", {"where": KEPT})
     at, direction = f.array(np.array(value.temperature)), f.array(np.cos(f.numpy(value.x)))
 
@@ -143,7 +143,7 @@ def test_its_second_derivatives(f, loss):
 @slow
 @learned
 def test_both_packages(loss):
-    """The same numbers, for T, for the student beside it, and for the two mixed."""
+    """Both give the same derivatives for T, for the student, and for the two mixed."""
     results = []
     for f in BOTH:
         value = Drawn(f, loss)
@@ -162,7 +162,7 @@ def test_both_packages(loss):
 @learned
 @framework
 def test_one_for_each_of_a_stack(f, loss):
-    """Under `vmap`, of the gradient and below it."""
+    """`vmap` of the gradient, and the gradient of `vmap`."""
     value = Drawn(f, loss, "", {"where": KEPT})
     scales = np.array([0.7, 1.0, 1.6]) * value.temperature
     vmap = {"jax": jax.vmap, "torch": torch.func.vmap}[f.name]
@@ -176,7 +176,7 @@ def test_one_for_each_of_a_stack(f, loss):
 @learned
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_parameter(loss, dtype):
-    """`torch.nn.Parameter`, in float32, beside logits in half precision, and in blocks that the caches hold."""
+    """A float32 `torch.nn.Parameter` with logits in half precision, also with large batches, which use blocks."""
     (inputs,) = draw(loss, Sizes((9,), 300, 40), 0)
     state = inputs.pop(loss.state, None)
     slopes = []
@@ -199,10 +199,10 @@ def test_a_parameter(loss, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @learned
 def test_compiled(loss):
-    """By `torch.compile`, beside a student that learns and one that does not."""
+    """Under `torch.compile`, with a trained student and with a constant one."""
     torch._dynamo.reset()
     value = Drawn(TORCH, loss, "", {"where": KEPT})
     results = []
@@ -229,7 +229,7 @@ def test_a_bad_one_is_nan(f, loss):
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.ranges], ids=lambda loss: loss.title)
 def test_any_other_setting_is_a_constant(loss):
-    """In kdtorch one that requires a gradient is an error where a gradient would be looked for in vain."""
+    """In kdtorch another setting that requires a gradient is an error, because it would get none."""
     (inputs,) = draw(loss, Sizes(), 0)
     inputs = TORCH.arrays(inputs)
     if loss.state:
@@ -249,7 +249,7 @@ def test_any_other_setting_is_a_constant(loss):
     "check", [numerics.positive, numerics.non_negative, numerics.fraction], ids=lambda x: x.__name__
 )
 def test_a_setting_is_constant_where_nothing_is_checked(check):
-    """`checked` alone refuses one that requires a gradient; with KDLOSSES_CHECK=0 it has none, as in kdjax."""
+    """Only `checked` raises an error for such a setting; with KDLOSSES_CHECK=0 it has no gradient, as in kdjax."""
     constant = {"constant": True} if check is numerics.positive else {}
     number = torch.tensor(0.5, requires_grad=True)
     assert not check("x", number, torch.zeros(1), **constant).requires_grad

@@ -1,4 +1,4 @@
-"""The example on text: its data, its sums over parts of a batch, what it writes, and what it says to bad input."""
+"""The example on text: its data, its sums over parts of a batch, its outputs, and its errors for bad input."""
 
 import functools
 import json
@@ -28,14 +28,14 @@ def tokens(monkeypatch):
 
 @pytest.fixture
 def promotion():
-    """As users have it: Flax and Optax rely on it."""
+    """The promotion of dtypes as users have it, because Flax and Optax rely on it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture
 def small(tokens):
-    """Models of a few numbers, and sequences of a few bytes."""
+    """Tiny models, and sequences of a few bytes."""
     sizes = {"teacher": tokens.Size(16, 2, 2), "student": tokens.Size(8, 2, 1), "length": 24, "prompt": 8}
     return tokens.Setting(**sizes, pieces=64, steps=3, batch=8, written=4, on_policy=1.0, top_k=16, tested=8)
 
@@ -52,7 +52,7 @@ def test_the_text_is_split_without_overlap(tokens):
         assert (part[:, 0] == 0).all()
         assert (part[:, 1 : setting.prompt + 1] > 0).all()
         inside = part[:, 1:] > 0
-        assert (inside[:, :-1] >= inside[:, 1:]).all()  # zeros are at the end alone
+        assert (inside[:, :-1] >= inside[:, 1:]).all()  # zeros are only at the end
         assert part.max() < setting.classes
     assert bytes(data.train[0, 1:]).replace(b"\0", b"").decode()  # text
 
@@ -71,7 +71,7 @@ def test_a_plan_takes_every_sequence_before_any_comes_again(tokens, small):
 
 
 def taught(half, tokens, small, folder, dtype="float64"):
-    """Data, a student, and what a teacher that has not learned says of the data."""
+    """Data, a student, and the outputs of an untrained teacher for the data."""
     data = tokens.load_data(small)
     file = folder / "teacher"
     if not file.exists():
@@ -113,7 +113,7 @@ def test_what_counts_ends_with_the_text(tokens):
 
 
 def test_sums_over_parts_by_the_number_of_bytes_are_the_batch(tokens, small, tmp_path):
-    """For every loss; a mean of the parts' means is something else, for they have different numbers of bytes."""
+    """For all losses; a mean of the parts' means differs, because parts have different numbers of bytes."""
     import _tokens_torch as half
 
     lessons, student, own, _ = text_of_the_student(half, tokens, small, tmp_path)

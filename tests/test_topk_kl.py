@@ -1,4 +1,4 @@
-"""What is particular to `topk_kl_loss`; the laws and the comparison with the oracle are those of every loss."""
+"""Tests specific to `topk_kl_loss`; properties and the comparison with the oracle are tested for all losses."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name
 
 
 def kept(teacher, top_k, temperature):
-    """The logits, classes and rest that a cache would keep, the rest in its float32."""
+    """The logits, classes and rest that a cache would record, with the rest in float32."""
     indices = np.argsort(-teacher, axis=-1)[..., :top_k]
     others = teacher.copy()
     np.put_along_axis(others, indices, -np.inf, -1)
@@ -78,7 +78,8 @@ def test_all_classes_are_the_full_loss_of_that_name(f, settings, name, same, tai
 @both
 @divergences
 def test_every_divergence_of_a_bucket_is_that_of_the_classes_and_the_rest(f, settings, name, same):
-    """The full loss of k + 1 classes, of which the last is the logarithm of a sum: a lower bound, with the tail it has."""
+    """It is the full loss of k + 1 classes, the last one a log-sum-exp, and a lower bound of the loss of all
+    classes."""
     values, indices, rest = kept(TEACHER, 3, 2.0)
     others = STUDENT.copy()
     np.put_along_axis(others, indices, -np.inf, -1)
@@ -99,7 +100,7 @@ def test_every_divergence_of_a_bucket_is_that_of_the_classes_and_the_rest(f, set
 @both
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_rest_of_minus_infinity_is_the_whole_student_against_the_kept_classes(f, dtype):
-    """As axolotl and DistillKit have it: sum q (log q - log p), q normalised over the kept classes, p over all."""
+    """As in axolotl and DistillKit: sum q (log q - log p), with q normalised over the kept classes and p over all."""
     values, indices, rest = kept(TEACHER, 3, 2.0)
     rest = rest - np.inf
     log_p = STUDENT / 2 - np.log(np.exp(STUDENT / 2).sum(-1, keepdims=True))
@@ -121,13 +122,13 @@ def test_a_rest_of_minus_infinity_is_the_whole_student_against_the_kept_classes(
     value, slope = value_and_slope(f, STUDENT, values, indices, rest, dtype=dtype, divergence="reverse_kl")
     assert np.isposinf(value).all()
     assert np.isfinite(slope).all()
-    assert (np.take_along_axis(slope, indices, -1) < 0).all()  # which draws the student to the kept classes
+    assert (np.take_along_axis(slope, indices, -1) < 0).all()  # it pulls the student towards the kept classes
 
 
 @both
 @divergences
 def test_the_derivatives_of_every_divergence(f, settings, name, same):
-    """By the temperature, and twice by the student: central differences."""
+    """The first with respect to the temperature, and the second for the student, equal central differences."""
     values, indices, rest = kept(TEACHER, 3, 2.0)
     student, way, *teacher = f.arrays([STUDENT, RNG.normal(size=STUDENT.shape), values, indices, rest])
 
@@ -173,7 +174,7 @@ def test_logarithms_of_probabilities_are_logits(f):
 
 @both
 def test_a_tiny_rest_keeps_its_digits(f):
-    """Where one less the sum of the kept probabilities would be 0 in float32."""
+    """In float32, 1 minus the sum of the kept probabilities would be 0."""
     student, teacher = np.array([[20.0, 0.0, -1.0, -2.0]]), np.array([[25.0, 0.0, -3.0, -2.0]])
     values, indices = teacher[:, :1], np.array([[0]])
     rest = np.log(np.exp(teacher[:, 1:]).sum(-1))
@@ -183,12 +184,12 @@ def test_a_tiny_rest_keeps_its_digits(f):
     assert ulps(narrow[0], wide[0], "float32") <= 32
     assert (
         ulps(narrow[1][:, 1:], wide[1][:, 1:], "float32") <= 32
-    )  # of the rest; p - q at the kept class is below 1 ULP of p
+    )  # the rest; p - q at the kept class is below 1 ULP of p
 
 
 @both
 def test_padding_adds_nothing(f):
-    """A class at -inf in both, kept or in the rest; a whole rest at -inf; a kept class at -inf in the teacher alone."""
+    """A class at -inf in both, kept or in the rest; a rest at -inf; a kept class at -inf only in the teacher."""
     values, indices, rest = kept(TEACHER, 3, 1.0)
     student = np.concatenate([STUDENT, np.full((6, 2), -np.inf)], -1)
     want = value_and_slope(f, STUDENT, values, indices, rest)
@@ -231,7 +232,7 @@ def test_a_class_that_is_there_twice_gives_nan(f):
 
 
 def ragged(rng, values, indices):
-    """Entries among which padding of all sorts is spread, and where they are: as many in each example, in other places."""
+    """Entries mixed with padding of several kinds, and where the entries are: equally many in each example."""
     number, k = indices.shape
     kept = np.arange(k + 4) < k
     kept = np.stack([rng.permutation(kept) for _ in range(number)])
@@ -250,7 +251,7 @@ TAILS = [("bucket", 1.0), ("bucket", 4.0), ("renormalize", 2.5)]
 @both
 @pytest.mark.parametrize(("tail", "temperature"), TAILS)
 def test_an_entry_that_is_not_kept_is_as_if_it_were_not_there(f, tail, temperature):
-    """More entries than classes, even: of NaN, out of range, of a class that is there already."""
+    """It may be NaN, out of range, or a class that occurs already; there may be more entries than classes."""
     for k in (3, 7):
         values, indices, rest = kept(TEACHER, k, temperature)
         more_values, more_indices, where = ragged(RNG, values, indices)
@@ -284,7 +285,7 @@ def test_the_order_of_the_entries_says_nothing(f, tail, temperature):
 
 @both
 def test_an_example_of_which_nothing_is_kept(f):
-    """The rest alone is one class, on which student and teacher agree; no class at all is no distribution."""
+    """With only the rest, there is one class, on which both agree; without any class there is no distribution."""
     values, indices, rest = kept(TEACHER, 3, 1.0)
     where = np.arange(6)[:, None] * np.ones(3, int) != 2
     value, slope = value_and_slope(f, STUDENT, values, indices, rest, kept=f.array(where))
@@ -307,7 +308,8 @@ def test_an_example_of_which_nothing_is_kept(f):
 @both
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_no_distribution_is_nan(f, tail):
-    """A student at -inf throughout, or a teacher whose entries and rest are: NaN in value and gradient, nothing where masked."""
+    """A student that is all -inf, or a teacher's entries and rest, gives NaN in value and gradient, unless it is
+    masked."""
     values, indices, rest = kept(TEACHER, 3, 1.0)
     student, others = STUDENT.copy(), np.arange(6) != 2
     student[2] = -np.inf
@@ -332,7 +334,7 @@ def test_no_distribution_is_nan(f, tail):
 @both
 @pytest.mark.parametrize(("tail", "temperature"), TAILS)
 def test_the_gradient_of_the_temperature(f, tail, temperature):
-    """Equal to central differences; the rest is what it was."""
+    """It equals central differences with a fixed rest."""
     values, indices, rest = kept(TEACHER, 3, temperature)
     more = ragged(RNG, values, indices)
     where = f.array(np.arange(6) != 4)
@@ -351,7 +353,7 @@ def test_the_gradient_of_the_temperature(f, tail, temperature):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_what_is_held_until_the_backward_pass(tail, dtype):
-    """The gradient in the student's dtype, and nothing of the teacher, which may be written into or come from inference."""
+    """Only the gradient is stored, in the student's dtype; the teacher may change, or come from inference mode."""
     values, indices, rest = kept(TEACHER, 3, 2.0)
     student, *teacher = TORCH.arrays([STUDENT, values, indices, rest], dtype)
     student.requires_grad_()
@@ -397,7 +399,7 @@ def test_jax_holds_the_gradient_in_the_dtype_of_the_student(dtype):
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("classes", [4, CLASSES])
 def test_the_second_derivative(f, tail, classes):
-    """Of one other class, too, whose weight is exactly 1: equal to central differences of the gradient."""
+    """It equals central differences of the gradient, also with one other class, whose weight is exactly 1."""
     teacher = kept(TEACHER[:, :classes], 3, 2.0)
     student, way, *teacher = f.arrays([STUDENT[:, :classes], RNG.normal(size=(6, classes)), *teacher])
     slope = f.grad(lambda x: f.kd.topk_kl_loss(x, *teacher, temperature=2.0, tail=tail))
@@ -411,7 +413,7 @@ def test_the_second_derivative(f, tail, classes):
 @both
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_vmap(f, tail):
-    """Over any one of the inputs, with the others fixed."""
+    """`vmap` over any one of the inputs, with the others fixed."""
     values, indices, rest = kept(TEACHER, 3, 2.0)
     given = f.arrays([STUDENT, values, indices, rest, np.arange(18).reshape(6, 3) % 7 != 1])
     vmap, stack = (jax.vmap, jnp.stack) if f is JAX else (torch.func.vmap, torch.stack)
@@ -429,7 +431,7 @@ def test_under_vmap(f, tail):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_under_torch_compile(tail):
     values, indices, rest = kept(TEACHER, 3, 2.0)

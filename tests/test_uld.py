@@ -1,4 +1,4 @@
-"""ULD: two vocabularies, ties, and what sorting does to gradients."""
+"""ULD: two vocabularies, ties, and the effect of sorting on gradients."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ both = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name
 
 
 def evaluated(f, student, teacher, dtype="float64", **options):
-    """Values and the gradient of their sum."""
+    """The values, and the gradient of their sum."""
     student, teacher = f.array(student, dtype), f.array(teacher, dtype)
 
     def values(x):
@@ -33,7 +33,8 @@ def padded(x, number):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize(("ours", "theirs"), [(5, 9), (9, 5), (2, 33), (33, 2), (7, 7)])
 def test_classes_that_are_missing_have_probability_0(f, dtype, ours, theirs):
-    """Value and gradient of two vocabularies are those of two that were filled up at -inf to one size, or beyond it."""
+    """Value and gradient do not change if the vocabularies are padded with -inf to the same size, or to a larger
+    one."""
     rng = np.random.default_rng(0)
     student, teacher = 3 * rng.normal(size=(2, 3, ours)), 3 * rng.normal(size=(2, 3, theirs))
     value, slope = evaluated(f, student, teacher, dtype)
@@ -62,12 +63,12 @@ def test_a_permutation_has_no_loss_and_no_gradient(f):
 
 @both
 def test_ties_are_sorted_in_their_order(f):
-    """Of equal logits the first class takes the first place, as in both frameworks' stable sorts, and -0 is 0."""
+    """The first of equal logits comes first, as in both frameworks' stable sorts, and -0 equals 0."""
     student, teacher = np.array([[0.0, -0.0, 1.0, 0.0]]), np.array([[1.0, 0.5, -0.5, -1.5]])
     p, q = (np.exp(x[0]) / np.exp(x[0]).sum() for x in (student, teacher))
     places = np.array([1, 2, 0, 3])
     signs = np.sign(np.sort(p)[::-1] - q)[places]
-    assert len(set(signs[[0, 1, 3]])) == 2  # the tie lies where the sign changes
+    assert len(set(signs[[0, 1, 3]])) == 2  # the sign changes within the tie
     value, slope = evaluated(f, student, teacher)
     assert slope[0] == pytest.approx(p * (signs - (p * signs).sum()), rel=1e-12)
     assert value[0] == pytest.approx(np.abs(np.sort(p)[::-1] - q).sum(), rel=1e-12)
@@ -75,11 +76,11 @@ def test_ties_are_sorted_in_their_order(f):
 
 @both
 def test_a_gap_of_0_has_no_gradient(f):
-    """Where p and q of a place are equal, and others are not."""
+    """p and q are equal at one place, and different at others."""
     student, teacher = np.log([[0.5, 0.3, 0.2]]), np.log([[0.5, 0.25, 0.25]])
     _, slope = evaluated(f, student, teacher)
     p, signs = np.exp(student[0]), np.array([0.0, 1.0, -1.0])
-    assert np.abs(slope[0] - p * (signs - (p * signs).sum())).max() < 0.51  # rounding tells the sign of the first
+    assert np.abs(slope[0] - p * (signs - (p * signs).sum())).max() < 0.51  # rounding decides the first sign
     assert slope.sum() == pytest.approx(0, abs=1e-15)
 
 
@@ -87,7 +88,7 @@ def test_a_gap_of_0_has_no_gradient(f):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("distance", [1e-2, 1e-5])
 def test_near_equality(f, dtype, distance):
-    """A loss that is small keeps its digits: within 16 ULP of what longer numbers give for the same logits."""
+    """A small loss keeps its digits: it is within 16 ULP of the result in extended precision for the same logits."""
     rng = np.random.default_rng(2)
     teacher = 3 * rng.normal(size=(6, 40))
     student = teacher + distance * rng.normal(size=(6, 40))
@@ -95,7 +96,7 @@ def test_near_equality(f, dtype, distance):
     p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (student, teacher))
     p, q = (np.sort(x / x.sum(-1, keepdims=True)) for x in (p, q))
     value, _ = evaluated(f, student.astype(float), teacher.astype(float), dtype)
-    rounding = np.finfo(np.longdouble).eps / distance  # of the difference of the longer numbers
+    rounding = np.finfo(np.longdouble).eps / distance  # of the difference in extended precision
     assert np.abs(value / np.abs(p - q).sum(-1) - 1).max() <= 16 * np.finfo(dtype).eps + 2 * rounding
 
 
@@ -117,7 +118,7 @@ def test_a_sort_by_digits_is_a_stable_sort(classes):
 
 
 def test_kdtorch_sorts_alike_with_and_without_a_graph():
-    """NumPy sorts the teacher on a CPU, PyTorch elsewhere."""
+    """On a CPU NumPy sorts the teacher, elsewhere PyTorch does."""
     x, y = torch.randn(3, 50), torch.randn(3, 60).round()
     eager = TORCH.kd.uld_loss(x, y, reduction="none")
     traced = torch.func.vmap(lambda x, y: TORCH.kd.uld_loss(x, y))(x, y)

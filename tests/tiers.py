@@ -1,4 +1,4 @@
-"""Which cases of a test are for `make test`, and which for `make test-all` alone."""
+"""Decides which cases of a test run in `make test`, and which only in `make test-all`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,21 +11,21 @@ slow = pytest.mark.slow
 
 
 def first(count: int, values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter; those after the first `count` are slow."""
+    """Values of a parameter; all after the first `count` are marked slow."""
     return [_parameter(x, i < count) for i, x in enumerate(values)]
 
 
 def only(quick: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter; those that `quick` is false for are slow."""
+    """Values of a parameter; those for which `quick` is False are marked slow."""
     return [_parameter(x, quick(x)) for x in values]
 
 
-# of rows, of pairs of examples, with a state, of feature maps
+# one loss of rows, one of pairs of examples, one with a state, and one of feature maps
 REPRESENTATIVES = ("kl_loss", "euclidean_mse_loss", "dino_loss", "hcl_loss")
 
 
 def one_of_a_kind(losses: Iterable[Loss]) -> list[Any]:
-    """Losses; in the first tier one of each kind: what compiles programs holds for others of the kind by the same code."""
+    """Losses, with one of each kind in the first tier, for tests that compile programs; a kind shares its code."""
     return only(lambda loss: loss.name in REPRESENTATIVES, losses)
 
 

@@ -1,8 +1,8 @@
-"""Each loss as its formula is written, in eager PyTorch: the baseline of the benchmarks, not a thing to use.
+"""Each loss written directly from its formula in eager PyTorch: the baseline of the benchmarks, not meant for use.
 
-The arrays that a formula names are built, the loops that it writes are run. Arguments and results are those of the
-function of the same name in kdtorch, without masks and reductions. A loss has a file here where its speed is claimed;
-the functions of all files are attributes of this package.
+A direct form builds all arrays of the formula and runs its loops. Arguments and results are those of the function of
+the same name in kdtorch, without masks and reductions. A loss has a file in this folder if a speed is claimed for it.
+The functions of all files are attributes of this package.
 """
 
 import importlib

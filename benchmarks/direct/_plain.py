@@ -1,4 +1,4 @@
-"""What direct forms share."""
+"""Shared by the direct forms."""
 
 from torch import Tensor
 from torch.nn import functional

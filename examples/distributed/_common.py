@@ -1,4 +1,4 @@
-"""What both scripts share: the options, the teacher, each rank's part of the batches, and where the losses go."""
+"""Shared by both scripts: the options, the teacher, each rank's part of the batches, and the output of the losses."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))  # digits.py and its two halves, which the scripts import next
 from digits import Data, Parser, Plan, Setting, Teacher, at_least_one, load_data, make_plan, training_set
 
-# at larger rates the rounding of float32 may grow past 1e-6 in 50 steps
+# with a larger rate, the rounding of float32 may grow beyond 1e-6 in 50 steps
 SETTING = Setting(steps=50, student_rate=0.001)
 
 
 def options_of(script: str, description: str) -> Parser:
-    """The options that both scripts have."""
+    """A parser with the options of both scripts."""
     parser = Parser(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float64"], default=["float32", "float64"])
-    parser.add_argument("--steps", type=at_least_one, default=SETTING.steps, help="of each training (50)")
-    parser.add_argument("--accumulate", type=at_least_one, default=1, help="micro-batches of a step (1)")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="where each rank writes its losses: RANK.json")
+    parser.add_argument("--steps", type=at_least_one, default=SETTING.steps, help="steps of each training (50)")
+    parser.add_argument("--accumulate", type=at_least_one, default=1, help="micro-batches per step (1)")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="each rank writes its losses to RANK.json there")
     return parser
 
 
@@ -46,7 +46,7 @@ def load_inputs(parser: Parser, options: argparse.Namespace, rank: int, ranks: i
 
 
 def make_teacher(data: Data) -> Teacher:
-    """Random features with a linear head fitted to the labels: nothing to train, and the same in every process."""
+    """Random features with a linear head fitted to the labels: needs no training, and is the same in every process."""
     pixels = data.views[:, data.train].reshape(len(data.views), len(data.train), -1)
     weights = np.random.default_rng(0).normal(size=(pixels.shape[-1], SETTING.teacher[1]))
     features = np.tanh(pixels @ weights)
@@ -56,7 +56,7 @@ def make_teacher(data: Data) -> Teacher:
 
 
 def tell(losses: dict[str, list[float]], rank: int, ranks: int, folder: Path | None) -> None:
-    """Print and write the losses of the whole batches, as this rank knows them."""
+    """Print and write this rank's losses of the whole batches."""
     for dtype, curve in losses.items():
         print(f"rank {rank} of {ranks}, {dtype}: {curve[0]:.12g} -> {curve[-1]:.12g} in {len(curve)} steps", flush=True)
     if folder:

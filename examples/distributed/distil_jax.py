@@ -1,12 +1,12 @@
-"""Distillation over processes in JAX: the digits student replicated, every batch spread, the losses with `axis_name`.
+"""Distillation over several processes in JAX: the student is replicated, batches are spread, losses use `axis_name`.
 
     python examples/distributed/distil_jax.py    # one process
 
-    for process in 0 1; do                       # two, which print the same losses
+    for process in 0 1; do                       # two processes, which print the same losses
         python examples/distributed/distil_jax.py --coordinator localhost:12345 --processes 2 --process $process &
     done; wait
 
-On machines that `jax.distributed` knows (Slurm, Open MPI, Cloud TPU), `jax.distributed.initialize()` needs no arguments.
+With Slurm, Open MPI and Cloud TPU, `jax.distributed.initialize()` needs no arguments.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import difference_kl_loss, kl_loss
 
-BATCH = Plan(P(None, "batch"), P(None, None, "batch"), P(None, "batch"))  # which axis of a step's plan is spread
+BATCH = Plan(P(None, "batch"), P(None, None, "batch"), P(None, "batch"))  # the axis of the plan that is spread
 
 
 class Distiller(nnx.Module):
-    """A student with what its losses learn or remember."""
+    """A student with the parameters and states of its losses."""
 
     def __init__(self, setting: Setting, rngs: nnx.Rngs) -> None:
         self.student = Net(*setting.student, setting.classes, rngs=rngs)
@@ -37,7 +37,7 @@ class Distiller(nnx.Module):
         self.dino = dino(setting, rngs)
 
     def __call__(self, data: Mapping[str, Any], plan: Plan, axis_name: str, update: bool) -> jax.Array:
-        """A loss whose mean over devices is that of the whole batch; states move where `update` says so."""
+        """A loss whose mean over devices is the loss of the whole batch; states change only with `update`."""
         batch = Batch(self.student, data, plan)
         logits, embedding, _ = batch.student
         spread: dict[str, Any] = {"axis_name": axis_name}
@@ -53,7 +53,7 @@ class Distiller(nnx.Module):
 
 
 def train(data: Mapping[str, Any], plans: Plan, dtype: str, mesh: Mesh) -> list[float]:
-    """The loss of each step, the same on every process."""
+    """Train; returns the loss of each step, which is the same in every process."""
     module = Distiller(SETTING, generators(0))
     load(module, {}, dtype)
     graph, params, state = nnx.split(module, nnx.Param, ...)
@@ -92,7 +92,7 @@ def train(data: Mapping[str, Any], plans: Plan, dtype: str, mesh: Mesh) -> list[
 
 def main() -> None:
     parser = options_of("distil_jax.py", __doc__)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="the address of process 0")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     options = parser.parse_args()

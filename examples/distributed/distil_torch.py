@@ -1,11 +1,11 @@
-"""Distillation over ranks in PyTorch: the student under DistributedDataParallel or FSDP2, the losses with `group`.
+"""Distillation over several ranks in PyTorch: DistributedDataParallel or FSDP2 for the student, `group` for the losses.
 
     python examples/distributed/distil_torch.py    # one process
 
-    torchrun --nproc-per-node 2 examples/distributed/distil_torch.py    # two, which print the same losses
+    torchrun --nproc-per-node 2 examples/distributed/distil_torch.py    # two processes, which print the same losses
     torchrun --nproc-per-node 2 examples/distributed/distil_torch.py --engine fsdp
 
-`torchrun` tells `init_process_group` all that it needs.
+Under `torchrun`, `init_process_group` needs no arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kdtorch import difference_kl_loss, kl_loss
 
 
 class Distiller(nn.Module):
-    """A student with what its losses learn or remember."""
+    """A student with the parameters and states of its losses."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Distiller(nn.Module):
     def forward(
         self, data: Mapping[str, Any], plan: Plan, group: distributed.ProcessGroup | None, update: bool
     ) -> Tensor:
-        """A loss whose mean over ranks is that of the whole batch; states move where `update` says so."""
+        """A loss whose mean over ranks is the loss of the whole batch; states change only with `update`."""
         batch = Batch(self.student, data, plan)
         logits, embedding, _ = batch.student
         spread: dict[str, Any] = {"group": group}
@@ -66,14 +66,14 @@ ENGINES = {"ddp": data_parallel, "fsdp": sharded}
 
 
 def reduces_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Inside it the gradients of a micro-batch travel only if it is the last one of a step."""
+    """A context in which gradients are communicated only for the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def train(data: Mapping[str, Any], plans: Plan, dtype: str, mesh: DeviceMesh | None, engine: str) -> list[float]:
-    """The loss of each step, the same on every rank."""
+    """Train; returns the loss of each step, which is the same on every rank."""
     torch.manual_seed(0)
     model: nn.Module = Distiller(SETTING).to(getattr(torch, dtype))
     group, ranks = (mesh.get_group(), mesh.size()) if mesh else (None, 1)
@@ -100,7 +100,7 @@ def train(data: Mapping[str, Any], plans: Plan, dtype: str, mesh: DeviceMesh | N
 
 def main() -> None:
     parser = options_of("distil_torch.py", __doc__)
-    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="under torchrun (ddp)")
+    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="for the student, under torchrun (ddp)")
     options = parser.parse_args()
     mesh, rank, ranks = None, 0, 1
     if distributed.is_torchelastic_launched():
@@ -112,7 +112,7 @@ def main() -> None:
         {dtype: train(inputs, plans, dtype, mesh, options.engine) for dtype in options.dtype}, rank, ranks, options.json
     )
     if mesh:
-        # gloo's threads let go of the last tensors here, while there is a Python to give them back to
+        # gloo's threads release their last tensors here, while the interpreter is still running
         distributed.barrier()
         distributed.destroy_process_group()
 

@@ -25,12 +25,12 @@ def train() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test() -> tuple[np.ndarray, np.ndarray]:
-    """500 images that nobody trains on, and their labels."""
+    """500 images that are not used for training, and their labels."""
     return DATA.views[0, DATA.test], LABELS[DATA.test]
 
 
 def batches(steps: int, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of the training set, drawn anew for each step."""
+    """Random images and labels of the training set, for each step."""
     draw, (images, labels) = np.random.default_rng(0), train()
     for _ in range(steps):
         index = draw.choice(len(labels), size, replace=False)
@@ -38,7 +38,7 @@ def batches(steps: int, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 def told() -> tuple[np.ndarray, np.ndarray]:
-    """Two images a class of the training set, for a student of few labels."""
+    """Two images per class of the training set, for a student with few labels."""
     images, labels = train()
     first = np.concatenate([np.flatnonzero(labels == label)[:2] for label in range(10)])
     return images[first], labels[first]
@@ -54,7 +54,7 @@ def views(steps: int, seed: int, size: int = 64) -> Iterator[np.ndarray]:
 
 @cache
 def teacher(framework: str) -> Any:
-    """A small CNN that has learned, in `"jax"` or `"torch"`: images to its `logits`, `embedding` and `maps`."""
+    """A small trained CNN in `"jax"` or `"torch"`, from images to its `logits`, `embedding` and `maps`."""
     half = importlib.import_module(f"_digits_{framework}")
     plan = digits.make_plan(DATA, SETTING._replace(labelled=0), seed=0)
     return half.make_teacher({"views": DATA.views[:, DATA.train], "labels": DATA.labels[DATA.train]}, plan, SETTING)

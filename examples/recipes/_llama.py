@@ -1,4 +1,4 @@
-"""What the recipes for Hugging Face share: a byte-level tokenizer and Llamas of random weights; nothing is downloaded."""
+"""Shared by the recipes for Hugging Face: a byte-level tokenizer and Llamas with random weights, without downloads."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-PROMPT = 8  # characters of a line that are given; the rest is the answer
+PROMPT = 8  # characters of a line that are the prompt; the rest is the answer
 TEXTS = [line.decode() for line in LINES if len(line) >= PROMPT + 8]
 TRAIN, TEST = TEXTS[200:], TEXTS[:200]
 
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Of single bytes, with a token for padding and one for the end of a line."""
+    """A tokenizer of single bytes, with a token for padding and one for the end of a line."""
     names = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     bytewise = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -49,7 +49,7 @@ def llama(width: int, layers: int) -> LlamaForCausalLM:
 
 
 def rows(texts: list[str]) -> list[dict[str, list[int]]]:
-    """The tokens of each text, and labels of -100 for those of its prompt."""
+    """The tokens and labels of each text; the labels of its prompt are -100."""
     made = []
     for text in texts:
         tokens = [*tokenizer()(text)["input_ids"], tokenizer().eos_token_id]
@@ -69,7 +69,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 @cache
 def teacher(steps: int = 120) -> LlamaForCausalLM:
-    """A Llama that has learned the lines."""
+    """A Llama trained on the lines."""
     torch.manual_seed(0)
     model, draw = llama(64, 2), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -82,7 +82,7 @@ def teacher(steps: int = 120) -> LlamaForCausalLM:
 
 
 def peak(step: Callable[[], Any]) -> float:
-    """MiB that a step holds at most, beyond what there was before it, by PyTorch's profiler."""
+    """The peak MiB that a step adds, by PyTorch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     records = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]

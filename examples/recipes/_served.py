@@ -1,11 +1,11 @@
-"""What the recipes of a served teacher share: the engine's side, on lines of text that ship with Python.
+"""Shared by the recipes of a served teacher: the engine, on lines of text that ship with Python.
 
-The teacher knows how often each byte follows two others. `serve` returns what vLLM does for a prompt,
+The teacher knows how often each byte follows two others. `serve` returns what vLLM returns for a prompt:
 
     LLM(model, max_logprobs=16).generate(prompts, SamplingParams(prompt_logprobs=16, max_tokens=1))[i].prompt_logprobs
 
-None for the first token, and for each other one a dict of the 16 likeliest tokens in its place and of the token itself, which
-makes 17 if it is none of them.
+This is None for the first token, and for each other one a dict with the 16 likeliest tokens in its place and the token
+itself, which makes 17 entries if it is not among them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TEACHER = _counts()
 
 
 def teacher(text: bytes) -> np.ndarray:
-    """Log-probabilities of what follows each byte but the last, `[length - 1, 128]`."""
+    """The log-probabilities of the byte after each byte except the last, `[length - 1, 128]`."""
     tokens = np.frombuffer(text, np.uint8)[:-1]
     return _TEACHER[np.concatenate([[0], tokens[:-1]]), tokens]
 
@@ -52,7 +52,7 @@ def serve(text: bytes) -> list[dict[int, Logprob] | None]:
 
 
 def arrays(prompt_logprobs: list[dict[int, Logprob] | None]) -> tuple[np.ndarray, np.ndarray]:
-    """`[length - 1, 16]`: log-probabilities and tokens, from the likeliest on, without the 17th that some places have."""
+    """`[length - 1, 16]`: log-probabilities and tokens, the likeliest first, without the 17th that some places have."""
     top = [
         sorted(((x.logprob, token) for token, x in row.items()), reverse=True)[:KEPT] for row in prompt_logprobs if row
     ]
@@ -61,7 +61,7 @@ def arrays(prompt_logprobs: list[dict[int, Logprob] | None]) -> tuple[np.ndarray
 
 
 def batches(rank: int, ranks: int) -> Iterator[dict[str, Any]]:
-    """What `record_teacher` takes, of every `ranks`-th line: padded, with the number of tokens of each."""
+    """Batches for `record_teacher`, of every `ranks`-th line: padded, with the number of tokens of each line."""
     lines = range(rank, len(LEARNED), ranks)
     for start in range(0, len(lines), BATCH):
         index = np.array(lines[start : start + BATCH])
@@ -75,7 +75,7 @@ def batches(rank: int, ranks: int) -> Iterator[dict[str, Any]]:
 
 
 def tokens(lines: list[bytes], index: np.ndarray) -> np.ndarray:
-    """`[batch, 39]`: lines without their last byte, padded by 0."""
+    """`[batch, 39]`: lines without their last byte, padded with 0."""
     padded = np.zeros((len(index), LENGTH - 1), np.int64)
     for row, i in zip(padded, index, strict=True):
         row[: len(lines[i]) - 1] = np.frombuffer(lines[i], np.uint8)[:-1]

@@ -1,4 +1,4 @@
-"""What the recipes of two tokenizers share: the tokenizers, and the places where both have read the same text."""
+"""Shared by the recipes of two tokenizers: the tokenizers, and the places where both have read the same text."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def tokenizer(size: int) -> Tokenizer:
 
 
 def shared_places(ours: list[tuple[int, int]], theirs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pairs of positions after which both have read the same text, from the spans of text of their tokens.
+    """Pairs of positions after which both have read the same text, found from the text spans of their tokens.
 
-    The logits there are of what follows the same text. The ends of a line are no pair: nothing follows.
+    The logits at these positions predict what follows the same text. The ends of a line are not a pair, because nothing
+    follows.
     """
     places = {end: place for place, (_, end) in enumerate(theirs[:-1])}
     return [(place, places[end]) for place, (_, end) in enumerate(ours[:-1]) if end in places]
 
 
 def aligned(texts: list[str], student: Tokenizer, teacher: Tokenizer) -> dict[str, np.ndarray]:
-    """Tokens of both, `[texts, 40]`, and the shared places in either, `[texts, 40]`, of which `where` says the real ones."""
+    """Tokens of both, `[texts, 40]`, and the shared places in each, `[texts, 40]`; `where` is False for padding."""
     names = ("student", "teacher", "student_places", "teacher_places")
     arrays = {name: np.zeros((len(texts), LENGTH), np.int64) for name in names}
     where = np.zeros((len(texts), LENGTH), bool)

@@ -1,4 +1,4 @@
-"""What the recipes of language models share: lines of text that ship with Python, as arrays of bytes."""
+"""Shared by the recipes of language models: lines of text that ship with Python, as arrays of bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(places: Iterable[int]) -> np.ndarray:
 
 
 def batches(steps: int, seed: int = 0, size: int = 32) -> Iterator[np.ndarray]:
-    """`[size, 40]`: bytes of lines, drawn anew for each step, and 0 after the end of a line."""
+    """`[size, 40]`: bytes of random lines for each step, and 0 after the end of a line."""
     draw = np.random.default_rng(seed)
     for _ in range(steps):
         yield rows(draw.integers(len(LINES), size=size))

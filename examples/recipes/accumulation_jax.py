@@ -3,8 +3,8 @@
     python examples/recipes/accumulation_jax.py
 
 If the masks of the parts differ, the mean of their means is not the mean of the batch: add sums and divide once. A loss that
-compares the examples of a batch with each other is not a sum over parts: it needs the logits of the whole batch, and nothing
-else of it. Parts run one after the other in `jax.lax.scan`, so that memory is of one.
+compares the examples of a batch with each other is not a sum over parts: it needs the logits of the whole batch, but
+nothing else. The parts run one after another in `jax.lax.scan`, so that only one part needs memory at a time.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ def parts(*batch):
 
 
 def added(function, params, parts):
-    """The sum over the parts of what the function returns of each."""
+    """The sum over the parts of what the function returns for each."""
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, function(params, *part)), None
@@ -38,7 +38,7 @@ def added(function, params, parts):
 
 
 def sums(loss, params, *batch):
-    """Right for a loss of one example at a time. One with a state gets `update=False` in all parts but the last."""
+    """Right for losses of single examples. A loss with a state gets `update=False` in all parts but the last."""
 
     def part(params, images, teacher_logits, kept):
         return loss(student.apply(params, images), teacher_logits, where=kept, reduction="sum") / batch[-1].sum()
@@ -47,9 +47,10 @@ def sums(loss, params, *batch):
 
 
 def by_logits(loss, params, images, teacher_logits, where):
-    """Right for every loss: its gradient to the logits of the whole batch, which the parts then carry on.
+    """Right for every loss: the gradient for the logits of the whole batch is backpropagated in parts.
 
-    The student runs twice and must say the same both times: no dropout between. A state moves once, by the whole batch.
+    The student runs twice and must give the same outputs both times, so without dropout. A state is updated once, by
+    the whole batch.
     """
     logits = jax.lax.map(lambda x: student.apply(params, x), parts(images)[0]).reshape(len(images), -1)
     value, gradient = jax.value_and_grad(loss)(logits, teacher_logits, where=where)
@@ -78,7 +79,7 @@ print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}, each step in four parts")
 
 @partial(jax.jit, static_argnums=0)
 def off(loss, params, *batch):
-    """How far either way is from the gradient of the batch, in parts of its length."""
+    """How far each way is from the gradient of the batch, relative to its length."""
     _, right = jax.value_and_grad(lambda p: loss(student.apply(p, batch[0]), batch[1], where=batch[2]))(params)
     wrong = [optax.tree.sub(way(loss, params, *batch)[1], right) for way in (sums, by_logits)]
     return [optax.tree.norm(x) / optax.tree.norm(right) for x in wrong]

@@ -3,8 +3,8 @@
     python examples/recipes/accumulation_torch.py
 
 If the masks of the parts differ, the mean of their means is not the mean of the batch: add sums and divide once. A loss that
-compares the examples of a batch with each other is not a sum over parts: it needs the logits of the whole batch, and nothing
-else of it.
+compares the examples of a batch with each other is not a sum over parts: it needs the logits of the whole batch, but
+nothing else.
 """
 
 import torch
@@ -24,21 +24,22 @@ def parts(*batch):
 
 
 def means(loss, images, teacher_logits, where):
-    """What one writes first: right only if all parts keep equally many examples and the loss knows no pairs."""
+    """The obvious way: right only if all parts keep equally many examples and the loss does not compare examples."""
     for x, t, kept in parts(images, teacher_logits, where):
         (loss(student(x), t, where=kept) / 4).backward()
 
 
 def sums(loss, images, teacher_logits, where):
-    """Right for a loss of one example at a time. One with a state gets `update=False` in all parts but the last."""
+    """Right for losses of single examples. A loss with a state gets `update=False` in all parts but the last."""
     for x, t, kept in parts(images, teacher_logits, where):
         (loss(student(x), t, where=kept, reduction="sum") / where.sum()).backward()
 
 
 def by_logits(loss, images, teacher_logits, where):
-    """Right for every loss: its gradient to the logits of the whole batch, which the parts then carry on.
+    """Right for every loss: the gradient for the logits of the whole batch is backpropagated in parts.
 
-    The student runs twice and must say the same both times: no dropout between. A state moves once, by the whole batch.
+    The student runs twice and must give the same outputs both times, so without dropout. A state is updated once, by
+    the whole batch.
     """
     with torch.no_grad():
         logits = torch.cat([student(x) for (x,) in parts(images)]).requires_grad_()

@@ -14,7 +14,7 @@ from kdjax import dkd_loss
 
 taught = teacher("jax")
 rngs = nnx.Rngs(0)
-student = nnx.Sequential(  # `dtype` is what is computed in, `param_dtype` (float32) what is kept
+student = nnx.Sequential(  # `dtype` is for computation, `param_dtype` (float32) for the weights
     lambda images: images.reshape(len(images), -1),
     nnx.Linear(64, 32, dtype=jnp.bfloat16, rngs=rngs),
     nnx.relu,
@@ -37,7 +37,7 @@ def step(student, optimizer, *batch):
     return loss, logits
 
 
-ask = nnx.jit(lambda images: taught(images).logits.astype(jnp.bfloat16))  # half the memory, if they are kept
+ask = nnx.jit(lambda images: taught(images).logits.astype(jnp.bfloat16))  # half the memory, if they are stored
 losses = []
 for images, labels in batches(steps=100):
     loss, logits = step(student, optimizer, images, labels, ask(images))

@@ -3,8 +3,8 @@
     python examples/recipes/dino_jax.py
 
 20 of 1,000 images have a label. On all images the student predicts, from one view of an image, what its average outputs
-for another view. For comparison, three students are trained with this loss and three without it. All that a step changes goes in
-and comes out: weights, their average, the optimiser's moments, and DINO's centre.
+for another view. For comparison, three students are trained with this loss and three without it. A step takes and
+returns all that it changes: weights, their average, the optimiser's moments, and DINO's centre.
 """
 
 import jax
@@ -24,7 +24,7 @@ def objective(params, average, state, both, weight):
     logits = student.apply(params, labelled_images)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     ours, theirs = (jax.vmap(student.apply, (None, 0))(p, both) for p in (params, average))  # [2, 64, 10]
-    # with as few outputs as 10 classes the published temperatures, 0.04 and 0.1, are too sharp
+    # with only 10 classes, the published temperatures, 0.04 and 0.1, are too sharp
     dino, state = dino_loss(ours, theirs, state, teacher_temperature=0.5, student_temperature=1.0)
     return loss + weight * dino, state
 
@@ -41,7 +41,7 @@ def step(carry, both, weight):
 
 
 def distil(weight, seed):
-    """The student's weights, their average, and the losses on the way."""
+    """Train; returns the student's weights, their average, and the loss of each step."""
     params = student.init(jax.random.key(seed), labelled_images)
     carry, losses = (params, params, optimizer.init(params), dino_init(10)), []
     for both in views(steps=200, seed=seed):

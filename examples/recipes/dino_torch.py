@@ -15,13 +15,13 @@ from kdtorch.nn import DINOLoss
 
 
 def distil(weight, seed):
-    """The student, its average, and the losses on the way."""
+    """Train; returns the student, its average, and the loss of each step."""
     torch.manual_seed(seed)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     teacher = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.97)).requires_grad_(False)
     teacher.update_parameters(student)  # the first call copies
-    # the centre is a buffer of the loss: save it with the student. With as few outputs as 10 classes the published
-    # temperatures, 0.04 and 0.1, are too sharp
+    # the centre is a buffer of the loss: save it with the student. With only 10 classes, the published temperatures,
+    # 0.04 and 0.1, are too sharp
     dino = DINOLoss(10, warmup_temperature=0.5, teacher_temperature=0.5, student_temperature=1.0)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     images, labels = map(torch.from_numpy, told())

@@ -25,12 +25,12 @@ def unit(x):
 
 
 class ViT(linen.Module):
-    """16 patches of 2 × 2 pixels and a class token; outputs are cosines with prototypes, as with DINO's head."""
+    """16 patches of 2 × 2 pixels and a class token; the outputs are cosines with prototypes, as in DINO's head."""
 
     @linen.compact
     def __call__(self, images, mask=None):
         """The feature of each image, and the outputs of the class token and of the patches."""
-        tokens = self.param("tokens", linen.initializers.normal(0.5), (2, WIDTH))  # of the class, and of a masked patch
+        tokens = self.param("tokens", linen.initializers.normal(0.5), (2, WIDTH))  # the class token and the mask token
         patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
         patches = linen.Dense(WIDTH)(patches)
         if mask is not None:
@@ -51,7 +51,7 @@ optimizer = optax.adamw(2e-3, weight_decay=0.01)
 
 
 def draw_mask(key, number):
-    """In half of the images, a third of the patches."""
+    """Mask a third of the patches in half of the images."""
     return (jax.random.uniform(key, (number, 16)) < 1 / 3) & (jnp.arange(number) % 2 == 0)[:, None]
 
 
@@ -59,7 +59,7 @@ def objective(params, average, states, both, mask, assignments):
     stacked = both.reshape(-1, 8, 8)  # [2 * 64, 8, 8]: the first views, then the second
     _, images, patches = net.apply(average, stacked)
     of_images = of_patches = None
-    if assignments:  # of all images of the batch, and of all masked patches
+    if assignments:  # over all images of the batch, and over all masked patches
         of_images = sinkhorn_knopp(images, temperature=0.04).reshape(2, -1, PROTOTYPES)
         of_patches = sinkhorn_knopp(patches.reshape(-1, PROTOTYPES), temperature=0.04, where=mask.reshape(-1))
         of_patches = of_patches.reshape(patches.shape)
@@ -84,7 +84,7 @@ def step(carry, both, key, assignments):
 
 
 def learn(params, assignments):
-    """The average of the student, and the losses on the way."""
+    """Train; returns the average of the student, and the loss of each step."""
     states = dino_init(PROTOTYPES), ibot_init(PROTOTYPES)
     carry, losses = (params, params, optimizer.init(params), states), []
     for i, both in enumerate(views(steps=STEPS, seed=0)):
@@ -95,7 +95,7 @@ def learn(params, assignments):
 
 @jax.jit
 def accuracy(params):
-    """Of the label of the nearest labelled image."""
+    """The accuracy of the label of the nearest labelled image."""
     known, images = (unit(net.apply(params, x)[0]) for x in (told()[0], test()[0]))
     nearest = (images @ known.T).argmax(1)
     return (jnp.asarray(told()[1])[nearest] == test()[1]).mean()

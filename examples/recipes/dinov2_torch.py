@@ -20,12 +20,12 @@ WIDTH, PROTOTYPES = 48, 64
 
 
 class ViT(nn.Module):
-    """16 patches of 2 × 2 pixels and a class token; outputs are cosines with prototypes, as with DINO's head."""
+    """16 patches of 2 × 2 pixels and a class token; the outputs are cosines with prototypes, as in DINO's head."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(4, WIDTH)
-        self.tokens = nn.Parameter(0.5 * torch.randn(2, WIDTH))  # of the class, and of a masked patch
+        self.tokens = nn.Parameter(0.5 * torch.randn(2, WIDTH))  # the class token and the mask token
         self.places = nn.Parameter(0.5 * torch.randn(17, WIDTH))
         block = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
@@ -43,12 +43,12 @@ class ViT(nn.Module):
 
 
 def draw_mask(number):
-    """In half of the images, a third of the patches."""
+    """Mask a third of the patches in half of the images."""
     return (torch.rand(number, 16) < 1 / 3) & (torch.arange(number) % 2 == 0)[:, None]
 
 
 def learn(assignments):
-    """The average of the student, and the losses on the way."""
+    """Train; returns the average of the student, and the loss of each step."""
     torch.manual_seed(0)
     student = ViT()
     teacher = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.98)).requires_grad_(False)
@@ -61,7 +61,7 @@ def learn(assignments):
         mask = draw_mask(len(stacked))
         _, images, patches = teacher(stacked)
         of_images = of_patches = None
-        if assignments:  # of all images of the batch, and of all masked patches
+        if assignments:  # over all images of the batch, and over all masked patches
             of_images = sinkhorn_knopp(images, temperature=0.04)
             of_patches = sinkhorn_knopp(patches.flatten(0, 1), temperature=0.04, where=mask.flatten())
             of_patches = of_patches.view_as(patches)
@@ -79,7 +79,7 @@ def learn(assignments):
 
 @torch.no_grad()
 def accuracy(net):
-    """Of the label of the nearest labelled image."""
+    """The accuracy of the label of the nearest labelled image."""
     known, images = (normalize(net(torch.from_numpy(x))[0], dim=-1) for x in (told()[0], test()[0]))
     nearest = (images @ known.T).argmax(1).numpy()
     return float((told()[1][nearest] == test()[1]).mean())

@@ -1,9 +1,10 @@
-"""A `distill_step` for Flax NNX: student, teacher, several losses with their weights, and what there is to log.
+"""A `distill_step` for Flax NNX: student, teacher, several losses with their weights, and values to log.
 
     python examples/recipes/distill_step_jax.py
     tensorboard --logdir out/tensorboard
 
-To add a loss, add a line to `LOSSES`. The step gives back a dictionary of numbers, here for TensorBoard.
+To add a loss, add a line to `LOSSES`. The step returns a dictionary of numbers, which this example writes to
+TensorBoard.
 """
 
 import optax

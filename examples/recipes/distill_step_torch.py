@@ -1,9 +1,10 @@
-"""A `distill_step` for PyTorch: student, teacher, several losses with their weights, and what there is to log.
+"""A `distill_step` for PyTorch: student, teacher, several losses with their weights, and values to log.
 
     python examples/recipes/distill_step_torch.py
     tensorboard --logdir out/tensorboard
 
-To add a loss, add a line to `LOSSES`. The step gives back a dictionary of numbers, here for TensorBoard.
+To add a loss, add a line to `LOSSES`. The step returns a dictionary of numbers, which this example writes to
+TensorBoard.
 """
 
 import torch
@@ -31,7 +32,7 @@ def distill_step(student, teacher, optimizer, images, labels):
     total = sum(weight * terms[name] for name, (weight, _) in LOSSES.items())
     optimizer.zero_grad()
     total.backward()
-    gradient = nn.utils.clip_grad_norm_(student.parameters(), 10.0)  # gives back the norm before clipping
+    gradient = nn.utils.clip_grad_norm_(student.parameters(), 10.0)  # returns the norm before clipping
     optimizer.step()
     agreement = (ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean()
     logs = {**terms, "total": total, "gradient": gradient, "agreement": agreement}

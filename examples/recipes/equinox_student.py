@@ -2,7 +2,7 @@
 
     python examples/recipes/equinox_student.py
 
-The model is called on one image at a time, so `jax.vmap` makes the batch; the losses take the whole batch.
+The model takes one image at a time, and `jax.vmap` applies it to a batch; the losses take the whole batch.
 """
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from flax import nnx
 
 from kdjax import dkd_loss
 
-taught = teacher("jax")  # a small CNN that has learned the digits; any function of images will do
+taught = teacher("jax")  # a small CNN trained on the digits; any function of images works
 ask = nnx.jit(lambda images: taught(images).logits)
 student = eqx.nn.MLP(in_size=64, out_size=10, width_size=32, depth=1, key=jax.random.key(0))
 optimizer = optax.adam(1e-2)

@@ -27,7 +27,7 @@ LAYERS = "Conv_0", "Conv_1"
 
 
 def maps_of(model, params, images):
-    """The logits, and what the layers of these names put out, here before the activation."""
+    """The logits, and the outputs of the layers with these names, in this model before the activation."""
     logits, state = model.apply(
         params,
         images,

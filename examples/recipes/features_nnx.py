@@ -16,7 +16,7 @@ from kdjax.nn import Projector
 
 
 def maps_of(model, images):
-    """The logits, and the maps that the model's layers put out, here before the activation."""
+    """The logits, and the output maps of the model's layers, in this model before the activation."""
     output, sown = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(images)
     return output.logits, [nnx.relu(sown[name]["__call__"][0]) for name in ("conv1", "conv2")]
 

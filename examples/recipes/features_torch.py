@@ -17,7 +17,7 @@ from kdtorch.nn import Projector
 
 
 def tap(model, *names):
-    """A dictionary that each call of the model fills with what these parts of it put out."""
+    """A dictionary that each call of the model fills with the outputs of these parts."""
     found = {}
     for name in names:
 
@@ -29,7 +29,7 @@ def tap(model, *names):
 
 
 def cut(model, *names):
-    """A model of the same weights that returns what these nodes of its graph compute, and nothing beyond."""
+    """A model with the same weights that computes and returns only these nodes of its graph."""
     traced = fx.symbolic_trace(model)  # print(traced.graph) shows the names
     nodes = {node.name: node for node in traced.graph.nodes}
     traced.graph.erase_node(next(node for node in traced.graph.nodes if node.op == "output"))

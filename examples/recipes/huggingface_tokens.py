@@ -1,8 +1,8 @@
-"""A language model distilled in Hugging Face's `Trainer`: shifted labels, a mask, and parts of a batch that add up.
+"""A language model distilled in Hugging Face's `Trainer`: shifted labels, a mask, and gradient accumulation.
 
     python examples/recipes/huggingface_tokens.py
 
-Teacher and student are Llamas of random weights, made from configurations; the teacher learns the text first.
+Teacher and student are Llamas with random weights, built from configurations; the teacher is trained on the text first.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from kdtorch import kl_loss, linear_kl_loss
 
 
 class DistillationTrainer(Trainer):
-    # `compute_loss` divides by the tokens of the whole batch, so the Trainer is not to divide by the number of its parts
+    # `compute_loss` divides by the tokens of the whole batch, so the Trainer must not divide by the number of its parts
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args, teacher, **options) -> None:
@@ -24,8 +24,8 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        targets = inputs["labels"][:, 1:]  # the logits at a position are those of the token after it
-        kept = targets != -100  # no prompts and no padding
+        targets = inputs["labels"][:, 1:]  # the logits at a position predict the next token
+        kept = targets != -100  # without prompts and padding
         tokens = kept.sum() if num_items_in_batch is None else num_items_in_batch  # None in `evaluate`
         ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         loss, outputs = self.total(model, ids, targets, kept)
@@ -44,7 +44,7 @@ class DistillationTrainer(Trainer):
 
 
 class HeadDistillationTrainer(DistillationTrainer):
-    """The soft part alone, from hidden states and heads: there are no logits of the whole batch."""
+    """Only the soft part, from hidden states and heads, without the logits of the whole batch."""
 
     def total(self, model, ids, targets, kept):
         outputs = model.model(**ids)

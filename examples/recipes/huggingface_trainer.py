@@ -1,8 +1,8 @@
-"""Distillation in Hugging Face's `Trainer`: a subclass whose `compute_loss` asks the teacher.
+"""Distillation in Hugging Face's `Trainer`: a subclass whose `compute_loss` calls the teacher.
 
     python examples/recipes/huggingface_trainer.py
 
-The student is a vision transformer of random weights, built from a configuration: nothing is downloaded.
+The student is a vision transformer with random weights, built from a configuration; nothing is downloaded.
 """
 
 import os
@@ -19,7 +19,7 @@ from kdtorch import dkd_loss
 
 
 class DistillationTrainer(Trainer):
-    # `compute_loss` returns a mean, so the Trainer is to divide it by the number of accumulation steps
+    # `compute_loss` returns a mean, so the Trainer must divide it by the number of accumulation steps
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args, teacher: nn.Module, **options) -> None:

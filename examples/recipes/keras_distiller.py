@@ -3,7 +3,8 @@
     KERAS_BACKEND=jax python examples/recipes/keras_distiller.py
     KERAS_BACKEND=torch python examples/recipes/keras_distiller.py
 
-`Loss` makes any loss a `DistillationLoss`: on the logits, or on what a layer puts out; `Distiller` hands it the labels.
+`Loss` turns any loss into a `DistillationLoss` of the logits, or of a layer's output. `Distiller` passes the labels to
+it.
 """
 
 import os
@@ -33,14 +34,14 @@ class Loss(keras.distillation.DistillationLoss):
 
 
 class Distiller(keras.distillation.Distiller):
-    """Keras gives a `DistillationLoss` no labels; this one does."""
+    """Keras does not pass labels to a `DistillationLoss`; this class does."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         for loss in self.distillation_losses:
             loss.labels = y
         total = super().compute_loss(x, y, y_pred, sample_weight, training)
         for loss in self.distillation_losses:
-            loss.labels = None  # while JAX traces, they must not be kept
+            loss.labels = None  # traced arrays of JAX must not be kept
         return total
 
 

@@ -1,9 +1,9 @@
-"""A language model distilled in PyTorch Lightning from what its teacher said once: a TeacherCache, read by the batch.
+"""A language model distilled in PyTorch Lightning from recorded outputs of its teacher, read in batches.
 
     python examples/recipes/lightning_cache.py
 
-The teacher's 16 largest logits of each token are recorded before the training, which then runs without the teacher. A
-batch is taken in parts, each of which is divided by the tokens of all parts.
+The teacher's 16 largest logits for each token are recorded in a `TeacherCache` before the training, which then runs
+without the teacher. A batch is processed in parts, and the loss of each part is divided by the tokens of all parts.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ def next_byte(logits, tokens, reduction="mean"):
 
 
 def learned(width, steps):
-    """A model that has learned the text."""
+    """A model trained on the text."""
     model = Model(width)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for tokens in map(torch.from_numpy, batches(steps)):
@@ -52,7 +52,7 @@ def learned(width, steps):
 
 
 def record(folder, teacher):
-    """The teacher runs over the training set once; a second call goes on where the first one stopped."""
+    """Run the teacher over the training set once; a second call continues where the first one stopped."""
     with torch.inference_mode():
         given = torch.tensor(TRAIN).split(128)
         said = ({"index": index, "logits": teacher(TOKENS[index, :-1])} for index in given)
@@ -60,7 +60,7 @@ def record(folder, teacher):
 
 
 def read(cache, parts, index):
-    """A batch in parts, from the places that the sampler drew: the worker reads the cache once for each part."""
+    """A batch in parts, from the indices of the sampler; the worker reads the cache once for each part."""
     split = torch.tensor(index).chunk(parts)
     return [{"tokens": TOKENS[x], "teacher": cache.read(x, temperature=T)} for x in split]
 
@@ -69,12 +69,12 @@ class Distillation(pl.LightningModule):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
-        self.automatic_optimization = False  # Lightning divides by the number of parts, not by that of their tokens
+        self.automatic_optimization = False  # Lightning would divide by the number of parts, not of tokens
         self.losses: list[float] = []
 
     def total(self, tokens, teacher):
         """The sum over the tokens of a part."""
-        logits = self.student(tokens[:, :-1])  # of the tokens from the second on
+        logits = self.student(tokens[:, :-1])  # for the second and later tokens
         entries = teacher["values"], teacher["indices"], teacher["rest"]
         soft = topk_kl_loss(logits, *entries, temperature=T, where=tokens[:, 1:] > 0, reduction="sum")
         return soft + next_byte(logits, tokens, reduction="sum")

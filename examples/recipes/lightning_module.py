@@ -1,8 +1,8 @@
-"""Distillation in PyTorch Lightning: the loss in `training_step`, the teacher where the optimiser does not see it.
+"""Distillation in PyTorch Lightning: the loss in `training_step`, and a teacher that the optimiser does not train.
 
     python examples/recipes/lightning_module.py
 
-The teacher is a part of the module, so that it goes to the device with it, and of its checkpoints.
+The teacher is part of the module, so it is moved to the device with it, and is saved in its checkpoints.
 """
 
 import pytorch_lightning as pl
@@ -18,7 +18,7 @@ class Distillation(pl.LightningModule):
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher.eval().requires_grad_(False)  # stays so; Lightning says once that it found it so
+        self.teacher = teacher.eval().requires_grad_(False)  # it stays so; Lightning mentions it once
         self.losses: list[float] = []
 
     def training_step(self, batch, index):
@@ -26,7 +26,7 @@ class Distillation(pl.LightningModule):
         logits = self.student(images)
         hard = nn.functional.cross_entropy(logits, labels)
         soft = dkd_loss(logits, self.teacher(images).logits, labels, alpha=1.0, beta=2.0, temperature=2.0)
-        self.log_dict({"hard": hard, "soft": soft})  # to the logger of the Trainer, where it has one
+        self.log_dict({"hard": hard, "soft": soft})  # for the Trainer's logger, if it has one
         self.losses.append((hard + soft).item())
         return hard + soft
 

@@ -19,7 +19,7 @@ CONFIG = {
         "METRIC_LOSS_TYPE": "kd-dkd-dcn-eu_mse",
         "KD_LOSS_WEIGHT": [1.0, 5.0, 0.5],
         "KD_LOSS_ARGS": {"dkd": {"beta": 2.0, "temperature": 2.0}},
-        "FEAT_DIM": 64,  # of the embeddings, for the class centres of dcn
+        "FEAT_DIM": 64,  # width of the embeddings, for the class centres of dcn
     }
 }
 

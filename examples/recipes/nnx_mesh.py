@@ -1,11 +1,11 @@
-"""A language model distilled as large ones are trained in JAX: a mesh, remat, bfloat16, and heads in the loss.
+"""A language model distilled with the techniques of large models in JAX: a mesh, remat, bfloat16, heads in the loss.
 
     python examples/recipes/nnx_mesh.py
 
-The batch is spread over `data`, the wide weights over `model`, here on four of eight CPU devices.
-Layers are computed again in the backward pass. The networks compute in bfloat16 on float32 weights; the loss takes hidden
-states and heads, makes no logits of the whole batch, and is float32. The teacher has random weights in place of a
-checkpoint.
+The batch is spread over the mesh axis `data`, and wide weights over `model`, in this example on four of eight CPU
+devices. Layers are computed again in the backward pass. The networks compute in bfloat16 with float32 weights. The loss
+takes hidden states and heads, does not compute the logits of the whole batch, and is float32. The teacher has random
+weights instead of a checkpoint.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import linear_kl_loss
 
-# before anything asks for a device; leave it out where there are accelerators
+# before the first use of a device; leave it out if you have accelerators
 jax.config.update("jax_num_cpu_devices", 8)
 MESH = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
 SPREAD = NamedSharding(MESH, P("data"))
@@ -48,7 +48,7 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Hidden states `[batch, positions, width]`, and the table of embeddings, which is the head too."""
+    """Hidden states `[batch, positions, width]`, and the table of embeddings, which is also the head."""
 
     def __init__(self, width, heads, layers, rngs):
         init = nnx.initializers.normal(width**-0.5)
@@ -66,20 +66,20 @@ class Model(nnx.Module):
 
 @nnx.jit(static_argnums=(0, 1, 2))
 def made(width, heads, layers):
-    """Under `jax.set_mesh` each device makes its own parts of the weights."""
+    """A model; under `jax.set_mesh` each device creates only its own parts of the weights."""
     return Model(width, heads, layers, nnx.Rngs(0))
 
 
 @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P("data"), P(), P("data"), P(), P("data")), out_specs=P())
 def divergence(hidden, head, teacher_hidden, teacher_head, where):
-    """The sum over the tokens of all devices: each makes the logits of its own, a block at a time."""
+    """The sum over the tokens of all devices; each device computes the logits of its own tokens, in blocks."""
     heads = hidden, head, teacher_hidden, teacher_head
     options = {"temperature": 2.0, "where": where, "reduction": "sum", "axis_name": "data"}
     return jax.lax.pmean(linear_kl_loss(*heads, **options), "data")
 
 
 def objective(model, tokens, taught, number):
-    """Divided by the tokens of the whole batch, so that the sums of its parts add up to it."""
+    """The loss of a part, divided by the tokens of the whole batch, so that the parts can be added."""
     return divergence(*model(tokens[:, :-1]), *taught, tokens[:, 1:] > 0) / number
 
 
@@ -92,7 +92,7 @@ def step(model, optimizer, *batch):
 
 @nnx.jit
 def ask(teacher, tokens):
-    """In a program of its own, whose activations are freed before the student's step."""
+    """Run the teacher in its own program, whose activations are freed before the student's step."""
     return teacher(tokens[:, :-1])
 
 

@@ -4,7 +4,7 @@
 
 The student generates tokens, the teacher returns the log-probability of each, and `sampled_kl_loss` needs those two numbers.
 Both are toy policies with 50 tokens, whose next token depends only on the last one, and the student is too small to match
-its teacher. Over 50 tokens every mean can be taken exactly: what the estimators are off by, and how much they vary.
+its teacher. With 50 tokens, all means can be computed exactly, which gives the bias and the variance of the estimators.
 """
 
 import torch
@@ -58,7 +58,7 @@ for name, loss in WAYS.items():
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
 
     def divergence(student=student):
-        """KL(p||q) and KL(q||p), exactly, over all last tokens alike."""
+        """KL(p||q) and KL(q||p), computed exactly, averaged over all last tokens."""
         with torch.no_grad():
             logits = student(torch.arange(TOKENS))
             return reverse_kl_loss(logits, teacher).item(), kl_loss(logits, teacher).item()
@@ -76,7 +76,7 @@ for name, loss in WAYS.items():
 
 
 def statistics(logits, log_q, **options):
-    """What the estimate of one token and its gradient by the logits are in the mean, and how much they vary."""
+    """Mean and deviation of the estimate for one token, and of its gradient with respect to the logits."""
 
     def values(logits):
         return sampled_kl_loss(logits.log_softmax(-1), log_q, reduction="none", **options)

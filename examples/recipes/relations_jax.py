@@ -19,7 +19,8 @@ wide = teacher("jax")  # a small CNN trained on the digits
 taught = nnx.jit(lambda images: wide(images).embedding)(images)  # [1000, 64]
 rngs = nnx.Rngs(0)
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128, rngs=rngs)
-# a module, or None, and a function of it, of the student's features, 32 wide, the teacher's, and the places of the images
+# a module or None, and a function of the module, the student's features (32 wide), the teacher's, and the images'
+# indices
 RELATIONS = {
     "crd": (crd, lambda module, student, teacher, index: 0.1 * module(student, teacher, index)),
     "rkd": (None, lambda module, student, teacher, index: 0.1 * kdjax.rkd_loss(student, teacher)),

@@ -20,7 +20,7 @@ wide = teacher("torch").eval()  # a small CNN trained on the digits
 with torch.no_grad():
     taught = wide(images).embedding  # [1000, 64]
 crd = CRDLoss(32, 64, 16, num_data=len(images), num_negatives=128)
-# of the student's features, 32 wide, the teacher's, and the images' places in the data set
+# functions of the student's features (32 wide), the teacher's, and the images' indices in the data set
 RELATIONS = {
     "crd": lambda student, teacher, index: 0.1 * crd(student, teacher, index),
     "rkd": lambda student, teacher, index: 0.1 * kdtorch.rkd_loss(student, teacher),

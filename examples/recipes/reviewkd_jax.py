@@ -19,7 +19,7 @@ model = nnx.Dict(
     student=Net((4, 6), 20, 10, rngs=rngs),  # the same two convolutions, narrower: maps of 4 and 6 channels
     review=ReviewKD([4, 6], SETTING.teacher[0], mid_channels=8, rngs=rngs),  # to the teacher's channels
 )
-optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)  # of both; the batch norm of the connectors is state
+optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)  # for both; the connectors' batch norm is state
 
 
 @nnx.jit
@@ -27,7 +27,7 @@ def step(model, optimizer, images, labels, theirs, weight):
     def objective(model):
         logits, _, ours = model.student(images)
         hard = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        hierarchical = hcl_loss(model.review(ours), theirs)  # as many maps, of the same shapes; any height and width
+        hierarchical = hcl_loss(model.review(ours), theirs)  # equally many maps, of equal shapes; any height and width
         return hard + weight * hierarchical, hierarchical
 
     (_, hierarchical), gradients = nnx.value_and_grad(objective, has_aux=True)(model)
@@ -36,7 +36,7 @@ def step(model, optimizer, images, labels, theirs, weight):
 
 
 ask = nnx.jit(lambda images: taught(images).maps)
-warm_up = optax.schedules.linear_schedule(0.0, 1.0, 50)  # as the connectors begin with random weights
+warm_up = optax.schedules.linear_schedule(0.0, 1.0, 50)  # because the connectors start with random weights
 losses = []
 for i, (images, labels) in enumerate(batches(steps=100)):
     losses.append(step(model, optimizer, images, labels, ask(images), warm_up(i)))

@@ -27,8 +27,8 @@ for epoch in range(6):
         with torch.no_grad():
             theirs = taught(images).maps
         logits, _, ours = student(images)
-        hierarchical = hcl_loss(review(ours), theirs)  # as many maps, of the same shapes; any height and width
-        weight = min((epoch + 1) / 3, 1)  # a warm-up, as the connectors begin with random weights
+        hierarchical = hcl_loss(review(ours), theirs)  # equally many maps, of equal shapes; any height and width
+        weight = min((epoch + 1) / 3, 1)  # a warm-up, because the connectors start with random weights
         loss = nn.functional.cross_entropy(logits, labels) + weight * hierarchical
         optimizer.zero_grad()
         loss.backward()

@@ -2,9 +2,9 @@
 
     python examples/recipes/served_jax.py
 
-The engine returns logarithms of probabilities of 16 tokens of 128. Two writers record them, as two ranks would, without
-padding; `read` puts them where the mask of the batch says, so that the step is compiled once, and `topk_kl_loss` compares
-the 16 and the rest.
+The engine returns the log-probabilities of 16 out of 128 tokens. Two writers record them without padding, as two ranks
+would. `read` places them where the mask of the batch is True, so that the step is compiled once. `topk_kl_loss`
+compares the 16 tokens and the rest.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from kdjax.teacher_cache import TeacherCache, record_teacher
 
 
 class Student(linen.Module):
-    """The logits of the next byte, from the last two."""
+    """The logits of the next byte, from the last two bytes."""
 
     @linen.compact
     def __call__(self, x):
@@ -40,7 +40,7 @@ moments = optimizer.init(params)
 
 
 def divergence():
-    """To all of the teacher's distribution, on lines that were not recorded."""
+    """The KL divergence to the teacher's whole distribution, on lines that were not recorded."""
     return float(kl_loss(student.apply(params, x)[where], everything))
 
 
@@ -57,7 +57,7 @@ def step(params, moments, x, taught):
 
 divergences, losses = [divergence()], []
 with tempfile.TemporaryDirectory() as folder:
-    for rank in range(2):  # each in a process of its own, with a share of the lines
+    for rank in range(2):  # usually separate processes, each with a share of the lines
         record_teacher(folder, batches(rank, 2), num_classes=BYTES, part=rank, parts=2)
     cache = TeacherCache(folder, num_classes=BYTES)
     print(f"{len(cache)} lines, {cache.lengths.sum()} tokens")

@@ -2,8 +2,8 @@
 
     python examples/recipes/served_torch.py
 
-The engine returns logarithms of probabilities of 16 tokens of 128. Two writers record them, as two ranks would, without
-padding; `read` pads the sequences of a batch, and `topk_kl_loss` compares the 16 and the rest.
+The engine returns the log-probabilities of 16 out of 128 tokens. Two writers record them without padding, as two ranks
+would. `read` pads the sequences of a batch, and `topk_kl_loss` compares the 16 tokens and the rest.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from kdtorch.teacher_cache import TeacherCache, record_teacher
 
 
 class Student(nn.Module):
-    """The logits of the next byte, from the last two."""
+    """The logits of the next byte, from the last two bytes."""
 
     def __init__(self):
         super().__init__()
@@ -41,20 +41,20 @@ everything = torch.from_numpy(np.concatenate([teacher(line) for line in HELD_OUT
 
 @torch.no_grad()
 def divergence():
-    """To all of the teacher's distribution, on lines that were not recorded."""
+    """The KL divergence to the teacher's whole distribution, on lines that were not recorded."""
     return kl_loss(student(x)[where], everything).item()
 
 
 divergences, losses = [divergence()], []
 with tempfile.TemporaryDirectory() as folder:
-    for rank in range(2):  # each in a process of its own, with a share of the lines
+    for rank in range(2):  # usually separate processes, each with a share of the lines
         record_teacher(folder, batches(rank, 2), num_classes=BYTES, part=rank, parts=2)
     cache = TeacherCache(folder, num_classes=BYTES)
     print(f"{len(cache)} lines, {cache.lengths.sum()} tokens")
     draw = np.random.default_rng(0)
     for _ in range(200):
         index = draw.choice(len(LEARNED), BATCH, replace=False)
-        taught = cache.read(index, temperature=1.0)  # [batch, the longest of them, ...]
+        taught = cache.read(index, temperature=1.0)  # [batch, length of the longest, ...]
         logits = student(torch.from_numpy(tokens(LEARNED, index)))[:, : taught["where"].shape[1]]
         loss = topk_kl_loss(logits, taught["values"], taught["indices"], taught["rest"], where=taught["where"])
         optimizer.zero_grad()

@@ -2,8 +2,8 @@
 
     python examples/recipes/tokenizers_jax.py
 
-The student reads byte pairs of a vocabulary of 128, its teacher of 256. The universal logit distillation loss compares
-sorted probabilities: how sure the teacher is, and not of what. It belongs beside a cross-entropy; alone it teaches no text.
+The student uses byte pairs with a vocabulary of 128 tokens, its teacher with 256. The universal logit distillation loss
+compares sorted probabilities: how sure the teacher is, but not of which token. So it needs a cross-entropy beside it.
 """
 
 import math
@@ -20,7 +20,7 @@ STUDENT, TEACHER = tokenizer(128), tokenizer(256)
 
 
 class Model(nnx.Module):
-    """The logits of the next token, from the last six."""
+    """The logits of the next token, from the last six tokens."""
 
     def __init__(self, vocabulary, width, rngs):
         self.tokens = nnx.Embed(vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
@@ -34,7 +34,7 @@ class Model(nnx.Module):
 
 
 def next_token(model, tokens):
-    """Of each token, 0 for padding."""
+    """The cross-entropy of each token, 0 for padding."""
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
     return jnp.where(tokens[:, 1:] > 0, loss, 0)
 
@@ -44,7 +44,7 @@ def mean_next_token(model, tokens):
 
 
 def universal(model, batch, teacher):
-    taught = teacher(batch["teacher"])  # which the loss holds constant
+    taught = teacher(batch["teacher"])  # constant in the loss
     ours = jnp.take_along_axis(model(batch["student"]), batch["student_places"][..., None], 1)
     theirs = jnp.take_along_axis(taught, batch["teacher_places"][..., None], 1)
     return uld_loss(ours, theirs, where=batch["where"])
@@ -96,7 +96,7 @@ for name, objective in WAYS.items():
     first, last = losses[name][0], losses[name][-1]
     print(f"{name}: loss {first:.2f} -> {last:.2f}, bits a byte of the test lines {before:.2f} -> {bits[name][1]:.2f}")
 
-# what it cannot see: a teacher whose tokens are shuffled teaches the same
+# the limit of this loss: a teacher with shuffled tokens gives the same value
 logits = jax.random.normal(jax.random.key(0), (4, 128))
 shuffled = jax.random.permutation(jax.random.key(1), logits, axis=1)
 blind = float(uld_loss(logits, shuffled))

@@ -2,8 +2,8 @@
 
     python examples/recipes/tokenizers_torch.py
 
-The student reads byte pairs of a vocabulary of 128, its teacher of 256. The universal logit distillation loss compares
-sorted probabilities: how sure the teacher is, and not of what. It belongs beside a cross-entropy; alone it teaches no text.
+The student uses byte pairs with a vocabulary of 128 tokens, its teacher with 256. The universal logit distillation loss
+compares sorted probabilities: how sure the teacher is, but not of which token. So it needs a cross-entropy beside it.
 """
 
 import math
@@ -19,7 +19,7 @@ STUDENT, TEACHER = tokenizer(128), tokenizer(256)
 
 
 class Model(nn.Module):
-    """The logits of the next token, from the last six."""
+    """The logits of the next token, from the last six tokens."""
 
     def __init__(self, vocabulary, width):
         super().__init__()
@@ -82,7 +82,7 @@ for name, objective in WAYS.items():
     first, last = losses[name][0], losses[name][-1]
     print(f"{name}: loss {first:.2f} -> {last:.2f}, bits a byte of the test lines {before:.2f} -> {bits[name][1]:.2f}")
 
-# what it cannot see: a teacher whose tokens are shuffled teaches the same
+# the limit of this loss: a teacher with shuffled tokens gives the same value
 logits = torch.randn(4, 128)
 shuffled = logits[:, torch.randperm(128)]
 blind = uld_loss(logits, shuffled).item()

@@ -1,4 +1,4 @@
-"""A whole training in Flax Linen: a `TrainState` with batch norm, an EMA teacher, and losses that learn or remember.
+"""A whole training in Flax Linen: a `TrainState` with batch norm, an EMA teacher, losses with parameters or a state.
 
     python examples/recipes/training_linen.py
 
@@ -24,9 +24,9 @@ from kdjax.nn import DynamicCenterNormLoss
 
 STEPS, HALF = 120, 60
 CHECKPOINTS = Path("out/checkpoints/linen").absolute()  # Orbax takes absolute paths only
-WEIGHT = optax.linear_schedule(0.0, 1.0, transition_steps=60)  # DINO starts when the student knows something
+WEIGHT = optax.linear_schedule(0.0, 1.0, transition_steps=60)  # DINO starts slowly
 TRANSFORM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
-INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's
+INIT = linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's initialisation
 labelled_images, labels = told()
 
 
@@ -44,16 +44,16 @@ class Student(linen.Module):
 
 
 class Run(TrainState):
-    """What a step changes: TrainState's `step`, `params` and `opt_state`, and these."""
+    """Everything that a step changes: TrainState's `step`, `params` and `opt_state`, and the following."""
 
     batch_stats: Any  # the student's
     average: Any  # the EMA teacher's "params" and "batch_stats"
-    loss_state: DINOState  # a loss with a state gives back the next one
+    loss_state: DINOState  # a loss with a state returns the next one
     key: jax.Array  # for dropout
 
 
 student = Student()
-# a module with parameters is split into what does not change, and a tree of arrays for `params`
+# a module with parameters is split into a constant graph and a tree of arrays for `params`
 graph, _ = nnx.split(DynamicCenterNormLoss(10, 256, rngs=nnx.Rngs(0)))
 
 
@@ -63,7 +63,7 @@ def make_run(seed):
     _, centers = nnx.split(DynamicCenterNormLoss(10, 256, rngs=nnx.Rngs(seed)))
     run = Run.create(
         apply_fn=student.apply,
-        params={"student": variables["params"], "dcn": centers},  # all that the optimiser moves
+        params={"student": variables["params"], "dcn": centers},  # everything that the optimiser trains
         tx=TRANSFORM,
         batch_stats=variables["batch_stats"],
         average=variables,
@@ -90,7 +90,7 @@ def step(run, both):
         hard = optax.losses.softmax_cross_entropy_with_integer_labels(ours[known], labels).mean()
         dcn = nnx.merge(graph, params["dcn"])(embeddings[known], their_embeddings[known], labels)
         pairs = (x[len(labels) :].reshape(2, -1, 10) for x in (ours, theirs))
-        # with as few outputs as 10 classes the published temperatures, 0.04 and 0.1, are too sharp
+        # with only 10 classes, the published temperatures, 0.04 and 0.1, are too sharp
         dino, state = dino_loss(*pairs, run.loss_state, teacher_temperature=0.5, student_temperature=1.0)
         return hard + 0.1 * dcn + WEIGHT(run.step) * dino, (moved["batch_stats"], state)
 
@@ -115,21 +115,21 @@ def accuracy(variables):
     return (student.apply(variables, images, train=False)[0].argmax(-1) == labels).mean()
 
 
-shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # those of an earlier call
+shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # checkpoints of an earlier run
 run, losses = train(make_run(seed=0), 0, HALF)
 with ocp.CheckpointManager(CHECKPOINTS, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
     manager.save(HALF, args=ocp.args.StandardSave(run))
 run, more = train(run, HALF, STEPS)
 losses += more
 
-# in another process, from here on
+# the following would run in another process
 with ocp.CheckpointManager(CHECKPOINTS) as manager:
     start = manager.latest_step()
-    # given a fresh run, whose values do not matter, Orbax returns a Run
+    # Orbax returns a Run if it is given one, whose values do not matter
     resumed = manager.restore(start, args=ocp.args.StandardRestore(make_run(seed=1)))
-    # given nothing, it returns dictionaries and lists
+    # without it, Orbax returns dictionaries and lists
     raw = manager.restore(start, args=ocp.args.StandardRestore())
-resumed = resumed.replace(loss_state=DINOState(**raw["loss_state"]))  # the same as it has
+resumed = resumed.replace(loss_state=DINOState(**raw["loss_state"]))  # the same state as in `resumed`
 resumed, _ = train(resumed, start, STEPS)
 pairs = list(zip(jax.tree.leaves(run), jax.tree.leaves(resumed), strict=True))
 same = [bool((ours == theirs).all()) for ours, theirs in pairs]
@@ -137,7 +137,7 @@ same = [bool((ours == theirs).all()) for ours, theirs in pairs]
 nets = {
     "student": {"params": run.params["student"], "batch_stats": run.batch_stats},
     "average": run.average,
-    # with the statistics of the start, as if the parameters alone were averaged
+    # with the initial statistics, as if only the parameters were averaged
     "parameters alone": {**run.average, "batch_stats": make_run(seed=0).batch_stats},
 }
 accuracies = {name: float(accuracy(variables)) for name, variables in nets.items()}

@@ -21,9 +21,9 @@ from kdjax.nn import DINOLoss
 
 STEPS, HALF = 120, 60
 CHECKPOINTS = Path("out/checkpoints/nnx").absolute()  # Orbax takes absolute paths only
-WEIGHT = optax.linear_schedule(0.0, 1.0, transition_steps=60)  # DINO starts when the student knows something
+WEIGHT = optax.linear_schedule(0.0, 1.0, transition_steps=60)  # DINO starts slowly
 TRANSFORM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
-INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's
+INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's initialisation
 AVERAGED = (nnx.Param, nnx.BatchStat)  # the average needs the statistics of the batch norms too
 labelled_images, labels = told()
 
@@ -54,8 +54,8 @@ def make_run(seed):
     """Everything that a step changes: weights, statistics, dropout's key, the average, DINO's centre, Adam's moments."""
     student = Student(nnx.Rngs(seed))
     average = nnx.clone(student)
-    average.eval()  # uses its own statistics, and no dropout
-    # with as few outputs as 10 classes the published temperatures, 0.04 and 0.1, are too sharp
+    average.eval()  # with its own statistics, and without dropout
+    # with only 10 classes, the published temperatures, 0.04 and 0.1, are too sharp
     dino = DINOLoss(10, warmup_temperature=0.5, teacher_temperature=0.5, student_temperature=1.0)
     optimizer = nnx.Optimizer(student, TRANSFORM, wrt=nnx.Param)
     return nnx.Dict(student=student, average=average, dino=dino, optimizer=optimizer)
@@ -67,7 +67,7 @@ def step(run, both):
     images = jnp.concatenate([labelled_images, *both])  # the labelled images, the first views, the second views
     theirs = run.average(images[len(labels) :])
 
-    def objective(student, dino):  # the centre moves inside, so the loss is an argument too
+    def objective(student, dino):  # the centre is updated inside, so the loss is an argument too
         ours = student(images)
         hard = optax.losses.softmax_cross_entropy_with_integer_labels(ours[: len(labels)], labels).mean()
         return hard + weight * dino(ours[len(labels) :], theirs)
@@ -90,14 +90,14 @@ def accuracy(model):
     return (nnx.view(model, deterministic=True, use_running_average=True)(images).argmax(-1) == labels).mean()
 
 
-shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # those of an earlier call
+shutil.rmtree(CHECKPOINTS, ignore_errors=True)  # checkpoints of an earlier run
 run = make_run(seed=0)
 with ocp.CheckpointManager(CHECKPOINTS, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
     losses = train(run, 0, HALF)
     manager.save(HALF, args=ocp.args.StandardSave(nnx.state(run)))
 losses += train(run, HALF, STEPS)
 
-# in another process, from here on
+# the following would run in another process
 resumed = make_run(seed=1)  # its values do not matter: the checkpoint replaces all of them
 with ocp.CheckpointManager(CHECKPOINTS) as manager:
     start = manager.latest_step()
@@ -106,7 +106,7 @@ train(resumed, start, STEPS)
 pairs = list(zip(jax.tree.leaves(nnx.state(run)), jax.tree.leaves(nnx.state(resumed)), strict=True))
 same = [bool((ours == theirs).all()) for ours, theirs in pairs]
 
-# the average with the statistics of the start, as if its parameters alone were averaged
+# the average with the initial statistics, as if only its parameters were averaged
 parameters_alone = nnx.clone(run.average)
 nnx.update(parameters_alone, nnx.state(make_run(seed=0).average, nnx.BatchStat))
 nets = {"student": run.student, "average": run.average, "parameters alone": parameters_alone}

@@ -1,4 +1,4 @@
-"""A whole training in PyTorch: batch norm, an EMA teacher, GradScaler, clipping, a schedule for a loss's weight, checkpoints.
+"""A whole training in PyTorch: batch norm, an EMA teacher, GradScaler, clipping, a schedule for a loss, checkpoints.
 
     python examples/recipes/training_torch.py
 
@@ -23,7 +23,7 @@ labelled_images, labels = map(torch.from_numpy, told())
 
 
 def weight(step):
-    """Of DINO, which starts when the student knows something."""
+    """The weight of DINO, which starts slowly, until the student has learned something."""
     return min(step / 60, 1.0)
 
 
@@ -48,11 +48,11 @@ def make_run(seed):
     average.update_parameters(student)  # the first call copies
     return {
         "student": student,
-        "average": average.eval(),  # uses its own statistics, and no dropout
-        # with as few outputs as 10 classes the published temperatures, 0.04 and 0.1, are too sharp
+        "average": average.eval(),  # with its own statistics, and without dropout
+        # with only 10 classes, the published temperatures, 0.04 and 0.1, are too sharp
         "dino": DINOLoss(10, warmup_temperature=0.5, teacher_temperature=0.5, student_temperature=1.0),
         "optimizer": torch.optim.Adam(student.parameters(), lr=5e-3),
-        "scaler": torch.amp.GradScaler("cpu", growth_interval=30),  # "cuda" on a GPU; 30 since the run is short
+        "scaler": torch.amp.GradScaler("cpu", growth_interval=30),  # "cuda" on a GPU; 30 because the run is short
     }
 
 
@@ -68,9 +68,9 @@ def train(run, start, stop):
         loss = hard + weight(step) * dino(ours[len(labels) :], theirs)  # computes in float32 by itself
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)  # before clipping: the threshold is for the true gradients
+        scaler.unscale_(optimizer)  # before clipping, because the threshold is for unscaled gradients
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        scaler.step(optimizer)  # left out where a gradient is inf or NaN
+        scaler.step(optimizer)  # skipped if a gradient is inf or NaN
         scaler.update()
         average.update_parameters(student)  # after the step: 0.95 of itself and 0.05 of the student
         losses.append(loss.item())
@@ -80,7 +80,7 @@ def train(run, start, stop):
 def save(run, step):
     CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
     states = {name: part.state_dict() for name, part in run.items()}
-    torch.save({**states, "step": step, "random": torch.get_rng_state()}, CHECKPOINT)  # dropout draws from it
+    torch.save({**states, "step": step, "random": torch.get_rng_state()}, CHECKPOINT)  # dropout uses the random state
 
 
 def restore(run):
@@ -108,14 +108,14 @@ losses = train(run, 0, HALF)
 save(run, HALF)
 losses += train(run, HALF, STEPS)
 
-# in another process, from here on
+# the following would run in another process
 resumed = make_run(seed=1)  # its values do not matter: the checkpoint replaces all of them
 start = restore(resumed)
 train(resumed, start, STEPS)
 pairs = zip(*(values([part.state_dict() for part in x.values()]) for x in (run, resumed)), strict=True)
 same = [torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs]
 
-# the average with the statistics of the start, as if its parameters alone were averaged
+# the average with the initial statistics, as if only its parameters were averaged
 parameters_alone = copy.deepcopy(run["average"])
 for name, buffer in make_run(seed=0)["average"].named_buffers():
     parameters_alone.get_buffer(name).copy_(buffer)

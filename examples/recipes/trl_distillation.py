@@ -1,9 +1,9 @@
-"""TRL's `DistillationTrainer` with a loss of this library in the place of its own, from hidden states and heads.
+"""TRL's `DistillationTrainer` with a loss of this library instead of its own, from hidden states and heads.
 
     python examples/recipes/trl_distillation.py
 
-The student writes every text, as it does in this trainer. Both losses make the same steps; what each holds is measured at
-a larger vocabulary. The models are Llamas of random weights, and the teacher learns the text first.
+The student writes all texts, as usual in this trainer. Both losses take the same steps; the memory of each is measured
+with a larger vocabulary. The models are Llamas with random weights, and the teacher is trained on the text first.
 """
 
 import copy
@@ -34,14 +34,14 @@ def ours(
     temperature=1.0,
     **scales,
 ):
-    """The loss, the entropy that TRL logs, and the number of tokens; the trainer has shifted the hidden states."""
+    """The loss, the entropy that TRL logs, and the number of tokens. The hidden states are already shifted."""
     if any(x not in (1.0, None) for x in scales.values()):
         raise NotImplementedError(f"heads that scale or cap their logits: {scales}")
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight, student_lm_head_bias, teacher_lm_head_bias
     where = completion_mask != 0
     tokens = where.sum()
     total = linear_jsd_loss(*heads, beta=beta, temperature=temperature, where=where, memory="least", reduction="sum")
-    entropy = torch.tensor(torch.nan)  # which is not computed; TRL leaves NaN out of its log
+    entropy = torch.tensor(torch.nan)  # not computed; TRL leaves NaN out of its log
     return total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy, tokens
 
 
@@ -52,7 +52,7 @@ class Distillation(DistillationTrainer):
 
 
 def train(kind, student):
-    """The loss of each step, with the same data and the same draws."""
+    """Train; returns the loss of each step, with the same data and the same random numbers."""
     with tempfile.TemporaryDirectory() as folder:
         settings = DistillationConfig(
             folder,

@@ -1,9 +1,10 @@
-"""TRL's `GKDTrainer` with the divergence of this library in the place of its own.
+"""TRL's `GKDTrainer` with the divergence of this library instead of its own.
 
     python examples/recipes/trl_gkd.py
 
-Half of the batches are texts that the student samples. Both trainers make the same steps; what each loss holds is
-measured at a larger vocabulary. The models are Llamas of random weights, and the teacher learns the text first.
+Half of the batches are texts that the student samples. Both trainers take the same steps; the memory of each loss is
+measured with a larger vocabulary. The models are Llamas with random weights, and the teacher is trained on the text
+first.
 """
 
 import copy
@@ -22,7 +23,7 @@ class Distillation(GKDTrainer):
     def generalized_jsd_loss(
         student_logits, teacher_logits, labels, beta=0.5, temperature=1.0, num_items_in_batch=None
     ):
-        """The trainer has shifted all three. `num_items_in_batch` counts the tokens of all parts of the batch."""
+        """The arrays are already shifted. `num_items_in_batch` counts the tokens of all parts of the batch."""
         options = {"beta": beta, "temperature": temperature, "where": labels != -100}
         if num_items_in_batch is None:
             return jsd_loss(student_logits, teacher_logits, **options)
@@ -34,7 +35,7 @@ def message(text):
 
 
 def train(kind, student):
-    """The loss of each step, with the same data and the same draws."""
+    """Train; returns the loss of each step, with the same data and the same random numbers."""
     with tempfile.TemporaryDirectory() as folder:
         settings = GKDConfig(
             folder,

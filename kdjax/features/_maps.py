@@ -116,12 +116,12 @@ def largest_entry(x: Array) -> jax.Array:
 
 
 def scaled(x: Array, scale: Array) -> jax.Array:
-    """x over its largest entry, and 0 of zeros. The barrier is there because XLA makes x x / s s of x / s times x / s."""
+    """x / scale, and 0 where the scale is infinite. Without the barrier, XLA turns (x/s)(x/s) into x x / (s s)."""
     return jax.lax.optimization_barrier(jnp.where(jnp.isinf(scale), 0, x / scale))
 
 
 def are_moderate(*sums: Array) -> jax.Array:
-    """Whether sums of powers leave no doubt that their terms need no division before."""
+    """Whether sums of powers are so moderate that their terms need no scaling."""
     return jnp.stack([((x > 1e-24) & (x < 1e24)).all() for x in sums]).all()
 
 
@@ -145,7 +145,7 @@ def unit_and_length(x: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def across(direction: Array, length: Array, gradient: Array) -> jax.Array:
-    """The gradient with respect to x, given its direction and length and the gradient with respect to the direction."""
+    """The gradient with respect to x, given its direction and length, and the gradient for the direction."""
     return (gradient - (gradient * direction).sum(-1, keepdims=True) * direction) / length
 
 

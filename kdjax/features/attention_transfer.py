@@ -84,7 +84,7 @@ def attention_transfer_loss(
 
 
 def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tuple[jax.Array, jax.Array]:
-    """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
+    """The mean of (a/|a| - b/|b|)^2 over positions, with a, b the channel means of |x|^p, |y|^p, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
     a, b = _attention(f, p), _attention(g, p)
@@ -106,7 +106,7 @@ def attention_transfer_and_gradient(x: jax.Array, y: jax.Array, p: float) -> tup
 
 
 def _attention(f: jax.Array, p: float) -> jax.Array:
-    """The channels' mean of |f|^p, `[batch, positions]`."""
+    """The mean of |f|^p over channels, `[batch, positions]`."""
     return (f * signed_power(f, p)).mean(-1).reshape(f.shape[0], f.shape[1] * f.shape[2])
 
 

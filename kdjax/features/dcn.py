@@ -58,7 +58,7 @@ def dcn_loss(
     labels, factor = valid_index(labels, centers.shape[0])
     center = unit(jnp.take(centers, labels, axis=0))
 
-    # the value depends only on s/scale and t/scale, whose squares neither overflow nor underflow
+    # the value depends only on s / scale and t / scale, whose squares neither overflow nor underflow
     scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(student), jnp.abs(teacher)).max(-1, keepdims=True))
     zero = scale < jnp.finfo(student.dtype).tiny
     student, teacher = (jnp.where(zero, 0, x / jnp.where(zero, 1, scale)) for x in (student, teacher))

@@ -81,15 +81,15 @@ def fsp_loss(
 def flow_and_gradients(
     f: jax.Array, g: jax.Array, h: jax.Array, k: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The mean square of G(f, g) - G(h, k), and its gradients by f and g.
+    """The mean square of G(f, g) - G(h, k), and its gradients with respect to f and g.
 
-    The maps are divided by their largest entries, by which the results are multiplied step by step, so that nothing on
-    the way is beyond the largest number unless the result is.
+    The maps are divided by their largest entries, and the results are multiplied by these entries one after another, so
+    that no intermediate result overflows unless the final one does.
     """
     one, other = _scale(f, h), _scale(g, k)
     first, second = f, -k
     if (f.shape, g.shape) == (h.shape, k.shape):
-        # of close maps G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), which keeps their digits
+        # for close maps G(f, g) - G(h, k) is computed as G(f - h, g) + G(h, g - k), which keeps their digits
         near = (_largest(f - h) < one / 2) & (_largest(g - k) < other / 2)
         first, second = jnp.where(near, f - h, f), jnp.where(near, g - k, -k)
     f, g, h = f / one, g / other, h / one

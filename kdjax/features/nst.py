@@ -75,7 +75,7 @@ def nst_loss(
 
 
 def nst_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
+    """|U U' / C_s - V V' / C_t|^2, where the columns of U and V are the channels of x and y, and its gradient."""
     height, width = smaller(x, y)
     f, g = (
         jnp.moveaxis(pooled(z, height, width).reshape(z.shape[0], height * width, z.shape[-1]), 2, 1) for z in (x, y)

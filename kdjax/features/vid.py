@@ -69,7 +69,7 @@ def vid_loss(
         raise ValueError(f"`log_scale` must have one entry per channel, {channels} in all, got {len(log_scale)}")
     eps = positive("eps", eps, predicted_mean, teacher_map, log_scale, constant=True)
     mean, teacher = (jnp.moveaxis(x, channel_axis, -1) for x in (predicted_mean, teacher_map))
-    *_, scale = promote(predicted_mean, teacher_map, log_scale)  # whose gradients are summed over the batch
+    *_, scale = promote(predicted_mean, teacher_map, log_scale)  # its gradient is summed over the batch
     value = _likelihood(mean, jnp.broadcast_to(scale, (mean.shape[0], channels)), teacher, eps, where=where)
     return reduce(value, where, reduction, axis_name)
 
@@ -77,9 +77,9 @@ def vid_loss(
 def likelihood_and_gradients(
     x: jax.Array, scale: jax.Array, y: jax.Array, eps: Scalar
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Half the mean of (x - y)^2 / v + log v, v = log(1 + e^scale) + eps, and its gradients by x and scale."""
+    """Half the mean of (x - y)^2 / v + log v with v = log(1 + e^scale) + eps, and its two gradients."""
     variance = (jnp.logaddexp(scale, 0) + eps)[:, None, None]
-    # divided before it is squared, and computed from halves: the square or the difference alone may overflow
+    # computed from halves, and divided before it is squared, because the difference or its square may overflow
     half = x / 2 - y / 2
     error = half * (2 / jnp.sqrt(variance))
     value = (jnp.square(error) + jnp.log(variance)).mean((1, 2, 3)) / 2

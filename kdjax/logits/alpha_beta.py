@@ -71,7 +71,7 @@ def alpha_beta_loss(
 
 
 def alpha_beta_and_gradient(x: jax.Array, y: jax.Array, alpha: float, beta: float) -> tuple[jax.Array, jax.Array]:
-    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
+    """The divergence, and its gradient g - p sum g, where g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
     p, q, ratio = close_log_ratio(x, y)
     log_p, log_q = x - p.peak - p.log_total, y - q.peak - q.log_total
     if min(alpha, beta) > 0.05 * (alpha + beta):
@@ -79,7 +79,7 @@ def alpha_beta_and_gradient(x: jax.Array, y: jax.Array, alpha: float, beta: floa
     else:
         terms, g, rest = _of_limits(log_p, log_q, ratio, alpha, beta)
     if alpha + beta == 1 and alpha > 0:
-        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
+        # g = (p - q^α p^β) / α; the term p / α does not change the gradient, but hides the rest where q is close to 0
         g = jnp.where(of_largest(p.p, ratio) > 1, rest, g)
     return terms.sum(-1), through_softmax(g, p.p)
 
@@ -102,14 +102,14 @@ def _of_limits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same for all other exponents.
 
-    With w, the larger of p and q to the power α + β, and n = -|r|, a class adds w ψ(n; α, β) where q is larger and
-    w ψ(n; β, α) where p is, so that no term is negative and none is a product of 0 and infinity.
+    Let w be the larger of p and q, to the power α + β, and n = -|r|. A class contributes w ψ(n; α, β) if q is larger
+    and w ψ(n; β, α) if p is. So no term is negative, and none is a product of 0 and infinity.
     """
     total = alpha + beta
     both = jnp.isneginf(log_p) & jnp.isneginf(log_q)
     swapped, ratio = ratio > 0, jnp.where(both, 0, ratio)
     n = jnp.where(swapped, -ratio, ratio)
-    excluded = jnp.isneginf(n)  # by one of the two
+    excluded = jnp.isneginf(n)  # the class is at -inf in one of the two
     n = jnp.where(excluded, 0, n)
     log_w = jnp.where(swapped, log_p, log_q)
     log_w = jnp.where(both, -jnp.inf, total * jnp.where(both, 0, log_w))
@@ -119,7 +119,7 @@ def _of_limits(
         return jnp.exp(log_w + c * n) if c else jnp.exp(log_w)
 
     def growth(c: float, beside: float = 0.0) -> jax.Array:
-        """w e^(beside n) (e^(c n) - 1) / c, or its limit, from an exponential that does not grow."""
+        """w e^(beside n) (e^(c n) - 1) / c, or its limit at c = 0, without an exponential that overflows."""
         if c == 0:
             return power(beside) * n
         return power(beside + min(c, 0)) * (jnp.expm1(abs(c) * n) / abs(c))
@@ -140,10 +140,10 @@ def _of_limits(
 def _excess(
     n: jax.Array, a: float, b: float, growth: Callable[..., jax.Array], power: Callable[[float], jax.Array]
 ) -> jax.Array:
-    """w ψ(n; a, b) with ψ = (φ_(a+b) - φ_b) / a = (e^(b n) φ_a - φ_b) / (a + b) and φ_c = (e^(c n) - 1) / c, or its limits.
+    """w ψ(n; a, b) with ψ = (φ_(a+b) - φ_b) / a = (e^(b n) φ_a - φ_b) / (a + b) and φ_c = (e^(c n) - 1) / c, or limits.
 
-    The first form loses digits where a is small beside a + b, the second where a + b is small beside a; and both where n
-    is small, which a series is for.
+    The first form loses digits if a is small compared with a + b, the second if a + b is small compared with a. Both
+    lose digits if n is small; then a series is used.
     """
     total, size = a + b, abs(a) + abs(b)
     if size == 0:
@@ -155,13 +155,13 @@ def _excess(
 
 
 def _series(x: jax.Array, a: float, b: float) -> jax.Array:
-    """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
+    """ψ(x; a, b) for (|a| + |b|) |x| < 1, as a power series."""
     size = (abs(a) + abs(b)) or 1.0
     total, b = (a + b) / size, b / size
     coefficients, of_b = (
         [1.0],
         b,
-    )  # the sums of (a + b)^i b^j, without a power, which a compiler has of no negative number
+    )  # the sums of (a + b)^i b^j, without `**`, which compilers do not support for negative bases
     for _ in range((12 if x.dtype == jnp.float32 else 20) - 2):
         coefficients.append(total * coefficients[-1] + of_b)
         of_b = of_b * b
@@ -172,7 +172,7 @@ def _series(x: jax.Array, a: float, b: float) -> jax.Array:
 
 
 def _limit(w: jax.Array, b: float, total: float) -> jax.Array:
-    """w ψ at n = -inf, for a class that one of the two excludes."""
+    """w ψ at n = -inf, for a class at -inf in one of the two."""
     return w / (b * total) if b > 0 < total else jnp.full_like(w, jnp.inf)
 
 

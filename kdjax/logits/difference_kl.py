@@ -15,7 +15,7 @@ from kdjax._reduce import count, reduce, zero_masked
 from kdjax._rowwise import kl_divergence
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, Scalar, checked
 
-Rows = Callable[[jax.Array], jax.Array]  # this device's rows of all
+Rows = Callable[[jax.Array], jax.Array]  # takes this device's rows of a gathered array
 
 
 @checked
@@ -92,19 +92,19 @@ def difference_kl_loss(
 
 
 def _center(x: jax.Array, kept: jax.Array) -> jax.Array:
-    """Without the column means over kept rows, which no difference feels; masked rows are 0."""
+    """The rows minus the column means over kept rows, which do not change differences; masked rows are 0."""
     finite = jnp.where(jnp.isneginf(x), 0, x)
     number = jnp.maximum(sum_of_rows((kept[:, None] & ~jnp.isneginf(x)).astype(x.dtype)), 1)
     return jnp.where(kept[:, None], x - jax.lax.stop_gradient(sum_of_rows(finite / number)), 0)
 
 
 def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.Array:
-    """NaN for pairs without a class in common (also of a row with itself), whose differences have no distribution; else 0."""
+    """NaN for pairs of rows (also a row with itself) without a common class above -inf, else 0."""
 
     def nan() -> jax.Array:
         in_x, in_y = ((~jnp.isneginf(z)).astype(x.dtype) for z in (x, y))
         undefined = both & ((_product(local(in_x), in_x) == 0) | (_product(local(in_y), in_y) == 0))
-        moved = jax.nn.sigmoid(x).sum(-1)  # multiplied by every entry, so that both rows have a NaN gradient
+        moved = jax.nn.sigmoid(x).sum(-1)  # depends on every entry, so that the gradient of both rows is NaN
         return jnp.where(undefined, jnp.nan, 0) * (local(moved)[:, None] + moved[None])
 
     absent = jnp.isneginf(x).any() | jnp.isneginf(y).any()
@@ -112,10 +112,10 @@ def _undefined(x: jax.Array, y: jax.Array, both: jax.Array, local: Rows) -> jax.
 
 
 def _products_reach(x: jax.Array, y: jax.Array, kept: jax.Array, temperature: Scalar) -> jax.Array:
-    """Whether exponentials of a row's entries keep their digits.
+    """Whether matrix products of the exponentials of rows are accurate.
 
-    The largest term of a normaliser is at least exp(-span), or exp(-2 span) where rows leave out different classes; those
-    below the smallest number must not be felt beside it.
+    The largest term of a normaliser is at least exp(-span), or exp(-2 span) if rows have different classes at -inf.
+    Terms that underflow must be negligible compared with it.
     """
     x_absent, y_absent = jnp.isneginf(x), jnp.isneginf(y)
     uneven = jnp.any(jnp.stack([(z.any(0) & ~(z | ~kept[:, None]).all(0)).any() for z in (x_absent, y_absent)]))
@@ -129,7 +129,7 @@ def _span(x: jax.Array) -> jax.Array:
 
 
 def _are_near(x: jax.Array, y: jax.Array, temperature: Scalar) -> jax.Array:
-    """Student and teacher, which then have the same classes."""
+    """Whether student and teacher are close; then they also have the same classes at -inf."""
     same = (jnp.isneginf(x) == jnp.isneginf(y)).all()
     return same & (jnp.abs(_levelled(_ahead(x, y, temperature))) < 2).all()
 
@@ -145,10 +145,10 @@ def _by_products(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -
 
 
 def _by_expansion(x: jax.Array, y: jax.Array, temperature: Scalar, local: Rows) -> jax.Array:
-    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
+    """The same for student and teacher that are close, from small terms, because the large ones would cancel.
 
     KL_ij = log(1 + s - m) + m with m = E_q[D], D = d_i - d_j, s = E_q[S], S = exp(-D) - 1 + D, d = (y - x) / T, and
-    exp(-D) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    exp(-D) - 1 = u_i + v_j + u_i v_j, where u = exp(-d) - 1 and v = exp(d) - 1.
     """
     q, d = _softmaxes(y, temperature, local), _levelled(_ahead(x, y, temperature))
     u, v = jnp.expm1(-d), jnp.expm1(d)
@@ -172,10 +172,10 @@ class _Softmaxes(NamedTuple):
 
     Attributes:
         rise: exp((x - largest) / T) of all rows; 0 for a class at -inf.
-        fall: exp((smallest - x) / T) of all rows; 0 there too.
+        fall: exp((smallest - x) / T) of all rows; 0 for a class at -inf.
         total: `[batch, whole batch]`, the sum over classes of the product.
-        offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
-        rows: takes this device's rows of all.
+        offset: (largest_i - smallest_j) / T; added to log(total), it is the logarithm of the normaliser.
+        rows: takes this device's rows of a gathered array.
     """
 
     rise: jax.Array
@@ -185,7 +185,7 @@ class _Softmaxes(NamedTuple):
     rows: Rows
 
     def mean(self, u: jax.Array, v: jax.Array) -> jax.Array:
-        """Of u_i + v_j."""
+        """The mean of u_i + v_j."""
         of_u = _product(self.rows(self.rise * u), self.fall)
         return (of_u + _product(self.rows(self.rise), self.fall * v)) / self.total
 

@@ -101,7 +101,8 @@ def _of_batch(axis_name: AxisName | None) -> Callable[..., jax.Array]:
     return rowwise(functools.partial(_value_and_gradient, axis_name))
 
 
-# With a gradient by hand, because a uniform row, whose norm has no derivative, has one in the product with the teacher's.
+# The gradient is written by hand, because the norm of a uniform row has no derivative, but its product with the
+# teacher's norm does.
 def _value_and_gradient(
     axis_name: AxisName | None,
     x: jax.Array,
@@ -112,9 +113,9 @@ def _value_and_gradient(
     gamma: Scalar,
     eps: Scalar,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of which the mean over devices is the loss of the whole batch, and its gradient with respect to this device's rows.
+    """A value whose mean over devices is the loss of the whole batch, and its gradient for this device's rows.
 
-    Where student and teacher are near, p - q is computed such that it keeps its digits.
+    If student and teacher are close, p - q is computed in a way that keeps its digits.
     """
     x, y = zero_masked(kept, x, y)
     number, devices, used = _number(x, kept, x.dtype, axis_name), size(axis_name), _used(x, y, kept, axis_name)
@@ -142,13 +143,13 @@ def _relations(
     q: _Probabilities,
     apart: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of 1 - rho of this device's rows, and of all columns, each times its weight, and its gradient by p.
+    """The weighted sum of 1 - rho over this device's rows and over all columns, and its gradient with respect to p.
 
     Args:
-        row: the weights of the rows, 0 of those that are masked.
-        column: the weights of the columns, 0 of those that are not used.
-        number: of kept rows on all devices.
-        apart: p - q, where they are near.
+        row: the weights of the rows, 0 for masked ones.
+        column: the weights of the columns, 0 for unused ones.
+        number: the number of kept rows on all devices.
+        apart: p - q, if p and q are close.
     """
     devices, difference = size(axis_name), () if apart is None else (apart,)
     of_rows, by_row = _gap((p.in_rows, q.in_rows, *difference), devices * row, eps, 1)
@@ -164,7 +165,7 @@ def _used(x: jax.Array, y: jax.Array, kept: jax.Array | None, axis_name: AxisNam
 
 
 class _Probabilities(NamedTuple):
-    """p = softmax(x / T), p less the mean of its row, and what of the two is to be centred by columns."""
+    """p = softmax(x / T), p minus the mean of its row, and whichever of the two is used for the columns."""
 
     p: jax.Array
     in_rows: jax.Array
@@ -174,7 +175,7 @@ class _Probabilities(NamedTuple):
 def _above_mean(
     x: jax.Array, mean: jax.Array, temperature: Scalar, kept: jax.Array | None, axis_name: AxisName | None
 ) -> _Probabilities:
-    """Where rows are nearly uniform, what they are above their mean is computed such that it keeps its digits."""
+    """The probabilities; in nearly uniform rows, p minus the mean is computed in a way that keeps its digits."""
     largest, (p, peak, log_total) = mean.max(), softmax(x, temperature)
     p, above = zero_masked(kept, p, p - mean)
     uniform = jnp.square(above).sum(-1) < 0.01 * largest
@@ -203,11 +204,12 @@ def _centered(
 def _gap(
     arrays: tuple[jax.Array, ...], weight: jax.Array, eps: Scalar, axis: int, axis_name: AxisName | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, the first two arrays, and its gradient by x.
+    """The weighted sum of 1 - rho over rows or columns, and its gradient with respect to x.
 
-    1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, of which that of 0 is 0,
-    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If there is a third array, x - y, u comes from that, so
-    that it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
+    The first two arrays are x and y, centred. 1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), where u is the
+    difference of the two unit vectors, and the unit vector of 0 is 0. Its gradient is (u - (1 - rho) x / |x|) |y| /
+    (|x| |y| + eps). If there is a third array, x - y, u is computed from it, so that u keeps its digits if x and y are
+    close; otherwise |x| |y| |u|^2 / 2 is computed as |x| |y| - x.y.
     """
 
     def dots(*pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -232,7 +234,7 @@ def _gap(
 
 
 def _sum(x: jax.Array, axis: int) -> jax.Array:
-    """Of columns a product, for which XLA on a CPU takes a tenth of the time."""
+    """The sum along an axis; along columns as a matrix product, which XLA on a CPU computes in a tenth of the time."""
     if axis == 0:
         return jnp.matmul(jnp.ones_like(x[:, :1]).T, x, precision=HIGHEST)
     return x.sum(axis, keepdims=True)
@@ -243,5 +245,5 @@ def _root(square: jax.Array) -> jax.Array:
 
 
 def _inverse(length: jax.Array) -> jax.Array:
-    """1 / length; 0 where that is 0."""
+    """1 / length; 0 where the length is 0."""
     return jnp.where(length == 0, 0, 1 / jnp.where(length == 0, 1, length))

@@ -84,14 +84,14 @@ def dkd_loss(
 def decoupled_and_gradient(
     x: jax.Array, y: jax.Array, labels: jax.Array, alpha: Scalar, beta: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p."""
+    """The loss, and its gradient: a T (p_y - q_y) at the label, b T (^p - ^q) - a T (p_y - q_y) ^p at the others."""
     hat_p, totals, others, difference = _others(x, y, labels, temperature)
     x_binary = _binary(take_class(x, labels)[..., None], *totals[0], temperature)
     y_binary = _binary(take_class(y, labels)[..., None], *totals[1], temperature)
     target, target_gradient = kl_and_gradient(x_binary, y_binary, 1.0)
     at_label = alpha * temperature * target_gradient[..., :1]
     gradient = beta * temperature * difference - at_label * hat_p
-    square = temperature**2  # multiplied before the sum, which might overflow
+    square = temperature**2  # multiplied before the sum, because the sum might overflow
     value = weigh(square * alpha, target) + weigh(square * beta, others)
     return value, jnp.where(is_class(x, labels), at_label, gradient)
 
@@ -104,13 +104,13 @@ Total = tuple[jax.Array, jax.Array]  # the largest logit, and log sum exp((x - l
 def _others(
     x: jax.Array, y: jax.Array, labels: jax.Array, temperature: Scalar
 ) -> tuple[jax.Array, tuple[Total, Total], jax.Array, jax.Array]:
-    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, which may be none."""
+    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, if there are any."""
     p, q, ratio = log_ratio(without_class(x, labels), without_class(y, labels), temperature, may_be_empty=True)
     return p.p, (p[1:], q[1:]), *kl_of_softmaxes(p, q, ratio)
 
 
 def _binary(at_label: jax.Array, peak: jax.Array, log_total: jax.Array, temperature: Scalar) -> jax.Array:
-    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which would only cost digits."""
     empty = peak == jnp.finfo(peak.dtype).min
     largest = jax.lax.stop_gradient(jnp.maximum(at_label, jnp.where(empty, -jnp.inf, peak)))
     rest = jnp.where(empty, -jnp.inf, (peak - largest) / temperature + log_total)

@@ -87,13 +87,13 @@ def jsd_loss(
 def jsd_and_gradient(
     x: jax.Array, y: jax.Array, beta: Scalar, temperature: Scalar, class_axis_name: AxisName | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
+    """The divergence for 0 < b < 1, and its gradient (1 - b) p (h - sum p h) / T, where h = log(p / m).
 
-    Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
-    w' = m / p - 1: terms that are never negative, and keep their digits.
+    If p and q are close, the terms are b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
+    w' = m / p - 1. They are never negative, and keep their digits.
     """
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
-    ratio = jnp.clip(ratio, -1e5, 1e5)  # infinite where one of the two excludes a class
+    ratio = jnp.clip(ratio, -1e5, 1e5)  # infinite for a class at -inf in one of the two
     near = jnp.abs(ratio) < NEAR
     close = jnp.where(near, ratio, 0)
     growth = close + exp_remainder(close)
@@ -112,7 +112,7 @@ def jsd_and_gradient(
     )
     _, common = less_common_error(jnp.where(near, q * growth, p - q), q, class_axis_name)
     value = class_sum(terms, class_axis_name) - beta * (1 - beta) * common**2 / 2
-    # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
+    # h is log(m / p). For rows with little in common it is nearly log(1 - b), a constant that is then left out
     room = -beta * log_b - (1 - beta) * log_rest - jax.lax.stop_gradient(value)
     apart = room < 0.1 * (beta - 1) * log_rest
     h = jnp.where(near, to_p, far_p + log_rest)

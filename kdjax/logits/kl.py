@@ -131,7 +131,7 @@ def jeffreys_and_gradient(
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_axis_name=class_axis_name)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q, class_axis_name)
     gradient = difference + pulled_back(ratio, p, class_axis_name)
-    # all terms have the same sign, unless r has lost its digits
+    # terms are never negative, unless r has lost its digits
     terms = jnp.abs(jnp.where(difference == 0, 0, difference * ratio))
     return class_sum(terms, class_axis_name).squeeze(-1), gradient / temperature
 

@@ -421,7 +421,7 @@ def _least(memory: str) -> bool:
 
 
 def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: Array) -> tuple[Output, Output]:
-    """What becomes of the products of the student's head, and of the teacher's."""
+    """How the student's head makes its logits, and how the teacher's head does."""
     caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
     for cap in caps if len(caps) == 2 else [math.nan]:
         number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
@@ -460,14 +460,14 @@ def _kl_of_student(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def _kl_of_teacher(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """q log(q / p). An infinite one counts as if the student gave the class the least number there is."""
+    """q log(q / p). If p is 0, it counts as if the student gave the class the smallest positive number."""
     ratio = jnp.where(jnp.isneginf(log_q), 0, difference(log_q, log_p))
     return jnp.exp(log_q) * jnp.where(jnp.isposinf(ratio), -math.log(jnp.finfo(log_q.dtype).tiny), ratio)
 
 
 def _jsd_of_student(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
     """(1 - b) p log(p / m), m = b q + (1 - b) p."""
-    ratio = jnp.clip(difference(log_q, log_p), -80, 80)  # infinite where one of the two excludes a class
+    ratio = jnp.clip(difference(log_q, log_p), -80, 80)  # infinite for a class at -inf in one of the two
     return (beta - 1) * jnp.exp(log_p) * jnp.log1p(beta * jnp.expm1(ratio))
 
 

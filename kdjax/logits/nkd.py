@@ -82,7 +82,7 @@ def nkd_loss(
 def normalized_and_gradient(
     x: jax.Array, y: jax.Array, labels: jax.Array, gamma: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q)."""
+    """The loss, and its gradient q_y (p - 1 at the label) + gamma T (^p - ^q)."""
     p, q_y = softmax(x), take_class(softmax(y).p, labels)[..., None]
     log_p_y = take_class(x, labels)[..., None] - p.peak - p.log_total
     target = -jnp.where(q_y == 0, 0 * p.log_total, q_y * jnp.where(q_y == 0, 0, log_p_y)).squeeze(-1)

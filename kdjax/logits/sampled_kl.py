@@ -112,7 +112,7 @@ def sampled_kl_loss(
 
 
 def _at_most_zero(x: Array, where: Array | None) -> jax.Array:
-    """Logarithms of probabilities; NaN where one exceeds 0 by more than rounding."""
+    """Log-probabilities; NaN where one exceeds 0 by more than rounding."""
     (x,) = zero_masked(where, x)
     above = jax.lax.stop_gradient(x) > max(1e-4, 16 * float(jnp.finfo(x.dtype).eps))
     return x + jnp.where(above, jnp.nan, 0).astype(x.dtype)
@@ -129,7 +129,7 @@ def sampled_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # the model that sampled the token gives it -inf
+    z = jnp.where(jnp.isposinf(z), jnp.nan, z)  # the model that sampled the token gives it probability 0
     log_weight, log_product = _log_weight(
         sampled_from, jax.lax.stop_gradient(x), y, jax.lax.stop_gradient(z), behavior, max_ratio
     )
@@ -151,7 +151,7 @@ def sampled_and_gradient(
 def _log_weight(
     sampled_from: str, x: jax.Array, y: jax.Array, z: jax.Array, behavior: jax.Array | None, max_ratio: Scalar | None
 ) -> tuple[jax.Array, jax.Array]:
-    """log w, and z + log w from numbers of which none need be large. A token to which b gives -inf is NaN."""
+    """log w, and z + log w computed without large intermediate numbers. A token with log b = -inf gives NaN."""
     if behavior is None:
         return jnp.zeros_like(x), z
     log_weight = jnp.where(jnp.isneginf(behavior), jnp.nan, x - behavior)
@@ -163,12 +163,12 @@ def _log_weight(
 
 
 def _bounded(z: jax.Array) -> jax.Array:
-    """z; for a token that the other model excludes, as if its log-probability were the lowest finite number."""
+    """z; a token with probability 0 in the other model counts as if its log-probability were the lowest number."""
     return jnp.where(jnp.isneginf(z), math.log(jnp.finfo(z.dtype).tiny), z)
 
 
 def _k3(z: jax.Array, weight: jax.Array, log_product: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """w (e^z - 1 - z) and its derivative w (e^z - 1). Where e^z is large, w e^z is e to the power of z + log w."""
+    """w (e^z - 1 - z) and its derivative w (e^z - 1). If e^z is large, w e^z is computed as e^(z + log w)."""
     far = z > 2
     moderate, large = jnp.where(far, 0, z), jnp.where(far, z, 0)
     near = jnp.abs(moderate) < NEAR

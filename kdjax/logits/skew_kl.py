@@ -114,7 +114,8 @@ def skew_reverse_kl_loss(
 def skew_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
     """KL(q || m) with m = k q + (1 - k) p, and its gradient p (h - sum p h) with h = -(1 - k) q / m.
 
-    Where the student's largest class is nearly as likely to the teacher, 1 - k is added to h, which then is small.
+    If the teacher gives the student's largest class nearly the same probability, 1 - k is added to h, which makes it
+    small.
     """
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > 1
@@ -128,8 +129,8 @@ def skew_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tuple[jax.
 def skew_reverse_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
     """KL(p || m) with m = k p + (1 - k) q, and its gradient p (h - sum p h) with h = log(p / m) - k p / m.
 
-    To h is added what makes it small: where the student's largest class is nearly as likely to the teacher, k, and where
-    the teacher gives it next to nothing, 1 + log k.
+    A constant that makes h small is added to it: k if the teacher gives the student's largest class nearly the same
+    probability, and 1 + log k if the teacher gives it nearly none.
     """
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
     apart = of_largest(p, ratio) > jnp.maximum(1, _log_odds(0.0, skew))
@@ -147,7 +148,7 @@ def skew_reverse_kl_and_gradient(x: jax.Array, y: jax.Array, skew: Scalar) -> tu
 
 
 def _kl_to_mixture(q: jax.Array, p: jax.Array, ratio: jax.Array, skew: Scalar) -> jax.Array:
-    """KL(q || m) with m = k q + (1 - k) p, given log(p / q), in terms m - q - q log(m / q), which are never negative."""
+    """KL(q || m) with m = k q + (1 - k) p, given log(p / q). Its terms m - q - q log(m / q) are never negative."""
     near, z = _growth(q, ratio, skew)
     far = (1 - skew) * (p - q) - q * jnp.where(q == 0, 0, _log_growth(ratio, skew))
     value = jnp.where(near, q * less_log1p(z), far).sum(-1)
@@ -155,19 +156,19 @@ def _kl_to_mixture(q: jax.Array, p: jax.Array, ratio: jax.Array, skew: Scalar) -
 
 
 def _growth(q: jax.Array, ratio: jax.Array, skew: Scalar) -> tuple[jax.Array, jax.Array]:
-    """Where m / q - 1 with m = k q + (1 - k) p is not close to -1, and neither infinite, and what it is there."""
+    """Where m / q - 1 with m = k q + (1 - k) p is finite and not close to -1, and its values there."""
     z = (1 - skew) * jnp.expm1(jnp.minimum(ratio, 20))
     near = (q > 0) & (ratio < 20) & (z > -0.5)
     return near, jnp.where(near, z, 0)
 
 
 def _log_growth(ratio: jax.Array, skew: Scalar) -> jax.Array:
-    """log(m / q) = log(k + (1 - k) p / q), without a mixture that could vanish."""
+    """log(m / q) = log(k + (1 - k) p / q), computed without m, which could be 0."""
     return jnp.logaddexp(jnp.log(skew), jnp.log1p(-skew) + ratio)
 
 
 def _log_odds(ratio: Scalar, skew: Scalar) -> jax.Array:
-    """The logarithm of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
+    """The logarithm of (1 - k) p / (k q), given log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
     return jnp.log1p(-skew) - jnp.log(skew) + jnp.clip(ratio, -1e5, 1e5)
 
 

@@ -50,7 +50,7 @@ def standardize_logits(
     return standardized(logits, temperature)
 
 
-# again in the backward pass, so that no more than the logits is held until then
+# computed again in the backward pass, so that only the logits are stored until then
 @jax.checkpoint
 def standardized(x: jax.Array, temperature: Scalar) -> jax.Array:
     (x,) = promote(x)
@@ -59,10 +59,10 @@ def standardized(x: jax.Array, temperature: Scalar) -> jax.Array:
 
 
 def _centered(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An eighth of the logits less their mean, 0 for a class at -inf; and of the standard deviation plus 1e-7.
+    """The logits minus their mean (0 for a class at -inf), and the standard deviation plus 1e-7, both divided by 8.
 
-    The largest entry is taken off first, so that a constant row is 0 to the last digit, and squares are of numbers below 1.
-    An eighth, because neither the difference of two finite numbers nor the reciprocal of one is then out of range.
+    The largest entry is subtracted first, so that a constant row becomes exactly 0; only numbers up to 1 are squared.
+    The division by 8 keeps the difference of two finite numbers and the reciprocal of the deviation in range.
     """
     x, absent = x / 8, jnp.isneginf(x)
     number = (~absent).sum(-1, keepdims=True, dtype=x.dtype)

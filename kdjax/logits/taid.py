@@ -70,20 +70,20 @@ def taid_loss(
 
 
 def taid_and_gradient(x: jax.Array, y: jax.Array, interpolation: Scalar) -> tuple[jax.Array, jax.Array]:
-    """KL(m || p), and its gradient p - m, for which m is constant.
+    """KL(m || p), and its gradient p - m, where m is a constant.
 
-    log(p / m) comes from λ (x - y), so that it has its digits where λ is small, and where x and y are close.
+    log(p / m) is computed from λ (x - y), so that it keeps its digits if λ is small, or if x and y are close.
     """
     p, own = softmax(x), jax.lax.stop_gradient(x)
     lowest, teacher_lowest = jnp.isneginf(own), jnp.isneginf(y)
     gap = jnp.where(lowest | teacher_lowest, 0, own) - jnp.where(lowest | teacher_lowest, 0, y)
-    # each end is exact, and a weight of 0 times -inf is 0
+    # exact at λ = 0 and at λ = 1; 0 times -inf counts as 0
     mixed = jnp.where(interpolation < 0.5, own - interpolation * gap, y + (1 - interpolation) * gap)
     absent = (lowest & (interpolation < 1)) | (teacher_lowest & (interpolation > 0))
     empty = teacher_lowest.all(-1, keepdims=True)  # not a distribution, even with weight 0
     m = softmax(jnp.where(empty, jnp.nan, jnp.where(absent, -jnp.inf, mixed)))
-    # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
-    still = jnp.where(lowest, 0, x) - jnp.where(lowest, 0, own)  # 0 that depends on x
+    # log(p / m), from the difference of the rows relative to the target's largest class, which keeps its digits
+    still = jnp.where(lowest, 0, x) - jnp.where(lowest, 0, own)  # 0, but with the derivative of x
     apart = interpolation * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
     apart = jnp.where(lowest & ~absent, -jnp.inf, jnp.where(absent & ~lowest, jnp.inf, apart))
     ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))

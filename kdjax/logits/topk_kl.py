@@ -122,7 +122,7 @@ def topk_kl_loss(
 
 
 class Recorded(NamedTuple):
-    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+    """A teacher's kept classes, checked. An index below 0 is no class; `rest` is `[*batch, 1]`; T ends the settings."""
 
     divergence: str
     values: jax.Array
@@ -145,9 +145,10 @@ def recorded(
     where: Array | None,
     shard: tuple[Array | int, int] | None = None,
 ) -> Recorded:
-    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used.
+    """What a student's logits are compared with; NaN for an example whose values cannot be used.
 
-    Of a `shard`, which is the first class and the number of those on this device, what others have is padding.
+    `classes` is the number of classes on all devices. `shard` is the first class and the number of classes on this
+    device; classes of other devices become padding.
     """
     entries = indices.shape[-1]
     if tail not in ("bucket", "renormalize"):
@@ -183,7 +184,7 @@ def recorded(
 
 
 def _rest_at(loss: str, rest: Array | Mapping[str, Array], temperature: Scalar, values: Array) -> Array:
-    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    """The logit of the rest at the temperature of the call, which must be one that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape == values.shape[:-1]):
@@ -199,7 +200,7 @@ def _rest_at(loss: str, rest: Array | Mapping[str, Array], temperature: Scalar, 
             '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
-    if isinstance(temperature, jax.Array):  # whose value cannot be asked
+    if isinstance(temperature, jax.Array):  # its value cannot be read
         found = jnp.full_like(values[..., 0], jnp.nan)
         for one, x in recorded.items():
             found = jnp.where(temperature.astype(jnp.float32) == one, x, found)
@@ -221,10 +222,11 @@ def topk_and_gradient(
     *settings: Scalar,
     class_axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
+    """A divergence over the classes of `indices` and one class for the rest, and its gradient over all classes.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over devices each
-    compares the entries of its own classes, and the first the rest too.
+    An index below 0 stands for no class; `rest` is `[*batch, 1]`. The gradient is written by hand: nothing else is
+    stored, and it shares weights with the value. With classes spread over devices, each device compares its own
+    classes, and the first device also compares the rest.
     """
     temperature = settings[-1]
     none, places = indices < 0, jnp.where(indices < 0, x.shape[-1], indices)
@@ -232,9 +234,9 @@ def topk_and_gradient(
     others = jnp.where(put(jnp.zeros(x.shape, bool), places, ~none), -jnp.inf, x)
     peak, lowest = class_max(others, class_axis_name), jnp.finfo(x.dtype).min
     largest = jnp.maximum(jnp.maximum(peak, class_max(own, class_axis_name)), lowest)
-    # in the derivative by T infinity would meet the 0 of an excluded class
+    # limited, because the derivative with respect to T would multiply -inf by the 0 of its class
     below = jnp.maximum(others - jnp.maximum(peak, lowest), -1e5 * temperature)
-    # of a row without others all weights are 0, and its logit is -inf
+    # in a row without other classes all weights are 0, and the logit of the rest is -inf
     weight = jnp.exp(below / temperature)
     total = class_sum(weight, class_axis_name)
     total = jnp.where(total == 0, 1, total)

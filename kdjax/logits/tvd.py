@@ -56,7 +56,7 @@ def tvd_loss(
 def tvd_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """sum |p - q| / 2, and its gradient p (h - sum p h) / 2 with h = sign(p - q).
 
-    A class is a tie where p and q differ by no more than the rounding of their normalisers could make them differ.
+    A class counts as a tie if p and q differ by no more than the rounding of their normalisers.
     """
     (p, *_), (q, *_), ratio = log_ratio(x, y, 1.0)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)

@@ -63,30 +63,30 @@ def uld_loss(
 
 
 def uld_and_gradient(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """sum |p - q| of the sorted softmaxes, and its gradient p (h - sum p h), h the signs of p - q at the places of p."""
+    """sum |p - q| of the sorted softmaxes, and its gradient p (h - sum p h), with h = sign(p - q) in the order of x."""
     order = _order(_keys(x))
     ours, theirs = jnp.take_along_axis(x, order, axis=-1), _descending(y)
     missing = x.shape[-1] - y.shape[-1]
     ours, theirs = (_filled(ours, -missing), _filled(theirs, missing))
     p, _, gap = softmaxes(ours, theirs)
-    # rounding leaves this much for sorted rows that differ by a constant
+    # rows that differ by a constant have equal softmaxes, but rounding makes them differ by this much
     gap = jnp.where(jnp.abs(gap) <= jnp.finfo(x.dtype).eps ** 1.5 * p, 0, gap)
     signs = jnp.sign(gap)
-    signs = signs - signs[..., :1]  # a softmax does not depend on it; little is then subtracted from a p of almost 1
+    signs = signs - signs[..., :1]  # no effect on the gradient, but fewer digits lost at a p of almost 1
     gradient = (p * (signs - (p * signs).sum(-1, keepdims=True)))[..., : x.shape[-1]]
     return jnp.abs(gap).sum(-1), _put_back(gradient, order)
 
 
 def _keys(x: jax.Array) -> jax.Array:
-    """Integers whose ascending order is the descending one of x; XLA sorts them on a CPU four times as fast."""
+    """Integers whose ascending order is the descending order of x; XLA on a CPU sorts them four times as fast."""
     integer = jnp.int64 if x.dtype.itemsize == 8 else jnp.int32
-    x = jnp.where(x == 0, 0, jax.lax.stop_gradient(x))  # -0 is 0
+    x = jnp.where(x == 0, 0, jax.lax.stop_gradient(x))  # -0 becomes 0
     bits = jax.lax.bitcast_convert_type(x, integer)
     return ~jnp.where(bits < 0, bits ^ jnp.iinfo(integer).max, bits)
 
 
 def _descending(x: jax.Array) -> jax.Array:
-    """Sorted; constant."""
+    """x in descending order, without a gradient."""
     keys = ~jax.lax.sort(_keys(x), is_stable=False)
     return jax.lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ jnp.iinfo(keys.dtype).max, keys), x.dtype)
 
@@ -103,7 +103,7 @@ def _argsort(keys: jax.Array) -> jax.Array:
 
 
 def _by_digits(keys: jax.Array) -> jax.Array:
-    """A digit after the other, the lowest first, each beside its place in one integer, so that one array is sorted."""
+    """The same by a radix sort from the lowest digit, with each digit and its position packed into one integer."""
     unsigned = jax.lax.bitcast_convert_type(keys, jnp.uint32) ^ jnp.uint32(1 << 31)
     places = jax.lax.broadcasted_iota(jnp.uint32, keys.shape, keys.ndim - 1)
     bits = max((keys.shape[-1] - 1).bit_length(), 1)

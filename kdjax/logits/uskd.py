@@ -129,7 +129,7 @@ def target_and_others_and_gradient(
     alpha: Scalar,
     beta: Scalar,
 ) -> tuple[jax.Array, jax.Array]:
-    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z)."""
+    """-a sum P_y log p_y - b sum z log ^p, and its gradient a (p sum P - P) + b (^p sum z - z)."""
     p = softmax(x)
     at_labels = is_class(x[..., None, :], classes)
     log_p, unused = x - p.peak - p.log_total, jnp.isneginf(x) & jnp.isneginf(weak)
@@ -156,15 +156,16 @@ def _zipf(log_p: jax.Array, w: Softmax, excluded: jax.Array, classes: jax.Array,
         for x in (w.p, log_p)
     )
     zipf = jnp.where(excluded, 0, _inverse_places(w.p / over_w + log_p / over_p))
-    felt = 0 * w.log_total  # NaN, which the positions do not show
+    felt = 0 * w.log_total  # carries a NaN, which the ranks do not show
     return zipf / (jnp.maximum(zipf.sum(-1, keepdims=True), jnp.finfo(zipf.dtype).tiny) + felt)
 
 
 def _inverse_places(score: jax.Array) -> jax.Array:
     """1 / the rank of each class, 1 for the largest score; equal scores are ranked in the order of the classes.
 
-    The scores' bits are sorted by a part at a time, the lowest first. Below each part stands the place that the class has
-    so far, which keeps equal parts in order: XLA on a CPU sorts such integers five times as fast as numbers with places.
+    This is a radix sort: the bits of the scores are sorted in parts, the lowest part first. Each part is packed into
+    one integer with the class's position so far, which keeps equal parts in order. XLA on a CPU sorts such integers
+    five times as fast as numbers with their indices.
     """
     bits, size = 8 * score.dtype.itemsize, score.shape[-1]
     keys = jax.lax.bitcast_convert_type(0 - score, f"uint{bits}")
@@ -185,7 +186,7 @@ def head_and_gradient(weak: jax.Array, x: jax.Array, labels: jax.Array) -> tuple
     """-sum (0.9 l + 0.1 / C) log softmax(weak), over the classes that are not padding."""
     used = ~(jnp.isneginf(x) & jnp.isneginf(weak))
     distribution = is_class(weak, labels).astype(weak.dtype) if labels.ndim < weak.ndim else labels
-    # NaN where x is no distribution
+    # NaN if x is all -inf
     number = used.sum(-1, keepdims=True, dtype=weak.dtype) + 0 * jax.lax.stop_gradient(x).max(-1, keepdims=True)
     return cross_entropy_and_gradient(weak, jnp.where(used, 0.9 * distribution + 0.1 / number, 0))
 

@@ -24,26 +24,26 @@ def through(
     maps: bool = False,
     where: Array | None = None,
 ) -> jax.Array:
-    """What a head makes of features of its width, or of maps of its channels; masked ones are 0 before it."""
+    """The output of a head for features or maps, whose width is checked; masked examples are set to 0 before it."""
     return head(prepared(name, x, dim, constant, maps, where))
 
 
 def prepared(
     name: str, x: Array, dim: int, constant: bool = False, maps: bool = False, where: Array | None = None
 ) -> jax.Array:
-    """Features of a width, in float32 or wider; the mask is left alone where it does not fit, which the loss will say."""
+    """Features whose width is checked, in float32 or wider. A mask that does not fit is left to the loss to report."""
     fits = isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1:] == (dim,)
     if not fits or (maps and x.ndim != 4):
         axes = f"batch height width {dim}" if maps else f"*batch {dim}"
         raise TypeError(f"`{name}` must be Float[Array, {axes!r}], got {describe(x)}")
     (x,) = promote(jax.lax.stop_gradient(x) if constant else x)
     if isinstance(where, Array) and where.dtype == bool and where.shape == x.shape[: where.ndim]:
-        (x,) = zero_masked(where, x)  # 0 times NaN, in the gradient of the head, would be NaN
+        (x,) = zero_masked(where, x)  # otherwise the head's gradient would be 0 times NaN
     return x
 
 
 class BatchNorm(nnx.BatchNorm):
-    """With PyTorch's running variance, that of a sample, so that what is trained here goes on there."""
+    """With the running variance of PyTorch, which divides by n - 1, so that training can continue in PyTorch."""
 
     def __call__(self, x: Array, *args: Any, **options: Any) -> jax.Array:
         if not self.use_running_average:

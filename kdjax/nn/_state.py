@@ -9,9 +9,9 @@ from flax.errors import TraceContextError
 
 
 class LossState(nnx.Variable):
-    """What a loss carries from step to step and no optimiser touches.
+    """The state that a loss carries from step to step, and that no optimiser changes.
 
-    A step changes its value and leaves the Variable where it is, as `nnx.BatchNorm` does with its averages.
+    A step changes the value of the Variable and keeps the Variable itself, as `nnx.BatchNorm` does with its averages.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -24,7 +24,7 @@ class LossState(nnx.Variable):
 class Stateful(nnx.Module):
     """A loss with a state."""
 
-    use_running_average: bool  # as the norms of Flax call it, so that `train`, `eval` and `nnx.view` set it
+    use_running_average: bool  # named as in Flax's normalisation layers, so that `train`, `eval` and `nnx.view` set it
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Called by `nnx.view`.
@@ -41,13 +41,13 @@ class Stateful(nnx.Module):
 
 
 def movable(module: nnx.Module, name: str) -> nnx.Variable:
-    """A module's Variable, whose value can be changed at this place.
+    """A Variable of a module whose value can be changed inside the current transformation.
 
-    Flax lets no transformation change a Variable from outside of it. A module that was merged inside one, but without
-    `copy=True`, gets a Variable of its own here.
+    Flax does not let a transformation change a Variable that was created outside of it. A module that was merged inside
+    the transformation, but without `copy=True`, gets a new Variable.
 
     Raises:
-        TraceContextError: the module itself is from outside.
+        TraceContextError: the module itself was created outside.
     """
     variable = getattr(module, name)
     try:

@@ -28,11 +28,11 @@ class Remembered(NamedTuple):
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, the rows of each example's samples in the bank, its own first.
+        at: `[batch, K + 1]`, the rows in the bank of the samples for each example, its own sample first.
         places: `[batch, K + 1]`, their positions in the data set.
         every_index: `[whole batch]`, the positions of the examples of all devices in the data set.
-        valid: `[whole batch]`, False for those that do not count.
-        kept: `[batch]`, False for examples that do not count.
+        valid: `[whole batch]`, False for examples that do not count.
+        kept: `[batch]`, the same for this device's examples.
     """
 
     bank: jax.Array
@@ -43,8 +43,8 @@ class Remembered(NamedTuple):
     kept: jax.Array
 
 
-# the values and the normaliser of one side, from its embedding, what is remembered of the other side, its normaliser, the
-# temperature and the number of samples in the data set
+# Takes the embedding of one side, the remembered rows of the other side, the normaliser, the temperature and the number
+# of samples in the data set, and returns the values and the next normaliser of the side.
 Side = Callable[[jax.Array, Remembered, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
@@ -63,7 +63,7 @@ def contrasted(
     sharded_memory: bool,
     update: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The sum for student and teacher, and the fields of the next state: two memories and two normalisers."""
+    """The sum of the losses of both sides, and the fields of the next state: two memories and two normalisers."""
     student, teacher = promote(student, teacher)
     check_state(state)
     temperature = jnp.asarray(positive("temperature", temperature, student), student.dtype)
@@ -109,14 +109,14 @@ def contrasted(
 
 
 class Total(NamedTuple):
-    """log sum exp(relation / T) over what is kept, and the mean of the relation by these weights, the slope of the first."""
+    """log sum exp(relation / T) over the kept examples, and its derivative: the relation's mean under these weights."""
 
     log: jax.Array
     mean: jax.Array
 
 
 def if_unset(unset: jax.Array, embedding: jax.Array, total: Callable[[], Total]) -> Total:
-    """The total, which is not needed once the normaliser is set."""
+    """The total while the normaliser is unset; after that it is not needed, and 0."""
     nothing = embedding[:0].sum()  # 0, of the same type inside shard_map
     return jax.lax.cond(unset, total, lambda: Total(nothing, nothing))
 
@@ -132,9 +132,9 @@ def one_side(
     known: Any,
     axis_name: AxisName | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The values of one side, and its normaliser: an unset one becomes the mean of what `sum_over` sums.
+    """The values of one side, and its normaliser, which, if unset, becomes the mean of the terms that `sum_over` sums.
 
-    `contrast` is from `with_derivatives`, `log_number` the logarithm of how many terms the sum has.
+    `contrast` comes from `with_derivatives`; `log_number` is the logarithm of the number of terms.
     """
     unset, total = normalizer == 0, None
     if axis_name is not None:
@@ -147,11 +147,11 @@ def one_side(
 
 
 def with_derivatives(with_gradients: Callable[..., tuple]) -> Callable[..., tuple[jax.Array, Total]]:
-    """Values and total of a side from what returns value, gradient, slope by the temperature and total.
+    """Make a function of values and total from one that also returns the derivatives for embedding and temperature.
 
-    `total` is that of all devices; None on a single one, where it comes from the same relations as the values. It is not
-    asked for where the normaliser is set. The derivative is written by hand, so that of all relations no array is held,
-    and the forward pass alone needs the memories.
+    The argument `total` is that of all devices. On a single device it is None, and is computed from the same relations
+    as the values. It is not needed if the normaliser is set. The derivatives are written by hand, so that no array of
+    all relations is stored, and only the forward pass needs the memories.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -174,7 +174,7 @@ def with_derivatives(with_gradients: Callable[..., tuple]) -> Callable[..., tupl
 
 
 def log_normalizer(normalizer: jax.Array, total: Total, log_number: jax.Array, num_data: int) -> jax.Array:
-    """Of the normaliser, or of what it becomes."""
+    """The logarithm of the normaliser, or of the value that an unset one will get."""
     fresh = total.log - log_number + math.log(num_data)
     return jnp.where(normalizer == 0, fresh, jnp.log(normalizer).astype(fresh.dtype))
 
@@ -182,11 +182,11 @@ def log_normalizer(normalizer: jax.Array, total: Total, log_number: jax.Array, n
 def noise_contrast(
     relation: jax.Array, log_z: jax.Array, temperature: jax.Array, num_data: int
 ) -> tuple[jax.Array, jax.Array]:
-    """-[log x_0 / (x_0 + c + 1e-7) + sum_k log c / (x_k + c + 1e-7)] of rows of relations, and its slope by relation / T."""
+    """-[log x_0 / (x_0 + c + 1e-7) + sum_k log c / (x_k + c + 1e-7)] per row, and its derivative for relation / T."""
     others = relation.shape[1] - 1
     noise = others / num_data
     log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
-    sign = jnp.ones(others + 1, relation.dtype).at[0].set(-1)[None]  # the first is pulled, the others pushed
+    sign = jnp.ones(others + 1, relation.dtype).at[0].set(-1)[None]  # the first is the positive
     drawn = sign * (relation / temperature - (log_z + log_shifted))
     return jax.nn.softplus(drawn).sum(1) + shift * others, sign * jax.nn.sigmoid(drawn)
 

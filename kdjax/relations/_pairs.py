@@ -22,7 +22,7 @@ class Pairs(NamedTuple):
         student: `[whole batch, student_dim]`; masked rows are 0.
         teacher: `[whole batch, teacher_dim]`, constant; masked rows are 0.
         kept: `[whole batch]`.
-        local: takes this device's rows of what was gathered.
+        local: takes this device's rows of a gathered array.
     """
 
     student: Array
@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     local: Callable[[jax.Array], jax.Array]
 
     def mean(self, terms: jax.Array) -> jax.Array:
-        """The mean over kept partners of a term for each of this device's rows and every row."""
+        """The mean over kept partners of terms `[batch, whole batch]`."""
         both = self.local(self.kept)[:, None] & self.kept[None]
         return jnp.where(both, terms, 0).sum(1) / count(self.kept, terms.dtype)
 
@@ -45,7 +45,7 @@ def over_pairs(
     reduction: Reduction,
     axis_name: AxisName | None,
 ) -> jax.Array:
-    """A loss, from the values of this device's rows, which `way` computes from the rows of all devices."""
+    """A loss from `way`, which computes the values of this device's rows from the rows of all devices."""
     check_fixed(loss, batch=student.shape[0])
     check_reduction(reduction)
     student, teacher = zero_masked(where, *promote(student, teacher))
@@ -58,14 +58,14 @@ def over_pairs(
 
 
 def products(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """x_i · x_j of this device's i and every j."""
+    """x_i · x_j for this device's i and every j."""
     ours = local(x)
     return gram(x) if ours is x else jnp.matmul(ours, x.T, precision=HIGHEST)
 
 
 @jax.custom_jvp
 def gram(x: jax.Array) -> jax.Array:
-    """x xᵀ. Its gradient is (g + gᵀ) x, one product, where that of a product of two takes two."""
+    """x xᵀ. Its gradient (g + gᵀ) x takes one matrix product; that of a product of two different arrays takes two."""
     return jnp.matmul(x, x.T, precision=HIGHEST)
 
 
@@ -79,10 +79,10 @@ class Squares(NamedTuple):
     """Squared distances, scaled by a unit.
 
     Attributes:
-        square: |x_i - x_j|² / unit² of this device's i and every j; 0 where one of them is masked.
-        clear: whether none of them lost its digits in a product of matrices, so that they come from one.
-        rows: all rows; those that are masked are made equal to the first that is kept.
-        unit: a power of 2 of about the largest difference of two entries, or infinity where all rows are equal.
+        square: |x_i - x_j|² / unit² for this device's i and every j; 0 if one of the two is masked.
+        clear: whether the squares come from a matrix product, because none of them loses its digits there.
+        rows: all rows; masked ones are made equal to the first kept row.
+        unit: a power of 2 near the largest difference of two entries, or infinity if all rows are equal.
     """
 
     square: jax.Array
@@ -91,13 +91,13 @@ class Squares(NamedTuple):
     unit: jax.Array
 
     def differences(self, row: jax.Array) -> jax.Array:
-        """(row - x_j) / unit of every j."""
+        """(row - x_j) / unit for every j."""
         return (row[None] - self.rows) / self.unit
 
 
 def squares(x: jax.Array, kept: jax.Array, local: Callable[[jax.Array], jax.Array]) -> Squares:
-    """Squared distances of the rows of x; from the differences, one row at a time, if a product would lose digits."""
-    x = x / 2  # so that no difference is too large
+    """Squared distances of the rows of x; one row at a time from the differences, if a matrix product loses digits."""
+    x = x / 2  # so that no difference overflows
     first = jax.lax.stop_gradient(x[jnp.argmax(kept)])
     x = jnp.where(kept[:, None], x, first[None])
     largest = jax.lax.stop_gradient(jnp.abs(x - first[None]).max())
@@ -106,7 +106,7 @@ def squares(x: jax.Array, kept: jax.Array, local: Callable[[jax.Array], jax.Arra
     unit = jnp.where(equal, jnp.inf, largest / jnp.frexp(largest)[0])  # a power of 2, so that ties stay ties
     place = jnp.arange(len(x))
     apart = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
-    z = (x - first[None]) / unit  # a part that all rows share only costs digits
+    z = (x - first[None]) / unit  # a part common to all rows would only cost digits
     length = jnp.square(z).sum(-1)
     square = local(length)[:, None] + length[None] - 2 * products(z, local)
     clear = (~apart | (square * 64 > length.max())).all()

@@ -71,14 +71,14 @@ def correlation_loss(
 
 
 def _cosines(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Of this device's rows and all rows, which are unit; of a row and itself 1, or 0 where it is 0."""
+    """The cosines of this device's rows with all rows, given unit rows; 1 for a row with itself, 0 for a row of 0."""
     place, product = jnp.arange(len(x)), products(x, local)
     itself = local((x != 0).any(-1).astype(x.dtype))
     return jnp.where(local(place)[:, None] == place[None], itself[:, None], product)
 
 
 def _kernel(cosine: jax.Array, gamma: float | jax.Array, order: int) -> jax.Array:
-    """K without its constant term, which cancels, by Horner's rule."""
+    """The kernel without its constant term, which cancels, by Horner's rule."""
     gamma = jnp.asarray(gamma, cosine.dtype)
     factors = [jnp.exp(-2 * gamma)]
     for n in range(1, order + 1):

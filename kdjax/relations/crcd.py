@@ -189,15 +189,15 @@ def crcd_loss(
 
 
 class _Known(NamedTuple):
-    """What the examples of one side are compared with: their own places, seen from the anchors of the whole batch.
+    """What the examples of one side are compared with: remembered samples, as seen from the anchors of the whole batch.
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, their positions in the data set.
+        at: `[batch, K + 1]`, the rows in the bank of the samples for each example.
+        places: `[batch, K + 1]`, the positions of these samples in the data set.
         anchors: `[whole batch, dim]`.
-        anchor_places: `[whole batch]`, where these stand in the data set.
-        valid: `[whole batch]`, False for anchors that count for nothing.
+        anchor_places: `[whole batch]`, the positions of the anchors in the data set.
+        valid: `[whole batch]`, False for anchors that do not count.
         kept: `[batch]`, False for examples that do not count.
     """
 
@@ -218,7 +218,7 @@ def _with_gradients(
     total: Total | None,
     known: _Known,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
-    """The value of each example, the mean over anchors; its gradients, made of differentiable operations; and the total."""
+    """The value of each example (a mean over anchors), its gradients in differentiable operations, and the total."""
     unset, number = normalizer == 0, count(known.valid, embedding.dtype)
     rows, constant = (embedding, known.at, known.places), jax.lax.stop_gradient(embedding)
 
@@ -246,7 +246,7 @@ def _with_gradients(
         return contrasts(total)
     if 2 * known.places.size * len(known.anchors) > max(2 * known.bank.size, 2**19):
         return contrasts(if_unset(unset, embedding, lambda: _sum_over(constant, temperature, known)))
-    # relations that need no more memory than the next state are computed once
+    # relations that need no more memory than the next state are computed once and stored
     return jax.lax.cond(unset, remembering, lambda: contrasts(Total(jnp.zeros_like(number), jnp.zeros_like(number))))
 
 
@@ -260,7 +260,7 @@ def _log_triples(known: _Known) -> jax.Array:
 def _sum_over(
     embedding: jax.Array, temperature: jax.Array, known: _Known, remembered: _Relations | None = None
 ) -> Total:
-    """The sum for this device's examples."""
+    """The total of this device's examples."""
 
     def part(inputs: tuple) -> Total:
         row, relations = inputs
@@ -274,7 +274,7 @@ def _sum_over(
 
 
 class _Relations(NamedTuple):
-    """r.rho of one example for every anchor and place, `[batch, K + 1]`, and |w - a'|; whether none lost its digits."""
+    """r.rho of one example for all anchors and places, `[batch, K + 1]`, |w - a'|, and whether they keep digits."""
 
     relation: jax.Array
     length: jax.Array
@@ -282,7 +282,7 @@ class _Relations(NamedTuple):
 
 
 def _relations(known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array) -> _Relations:
-    """With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart."""
+    """r.rho = (w - a').rho / |w - a'| with a' = a - 1e-6, from matrix products if all w and a are far enough apart."""
     a, w, rho, _, same = _seen(known, embedding, at, places)
     a_square, w_square = jnp.square(a).sum(1), jnp.square(w).sum(1)
     square, dot = jnp.split(product(jnp.concatenate([-2 * a, rho]), w.T), 2)  # one product reads w once
@@ -322,7 +322,7 @@ def _pulled(
 def _seen(
     known: _Known, embedding: jax.Array, at: jax.Array, places: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """a' and w, without what is common to all rows, which only costs digits; rho and its length; where w is a."""
+    """a' and w minus a part common to all rows, which would only cost digits; rho and its length; and where w is a."""
     rho, rho_length = _unit_and_length((embedding[None] - known.anchors) + 1e-6)
     middle = known.anchors.mean(0, keepdims=True)
     same = known.anchor_places[:, None] == places[None]
@@ -330,7 +330,7 @@ def _seen(
 
 
 def _over_anchors(known: _Known, at: jax.Array, function: Callable, *rows: jax.Array) -> Any:
-    """Of the differences of all places from one anchor after the other, and the anchor's rows."""
+    """Call a function for each anchor, with the differences of all places from it, and the anchor's part of `rows`."""
     remembered = known.bank[at]
     return jax.lax.map(lambda x: function((remembered - x[0][None]) + 1e-6, *x[1:]), (known.anchors, *rows))
 

@@ -164,9 +164,9 @@ class _Known(NamedTuple):
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank.
+        at: `[batch, K + 1]`, the rows in the bank of the samples for each example.
         valid: `[whole batch]`, False for examples that do not count.
-        kept: `[batch]`, the same of this device's.
+        kept: `[batch]`, the same for this device's examples.
     """
 
     bank: jax.Array
@@ -183,7 +183,7 @@ def _with_gradients(
     total: Total | None,
     known: _Known,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Total]:
-    """The value of each example; its gradients, made of differentiable operations; and the total."""
+    """The value of each example, its gradients in differentiable operations, and the total."""
     unset, scores = normalizer == 0, _scores(embedding, known)
     if total is None:
         total = if_unset(unset, embedding, lambda: _sum_of(jax.lax.stop_gradient(scores), temperature, known))
@@ -198,7 +198,7 @@ _contrast = with_derivatives(_with_gradients)
 
 
 def _scores(embedding: jax.Array, known: _Known) -> jax.Array:
-    """v.w of every example and each of its places, `[batch, K + 1]`, from the rows of one example after another."""
+    """v.w of every example and each of its samples, `[batch, K + 1]`, computed for one example after another."""
     return jax.lax.map(jax.checkpoint(lambda x: product(known.bank[x[1]], x[0])), (embedding, known.at))
 
 
@@ -208,7 +208,7 @@ def _pulled(slope: jax.Array, known: _Known) -> jax.Array:
 
 
 def _sum_over(embedding: jax.Array, temperature: jax.Array, known: _Known) -> Total:
-    """The sum for this device's examples."""
+    """The total of this device's examples."""
     return _sum_of(_scores(embedding, known), temperature, known)
 
 

@@ -70,8 +70,8 @@ def euclidean_mse_loss(
 
 
 def _distances(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """|x_i - x_j| of partners, 0 elsewhere, for this device's i and every j."""
-    centered = x - jax.lax.stop_gradient(sum_of_rows(x) / len(x))  # a part that all rows share only costs digits
+    """|x_i - x_j| for this device's i and every j; 0 for pairs that are not partners."""
+    centered = x - jax.lax.stop_gradient(sum_of_rows(x) / len(x))  # a common part would only cost digits
     ours, length = local(centered), jnp.square(centered).sum(-1)
     product = gram(centered) if ours is centered else jnp.matmul(ours, centered.T, precision=HIGHEST)
     square = local(length)[:, None] + length[None] - 2 * product

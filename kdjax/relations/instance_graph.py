@@ -64,14 +64,14 @@ def instance_graph_loss(
 
 
 def _edges(found: Squares, place: jax.Array) -> jax.Array:
-    """Squared distances from this device's rows over that of the pair at a place, from its two rows; 0 where that is 0."""
+    """This device's squared distances, divided by that of the pair at `place`, computed anew; 0 if that is 0."""
     i, j = jnp.divmod(place, found.square.shape[1])
     largest = jnp.square(found.differences(found.rows[i])[j]).sum()
     return found.square / jnp.where(largest == 0, jnp.inf, largest)
 
 
 def _farthest(sides: tuple[Squares, ...], axis_name: AxisName | None) -> jax.Array:
-    """The places, among the pairs of all devices in row order, of each side's first pair that is farthest apart."""
+    """For each side, the position of the first pair that is farthest apart, among the pairs of all devices in order."""
     local = [jax.lax.stop_gradient(x.square) for x in sides]
     places = jnp.stack([x.argmax() for x in local])
     if axis_name is None:

@@ -74,12 +74,12 @@ def minilm_loss(
 def relations_and_gradient(x: jax.Array, y: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The mean of KL(Q || P) over the kept tokens of a sequence and over its heads, which are the axis before the last.
 
-    A head at a time, with its gradient (G + Gᵀ) x / sqrt(d), G = P - Q over the number of rows: no array is larger than
-    the products of one.
+    It is computed for one head at a time, together with its gradient (G + Gᵀ) x / sqrt(d), where G is P - Q divided by
+    the number of rows, so that no array is larger than the products of one head.
     """
     kept = jnp.ones(x.shape[:-2], bool) if where is None else jnp.asarray(where)
     x, y = zero_masked(kept, x, y)
-    columns = kept | ~kept.any(-1, keepdims=True)  # so that no row is empty
+    columns = kept | ~kept.any(-1, keepdims=True)  # an empty sequence uses all columns
     number = jnp.maximum(kept.sum(-1, dtype=x.dtype), 1) * x.shape[-2]
 
     def head(both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +87,7 @@ def relations_and_gradient(x: jax.Array, y: jax.Array, where: jax.Array | None) 
         logits = _products(y, columns)
         value, slope = kl_and_gradient(_products(x, columns), logits, 1.0)
         value = value / number[..., None]
-        # a row's part of the mean may be in range where the row's own value is not; then it is that of what P lacks
+        # if a row's value overflows, its part of the mean may not; then the terms of log P are divided before the sum
         value = jax.lax.cond(
             jnp.isinf(value).any(),
             lambda: jnp.where(
@@ -104,10 +104,10 @@ def relations_and_gradient(x: jax.Array, y: jax.Array, where: jax.Array | None) 
 
 
 def _products(x: jax.Array, columns: jax.Array, number: jax.Array | None = None) -> jax.Array:
-    """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
+    """x xᵀ / sqrt(d) minus the largest of each row, divided by a number for each sequence; -inf outside the columns.
 
-    Rows of large numbers are divided by the largest first, so that what overflows, to -inf, is below the row's largest by so
-    much.
+    Rows of large numbers are divided by their largest entry first, so that only products that are far below the row's
+    largest one can overflow, to -inf.
     """
     scale = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True, initial=1))
     product = jnp.matmul(x / scale, x.swapaxes(-1, -2), precision=HIGHEST)

@@ -11,7 +11,7 @@ from kdjax._numerics import unit
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 from kdjax.relations._pairs import Pairs, over_pairs, products
 
-EPSILON = 1e-7  # part of the published formula: beside the norms, and within the logarithm
+EPSILON = 1e-7  # part of the published formula: added to the norms, and inside the logarithm
 
 
 @checked
@@ -63,13 +63,13 @@ def pkt_loss(
 
 def _values(pairs: Pairs) -> jax.Array:
     p, q = (_probabilities(x, pairs) for x in (pairs.student, pairs.teacher))
-    gap = q - p  # of which the sum, 0 but for the rounding of p and q, is taken off
+    gap = q - p  # its sum, which is 0 except for rounding, is subtracted
     terms = q * jnp.log1p(gap / (p + EPSILON)) - gap
     return pairs.mean(terms)
 
 
 def _probabilities(x: jax.Array, pairs: Pairs) -> jax.Array:
-    """Of all rows, given each of this device's rows; 0 for those that are masked."""
+    """The probabilities of all rows, given each of this device's rows; 0 for masked rows."""
     length = _length(x)
     share, rest = length / (length + EPSILON), EPSILON / (length + EPSILON)
     ours, our_rest = pairs.local(share)[:, None], pairs.local(rest)[:, None]
@@ -90,7 +90,7 @@ def _length(x: jax.Array) -> jax.Array:
 
 
 def _one_plus_cosine(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """1 + x_i · x_j of unit rows, this device's i and every j; of rows of 0 it is not felt."""
+    """1 + x_i · x_j of unit rows for this device's i and every j; the results for rows of 0 are not used."""
     product = 1 + products(x, local)
     by_row = jax.checkpoint(lambda row: jnp.square(row[None] + x).sum(-1) / 2)
     return jax.lax.cond((product > 1 / 32).all(), lambda: product, lambda: jax.lax.map(by_row, local(x)))

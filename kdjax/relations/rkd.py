@@ -83,14 +83,14 @@ def rkd_loss(
 
 
 def _root(square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The distances, and one over them, or 0 where they are 0."""
+    """The distances and their reciprocals, which are 0 where a distance is 0."""
     apart = square > 0
     root = jnp.sqrt(jnp.where(apart, square, 1))
     return jnp.where(apart, root, 0), jnp.where(apart, 1 / root, 0)
 
 
 def _over_mean(distance: jax.Array, kept: jax.Array) -> jax.Array:
-    """Distances over their mean, of different examples; 0 where that is 0."""
+    """Distances divided by their mean over pairs of different examples; 0 if the mean is 0."""
     number = count(kept, distance.dtype)
     mean = distance.sum() / (number * jnp.maximum(number - 1, 1))
     return distance / jnp.where(mean == 0, 1, mean)
@@ -107,13 +107,13 @@ def _by_distances(s: Squares, t: Squares, pairs: Pairs) -> jax.Array:
     return jax.lax.map(vertex, rows)
 
 
-# The gradient is written by hand, for the angle between j and k is that between k and j: all sums over one of them are
-# then products with matrices, which take half the time.
+# The gradient is written by hand and uses that the angle between j and k equals that between k and j. All sums over one
+# of the two are then matrix products, which takes half the time.
 @jax.custom_jvp
 def _angles(
     square: jax.Array, other: jax.Array, d: jax.Array, below: jax.Array, e: jax.Array, below_teacher: jax.Array
 ) -> jax.Array:
-    """Of a row with distances d and one over them, e in the teacher, the sum over the angles."""
+    """The sum over the angles at a row, from the squares of all pairs, its distances d and e, and their reciprocals."""
     return _huber(_cosines(square, d, below) - _cosines(other, e, below_teacher)).sum(0).sum()
 
 
@@ -129,12 +129,12 @@ def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[
 
 
 def _cosines(square: jax.Array, d: jax.Array, below: jax.Array) -> jax.Array:
-    """At a row with distances d and one over them, between all pairs of rows, which are so far apart."""
+    """The cosines at a row between all pairs, from the squares of all pairs, its distances d, and their reciprocals."""
     return (d[:, None] * below[None] + below[:, None] * d[None] - square * below[:, None] * below[None]) / 2
 
 
 def _by_differences(s: Squares, t: Squares, pairs: Pairs) -> jax.Array:
-    """The same from the differences of the rows."""
+    """The same, computed from the differences of the rows."""
 
     def sides(found: Squares, row: jax.Array) -> jax.Array:
         return unit(jnp.where(pairs.kept[:, None], found.differences(row), 0))

@@ -63,6 +63,6 @@ def _values(pairs: Pairs) -> jax.Array:
 
 
 def _similarities(x: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Inner products of this device's rows with all rows, made unit; of rows of zeros (or subnormals) throughout, 0."""
+    """Inner products of this device's rows with all rows, made unit rows; 0 if all are zeros (or subnormals)."""
     largest = jax.lax.stop_gradient(jnp.abs(x).max())
     return unit(products(x / jnp.where(largest < jnp.finfo(x.dtype).tiny, 1, largest), local))

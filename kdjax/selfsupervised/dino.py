@@ -172,7 +172,7 @@ def dino_loss(
         targets = teacher_targets.swapaxes(0, 1)
         pairs = _pairs_of_targets(views_of, targets, student_temperature, where=where)
         return reduce(pairs, where, reduction, axis_name), state
-    center = jnp.broadcast_to(state.center.astype(dtype), (teacher.shape[1], 1, teacher.shape[2]))  # for every example
+    center = jnp.broadcast_to(state.center.astype(dtype), (teacher.shape[1], 1, teacher.shape[2]))  # for each example
     pairs = _pairs(views_of, teacher.swapaxes(0, 1), center, teacher_temperature, student_temperature, where=where)
     loss = reduce(pairs, where, reduction, axis_name)
     if not update:
@@ -187,7 +187,7 @@ def dino_loss(
 
 
 def moved_center(center: jax.Array, total: jax.Array, number: jax.Array, momentum: float | Array) -> jax.Array:
-    """m times the centre plus 1 - m times the mean; the unchanged centre if there is no mean or it is not finite."""
+    """m times the centre plus 1 - m times the mean; the old centre if there is no mean, or if it is not finite."""
     mean = (total / jnp.maximum(number, 1)).astype(center.dtype)
     padding = jnp.isneginf(mean)
     moved = jnp.where(padding, center, momentum * center + (1 - momentum) * mean)
@@ -197,22 +197,22 @@ def moved_center(center: jax.Array, total: jax.Array, number: jax.Array, momentu
 def pairs_and_gradient(
     x: jax.Array, y: jax.Array, center: jax.Array, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array]:
-    """Value and gradient for the views of an example, on the axis before the last, and the centred teacher's views."""
+    """Value and gradient for the student's views, on the axis before the last, and the teacher's, which are centred."""
     views = jnp.moveaxis(y - center, -2, 0)
     return pairs_of_targets_and_gradient(x, jnp.moveaxis(softmax(views, teacher_temperature).p, 0, -2), temperature)
 
 
 def pairs_of_targets_and_gradient(x: jax.Array, q: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
-    """Of the student's views and the teacher's probabilities.
+    """Value and gradient for the student's views and the teacher's probabilities.
 
-    By hand, because XLA on a CPU writes out what it is to reduce: sums of products are taken a view at a time, whose arrays
-    the caches hold, and the gradient, for which exponentials are taken again, in one go.
+    Written by hand, because XLA on a CPU writes an array to memory before it reduces it. So the sums of products are
+    computed for one view at a time, whose arrays fit into the caches, and the gradient computes exponentials again.
     """
     x, q = (jnp.moveaxis(a, -2, 0) for a in (x, q))
     views, teacher_views = len(x), len(q)
     every = sum(q[1:], start=q[0])  # XLA on a CPU takes sixty times as long for a sum over a leading axis
-    q, every = jax.lax.optimization_barrier((q, every))  # or it computes the softmaxes anew for every view
-    own = jnp.maximum(every[None] - q, 0)  # of the teacher's views, all but the same one
+    q, every = jax.lax.optimization_barrier((q, every))  # otherwise XLA computes softmaxes again for every view
+    own = jnp.maximum(every[None] - q, 0)  # the sum of the teacher's other views
     p = softmax(x, temperature)
 
     def one(target: jax.Array, view: jax.Array, *p: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from kdjax._rowwise import rowwise
 from kdjax._typing import Array, AxisName, Bool, Float, Reduction, checked
 
 Clip = Literal["none", "both", "teacher"]
-BLOCK = 2**17  # how many products are computed at once, or those of one image
+BLOCK = 2**17  # the number of products that are computed at once, or more if one image has more
 
 
 @checked
@@ -100,7 +100,10 @@ def _images(normalize: bool, clip_negative: Clip) -> Callable[..., jax.Array]:
 
 
 def image_and_gradient(normalize: bool, clip_negative: Clip, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of images `[*batch, patches, dim]`, so many at a time as have `BLOCK` products. By hand: three products, not six."""
+    """Value and gradient for images `[*batch, patches, dim]`, `BLOCK` products at a time.
+
+    Written by hand, it takes three matrix products instead of six.
+    """
 
     def of_image(image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, y = image
@@ -122,9 +125,9 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _gap(ours: jax.Array, theirs: jax.Array, normalize: bool, clip_negative: Clip) -> tuple[jax.Array, jax.Array]:
-    """The student's products less the teacher's, and the same where they have a gradient, else 0.
+    """The student's products minus the teacher's, and the same with 0 where the clipping has no gradient.
 
-    Of rows of unit length a product that is 0 but for rounding is clipped too.
+    For rows of unit length, a product that is 0 except for rounding is clipped too.
     """
     theirs = theirs if clip_negative == "none" else jnp.where(theirs <= 0, 0, theirs)
     if clip_negative != "both":

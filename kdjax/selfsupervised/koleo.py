@@ -67,13 +67,13 @@ def koleo_loss(
     partners = local(kept)[:, None] & kept[None] & (local(place)[:, None] != place[None])
     nearest = _nearest(jax.lax.stop_gradient(x), partners, local)
     gap = local(x) - x[nearest]
-    # of two rows that are each other's nearest the later takes its gap from the other, so that gradients meet there: near
-    # ones nearly cancel
+    # if two rows are each other's nearest, the later one uses the negated gap of the other, so that their gradients are
+    # added in the gap, where close rows nearly cancel
     back = nearest - jnp.asarray(rank(axis_name) * len(rows), nearest.dtype)
     here = (back >= 0) & (back < len(rows)) & (nearest < local(place))
     back = jnp.where(here, back, 0)
     gap = jnp.where((here & (nearest[back] == local(place)))[:, None], -gap[back], gap)
-    equal = (rows == every[nearest]).all(-1, keepdims=True)  # rounded unit rows of equal rows need not be equal
+    equal = (rows == every[nearest]).all(-1, keepdims=True)  # equal rows may have different unit rows, by rounding
     gap = gap - jax.lax.stop_gradient(jnp.where(equal, gap, 0))
     square = jnp.square(gap + EPSILON).sum(-1)
     apart = ~(square <= 0)
@@ -84,13 +84,13 @@ def koleo_loss(
 def _nearest(x: jax.Array, partners: jax.Array, local: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The index of the partner with the largest cosine (the first of equal ones) for this device's rows.
 
-    Found by 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. Rows whose partner a product of matrices leaves open,
-    because it is near or has a rival, are gone through one by one.
+    The cosine is found from 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. If a matrix product cannot decide
+    the partner of a row, because it is very close or another is nearly as close, that row is computed separately.
     """
     if not len(x):
         return jnp.zeros(0, int)
     digits, zero = jnp.finfo(x.dtype).eps, (x == 0).all(-1).astype(x.dtype)
-    centered = x - sum_of_rows(x) / len(x)  # a part that all rows share only costs digits
+    centered = x - sum_of_rows(x) / len(x)  # a part common to all rows would only cost digits
     length = jnp.square(centered).sum(-1) + zero
     product = jnp.matmul(local(centered), centered.T, precision=HIGHEST)
     square = jnp.where(partners, local(length)[:, None] + length[None] - 2 * product, jnp.inf)

@@ -69,11 +69,11 @@ def sinkhorn_knopp(
     )
 
 
-SPAN = 60.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+SPAN = 60.0  # if logits / T differ by less, exponentials and their products with sums stay in the range of float32
 
 
 def _by_products(below: jax.Array, where: Array | None, iterations: int) -> jax.Array:
-    """By products of a matrix and vectors, where exponentials reach so far."""
+    """The assignments by matrix-vector products, for logits whose exponentials stay in range."""
     weight, rows = zero_masked(where, jnp.exp(below), jnp.ones((below.shape[0], 1), below.dtype))
     for _ in range(iterations):
         columns = 1 / _product(rows.T, weight)
@@ -85,7 +85,7 @@ def _by_products(below: jax.Array, where: Array | None, iterations: int) -> jax.
 def _by_softmaxes(
     x: jax.Array, temperature: Scalar, where: Array | None, iterations: int, axis_name: AxisName | None
 ) -> jax.Array:
-    """In logarithms."""
+    """The same in logarithms, for any logits."""
     if where is not None:
         x = jnp.where(where[:, None], x, -jnp.inf)
     peak = jnp.maximum(all_max(x.max(0, keepdims=True, initial=-jnp.inf), axis_name), jnp.finfo(x.dtype).min)
@@ -93,7 +93,7 @@ def _by_softmaxes(
     mass = all_sum(sum_of_rows(jnp.exp(below)), axis_name)
     log_mass = jnp.log(jnp.where(mass == 0, 1, mass))
     for _ in range(iterations - 1):
-        # no entry of a column sums to less than 1 / (batch * prototypes) after the one step, nor to more than batch
+        # from the second step on, a column sums to at least 1 / (batch * prototypes), and at most to batch
         mass = all_sum(sum_of_rows(softmax(below - log_mass, may_be_empty=True).p), axis_name)
         log_mass = log_mass + jnp.log(jnp.where(mass == 0, 1, mass))
     p = softmax(below - log_mass, may_be_empty=True).p

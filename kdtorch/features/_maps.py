@@ -112,12 +112,12 @@ def largest_entry(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x over its largest entry, and 0 of zeros."""
+    """x / scale, and 0 where the scale is infinite."""
     return torch.where(scale.isinf(), 0, x / scale)
 
 
 def are_moderate(*sums: Tensor) -> bool:
-    """Whether sums of powers leave no doubt that their terms need no division before, in eager PyTorch on a CPU."""
+    """Whether sums of powers are so moderate that their terms need no scaling; True only in eager PyTorch on a CPU."""
     if not eager_on_cpu(*sums) or not all(x.numel() for x in sums):
         return False
     ends = [x.aminmax() for x in sums]
@@ -148,7 +148,7 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def across(direction: Tensor, length: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with respect to x, given its direction and length and the gradient with respect to the direction."""
+    """The gradient with respect to x, given its direction and length, and the gradient for the direction."""
     return (gradient - (gradient * direction).sum(-1, keepdim=True) * direction) / length
 
 

@@ -69,7 +69,7 @@ def ab_loss(
 
 
 def ab_and_gradient(x: Tensor, y: Tensor, margin: Scalar) -> tuple[Tensor, Tensor]:
-    """The sum of max(0, margin - sign x)^2, where the sign is 1 for y > 0 and else -1, and its gradient."""
+    """The sum of max(0, margin - sign · x)^2, where the sign is 1 for y > 0 and -1 otherwise, and its gradient."""
     sign = torch.where(y > 0, 1, torch.where(y.isnan(), y, -1))
     missing = margin - sign * x
     missing = torch.where(missing <= 0, 0, missing)

@@ -84,7 +84,7 @@ def attention_transfer_loss(
 
 
 def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The mean over positions of (a/|a| - b/|b|)^2, a and b the channels' means of |x|^p and |y|^p, and its gradient."""
+    """The mean of (a/|a| - b/|b|)^2 over positions, with a, b the channel means of |x|^p, |y|^p, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
     a, b, scale = _attention(f, p), _attention(g, p), f.new_ones(())
@@ -99,7 +99,7 @@ def attention_transfer_and_gradient(x: Tensor, y: Tensor, p: float) -> tuple[Ten
 
 
 def _attention(f: Tensor, p: float) -> Tensor:
-    """The channels' mean of |f|^p, `[batch, positions]`."""
+    """The mean of |f|^p over channels, `[batch, positions]`."""
     return (f * signed_power(f, p)).mean(1).flatten(1)
 
 

@@ -55,7 +55,7 @@ def cosine_loss(
 
 
 def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - u.v, with u and v the unit rows of x and y, as |u - v|^2 / 2, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
+    """1 - u.v = |u - v|^2 / 2 for the unit rows u and v of x and y, and its gradient [(u - v) - (1 - u.v) u] / |x|."""
     (u, length), (v, other) = unit_and_length(x), unit_and_length(y)
     zero = ((u == 0).all(-1, keepdim=True).to(u.dtype) + (v == 0).all(-1, keepdim=True).to(u.dtype)) / 2
     difference = _difference(x, y, u, v, length, other)
@@ -64,7 +64,7 @@ def cosine_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(x: Tensor, y: Tensor, u: Tensor, v: Tensor, length: Tensor, other: Tensor) -> Tensor:
-    """u - v; from x - y where the lengths of x and y are alike, so that close rows keep their digits."""
+    """u - v, computed from x - y if x and y have similar lengths, so that close rows keep their digits."""
     near = (other > length / 2) & (other < 2 * length)
     ratio = torch.where(near, other, 1) / torch.where(near, length, 1)
     step = torch.where(near, x - y, 0) / length

@@ -65,8 +65,9 @@ def dcn_loss(
     return reduce(value, where, reduction, group)
 
 
-# A gradient written by hand, so that until the backward pass only the two inputs that learn are held, as they came, and of
-# the teacher one number an example. It is made of differentiable operations, and can be differentiated in its turn.
+# The gradient is written by hand, so that until the backward pass only the two trained inputs are stored, in their
+# dtypes, and one number per example of the teacher. It consists of differentiable operations, so it can be
+# differentiated again.
 class _AlongCenter(torch.autograd.Function):
     """1 - s.c / max(|s|, |t|), where c is the unit centre of the example's class.
 

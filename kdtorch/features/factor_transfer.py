@@ -95,7 +95,7 @@ def factor_transfer_loss(
 
 
 def factor_transfer_and_gradient(x: Tensor, y: Tensor, p1: int, p2: float, channel_mean: bool) -> tuple[Tensor, Tensor]:
-    """The mean of |a/|a| - b/|b||^p2, a and b made of x^p1 and y^p1, and its gradient."""
+    """The mean of |a/|a| - b/|b||^p2, where a and b are computed from x^p1 and y^p1, and its gradient."""
     height, width = smaller(x, y)
     f, g = pooled(x, height, width), pooled(y, height, width)
     scale, other_scale = largest_entry(f), largest_entry(g)

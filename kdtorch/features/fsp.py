@@ -79,15 +79,15 @@ def fsp_loss(
 
 
 def flow_and_gradients(f: Tensor, g: Tensor, h: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean square of G(f, g) - G(h, k), and its gradients by f and g.
+    """The mean square of G(f, g) - G(h, k), and its gradients with respect to f and g.
 
-    The maps are divided by their largest entries, by which the results are multiplied step by step, so that nothing on
-    the way is beyond the largest number unless the result is.
+    The maps are divided by their largest entries, and the results are multiplied by these entries one after another, so
+    that no intermediate result overflows unless the final one does.
     """
     one, other = _scale(f, h), _scale(g, k)
     first, second = f, -k
     if (f.shape, g.shape) == (h.shape, k.shape):
-        # of close maps G(f, g) - G(h, k) = G(f - h, g) + G(h, g - k), which keeps their digits
+        # for close maps G(f, g) - G(h, k) is computed as G(f - h, g) + G(h, g - k), which keeps their digits
         near = (_largest(f - h) < one / 2) & (_largest(g - k) < other / 2)
         first, second = torch.where(near, f - h, f), torch.where(near, g - k, -k)
     f, g, h = f / one, g / other, h / one
@@ -119,7 +119,7 @@ def _products(f: Tensor, g: Tensor) -> Tensor:
 
 
 def _pooled_alike(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """As `pooled_alike`, by sums that are divided once: large entries of either sign leave nothing where they cancel."""
+    """Like `pooled_alike`, but sums are divided only once, so large entries of opposite signs cancel exactly."""
     size = smaller(f, g)
     f, g = (x if x.shape[2:] == size else functional.adaptive_avg_pool2d(x, size) for x in (f, g))
     return f, g
@@ -140,5 +140,6 @@ def _of_kept(
     return value, of_f, of_g
 
 
-# By hand, the gradients are all that is held until the backward pass, where autograd would hold maps and products.
+# Written by hand, so that only the gradients are stored until the backward pass; autograd would store maps and
+# products.
 _with_gradients = with_gradients(_of_kept, learns=2)

@@ -73,19 +73,19 @@ def _one_map(student: Tensor, teacher: Tensor, channel_axis: int, where: Tensor 
     like = student.new_empty(student.shape[2:], dtype=widest(student, teacher))
     return _squares(
         student, teacher, [_pools(like)], where=where
-    )  # in a list, because it does not have one row per example
+    )  # in a list, so that it is not split into rows of examples
 
 
 def squares_and_gradient(x: Tensor, y: Tensor, pools: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The weighted mean of |d|^2 and |K d|^2, d = x - y, K the pooling; it is linear, so the difference is pooled."""
+    """The weighted mean of |d|^2 and |K d|^2 for d = x - y and the linear pooling K, and its gradient."""
     difference, pool = (x - y).flatten(2), pools[0] if pools else _pools(x)
     pooled, number = difference @ pool.T, math.prod(x.shape[1:]) * (2 - 0.5 ** len(_sizes(x.shape[2])))
     value = difference.square().sum((1, 2)) + pooled.square().sum((1, 2))
     return value / number, (difference + pooled @ pool).mul_(2 / number).reshape(x.shape)
 
 
-# By hand, value and gradient take one pass over blocks of examples that a CPU's caches hold, and nothing else is held until
-# the backward pass.
+# Written by hand, so that value and gradient take one pass over blocks that fit into a CPU's caches, and nothing else
+# is stored until the backward pass.
 _squares = rowwise(squares_and_gradient, axes=3)
 
 
@@ -94,7 +94,7 @@ def _sizes(height: int) -> list[int]:
 
 
 def _pools(like: Tensor) -> Tensor:
-    """The matrix of all pools of a map `[..., height, width]`, a row a bin, times the roots of their weights."""
+    """The matrix of all pools of a map `[..., height, width]`: one row per bin, times the root of the pool's weight."""
     height, width = like.shape[-2:]
     scaled = [
         math.sqrt(0.5**level * height * width)

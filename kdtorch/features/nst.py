@@ -74,7 +74,7 @@ def nst_loss(
 
 
 def nst_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """|U U' / C_s - V V' / C_t|^2, the columns of U and V the channels of x and y over positions, and its gradient."""
+    """|U U' / C_s - V V' / C_t|^2, where the columns of U and V are the channels of x and y, and its gradient."""
     height, width = smaller(x, y)
     f, g = (pooled(z, height, width).flatten(2) for z in (x, y))
     (direction, length), (other, _) = unit_and_length(f), unit_and_length(g)

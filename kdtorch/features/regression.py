@@ -56,7 +56,7 @@ def bce_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return value, (x.sigmoid() - y) / x.shape[-1]
 
 
-# By hand, these gradients are all that is held until the backward pass, where autograd would hold both inputs.
+# Written by hand, so that only the gradients are stored until the backward pass; autograd would store both inputs.
 _bce = rowwise(bce_and_gradient)
 
 

@@ -75,13 +75,13 @@ def vid_loss(
 def likelihood_and_gradients(
     mean: Tensor, scale: Tensor, teacher: Tensor, eps: Scalar, where: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Half the mean of (mean - teacher)^2 / v + log v, v = log(1 + e^scale) + eps, and its gradients by mean and scale."""
+    """Half the mean of (mean - teacher)^2 / v + log v with v = log(1 + e^scale) + eps, and its two gradients."""
     x, y, scale = promote(mean, teacher, scale)
     where = None if where is None else own(where)
     x, y = (x, y) if where is None else zeroed(where, x, y)
     variance = (eps - functional.logsigmoid(-scale)).unsqueeze(-1)
     root = variance.sqrt()
-    # divided before it is squared, and computed from halves: the square or the difference alone may overflow
+    # computed from halves, and divided before it is squared, because the difference or its square may overflow
     half = x / 2 - y / 2
     error = half * (2 / root)
     value = (error.square() + variance.log()).mean((1, 2)) / 2
@@ -92,5 +92,6 @@ def likelihood_and_gradients(
     return value, half * (2 / (variance * number)), of_scale
 
 
-# By hand, the gradients are all that is held until the backward pass, where autograd would hold the errors and both maps.
+# Written by hand, so that only the gradients are stored until the backward pass; autograd would store the errors and
+# both maps.
 _likelihood = with_gradients(likelihood_and_gradients, learns=2)

@@ -70,7 +70,7 @@ def alpha_beta_loss(
 
 
 def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The divergence, and its gradient g - p sum g with g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
+    """The divergence, and its gradient g - p sum g, where g = q^α p^β (e^(α r) - 1) / α and r = log(p / q)."""
     found = _far_apart(x, y, alpha, beta)
     if found is not None:
         return found
@@ -81,7 +81,7 @@ def alpha_beta_and_gradient(x: Tensor, y: Tensor, alpha: float, beta: float) -> 
     else:
         terms, g, rest = _of_limits(log_p, log_q, ratio, alpha, beta)
     if alpha + beta == 1 and alpha > 0:
-        # g = (p - q^α p^β) / α, of which p / α has no part in the gradient, but hides the rest where q is next to nothing
+        # g = (p - q^α p^β) / α; the term p / α does not change the gradient, but hides the rest where q is close to 0
         g = torch.where(of_largest(p.p, ratio) > 1, rest, g)
     return terms.sum(-1), through_softmax(g, p.p)
 
@@ -100,14 +100,14 @@ def _of_powers(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: 
 def _of_limits(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same for all other exponents.
 
-    With w, the larger of p and q to the power α + β, and n = -|r|, a class adds w ψ(n; α, β) where q is larger and
-    w ψ(n; β, α) where p is, so that no term is negative and none is a product of 0 and infinity.
+    Let w be the larger of p and q, to the power α + β, and n = -|r|. A class contributes w ψ(n; α, β) if q is larger
+    and w ψ(n; β, α) if p is. So no term is negative, and none is a product of 0 and infinity.
     """
     total = alpha + beta
     both = log_p.isneginf() & log_q.isneginf()
     swapped, ratio = ratio > 0, torch.where(both, 0, ratio)
     n = torch.where(swapped, -ratio, ratio)
-    excluded = n.isneginf()  # by one of the two
+    excluded = n.isneginf()  # the class is at -inf in one of the two
     n = torch.where(excluded, 0, n)
     log_w = torch.where(swapped, log_p, log_q)
     log_w = torch.where(both, -math.inf, total * torch.where(both, 0, log_w))
@@ -117,7 +117,7 @@ def _of_limits(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: 
         return (log_w + c * n).exp() if c else log_w.exp()
 
     def growth(c: float, beside: float = 0.0) -> Tensor:
-        """w e^(beside n) (e^(c n) - 1) / c, or its limit, from an exponential that does not grow."""
+        """w e^(beside n) (e^(c n) - 1) / c, or its limit at c = 0, without an exponential that overflows."""
         if c == 0:
             return power(beside) * n
         return power(beside + min(c, 0)) * ((abs(c) * n).expm1() / abs(c))
@@ -136,10 +136,10 @@ def _of_limits(log_p: Tensor, log_q: Tensor, ratio: Tensor, alpha: float, beta: 
 
 
 def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor] | None:
-    """The same in few, large kernels, as the formula is written; None but in eager PyTorch on a CPU, and where it loses digits.
+    """The same by the formula as it is written, in few large kernels, for student and teacher that are far apart.
 
-    With q^α p^β (e^(α r) - 1) = p^(α + β) - q^α p^β a class needs three powers, whose difference has few digits where an
-    exponent is small.
+    None outside eager PyTorch on a CPU, and where digits are lost. As q^α p^β (e^(α r) - 1) = p^(α + β) - q^α p^β, a
+    class needs three powers, whose difference has few digits if an exponent is small.
     """
     if not eager_on_cpu(x, y) or not x.numel() or min(alpha, beta) < 0.1:
         return None
@@ -152,7 +152,7 @@ def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor,
     parts = of_p.sum(-1) if total != 1 else 1.0
     product = mixed.sum(-1)
     value = (alpha / total * of_q + beta / total * parts - product) / (alpha * beta)
-    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # their difference has few digits, or is NaN
+    if not bool((value * (alpha * beta) > 0.1 * product).all()):  # the difference has few digits or is NaN
         return None
     place = log_p.argmax(-1, keepdim=True)
     g = mixed.sub_(of_p).div_(-alpha)
@@ -161,10 +161,10 @@ def _far_apart(x: Tensor, y: Tensor, alpha: float, beta: float) -> tuple[Tensor,
 
 
 def _excess(n: Tensor, a: float, b: float, growth: Callable[..., Tensor], power: Callable[[float], Tensor]) -> Tensor:
-    """w ψ(n; a, b) with ψ = (φ_(a+b) - φ_b) / a = (e^(b n) φ_a - φ_b) / (a + b) and φ_c = (e^(c n) - 1) / c, or its limits.
+    """w ψ(n; a, b) with ψ = (φ_(a+b) - φ_b) / a = (e^(b n) φ_a - φ_b) / (a + b) and φ_c = (e^(c n) - 1) / c, or limits.
 
-    The first form loses digits where a is small beside a + b, the second where a + b is small beside a; and both where n
-    is small, which a series is for.
+    The first form loses digits if a is small compared with a + b, the second if a + b is small compared with a. Both
+    lose digits if n is small; then a series is used.
     """
     total, size = a + b, abs(a) + abs(b)
     if size == 0:
@@ -176,13 +176,13 @@ def _excess(n: Tensor, a: float, b: float, growth: Callable[..., Tensor], power:
 
 
 def _series(x: Tensor, a: float, b: float) -> Tensor:
-    """ψ(x; a, b) where (|a| + |b|) |x| < 1, in powers of that."""
+    """ψ(x; a, b) for (|a| + |b|) |x| < 1, as a power series."""
     size = (abs(a) + abs(b)) or 1.0
     total, b = (a + b) / size, b / size
     coefficients, of_b = (
         [1.0],
         b,
-    )  # the sums of (a + b)^i b^j, without a power, which a compiler has of no negative number
+    )  # the sums of (a + b)^i b^j, without `**`, which compilers do not support for negative bases
     for _ in range((12 if x.dtype == torch.float32 else 20) - 2):
         coefficients.append(total * coefficients[-1] + of_b)
         of_b = of_b * b
@@ -193,7 +193,7 @@ def _series(x: Tensor, a: float, b: float) -> Tensor:
 
 
 def _limit(w: Tensor, b: float, total: float) -> Tensor:
-    """w ψ at n = -inf, for a class that one of the two excludes."""
+    """w ψ at n = -inf, for a class at -inf in one of the two."""
     return w / (b * total) if b > 0 < total else torch.full_like(w, math.inf)
 
 

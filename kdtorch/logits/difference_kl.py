@@ -68,7 +68,7 @@ def difference_kl_loss(
     check_batch(student_logits, group)
     local = local_rows(len(student_logits), group)
     kept = None if where is None else all_gather_constant(where, group)
-    if group is not None:  # gradients are summed over ranks, and not in half precision
+    if group is not None:  # so that gradients are not summed in half precision
         student_logits, teacher_logits = promote(student_logits, teacher_logits)
     student, teacher = all_gather(student_logits, group), all_gather_constant(teacher_logits, group)
     value = _divergences(student, temperature, teacher, kept, local.start, local.stop, summed=reduction != "none")
@@ -77,8 +77,8 @@ def difference_kl_loss(
     return reduce_sum(value, local.stop - local.start, where, reduction, group)
 
 
-# An operator with gradients written by hand, because which way is right depends on the numbers, and so that neither an
-# array of all pairs nor anything of the teacher is held until the backward pass.
+# An operator whose gradients are written by hand: it chooses between methods by the values, and stores neither an array
+# of all pairs nor anything of the teacher until the backward pass.
 @custom_op(
     "(Tensor student, Tensor temperature, Tensor teacher, Tensor? kept, SymInt start, SymInt stop, Tensor? weights,"
     " bool of_student, bool of_temperature) -> (Tensor, Tensor, Tensor)",
@@ -99,7 +99,7 @@ def _evaluate(
     of_student: bool,
     of_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """T^2 / B sum_j KL_ij for this rank's i, and the gradients of their weighted sum."""
+    """T^2 / B sum_j KL_ij for this rank's i, and the gradients of the weighted sum of these values."""
     x, y = (_center(z, kept) for z in promote(student, teacher))
     rows, number = slice(start, stop), max(len(x), 1) if kept is None else count(kept, x.dtype)
     place = torch.arange(len(x), device=x.device)
@@ -134,7 +134,7 @@ _divergences = coupled(_evaluate, learns=2)
 
 
 def _center(x: Tensor, kept: Tensor | None) -> Tensor:
-    """Without the column means over kept rows, which no difference feels; masked rows are 0."""
+    """The rows minus the column means over kept rows, which do not change differences; masked rows are 0."""
     (x,) = zero_masked(kept, x)
     absent = torch.isneginf(x).to(x.dtype).sum(0)
     number = (len(x) if kept is None else kept.sum(dtype=x.dtype)) - absent
@@ -142,12 +142,12 @@ def _center(x: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _finite(x: Tensor, absent: float) -> Tensor:
-    """x with another number for -inf; a tenth of the time of `torch.where` on a CPU."""
+    """x with -inf replaced by another number, on a CPU in a tenth of the time of `torch.where`."""
     return x.nan_to_num(nan=math.nan, posinf=math.inf, neginf=absent)
 
 
 def _no_common_class(x: Tensor, y: Tensor, rows: slice) -> Tensor | None:
-    """The pairs, of a row with itself too, whose differences are no distribution; None where no class is at -inf."""
+    """Which pairs of rows (also a row with itself) have no common class above -inf; None if no class is at -inf."""
     if not torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
         return None
     present = [(~torch.isneginf(z)).to(z.dtype) for z in (x, y)]
@@ -155,10 +155,10 @@ def _no_common_class(x: Tensor, y: Tensor, rows: slice) -> Tensor | None:
 
 
 def _dtype_of_products(x: Tensor, y: Tensor, kept: Tensor | None, temperature: Tensor) -> torch.dtype | None:
-    """The first in which exponentials of a row's entries keep their digits; None if they do in none.
+    """The first dtype in which matrix products of the exponentials of rows are accurate, or None.
 
-    The largest term of a normaliser is at least exp(-span), or exp(-2 span) where rows leave out different classes; those
-    below the smallest number, exp(10) of them, must not be felt beside it.
+    The largest term of a normaliser is at least exp(-span), or exp(-2 span) if rows have different classes at -inf.
+    Terms that underflow, up to exp(10) of them, must be negligible compared with it.
     """
     span = torch.maximum(_span(x), _span(y)) / temperature
     if torch.isneginf(torch.minimum(x.amin(-1), y.amin(-1))).any():
@@ -178,7 +178,7 @@ def _span(x: Tensor) -> Tensor:
 
 
 def _are_near(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
-    """Student and teacher, which then have the same classes."""
+    """Whether student and teacher are close; then they also have the same classes at -inf."""
     d = ((y - x) / temperature).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     return bool((_levelled(d).abs().amax(-1) < 2).all())
 
@@ -186,7 +186,7 @@ def _are_near(x: Tensor, y: Tensor, temperature: Tensor) -> bool:
 def _by_products(
     x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL of all pairs from products of matrices, what the shares pull the rows by, and -T times the derivative by T.
+    """KL of all pairs from matrix products, the gradient of their sum weighted by `share`, and -T ∂KL/∂T of each pair.
 
     KL_ij = E_q[d_i - d_j] - log Z^t_ij + log Z^s_ij with d = (y - x) / T.
     """
@@ -207,10 +207,10 @@ def _by_products(
 def _by_expansion(
     x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where student and teacher are near, so that its terms would cancel: small ones from the start.
+    """The same for student and teacher that are close, from small terms, because the large ones would cancel.
 
     KL_ij = log(1 + s - m) + m with m = E_q[D], D = d_i - d_j, s = E_q[S], S = exp(-D) - 1 + D, d = (y - x) / T, and
-    exp(-D) - 1 = u_i + v_j + u_i v_j of u = exp(-d) - 1, v = exp(d) - 1.
+    exp(-D) - 1 = u_i + v_j + u_i v_j, where u = exp(-d) - 1 and v = exp(d) - 1.
     """
     gradient = _softmaxes(x, temperature, rows).pulled(share)
     q, d = _softmaxes(y, temperature, rows), _levelled(_ahead(x, y, temperature))
@@ -219,7 +219,8 @@ def _by_expansion(
     divergence = square + ((square - mean).log1p() - (square - mean))
     cooling = mean
     if of_temperature:
-        # p / q - 1 is (S - s - D + m) / (1 + s - m), so that p - q and the covariance of q nearly cancel too
+        # p / q - 1 is (S - s - D + m) / (1 + s - m); so p - q and the covariance under q, which nearly cancel, are
+        # small
         a = _levelled(_finite(x, 0.0) / temperature)
         middle = q.mean(a, -a)
         joint = q.mean(a * (u + d), a * (d - v)) + q.product(a, v - d) - q.product(u + d, a)
@@ -244,10 +245,10 @@ class _Softmaxes(NamedTuple):
 
     Attributes:
         rise: exp((x - largest) / T) of this rank's rows; 0 for a class at -inf.
-        fall: exp((smallest - x) / T) of all rows; 0 there too.
+        fall: exp((smallest - x) / T) of all rows; 0 for a class at -inf.
         total: `[batch, whole batch]`, the sum over classes of the product.
-        offset: (largest_i - smallest_j) / T, what the logarithm of the normaliser is above that of the total.
-        rows: this rank's.
+        offset: (largest_i - smallest_j) / T; added to log(total), it is the logarithm of the normaliser.
+        rows: the positions of this rank's rows.
     """
 
     rise: Tensor
@@ -257,7 +258,7 @@ class _Softmaxes(NamedTuple):
     rows: slice
 
     def mean(self, u: Tensor, v: Tensor) -> Tensor:
-        """Of u_i + v_j."""
+        """The mean of u_i + v_j."""
         return ((self.rise * u[self.rows]) @ self.fall.T + self.rise @ (self.fall * v).T) / self.total
 
     def product(self, u: Tensor, v: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ class _Softmaxes(NamedTuple):
         return self.mean(u * v, u * v) - self.product(u, v) - self.product(v, u)
 
     def pulled(self, share: Tensor | None) -> Tensor:
-        """sum_j share_ij p_ij - share_ji p_ji, of p the softmaxes."""
+        """sum_j share_ij p_ij - share_ji p_ji, where p are the softmaxes."""
         if share is None:
             return self.total.new_empty(0)
         weight = share / self.total
@@ -289,7 +290,7 @@ def _softmaxes(x: Tensor, temperature: Tensor, rows: slice) -> _Softmaxes:
 def _by_rows(
     x: Tensor, y: Tensor, temperature: Tensor, rows: slice, share: Tensor | None, of_temperature: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the differences themselves, a row at a time."""
+    """The same from the differences themselves, one row at a time."""
     student, teacher = _differences(x), _differences(y)
     divergence = x.new_empty(rows.stop - rows.start, len(x))
     gradient, cooling = x.new_zeros(x.shape if share is not None else 0), torch.zeros_like(divergence)
@@ -306,7 +307,7 @@ def _by_rows(
 
 
 def _cooling(a: Tensor, b: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
-    """-T times the derivative by T of KL(softmax(b / T) || softmax(a / T)), given that by a."""
+    """-T times the derivative of KL(softmax(b / T) || softmax(a / T)) with respect to T, given the gradient for a."""
     d, q = _ahead(a, b, temperature), (b / temperature).softmax(-1)
     a, b = _finite(a, 0.0), _finite(b, 0.0) / temperature
     centered = q * (d - (q * d).sum(-1, keepdim=True))
@@ -316,7 +317,7 @@ def _cooling(a: Tensor, b: Tensor, temperature: Tensor, gradient: Tensor) -> Ten
 
 
 def _differences(x: Tensor) -> Callable[[int], Tensor]:
-    """x_i - x_j for all j, by i; -inf where one of them is."""
+    """A function from i to x_i - x_j for all j; -inf where one of the two is."""
     present = _finite(x, 0.0)
     absent = x - present
     return lambda i: (x[i] - present).add_(absent)

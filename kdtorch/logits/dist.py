@@ -104,7 +104,7 @@ def check_of_batch(reduction: str) -> None:
 
 
 def _number(x: Tensor, kept: Tensor | None, dtype: torch.dtype, group: ProcessGroup | None) -> Tensor | int:
-    """Of kept examples on all ranks, at least one."""
+    """The number of kept examples on all ranks, at least one."""
     return max(len(x), 1) * size(group) if kept is None else count(kept, dtype, group)
 
 
@@ -121,9 +121,9 @@ def _value_and_gradients(
     of_student: bool,
     of_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of which the mean over ranks is the loss of the whole batch, and its gradients with respect to this rank's rows and T.
+    """A value whose mean over ranks is the loss of the whole batch, and its gradients for this rank's rows and for T.
 
-    Where student and teacher are near, p - q is computed such that it keeps its digits.
+    If student and teacher are close, p - q is computed in a way that keeps its digits.
     """
     x, y = zero_masked(kept, *promote(x, y))
     number, ranks, used = _number(x, kept, x.dtype, group), size(group), _used(x, y, kept, group)
@@ -158,13 +158,13 @@ def _relations(
     q: _Probabilities,
     apart: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of 1 - rho of this rank's rows, and of all columns, each times its weight, and its gradient by p.
+    """The weighted sum of 1 - rho over this rank's rows and over all columns, and its gradient with respect to p.
 
     Args:
-        row: the weights of the rows, 0 of those that are masked.
-        column: the weights of the columns, 0 of those that are not used.
-        number: of kept rows on all ranks.
-        apart: p - q, where they are near.
+        row: the weights of the rows, 0 for masked ones.
+        column: the weights of the columns, 0 for unused ones.
+        number: the number of kept rows on all ranks.
+        apart: p - q, if p and q are close.
     """
     ranks, difference = size(group), () if apart is None else (apart,)
     of_rows, by_row = _gap((p.in_rows, q.in_rows, *difference), ranks * row, eps, 1)
@@ -186,7 +186,7 @@ def _used(x: Tensor, y: Tensor, kept: Tensor | None, group: ProcessGroup | None)
 
 
 class _Probabilities(NamedTuple):
-    """p = softmax(x / T), p less the mean of its row, and what of the two is to be centred by columns."""
+    """p = softmax(x / T), p minus the mean of its row, and whichever of the two is used for the columns."""
 
     p: Tensor
     in_rows: Tensor
@@ -196,7 +196,7 @@ class _Probabilities(NamedTuple):
 def _above_mean(
     x: Tensor, mean: Tensor, temperature: Tensor, kept: Tensor | None, group: ProcessGroup | None
 ) -> _Probabilities:
-    """Where rows are nearly uniform, what they are above their mean is computed such that it keeps its digits."""
+    """The probabilities; in nearly uniform rows, p minus the mean is computed in a way that keeps its digits."""
     eager, largest = eager_on_cpu(x, temperature), mean.amax()
     p = quick_softmax(x, float(temperature)) if eager else softmax(x, temperature).p
     p, above = zero_masked(kept, p, p - mean)
@@ -226,11 +226,12 @@ def _centered(
 def _gap(
     arrays: tuple[Tensor, ...], weight: Tensor, eps: Scalar, axis: int, group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of 1 - rho of the rows or columns of x and y, centred, the first two arrays, and its gradient by x.
+    """The weighted sum of 1 - rho over rows or columns, and its gradient with respect to x.
 
-    1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), u the difference of the two unit vectors, of which that of 0 is 0,
-    and its gradient (u - (1 - rho) x / |x|) |y| / (|x| |y| + eps). If there is a third array, x - y, u comes from that, so
-    that it keeps its digits where x and y are near; else |x| |y| |u|^2 / 2 is |x| |y| - x.y.
+    The first two arrays are x and y, centred. 1 - rho is (|x| |y| |u|^2 / 2 + eps) / (|x| |y| + eps), where u is the
+    difference of the two unit vectors, and the unit vector of 0 is 0. Its gradient is (u - (1 - rho) x / |x|) |y| /
+    (|x| |y| + eps). If there is a third array, x - y, u is computed from it, so that u keeps its digits if x and y are
+    close; otherwise |x| |y| |u|^2 / 2 is computed as |x| |y| - x.y.
     """
 
     def dots(*pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -257,17 +258,17 @@ def _gap(
 
 
 def _inverse(length: Tensor) -> Tensor:
-    """1 / length; 0 where that is 0."""
+    """1 / length; 0 where the length is 0."""
     return torch.where(length == 0, 0, 1 / length)
 
 
 def _pulled_back(gradient: Tensor, p: Tensor) -> Tensor:
-    """`pulled_back`, in few kernels where they are fast; no entry is infinite."""
+    """`pulled_back` for finite entries, in few kernels where these are fast."""
     if not eager_on_cpu(gradient, p):
         return pulled_back(gradient, p)
     return softmax_pulled_back(gradient - torch.linalg.vecdot(gradient, p).unsqueeze(-1), p)
 
 
 def _moment(gradient: Tensor, x: Tensor) -> Tensor:
-    """The sum of the gradient times the logits, of which a class at -inf has none."""
+    """The sum of the gradient times the logits, where a class at -inf contributes nothing."""
     return (gradient * (x - x.amax(-1, keepdim=True)).nan_to_num(nan=math.nan, neginf=0.0)).sum()

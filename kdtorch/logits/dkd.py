@@ -88,9 +88,10 @@ def dkd_loss(
 def decoupled_and_gradient(
     x: Tensor, y: Tensor, labels: Tensor, alpha: Scalar, beta: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """The gradient at the label is a T (p_y - q_y), at any other class b T (^p - ^q) - a T (p_y - q_y) ^p.
+    """The loss, and its gradient: a T (p_y - q_y) at the label, b T (^p - ^q) - a T (p_y - q_y) ^p at the others.
 
-    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    The gradient is written by hand and shares softmaxes with the value, for the speed and memory in
+    docs/performance.md.
     """
     label = labels.unsqueeze(-1)
     hat_p, totals, others, difference = _others(x, y, labels, temperature)
@@ -112,7 +113,7 @@ Total = tuple[Tensor, Tensor]  # the largest logit, and log sum exp((x - largest
 def _others(
     x: Tensor, y: Tensor, labels: Tensor, temperature: Scalar
 ) -> tuple[Tensor, tuple[Total, Total], Tensor, Tensor]:
-    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, which may be none."""
+    """^p, the totals of x and y, KL(^q || ^p) and ^p - ^q over the classes other than the label, if there are any."""
     if eager_on_cpu(x, y, temperature):
         far = [without_class(logits, labels, FAR) for logits in (x, y)]
         peaks = [logits.amax(-1, keepdim=True) for logits in far]
@@ -127,7 +128,7 @@ def _others(
 
 
 def _binary(at_label: Tensor, peak: Tensor, log_total: Tensor, temperature: Scalar) -> Tensor:
-    """Logits, at temperature 1, of (the label, any other class), minus the largest, which only costs digits."""
+    """Logits, at temperature 1, of (the label, any other class), minus the largest, which would only cost digits."""
     empty = peak == torch.finfo(peak.dtype).min
     largest = torch.maximum(at_label, torch.where(empty, -math.inf, peak))
     rest = torch.where(empty, -math.inf, (peak - largest) / temperature + log_total)

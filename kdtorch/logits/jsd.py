@@ -95,16 +95,16 @@ def jsd_loss(
 def jsd_and_gradient(
     x: Tensor, y: Tensor, beta: float, temperature: Scalar, class_group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For 0 < b < 1 the divergence, and its gradient (1 - b) p (h - sum p h) / T with h = log(p / m).
+    """The divergence for 0 < b < 1, and its gradient (1 - b) p (h - sum p h) / T, where h = log(p / m).
 
-    Where p and q are close it is summed as b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
-    w' = m / p - 1: terms that are never negative, and keep their digits.
+    If p and q are close, the terms are b q (w - log(1 + w)) + (1 - b) p (w' - log(1 + w')), with w = m / q - 1 and
+    w' = m / p - 1. They are never negative, and keep their digits.
     """
     quick = _of_tilt(x, y, beta, temperature, class_group) or _of_logs(x, y, beta, temperature, class_group)
     if quick is not None:
         return quick
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_group=class_group)
-    ratio = ratio.clamp(-1e5, 1e5)  # infinite where one of the two excludes a class
+    ratio = ratio.clamp(-1e5, 1e5)  # infinite for a class at -inf in one of the two
     near = ratio.abs() < NEAR
     close = torch.where(near, ratio, 0)
     growth = close + exp_remainder(close)
@@ -123,7 +123,7 @@ def jsd_and_gradient(
     )
     _, common = less_common_error(torch.where(near, q * growth, p - q), q, class_group)
     value = class_sum(terms, class_group) - beta * (1 - beta) * common**2 / 2
-    # log(m / p): of rows with little in common it is all but log(1 - b), which is then left out
+    # h is log(m / p). For rows with little in common it is nearly log(1 - b), a constant that is then left out
     room = -beta * log_b - (1 - beta) * log_rest - value.detach()
     apart = room < 0.1 * (beta - 1) * log_rest
     h = torch.where(near, to_p, far_p + log_rest)
@@ -134,7 +134,7 @@ def jsd_and_gradient(
 def _of_tilt(
     x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar, class_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same in few, large kernels, where `tilt` gives them: d is log(g / f) but for a number, and d - u is -v."""
+    """The same in few large kernels, if `tilt` gives a result: d is log(g / f) up to a constant, and v is d - u."""
     student_first, a = beta < 0.5, min(beta, 1 - beta)
     tilted = tilt(*((y, x) if student_first else (x, y)), temperature, class_group)
     if tilted is None:
@@ -155,7 +155,7 @@ def _of_tilt(
 def _of_logs(
     x: Tensor, y: Tensor, beta: Scalar, temperature: Scalar, class_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same where student and teacher are far apart."""
+    """The same for student and teacher that are far apart."""
     logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None

@@ -137,7 +137,7 @@ def jeffreys_and_gradient(
     (p, *_), (q, *_), ratio = log_ratio(x, y, temperature, class_group=class_group)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q, class_group)
     gradient = difference + pulled_back(ratio, p, class_group)
-    # all terms have the same sign, unless r has lost its digits
+    # terms are never negative, unless r has lost its digits
     terms = torch.where(difference == 0, 0, difference * ratio).abs()
     return class_sum(terms, class_group).squeeze(-1), gradient / temperature
 

@@ -415,7 +415,7 @@ def _least(memory: str) -> bool:
 
 
 def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: Tensor) -> tuple[Output, Output]:
-    """What becomes of the products of the student's head, and of the teacher's."""
+    """How the student's head makes its logits, and how the teacher's head does."""
     caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
     for cap in caps if len(caps) == 2 else [math.nan]:
         number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
@@ -434,7 +434,7 @@ def _outputs(softcap: Any, student_scale: Scalar, teacher_scale: Scalar, like: T
 
 
 def _student(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Scalar) -> Student:
-    """With an empty bias where there is none, and the temperature as a tensor."""
+    """The student, with an empty bias if there is none, and the temperature as a tensor."""
     bias = weight.new_empty(0) if bias is None else bias
     return Student(hidden, weight, bias, scalar(temperature, hidden, weight))
 
@@ -460,14 +460,14 @@ def _kl_of_student(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _kl_of_teacher(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """q log(q / p). An infinite one counts as if the student gave the class the least number there is."""
+    """q log(q / p). If p is 0, it counts as if the student gave the class the smallest positive number."""
     most = -math.log(torch.finfo(log_q.dtype).tiny)
     return (log_q - log_p).nan_to_num_(nan=0.0, posinf=most, neginf=0.0).mul_(log_q.exp())
 
 
 def _jsd_of_student(log_p: Tensor, log_q: Tensor, beta: Scalar) -> Tensor:
     """(1 - b) p log(p / m), m = b q + (1 - b) p."""
-    ratio = (log_q - log_p).nan_to_num_(nan=0.0).clamp_(-80, 80)  # infinite where one of the two excludes a class
+    ratio = (log_q - log_p).nan_to_num_(nan=0.0).clamp_(-80, 80)  # infinite for a class at -inf in one of the two
     return ratio.expm1_().mul_(beta).log1p_().mul_(log_p.exp()).mul_(beta - 1)
 
 
@@ -488,7 +488,7 @@ def _renormalized_and_gradient(
     *settings: Scalar,
     class_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """A divergence over the classes of `indices`, of which one below 0 is none; its gradient over all."""
+    """A divergence over the classes of `indices`, where an index below 0 stands for no class; the gradient over all."""
     value, gradient = divergence_and_gradient(_kept(x, indices), values, *settings, class_group=class_group)
     entries = torch.where(indices < 0, 0, gradient)
     return value, torch.zeros_like(x).scatter_add_(-1, indices.clamp(min=0), entries)

@@ -79,9 +79,10 @@ def nkd_loss(
 def normalized_and_gradient(
     x: Tensor, y: Tensor, labels: Tensor, gamma: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """The gradient is q_y (p - 1 at the label) + gamma T (^p - ^q).
+    """The loss, and its gradient q_y (p - 1 at the label) + gamma T (^p - ^q).
 
-    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    The gradient is written by hand and shares softmaxes with the value, for the speed and memory in
+    docs/performance.md.
     """
     label = labels.unsqueeze(-1)
     p, q_y = softmax(x), softmax(y).p.gather(-1, label)

@@ -78,7 +78,7 @@ def reverse_kl_and_gradient(
     x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
     """KL(p || q), and its gradient p (r - KL(p || q)) / T with r = log(p / q)."""
-    tilted = tilt(y, x, temperature, class_group)  # from p to q, so that d is -r less its mean under p
+    tilted = tilt(y, x, temperature, class_group)  # q in terms of p, so d is -r minus its mean under p
     if tilted is not None:
         value = kl_of_tilt(tilted)
         return value, softmax_pulled_back(tilted.d, tilted.q).div_(-temperature)
@@ -93,7 +93,7 @@ def reverse_kl_and_gradient(
 def _of_logs(
     x: Tensor, y: Tensor, temperature: Scalar, class_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same in few kernels where `quick_logs` gives them."""
+    """The same in few kernels, if `quick_logs` gives a result that is accurate."""
     logs = quick_logs(x, y, temperature, class_group)
     if logs is None:
         return None

@@ -116,7 +116,7 @@ def sampled_kl_loss(
 
 
 def _at_most_zero(name: str, x: Tensor, where: Tensor | None) -> Tensor:
-    """Logarithms of probabilities; NaN where one is above 0 by more than rounding and nobody may ask for it."""
+    """Log-probabilities; one above 0 by more than rounding is an error, or NaN where values cannot be read."""
     above = x.detach() > max(1e-4, 16 * torch.finfo(x.dtype).eps)
     if where is not None:
         above = above & where
@@ -141,7 +141,7 @@ def sampled_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The estimate of each token, in rows of one number, and its gradient with respect to x; z is log(q / p), or log(p / q)."""
     z = y - x if sampled_from == "student" else x - y
-    z = torch.where(z.isposinf(), math.nan, z)  # the model that sampled the token gives it -inf
+    z = torch.where(z.isposinf(), math.nan, z)  # the model that sampled the token gives it probability 0
     log_weight, log_product = _log_weight(sampled_from, x.detach(), y, z.detach(), behavior, max_ratio)
     weight = log_weight.exp()
     weight = torch.where(z == 0, weight.clamp(max=torch.finfo(x.dtype).max), weight)  # 0 times a large one is 0
@@ -161,7 +161,7 @@ def sampled_and_gradient(
 def _log_weight(
     sampled_from: str, x: Tensor, y: Tensor, z: Tensor, behavior: Tensor | None, max_ratio: Scalar | None
 ) -> tuple[Tensor, Tensor]:
-    """log w, and z + log w from numbers of which none need be large. A token to which b gives -inf is NaN."""
+    """log w, and z + log w computed without large intermediate numbers. A token with log b = -inf gives NaN."""
     if behavior is None:
         return torch.zeros_like(x), z
     log_weight = torch.where(behavior.isneginf(), math.nan, x - behavior)
@@ -173,12 +173,12 @@ def _log_weight(
 
 
 def _bounded(z: Tensor) -> Tensor:
-    """z; for a token that the other model excludes, as if its log-probability were the lowest finite number."""
+    """z; a token with probability 0 in the other model counts as if its log-probability were the lowest number."""
     return torch.where(z.isneginf(), math.log(torch.finfo(z.dtype).tiny), z)
 
 
 def _k3(z: Tensor, weight: Tensor, log_product: Tensor) -> tuple[Tensor, Tensor]:
-    """w (e^z - 1 - z) and its derivative w (e^z - 1). Where e^z is large, w e^z is e to the power of z + log w."""
+    """w (e^z - 1 - z) and its derivative w (e^z - 1). If e^z is large, w e^z is computed as e^(z + log w)."""
     far = z > 2
     moderate, large = torch.where(far, 0, z), torch.where(far, z, 0)
     near = moderate.abs() < NEAR

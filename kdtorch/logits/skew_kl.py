@@ -115,7 +115,8 @@ def skew_reverse_kl_loss(
 def skew_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Tensor, Tensor]:
     """KL(q || m) with m = k q + (1 - k) p, and its gradient p (h - sum p h) with h = -(1 - k) q / m.
 
-    Where the student's largest class is nearly as likely to the teacher, 1 - k is added to h, which then is small.
+    If the teacher gives the student's largest class nearly the same probability, 1 - k is added to h, which makes it
+    small.
     """
     skew = scalar(skew, x)
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
@@ -130,8 +131,8 @@ def skew_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Tensor, Te
 def skew_reverse_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Tensor, Tensor]:
     """KL(p || m) with m = k p + (1 - k) q, and its gradient p (h - sum p h) with h = log(p / m) - k p / m.
 
-    To h is added what makes it small: where the student's largest class is nearly as likely to the teacher, k, and where
-    the teacher gives it next to nothing, 1 + log k.
+    A constant that makes h small is added to it: k if the teacher gives the student's largest class nearly the same
+    probability, and 1 + log k if the teacher gives it nearly none.
     """
     skew = scalar(skew, x)
     (p, *_), (q, *_), ratio = close_log_ratio(x, y)
@@ -152,26 +153,26 @@ def skew_reverse_kl_and_gradient(x: Tensor, y: Tensor, skew: Scalar) -> tuple[Te
 
 
 def _kl_to_mixture(q: Tensor, p: Tensor, ratio: Tensor, skew: Tensor) -> Tensor:
-    """KL(q || m) with m = k q + (1 - k) p, given log(p / q), in terms m - q - q log(m / q), which are never negative."""
+    """KL(q || m) with m = k q + (1 - k) p, given log(p / q). Its terms m - q - q log(m / q) are never negative."""
     near, z = _growth(q, ratio, skew)
     far = (1 - skew) * (p - q) - q * torch.where(q == 0, 0, _log_growth(ratio, skew))
     return torch.where(near, q * less_log1p(z), far).sum(-1).clamp(min=0)
 
 
 def _growth(q: Tensor, ratio: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
-    """Where m / q - 1 with m = k q + (1 - k) p is not close to -1, and neither infinite, and what it is there."""
+    """Where m / q - 1 with m = k q + (1 - k) p is finite and not close to -1, and its values there."""
     z = (1 - skew) * ratio.clamp(max=20).expm1()
     near = (q > 0) & (ratio < 20) & (z > -0.5)
     return near, torch.where(near, z, 0)
 
 
 def _log_growth(ratio: Tensor, skew: Tensor) -> Tensor:
-    """log(m / q) = log(k + (1 - k) p / q), without a mixture that could vanish."""
+    """log(m / q) = log(k + (1 - k) p / q), computed without m, which could be 0."""
     return torch.logaddexp(skew.log(), (-skew).log1p() + ratio)
 
 
 def _log_odds(ratio: Tensor, skew: Tensor) -> Tensor:
-    """The logarithm of (1 - k) p / (k q), from log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
+    """The logarithm of (1 - k) p / (k q), given log(p / q): infinite at k = 0 and at k = 1, and never NaN."""
     return (-skew).log1p() - skew.log() + ratio.clamp(-1e5, 1e5)
 
 

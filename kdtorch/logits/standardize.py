@@ -54,7 +54,7 @@ def standardize_logits(
 
 
 class _Standardized(torch.autograd.Function):
-    """By hand, so that no more than the logits is held until the backward pass, which begins anew from them."""
+    """Only the logits are stored until the backward pass, which computes everything from them again."""
 
     generate_vmap_rule = True
 
@@ -84,7 +84,7 @@ def standardized(x: Tensor, temperature: Scalar) -> tuple[Tensor]:
 
 
 def _pulled_back(x: Tensor, cotangent: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
-    """The gradient by x, [c - mean c - z (z.c) / ((C - 1) s (s + 1e-7))] / ((s + 1e-7) T), z centred; and the result times c."""
+    """The gradient [c - mean c - z (z.c) / ((C - 1) s (s + 1e-7))] / ((s + 1e-7) T), z centred; and its dot with c."""
     centered, deviation, number = _centered(x)
     absent = x.isneginf()
     c = torch.where(absent, 0, cotangent)
@@ -97,11 +97,11 @@ def _pulled_back(x: Tensor, cotangent: Tensor, temperature: Scalar) -> tuple[Ten
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An eighth of the logits less their mean, 0 for a class at -inf; of the standard deviation; and the number of
-    the other classes.
+    """The logits minus their mean (0 for a class at -inf) and the standard deviation, both divided by 8; and the number
+    of classes above -inf.
 
-    The largest entry is taken off first, so that a constant row is 0 to the last digit, and squares are of numbers below 1.
-    An eighth, because neither the difference of two finite numbers nor the reciprocal of one is then out of range.
+    The largest entry is subtracted first, so that a constant row becomes exactly 0; only numbers up to 1 are squared.
+    The division by 8 keeps the difference of two finite numbers and the reciprocal of the deviation in range.
     """
     x, absent = x / 8, x.isneginf()
     number = (~absent).sum(-1, keepdim=True, dtype=x.dtype)

@@ -73,21 +73,21 @@ def taid_loss(
 
 
 def taid_and_gradient(x: Tensor, y: Tensor, interpolation: Scalar) -> tuple[Tensor, Tensor]:
-    """KL(m || p), and its gradient p - m, for which m is constant.
+    """KL(m || p), and its gradient p - m, where m is a constant.
 
-    log(p / m) comes from λ (x - y), so that it has its digits where λ is small, and where x and y are close.
+    log(p / m) is computed from λ (x - y), so that it keeps its digits if λ is small, or if x and y are close.
     """
     share = scalar(interpolation, x)
     p, own = softmax(x), x.detach()
     lowest, teacher_lowest = own.isneginf(), y.isneginf()
     gap = torch.where(lowest | teacher_lowest, 0, own) - torch.where(lowest | teacher_lowest, 0, y)
-    # each end is exact, and a weight of 0 times -inf is 0
+    # exact at λ = 0 and at λ = 1; 0 times -inf counts as 0
     mixed = torch.where(share < 0.5, own - share * gap, y + (1 - share) * gap)
     absent = (lowest & (share < 1)) | (teacher_lowest & (share > 0))
     empty = teacher_lowest.all(-1, keepdim=True)  # not a distribution, even with weight 0
     m = softmax(torch.where(empty, math.nan, torch.where(absent, -math.inf, mixed)))
-    # log(p / m), from what the rows are apart at the target's largest class, of which no digits are lost
-    still = torch.where(lowest, 0, x) - torch.where(lowest, 0, own)  # 0 that depends on x
+    # log(p / m), from the difference of the rows relative to the target's largest class, which keeps its digits
+    still = torch.where(lowest, 0, x) - torch.where(lowest, 0, own)  # 0, but with the derivative of x
     apart = share * (gap - of_largest(m.p, gap)) + (of_largest(m.p, own) - p.peak) + still
     apart = torch.where(lowest & ~absent, -math.inf, torch.where(absent & ~lowest, math.inf, apart))
     ratio, close = without_common_error(m.p, apart - (p.log_total - m.log_total))

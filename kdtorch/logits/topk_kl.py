@@ -115,7 +115,7 @@ def topk_kl_loss(
     )
     over = {"where": where, "class_group": class_group}
     if tail == "renormalize":
-        own = _Entries.apply(student_logits, indices.clone())  # which the user may write into
+        own = _Entries.apply(student_logits, indices.clone())  # the user may change the original
         value = _ROWS[compared](own, values, *settings, **over)
     else:
         value = _TOPK[compared](student_logits, values, indices, left, *settings, **over)
@@ -123,7 +123,7 @@ def topk_kl_loss(
 
 
 class Recorded(NamedTuple):
-    """A teacher's kept classes, checked: an index below 0 is none, `rest` is `[*batch, 1]`, and the settings end in T."""
+    """A teacher's kept classes, checked. An index below 0 is no class; `rest` is `[*batch, 1]`; T ends the settings."""
 
     divergence: str
     values: Tensor
@@ -146,11 +146,12 @@ def recorded(
     where: Tensor | None,
     shard: tuple[int | Tensor, int] | None = None,
 ) -> Recorded:
-    """What a student's logits of so many classes are compared with; NaN where an example's cannot be used.
+    """What a student's logits are compared with; NaN for an example whose values cannot be used.
 
-    Of a `shard`, which is the first class and the number of those on this rank, what others have is padding.
+    `classes` is the number of classes on all ranks. `shard` is the first class and the number of classes on this rank;
+    classes of other ranks become padding.
     """
-    entries, known = indices.shape[-1], not isinstance(classes, Tensor)  # by a compiler, unless by other ranks
+    entries, known = indices.shape[-1], not isinstance(classes, Tensor)  # a compiler does not know other ranks' classes
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f'`tail` must be one of "bucket", "renormalize", got {tail!r}')
     if divergence not in ("kl", "reverse_kl", "jsd"):
@@ -184,7 +185,7 @@ def recorded(
 
 
 def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar, values: Tensor) -> Tensor:
-    """The rest's logit at the temperature of the call, of those that it was recorded for."""
+    """The logit of the rest at the temperature of the call, which must be one that it was recorded for."""
     given = {f'rest["{name}"]': x for name, x in rest.items()} if isinstance(rest, Mapping) else {"rest": rest}
     for name, x in given.items():
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == values.shape[:-1]):
@@ -200,7 +201,7 @@ def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar
             '`rest` must be an array, or arrays by their temperature, as in {"4.0": ...}, got the names '
             f"{list(rest)}; `TeacherCache.read(index, temperature=4.0)` makes it"
         ) from None
-    if isinstance(temperature, Tensor):  # whose value cannot be asked
+    if isinstance(temperature, Tensor):  # its value cannot be read
         found = torch.full_like(values[..., 0], math.nan)
         for one, x in recorded.items():
             found = torch.where(temperature.float() == one, x, found)
@@ -214,7 +215,7 @@ def _rest_at(loss: str, rest: Tensor | Mapping[str, Tensor], temperature: Scalar
 
 
 class _Entries(torch.autograd.Function):
-    """`x[..., indices]`, -inf where an index is below 0. `Tensor.gather` would hold x until the backward pass."""
+    """`x[..., indices]`, -inf where an index is below 0. `Tensor.gather` would store x until the backward pass."""
 
     generate_vmap_rule = True
 
@@ -245,10 +246,11 @@ def topk_and_gradient(
     *settings: Scalar,
     class_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A divergence over the classes of `indices`, of which one below 0 is none, and the rest, `[*batch, 1]`; its gradient over all.
+    """A divergence over the classes of `indices` and one class for the rest, and its gradient over all classes.
 
-    By hand, so that no more than that gradient is held, and from weights that value and gradient share. Over ranks each
-    compares the entries of its own classes, and the first the rest too.
+    An index below 0 stands for no class; `rest` is `[*batch, 1]`. The gradient is written by hand: nothing else is
+    stored, and it shares weights with the value. With classes spread over ranks, each rank compares its own classes,
+    and the first rank also compares the rest.
     """
     temperature = settings[-1]
     student, places, weight, total = kept_and_rest(x, indices, temperature, class_group)
@@ -261,16 +263,17 @@ def topk_and_gradient(
 def kept_and_rest(
     x: Tensor, indices: Tensor, temperature: Scalar, class_group: ProcessGroup | None = None
 ) -> tuple[Tensor, ...]:
-    """The logits of the kept classes and of the rest, less the largest; where the kept are; the weights of the rest, their sum."""
+    """The logits of the kept classes and of the rest, minus the largest; the positions of the kept classes; the weights
+    of the other classes; and the sum of these weights."""
     none, places = indices < 0, indices.clamp(min=0)
     own = torch.where(none, -math.inf, x.gather(-1, places))
     others = x.scatter_add(-1, places, torch.where(none, 0.0, -math.inf).to(x.dtype))
     peak, lowest = class_max(others, class_group), torch.finfo(x.dtype).min
     largest = torch.maximum(peak, class_max(own, class_group)).clamp(min=lowest)
     below = others.sub_(peak.clamp(min=lowest))
-    if isinstance(temperature, Tensor):  # in whose derivative infinity would meet the 0 of an excluded class
+    if isinstance(temperature, Tensor):  # its derivative would multiply -inf by the 0 of its class
         below = torch.maximum(below, -1e5 * temperature)
-    # of a row without others all weights are 0, and its logit is -inf
+    # in a row without other classes all weights are 0, and the logit of the rest is -inf
     weight = (below * (math.log2(math.e) / temperature)).exp2_()
     total = class_sum(weight, class_group).clamp(min=1)
     together = on_first((peak - largest) + temperature * total.log(), class_group, -math.inf)

@@ -56,13 +56,13 @@ def tvd_loss(
 def tvd_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """sum |p - q| / 2, and its gradient p (h - sum p h) / 2 with h = sign(p - q).
 
-    A class is a tie where p and q differ by no more than the rounding of their normalisers could make them differ.
+    A class counts as a tie if p and q differ by no more than the rounding of their normalisers.
     """
     (p, *_), (q, *_), ratio = log_ratio(x, y, 1.0)
     difference, _ = less_common_error(difference_of_softmaxes(p, q, ratio), q)
     value = (difference.abs().sum(-1) / 2).clamp(max=1)
     tie = difference.abs() <= 8 * torch.finfo(q.dtype).eps * value.unsqueeze(-1) * q
-    sign = torch.where(difference.isnan(), difference, difference.sign())  # PyTorch's is 0 for NaN
+    sign = torch.where(difference.isnan(), difference, difference.sign())  # PyTorch's sign of NaN is 0
     return value, pulled_back(torch.where(tie, 0, sign), p) / 2
 
 

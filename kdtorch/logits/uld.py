@@ -64,32 +64,32 @@ def uld_loss(
 
 
 def uld_and_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """sum |p - q| of the sorted softmaxes, and its gradient p (h - sum p h), h the signs of p - q at the places of p."""
+    """sum |p - q| of the sorted softmaxes, and its gradient p (h - sum p h), with h = sign(p - q) in the order of x."""
     order = _order(x)
     ours, theirs = x.gather(-1, order), _descending(y)
     places = max(x.shape[-1], y.shape[-1])
     ours, theirs = (functional.pad(z, (0, places - z.shape[-1]), value=-math.inf) for z in (ours, theirs))
     p, _, gap = softmaxes(ours, theirs)
-    # rounding leaves this much for sorted rows that differ by a constant
+    # rows that differ by a constant have equal softmaxes, but rounding makes them differ by this much
     gap = torch.where(gap.abs() <= torch.finfo(x.dtype).eps ** 1.5 * p, 0, gap)
     signs = gap.sign() + 0 * gap  # the sign of NaN is 0 in PyTorch
-    signs = signs - signs[..., :1]  # a softmax does not depend on it; little is then subtracted from a p of almost 1
+    signs = signs - signs[..., :1]  # no effect on the gradient, but fewer digits lost at a p of almost 1
     gradient = softmax_pulled_back(signs, p)[..., : x.shape[-1]]
     return gap.abs().sum(-1), torch.empty_like(x).scatter(-1, order, gradient)
 
 
 def _descending(y: Tensor) -> Tensor:
-    """Sorted; on a CPU by NumPy, which takes a third of the time because it keeps no places."""
+    """y in descending order; on a CPU by NumPy, which takes a third of the time because it returns no indices."""
     if eager_on_cpu(y):
         return torch.from_numpy(np.sort(y.detach().numpy(), -1)).flip(-1)
     return y.sort(dim=-1, descending=True).values
 
 
 def _order(x: Tensor) -> Tensor:
-    """The places of x in its descending order, stably.
+    """The indices that sort x in descending order, stably.
 
-    On a CPU of integers whose ascending order is the descending one of x, each beside its place: no two are equal, so
-    that they need no stable sort, which takes twice the time.
+    On a CPU, integers are sorted whose ascending order is the descending order of x, each packed together with its
+    position. No two of them are equal, so they need no stable sort, which takes twice the time.
     """
     if x.dtype != torch.float32 or not eager_on_cpu(x):
         return x.sort(dim=-1, descending=True, stable=True).indices

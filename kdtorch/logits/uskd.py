@@ -122,9 +122,10 @@ def _log_p(x: Tensor, classes: Tensor) -> tuple[Tensor]:
 def target_and_others_and_gradient(
     x: Tensor, weak: Tensor, classes: Tensor, probabilities: Tensor, soft: Tensor, alpha: Scalar, beta: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """-a sum P_y log p_y - b sum z log ^p, of which the gradient is a (p sum P - P) + b (^p sum z - z).
+    """-a sum P_y log p_y - b sum z log ^p, and its gradient a (p sum P - P) + b (^p sum z - z).
 
-    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    The gradient is written by hand and shares softmaxes with the value, for the speed and memory in
+    docs/performance.md.
     """
     p = softmax(x)
     log_p = x - p.peak - p.log_total
@@ -148,7 +149,7 @@ def _zipf(log_p: Tensor, w: Softmax, unused: Tensor, classes: Tensor, probabilit
     )
     zipf = _inverse_places(w.p / over_w + log_p / over_p)
     zipf = zipf.scatter(-1, classes, 0).masked_fill(unused, 0)
-    felt = 0 * w.log_total  # NaN, which the positions do not show
+    felt = 0 * w.log_total  # carries a NaN, which the ranks do not show
     return zipf / (zipf.sum(-1, keepdim=True).clamp(min=torch.finfo(zipf.dtype).tiny) + felt)
 
 
@@ -167,7 +168,7 @@ def head_and_gradient(weak: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, 
     distribution = labels
     if labels.ndim < weak.ndim:
         distribution = torch.zeros_like(weak).scatter(-1, labels.unsqueeze(-1), 1)
-    number = used.sum(-1, keepdim=True) + 0 * x.detach().amax(-1, keepdim=True)  # NaN where x is no distribution
+    number = used.sum(-1, keepdim=True) + 0 * x.detach().amax(-1, keepdim=True)  # NaN if x is all -inf
     return cross_entropy_and_gradient(weak, (0.9 * distribution + 0.1 / number) * used)
 
 

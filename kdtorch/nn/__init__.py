@@ -1,10 +1,11 @@
 """The losses that have parameters or state, as modules that hold them and call the functions.
 
-State moves in training mode only: `module.eval()` uses it as it stands, `module.train()` moves it again.
+State is updated only in training mode: after `module.eval()` it is used unchanged, and after `module.train()` it is
+updated again.
 
 A call writes into the buffers, as `torch.nn.BatchNorm2d` does. `half()`, `bfloat16()` and `to(dtype)` leave a state in
-float32, because small steps are lost in half precision. `torch.func.grad` lets nothing write into tensors from outside of
-it: hand the buffers in by `torch.func.functional_call`, or call `module.eval()`.
+float32, because small steps are lost in half precision. Inside `torch.func.grad` no tensor from outside can be changed:
+pass the buffers with `torch.func.functional_call`, or call `module.eval()`.
 """
 
 from kdtorch.nn.combined import CombinedLoss

@@ -103,7 +103,7 @@ class Contrast(Stateful):
             sharded_memory=sharded_memory,
             update=update and self.training,
         )
-        if update and self.training:  # the memories have already been updated
+        if update and self.training:  # the memories were updated in place
             self._move(student_normalizer=state.student_normalizer, teacher_normalizer=state.teacher_normalizer)
         return loss
 

@@ -13,7 +13,7 @@ class Stateful(nn.Module):
     """A loss with a state in its buffers."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `half`, `bfloat16` and the like call: the state stays in float32, for small steps would be lost."""
+        """Called by `to`, `half`, `bfloat16` and so on. The state stays in float32, where small steps are not lost."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, x in self.named_buffers(recurse=False):
@@ -22,7 +22,7 @@ class Stateful(nn.Module):
         return self
 
     def _move(self, **values: Tensor) -> None:
-        """Write into the buffers, as PyTorch's norms do, so that whoever shares one sees it move."""
+        """Write into the buffers, as PyTorch's normalisation layers do, so that whoever shares one sees the change."""
         with torch.no_grad():
             for name, value in values.items():
                 getattr(self, name).copy_(value)

@@ -40,8 +40,8 @@ class Remembered(NamedTuple):
     kept: Tensor
 
 
-# the values and the normaliser of one side, from its embedding, what is remembered of the other side, its normaliser, the
-# temperature and the number of samples in the data set
+# Takes the embedding of one side, the remembered rows of the other side, the normaliser, the temperature and the number
+# of samples in the data set, and returns the values and the next normaliser of the side.
 Side = Callable[[Tensor, Remembered, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -61,9 +61,9 @@ def contrasted(
     sharded_memory: bool,
     update: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum for student and teacher, and the fields of the next state: two memories and two normalisers.
+    """The sum of the losses of both sides, and the fields of the next state: two memories and two normalisers.
 
-    The memories of a state that is `held` by a module are written in place: a copy of all rows would be made for a few.
+    If a module holds the state (`held`), its memories are changed in place, because only a few of their rows change.
     """
     old = type(state)(*(x.detach().to(student.device) for x in state))
     check_state(state)
@@ -126,9 +126,9 @@ def one_side(
     known: Any,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """The values of one side, and its normaliser: an unset one becomes the mean of what `total_of` sums.
+    """The values of one side, and its normaliser, which, if unset, becomes the mean of the terms that `total_of` sums.
 
-    `contrast` and `total_of` are operators, `log_number` is the logarithm of how many terms the sum has.
+    `contrast` and `total_of` are operators; `log_number` is the logarithm of the number of terms.
     """
     unset, total = normalizer == 0, None
     if group is not None:
@@ -144,12 +144,12 @@ def promoted(embedding: Tensor, known: Any) -> Tensor:
 
 
 def unit_rows(embedding: Tensor, known: Any) -> Tensor:
-    """Of unit length; 0 where they count for nothing."""
+    """The embedding's rows, normalised to unit length; 0 for examples that do not count."""
     return unit(promoted(embedding, known))
 
 
 def joined(parts: Tensor) -> Tensor:
-    """log sum exp(relation / T) and the mean of the relation by these weights, of several parts together."""
+    """The combined total of several parts: log sum exp(relation / T), and the relation's mean under these weights."""
     logs, means = parts.unbind(-1)
     log = logs.logsumexp(0)
     share = (logs - log.clamp(min=torch.finfo(log.dtype).min)).exp()

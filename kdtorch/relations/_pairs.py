@@ -1,4 +1,4 @@
-"""What losses over pairs of samples share: the rows of all ranks, their products and their squared distances."""
+"""Shared by the losses over pairs of samples: the rows of all ranks, their products and their squared distances."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Rows(NamedTuple):
     Attributes:
         student: `[whole batch, student_dim]`.
         teacher: `[whole batch, teacher_dim]`, constant.
-        kept: `[whole batch]`; None: all are.
-        ours: the places of this rank's.
+        kept: `[whole batch]`, or None if all are kept.
+        ours: the positions of this rank's rows.
     """
 
     student: Tensor
@@ -35,25 +35,25 @@ class Rows(NamedTuple):
 def gather(
     student: Tensor, teacher: Tensor, where: Tensor | None, reduction: Reduction, group: ProcessGroup | None
 ) -> Rows:
-    """The rows, of which the student's have a gradient, once the arguments are checked."""
+    """Check the arguments, and gather the rows; only the student's have a gradient."""
     check_reduction(reduction)
     check_batch(student, group)
     kept = None if where is None else all_gather_constant(where, group)
     ours = local_rows(len(student), group)
-    if group is not None:  # gradients are summed over ranks, and not in half precision
+    if group is not None:  # so that gradients are not summed in half precision
         student, teacher = promote(student, teacher)
     return Rows(all_gather(student, group), all_gather_constant(teacher, group), kept, ours)
 
 
 class Pairs(NamedTuple):
-    """The rows of all ranks that are kept, in the dtype that the loss is computed in.
+    """The kept rows of all ranks, in the dtype in which the loss is computed.
 
     Attributes:
         student: `[kept examples, student_dim]`.
         teacher: `[kept examples, teacher_dim]`.
-        ours: the places of this rank's.
-        weights: of their values, in the sum that the gradient is of.
-        asked: whether the gradient is asked for.
+        ours: the positions of this rank's rows.
+        weights: the weights of their values in the sum whose gradient is computed.
+        asked: whether the gradient is needed.
     """
 
     student: Tensor
@@ -64,11 +64,11 @@ class Pairs(NamedTuple):
 
 
 def over_pairs(way: Callable[..., tuple[Tensor, Tensor]], settings: str = "") -> Callable[..., Tensor]:
-    """A loss, of (rows, where, reduction, group, *settings), from what it is on rows that are all kept.
+    """Make a loss of (rows, where, reduction, group, *settings) from one of rows that are all kept.
 
     `way(pairs, *settings)` returns the value of each of this rank's rows, and the gradient of their weighted sum with
-    respect to all of the student's rows. So the gradient is written by hand, and nothing is held of all pairs until the
-    backward pass. `settings` names them with their types, for the operator.
+    respect to all rows of the student. The gradient is written by hand, so that no array of all pairs is stored until
+    the backward pass. The argument `settings` has the names and types of the settings in the schema of an operator.
     """
 
     @custom_op(
@@ -107,7 +107,7 @@ def over_pairs(way: Callable[..., tuple[Tensor, Tensor]], settings: str = "") ->
 
 
 def places_of_kept(kept: Tensor, start: int, stop: int) -> slice:
-    """Of this rank's kept rows among all kept rows."""
+    """The positions of this rank's kept rows among all kept rows."""
     first = int(kept[:start].sum())
     return slice(first, first + int(kept[start:stop].sum()))
 
@@ -119,14 +119,14 @@ def _shapes(student: Tensor, teacher: Tensor, kept: Tensor | None, *others: Any)
 
 
 def blocks(number: int, x: Tensor) -> Iterator[slice]:
-    """Of as many of `number` rows at once as let a CPU's caches hold their pairs with the rows of x."""
+    """Slices of `number` rows, such that a CPU's caches hold the pairs of a block with all rows of x."""
     step = max(BLOCK // max(len(x), 1), 1) if x.device.type == "cpu" else max(number, 1)
     for first in range(0, number, step):
         yield slice(first, min(first + step, number))
 
 
 def products(x: Tensor, ours: slice) -> Tensor:
-    """x_i · x_j of this rank's i and every j. Where all rows are here, each is computed once."""
+    """x_i · x_j for this rank's i and every j. If this rank has all rows, each pair is computed once."""
     if ours.stop - ours.start < len(x):
         return x[ours] @ x.T
     result = x.new_empty(len(x), len(x))
@@ -137,7 +137,7 @@ def products(x: Tensor, ours: slice) -> Tensor:
 
 
 def through_products(weight: Tensor, x: Tensor, ours: slice) -> Tensor:
-    """The gradient with respect to x, given that with respect to `products`."""
+    """The gradient with respect to x, given the gradient with respect to `products`."""
     if ours.stop - ours.start == len(x):
         return (weight + weight.T) @ x
     gradient = weight.T @ x[ours]
@@ -149,11 +149,11 @@ class Squares(NamedTuple):
     """Squared distances, scaled by a unit.
 
     Attributes:
-        square: |x_i - x_j|² / unit² of this rank's i and every j.
-        clear: whether none of them lost its digits in a product of matrices, so that they come from one.
+        square: |x_i - x_j|² / unit² for this rank's i and every j.
+        clear: whether the squares come from a matrix product, because none of them loses its digits there.
         rows: all rows.
-        unit: a power of 2 of about the largest difference of two entries, or infinity where all rows are equal.
-        ours: the places of this rank's rows.
+        unit: a power of 2 near the largest difference of two entries, or infinity if all rows are equal.
+        ours: the positions of this rank's rows.
     """
 
     square: Tensor
@@ -163,11 +163,11 @@ class Squares(NamedTuple):
     ours: slice
 
     def differences(self, row: Tensor) -> Tensor:
-        """(row - x_j) / unit of every j."""
+        """(row - x_j) / unit for every j."""
         return (row - self.rows) / self.unit
 
     def pulled(self, weight: Tensor) -> Tensor:
-        """The gradient with respect to the rows that were given, given that with respect to the squares."""
+        """The gradient with respect to the original rows, given the gradient with respect to the squares."""
         if self.clear:
             z = (self.rows - self.rows[:1]) / self.unit
             gradient = weight.sum(0)[:, None] * z
@@ -182,14 +182,14 @@ class Squares(NamedTuple):
 
 
 def squares(x: Tensor, ours: slice) -> Squares:
-    """Squared distances of the rows of x; from the differences, one row at a time, if a product would lose digits."""
-    x = x / 2  # so that no difference is too large
+    """Squared distances of the rows of x; one row at a time from the differences, if a matrix product loses digits."""
+    x = x / 2  # so that no difference overflows
     z = x - x[:1]
     largest = z.abs().amax()
     unit = torch.where(
         largest < torch.finfo(x.dtype).tiny, math.inf, largest / torch.frexp(largest)[0]
-    )  # so that ties stay ties
-    z.div_(unit)  # a part that all rows share only costs digits
+    )  # a power of 2, so that ties stay ties
+    z.div_(unit)  # a part common to all rows would only cost digits
     length = torch.linalg.vecdot(z, z)
     square = products(z, ours).mul_(-2).add_(length).add_(length[ours, None])
     themselves = square.diagonal(ours.start)

@@ -75,19 +75,19 @@ def _evaluate(pairs: Pairs, gamma: Tensor, order: int) -> tuple[Tensor, Tensor]:
         cosine[block] = gap.mul_(slope).mul_(2 / number * pairs.weights[block, None])
     if not pairs.asked:
         return value, x.new_empty(0)
-    cosine.diagonal(pairs.ours.start).zero_()  # of a row with itself, which is constant
+    cosine.diagonal(pairs.ours.start).zero_()  # the kernel of a row with itself is constant
     return value, unit_pull(pairs.student, through_products(cosine, x, pairs.ours))
 
 
 def _cosines(x: Tensor, ours: slice) -> Tensor:
-    """Of this rank's rows and all rows, which are unit; of a row and itself 1, or 0 where it is 0."""
+    """The cosines of this rank's rows with all rows, given unit rows; 1 for a row with itself, 0 for a row of 0."""
     product = products(x, ours)
     product.diagonal(ours.start).copy_((x[ours] != 0).any(-1))
     return product
 
 
 def _factors(gamma: Tensor, order: int) -> list[float]:
-    """Of the powers of the cosine, from 0 on."""
+    """The coefficients of the powers of the cosine, from power 0 on."""
     factors = [(-2 * gamma).exp()]
     for n in range(1, order + 1):
         factors.append(factors[-1] * (2 * gamma / n))
@@ -95,7 +95,7 @@ def _factors(gamma: Tensor, order: int) -> list[float]:
 
 
 def _kernel(cosine: Tensor, factors: list[float]) -> tuple[Tensor, Tensor]:
-    """K less its constant term, which cancels, by Horner's rule, and its derivative."""
+    """The kernel without its constant term, which cancels, by Horner's rule, and its derivative."""
     total, slope = torch.full_like(cosine, factors[-1]), torch.full_like(cosine, factors[-1])
     for factor in factors[-2:0:-1]:
         total.mul_(cosine).add_(factor)

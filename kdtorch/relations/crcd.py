@@ -40,7 +40,7 @@ class CRCDState(NamedTuple):
 
 
 class HeldCRCDState(CRCDState):
-    """The buffers of a module, whose memories `crcd_loss` writes in place: a copy of all rows would be made for a few."""
+    """The state in the buffers of a module. Its memories are changed in place, because only a few rows change."""
 
 
 def crcd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRCDState:
@@ -184,15 +184,15 @@ def crcd_loss(
 
 
 class _Known(NamedTuple):
-    """What the examples of one side are compared with: their own places, seen from the anchors of the whole batch.
+    """What the examples of one side are compared with: remembered samples, as seen from the anchors of the whole batch.
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank.
-        places: `[batch, K + 1]`, their positions in the data set.
+        at: `[batch, K + 1]`, the rows in the bank of the samples for each example.
+        places: `[batch, K + 1]`, the positions of these samples in the data set.
         anchors: `[whole batch, dim]`.
-        anchor_places: `[whole batch]`, where these stand in the data set.
-        valid: `[whole batch]`, False for anchors that count for nothing.
+        anchor_places: `[whole batch]`, the positions of the anchors in the data set.
+        valid: `[whole batch]`, False for anchors that do not count.
         kept: `[batch]`, False for examples that do not count.
         num_data: the number of samples in the data set.
     """
@@ -227,15 +227,15 @@ def _total(
     kept: Tensor,
     num_data: int,
 ) -> Tensor:
-    """What `_sum_over` says of this rank's examples, if the normaliser is unset."""
+    """The result of `_sum_over` for this rank's examples if the normaliser is unset, otherwise 0."""
     known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
     if not unset:
         return temperature.new_zeros(2)
     return _sum_over(_blocks(known, unit_rows(embedding, known)), known, temperature)
 
 
-# An operator with gradients written by hand, so that of all triples no array is held but a block's: the memories, which
-# are written into before the backward pass, and the relations to them are needed in the forward pass alone.
+# An operator whose gradients are written by hand, so that no array is larger than a block of triples. Only the forward
+# pass needs the memories, which are changed before the backward pass, and the relations to them.
 @functools.partial(with_gradients, learns=2)
 @custom_op(
     f"(Tensor embedding, Tensor temperature, Tensor normalizer, Tensor? total, {_KNOWN}, bool of_embedding,"
@@ -263,10 +263,10 @@ def _contrast(
     of_embedding: bool,
     of_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The value of each example, the mean over anchors; its gradients; and what `_sum_over` says of all examples.
+    """The value of each example (a mean over anchors), its gradients, and the result of `_sum_over` for all examples.
 
-    `total` is that of all ranks; None on a single rank, where it comes from the same relations as the values. It is not
-    asked for where the normaliser is set.
+    The argument `total` is that of all ranks. On a single rank it is None, and is computed from the same relations as
+    the values. It is not needed if the normaliser is set.
     """
     known = _Known(bank, at, places, anchors, anchor_places, valid, kept, num_data)
     v, unset = unit_rows(embedding, known), bool(normalizer == 0)
@@ -284,14 +284,14 @@ def _contrast(
         relation, pull = relations()
         drawn = (relation / temperature).sub_(log_z + log_shifted)
         positive = drawn[..., : int(columns.start == 0)]
-        positive.neg_()  # it is pulled where negatives are pushed
+        positive.neg_()  # the sign of the positive is opposite to that of negatives
         terms = functional.softplus(drawn, threshold=40).sum(-1) + shift * (drawn.shape[-1] - positive.shape[-1])
         value[rows] += torch.where(valid, terms, 0).sum(-1)
         if not (of_embedding or of_temperature):
             continue
         slope = drawn.sigmoid_()
         positive.neg_()
-        if of_temperature:  # an unset normaliser depends on it too
+        if of_temperature:  # an unset normaliser depends on T too
             along = torch.linalg.vecdot(slope, relation) - middle * slope.sum(-1)
             cooling[rows] += torch.where(valid, along, 0).sum(-1)
         if of_embedding:
@@ -310,7 +310,7 @@ _Block = tuple[slice, slice, Callable[[], _Relations]]
 
 
 def _sum_over(blocks: list[_Block], known: _Known, temperature: Tensor) -> Tensor:
-    """log sum exp(r.rho / T) over the kept triples, and the mean of r.rho by these weights."""
+    """log sum exp(r.rho / T) over the kept triples, and the mean of r.rho under these weights."""
     parts, everything = [temperature.new_tensor([-math.inf, 0.0])], bool(known.kept.all() & known.valid.all())
     for rows, _, relations in blocks:
         relation = relations()[0]
@@ -325,8 +325,10 @@ def _sum_over(blocks: list[_Block], known: _Known, temperature: Tensor) -> Tenso
 
 
 def _blocks(known: _Known, embedding: Tensor, remembered: bool = False) -> list[_Block]:
-    """Of examples and places, and what makes their relations: as many at once as let a CPU's caches hold an array of theirs
-    with all anchors. Those to be remembered are made once, while they take no more room than the next state does.
+    """Blocks of examples and places, each with a function that computes its relations.
+
+    A block is so large that a CPU's caches hold an array of its relations with all anchors. With `remembered`,
+    relations are computed once and stored, as long as they take no more memory than the next state.
     """
     size = (2 if known.bank.device.type == "cpu" else 64) * BLOCK // max(len(known.anchors), 1)
     examples, places = known.places.shape
@@ -343,13 +345,13 @@ def _blocks(known: _Known, embedding: Tensor, remembered: bool = False) -> list[
 
 
 def _relations(known: _Known, embedding: Tensor, rows: slice, columns: slice) -> _Relations:
-    """r.rho of some examples and places for every anchor, `[examples, batch, places]`, and what takes a slope on it back.
+    """r.rho of some examples and places for every anchor, `[examples, batch, places]`, and a function for its gradient.
 
-    With a' = a - 1e-6: r.rho = (w - a').rho / |w - a'|, from products of matrices where all w and a are well apart.
+    r.rho = (w - a').rho / |w - a'| with a' = a - 1e-6, from matrix products if all w and a are far enough apart.
     """
     anchors, at, places = known.anchors, known.at[rows, columns], known.places[rows, columns]
     rho, rho_length = _unit_and_length((embedding[rows, None] - anchors) + 1e-6)
-    middle = anchors.mean(0)  # a part that all rows share only costs digits
+    middle = anchors.mean(0)  # a part common to all rows would only cost digits
     a, w = anchors - 1e-6 - middle, known.bank[at].sub_(middle)
 
     same = _same(known.anchor_places, places)
@@ -396,7 +398,7 @@ def _relations(known: _Known, embedding: Tensor, rows: slice, columns: slice) ->
 
 
 def _same(anchor_places: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-    """The few triples of example, anchor and place where the last two are one."""
+    """The few triples of example, anchor and place in which anchor and place are the same sample."""
     number = int(torch.maximum(anchor_places.amax(), places.amax())) + 1
     has_anchor = anchor_places.new_zeros(number, dtype=torch.bool)
     has_anchor[anchor_places] = True

@@ -37,7 +37,7 @@ class CRDState(NamedTuple):
 
 
 class HeldCRDState(CRDState):
-    """The buffers of a module, whose memories `crd_loss` writes in place: a copy of all rows would be made for a few."""
+    """The state in the buffers of a module. Its memories are changed in place, because only a few rows change."""
 
 
 def crd_init(generator: torch.Generator | None, num_data: int, dim: int) -> CRDState:
@@ -158,9 +158,9 @@ class _Known(NamedTuple):
 
     Attributes:
         bank: `[number, dim]`, remembered rows.
-        at: `[batch, K + 1]`, where each example's places stand in the bank.
+        at: `[batch, K + 1]`, the rows in the bank of the samples for each example.
         valid: `[whole batch]`, False for examples that do not count.
-        kept: `[batch]`, the same of this rank's.
+        kept: `[batch]`, the same for this rank's examples.
         num_data: the number of samples in the data set.
     """
 
@@ -188,15 +188,15 @@ def _total(
     kept: Tensor,
     num_data: int,
 ) -> Tensor:
-    """What `_sum_of` says of this rank's examples, if the normaliser is unset."""
+    """The result of `_sum_of` for this rank's examples if the normaliser is unset, otherwise 0."""
     known = _Known(bank, at, valid, kept, num_data)
     if not unset:
         return temperature.new_zeros(2)
     return _sum_of(_scores(unit_rows(embedding, known), known), temperature, known)
 
 
-# An operator with gradients written by hand: the memories, which are written into before the backward pass, and the scores
-# of their rows are needed in the forward pass alone.
+# An operator whose gradients are written by hand, so that only the forward pass needs the memories, which are changed
+# before the backward pass, and the scores of their rows.
 @functools.partial(with_gradients, learns=2)
 @custom_op(
     f"(Tensor embedding, Tensor temperature, Tensor normalizer, Tensor? total, {_KNOWN}, bool of_embedding,"
@@ -221,10 +221,10 @@ def _contrast(
     of_embedding: bool,
     of_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The value of each example; its gradients; and what `_sum_of` says of all examples.
+    """The value of each example, its gradients, and the result of `_sum_of` for all examples.
 
-    `total` is that of all ranks; None on a single rank, where it comes from the same scores as the values. It is not asked
-    for where the normaliser is set.
+    The argument `total` is that of all ranks. On a single rank it is None, and is computed from the same scores as the
+    values. It is not needed if the normaliser is set.
     """
     known = _Known(bank, at, valid, kept, num_data)
     v, unset = unit_rows(embedding, known), bool(normalizer == 0)
@@ -239,13 +239,13 @@ def _contrast(
     noise = others / num_data
     log_shifted, shift = math.log(noise + 1e-7), math.log1p(1e-7 / noise)
     drawn = (scores / temperature).sub_(log_z + log_shifted)
-    drawn[:, 0].neg_()  # it is pulled where negatives are pushed
+    drawn[:, 0].neg_()  # the sign of the positive is opposite to that of negatives
     value = functional.softplus(drawn, threshold=40).sum(-1) + shift * others
     cooling, gradient = torch.zeros_like(value), torch.zeros_like(v)
     if of_embedding or of_temperature:
         slope = drawn.sigmoid_()
         slope[:, 0].neg_()
-        if of_temperature:  # an unset normaliser depends on it too
+        if of_temperature:  # an unset normaliser depends on T too
             cooling = torch.linalg.vecdot(slope, scores) - middle * slope.sum(-1)
         if of_embedding:
             gradient = unit_pull(promoted(embedding, known), _pulled(slope, known) / temperature)
@@ -253,10 +253,10 @@ def _contrast(
 
 
 def _scores(embedding: Tensor, known: _Known) -> Tensor:
-    """v.w of every example and each of its places, `[batch, K + 1]`.
+    """v.w of every example and each of its samples, `[batch, K + 1]`.
 
-    It is how a sum of rows, `_pulled`, depends on their weights, for which PyTorch has an operator that makes no array of
-    rows.
+    This is the derivative of a weighted sum of rows, such as `_pulled`, with respect to the weights. PyTorch has an
+    operator for it that does not copy the rows.
     """
     examples, places = known.at.shape
     first = torch.arange(0, examples * places, places, device=known.at.device)
@@ -266,14 +266,14 @@ def _scores(embedding: Tensor, known: _Known) -> Tensor:
 
 
 def _pulled(slope: Tensor, known: _Known) -> Tensor:
-    """sum_k slope_k w_k, from sums of 256, whose rounding is smaller."""
+    """sum_k slope_k w_k, added up in parts of 256, which rounds less."""
     parts = zip(known.at.split(256, 1), slope.split(256, 1), strict=True)
     bag = functools.partial(functional.embedding_bag, weight=known.bank, mode="sum")
     return torch.stack([bag(at.contiguous(), per_sample_weights=weights.contiguous()) for at, weights in parts]).sum(0)
 
 
 def _sum_of(scores: Tensor, temperature: Tensor, known: _Known) -> Tensor:
-    """log sum exp(v.w / T) over the places of kept examples, and the mean of v.w by these weights."""
+    """log sum exp(v.w / T) over the samples of kept examples, and the mean of v.w under these weights."""
     logits = scores[known.kept] / temperature
     log = logits.flatten().logsumexp(0) if logits.numel() else logits.new_full((), -math.inf)
     return torch.stack([log, ((logits - log).exp_() * scores[known.kept]).sum()])

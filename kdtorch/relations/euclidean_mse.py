@@ -62,7 +62,8 @@ def euclidean_mse_loss(
     return reduce_sum(value, local.stop - local.start, where, reduction, group)
 
 
-# Written by hand, with its gradient, so that of all pairs no array is held but a block's, and each product is of half of them.
+# Written by hand with its gradient, so that no array is larger than a block of pairs, and each pair is computed only
+# once.
 @custom_op(
     "(Tensor student, Tensor teacher, Tensor? kept, SymInt start, SymInt stop, Tensor? weights, bool asked)"
     " -> (Tensor, Tensor)",
@@ -74,7 +75,7 @@ def euclidean_mse_loss(
 def _evaluate(
     student: Tensor, teacher: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor]:
-    """sum_j (d_ij - e_ij)^2 / B for this rank's i, and the gradient of their weighted sum."""
+    """sum_j (d_ij - e_ij)^2 / B for this rank's i, and the gradient of the weighted sum of these values."""
     student, teacher = zero_masked(kept, *promote(student, teacher))
     number = max(len(student), 1) if kept is None else count(kept, student.dtype)
     value, gradient = _over_pairs(unit(student), unit(teacher), kept, start, stop, weights, asked)
@@ -89,7 +90,7 @@ _squares = coupled(_evaluate, learns=1)
 def _over_pairs(
     x: Tensor, y: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor]:
-    """sum_j (d_ij - e_ij)^2, d = |x_i - x_j| and e = |y_i - y_j|, and sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
+    """sum_j (d_ij - e_ij)^2 for d = |x_i - x_j|, e = |y_i - y_j|; sum_j (c_i + c_j) (1 - e_ij / d_ij) (x_i - x_j)."""
     whole, kept = stop - start == len(x), None if kept is None or kept.all() else kept
     value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
     both, centered = 2 if whole else 1, x - x.mean(0)
@@ -114,9 +115,11 @@ def _over_pairs(
 
 
 def _blocks(start: int, stop: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Of as many rows at once as let a CPU's caches hold their pairs: the places among this rank's rows and among all, of
-    what they are compared with, and of what has its pairs with them nowhere else. Where all rows are here, that is each
-    pair once.
+    """Blocks of rows whose pairs fit into a CPU's caches.
+
+    Each consists of the positions of its rows among this rank's and among all, the positions of the rows that they are
+    compared with, and the positions of the rows whose pairs with them occur in no other block. If this rank has all
+    rows, each pair occurs once.
     """
     size = len(x)
     number = max(BLOCK // max(size, 1), 1) if x.device.type == "cpu" else size
@@ -130,8 +133,8 @@ def _blocks(start: int, stop: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def _distances(x: Tensor) -> Callable[[slice, slice, Tensor | None], tuple[Tensor, bool]]:
-    """|x_i - x_j| of some i and j, and whether none of them loses its digits in a product of matrices."""
-    centered = x - x.mean(0)  # a part that all rows share only costs digits
+    """A function that returns |x_i - x_j| of some i and j, and whether they come from a matrix product without loss."""
+    centered = x - x.mean(0)  # a part common to all rows would only cost digits
     length = torch.linalg.vecdot(centered, centered)
 
     def distances(rows: slice, columns: slice, masked_pairs: Tensor | None) -> tuple[Tensor, bool]:

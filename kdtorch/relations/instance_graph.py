@@ -84,21 +84,21 @@ def _evaluate(pairs: Pairs, farthest: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _largest(found: Squares, i: int, j: int) -> tuple[Tensor, Tensor]:
-    """The difference of two rows and its square, or infinity for a square of 0."""
+    """The difference of two rows, and its squared length, or infinity if that is 0."""
     apart = found.differences(found.rows[i])[j]
     square = apart.square().sum()
     return apart, torch.where(square == 0, math.inf, square)
 
 
 def _farthest(found: Squares) -> tuple[Tensor, Tensor]:
-    """The largest of this rank's squares, and the places of the first pair that it is of."""
+    """The largest of this rank's squared distances, and the positions of the first pair that has it."""
     place = found.square.argmax()
     i, j = place // found.square.shape[1], place % found.square.shape[1]
     return found.square.flatten()[place], torch.stack([i + found.ours.start, j])
 
 
 def _farthest_of_all(rows: Rows, group: ProcessGroup) -> Tensor:
-    """The places, among kept rows, of the first pair that is farthest apart, of all ranks: the student's, the teacher's."""
+    """For student and teacher, the positions of the first pair that is farthest apart, among all kept rows."""
     largest, places = _of_rank(rows.student.detach(), rows.teacher, rows.kept, rows.ours.start, rows.ours.stop)
     largest, places = all_gather_constant(largest[None], group), all_gather_constant(places[None], group)
     return torch.stack([places[largest[:, side].argmax(), side] for side in range(2)])
@@ -112,7 +112,7 @@ def _farthest_of_all(rows: Rows, group: ProcessGroup) -> Tensor:
     ),
 )
 def _of_rank(student: Tensor, teacher: Tensor, kept: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """What `_farthest` finds in student and teacher."""
+    """The results of `_farthest` for student and teacher."""
     sides, ours = promote(student, teacher), slice(start, stop)
     if kept is not None:
         sides, ours = tuple(x[kept] for x in sides), places_of_kept(kept, start, stop)

@@ -73,19 +73,19 @@ def minilm_loss(
 def relations_and_gradient(x: Tensor, y: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean of KL(Q || P) over the kept tokens of a sequence and over its heads, which are the axis before the last.
 
-    A head at a time, with its gradient (G + Gᵀ) x / sqrt(d), G = P - Q over the number of rows: no array is larger than
-    the products of one.
+    It is computed for one head at a time, together with its gradient (G + Gᵀ) x / sqrt(d), where G is P - Q divided by
+    the number of rows, so that no array is larger than the products of one head.
     """
     kept = x.new_ones(x.shape[:-2], dtype=torch.bool) if where is None else where
     x, y = zero_masked(where, x, y)
-    columns = None if where is None else where | ~where.any(-1, keepdim=True)  # so that no row is empty
+    columns = None if where is None else where | ~where.any(-1, keepdim=True)  # an empty sequence uses all columns
     number = kept.sum(-1, dtype=x.dtype).clamp(min=1) * x.shape[-2]
 
     def head(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = _products(y, columns)
         value, slope = kl_and_gradient(_products(x, columns), logits, 1.0)
         value = value / number[..., None]
-        # a row's part of the mean may be in range where the row's own value is not; then it is that of what P lacks
+        # if a row's value overflows, its part of the mean may not; then the terms of log P are divided before the sum
         if not eager_on_cpu(x, y) or value.isinf().any():
             value = torch.where(value.isinf(), dot(softmax(logits).p, -_products(x.detach(), columns, number)), value)
         value, slope = zero_masked(where, value, slope)
@@ -97,10 +97,10 @@ def relations_and_gradient(x: Tensor, y: Tensor, where: Tensor | None) -> tuple[
 
 
 def _products(x: Tensor, columns: Tensor | None, number: Tensor | None = None) -> Tensor:
-    """x xᵀ / sqrt(d) less the largest of each row, over a number for each sequence; -inf outside the columns.
+    """x xᵀ / sqrt(d) minus the largest of each row, divided by a number for each sequence; -inf outside the columns.
 
-    Rows of large numbers are divided by the largest first, so that what overflows, to -inf, is below the row's largest by so
-    much.
+    Rows of large numbers are divided by their largest entry first, so that only products that are far below the row's
+    largest one can overflow, to -inf.
     """
     if not x.numel():
         return x @ x.mT

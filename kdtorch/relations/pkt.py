@@ -11,7 +11,7 @@ from kdtorch._numerics import unit, unit_pull
 from kdtorch._typing import Bool, Float, ProcessGroup, Reduction, checked
 from kdtorch.relations._pairs import Pairs, blocks, gather, over_pairs, products, through_products
 
-EPSILON = 1e-7  # part of the published formula: beside the norms, and within the logarithm
+EPSILON = 1e-7  # part of the published formula: added to the norms, and inside the logarithm
 
 
 @checked
@@ -69,7 +69,7 @@ def _evaluate(pairs: Pairs) -> tuple[Tensor, Tensor]:
         p, total = s.probabilities(block)
         q, _ = t.probabilities(block)
         gap = q - p
-        error = gap.sum(1)  # 0 but for the rounding of p and q
+        error = gap.sum(1)  # 0 except for the rounding of p and q
         p.add_(EPSILON)
         value[block] = (torch.linalg.vecdot(q, gap.div_(p).log1p_()) - error) / number
         if pairs.asked:
@@ -80,7 +80,7 @@ def _evaluate(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 class _Cosines:
-    """1 + cos of this rank's rows with all rows, from 1 + cos of the unit rows, of which nothing cancels."""
+    """1 + cos of this rank's rows with all rows, computed from 1 + cos of the unit rows, without cancellation."""
 
     def __init__(self, x: Tensor, rows: slice) -> None:
         self.x, self.rows, self.unit = x, rows, unit(x)
@@ -93,14 +93,14 @@ class _Cosines:
                 self.above[i] = (row + self.unit).square().sum(-1) / 2
 
     def probabilities(self, block: slice) -> tuple[Tensor, Tensor]:
-        """Of all rows, given each of a block of this rank's rows; and what they were divided by."""
+        """The probabilities of all rows, given each row of a block of this rank's rows; and their normalisers."""
         similarity = torch.addcmul(self.rest, self.above[block], self.share)
         similarity.mul_(self.share[self.rows][block, None]).add_(self.rest[self.rows][block, None])
         total = similarity.sum(1, keepdim=True)
         return similarity.div_(total), total
 
     def pulled(self, weight: Tensor) -> Tensor:
-        """The gradient with respect to x, given that with respect to 1 + cos."""
+        """The gradient with respect to x, given the gradient with respect to 1 + cos."""
         rows, share = self.rows, self.share
         if self.clear:
             x = share[:, None] * self.unit
@@ -121,7 +121,7 @@ class _Cosines:
 
 
 def _length(x: Tensor) -> Tensor:
-    """|x|"""
+    """|x|, the length of each row."""
     limits = torch.finfo(x.dtype)
     scale = x.abs().amax(-1)
     zero = scale < limits.tiny

@@ -77,7 +77,7 @@ def _evaluate(pairs: Pairs, distance_weight: Tensor, angle_weight: Tensor) -> tu
     slope = gap.clamp(-1, 1)
     value = torch.linalg.vecdot(slope, gap - slope / 2) * (distance_weight / number)
     pull, gradient = None, gap.new_empty(0)
-    if pairs.asked:  # first with respect to the distances, then to their squares
+    if pairs.asked:  # first with respect to the distances, then with respect to their squares
         slope.mul_((distance_weight / number / mean) * pairs.weights[:, None])
         pull = torch.zeros_like(d).sub_((slope * d[ours]).sum() / (mean * others))
         pull[ours] += slope
@@ -96,7 +96,7 @@ def _evaluate(pairs: Pairs, distance_weight: Tensor, angle_weight: Tensor) -> tu
 
 
 def _root(square: Tensor) -> tuple[Tensor, Tensor]:
-    """The distances, and one over them, or 0 where they are 0."""
+    """The distances and their reciprocals, which are 0 where a distance is 0."""
     root = square.sqrt()
     return root, torch.where(root > 0, 1 / root, 0)
 
@@ -114,7 +114,7 @@ def _by_distances(
 ) -> Tensor:
     """The sum over the angles at each of this rank's rows, one row at a time, by the law of cosines.
 
-    `pull`, the gradient with respect to the squares, is added to. With w = 1 / d the cosine at i between j and k is
+    The gradient with respect to the squares is added to `pull`. With w = 1 / d, the cosine at i between j and k is
     (d_j w_k + w_j d_k - w_j w_k d_jk^2) / 2.
     """
     value = d.new_zeros(len(weights))
@@ -139,7 +139,7 @@ def _by_distances(
 
 
 def _by_differences(s: Squares, t: Squares, ours: slice, weights: list[float], gradient: Tensor | None) -> Tensor:
-    """The same from the differences of the rows; the gradient with respect to the rows that were given is added to."""
+    """The same, computed from the differences of the rows, whose gradient is added to `gradient`."""
     value = s.rows.new_zeros(len(weights))
     for i, (place, weight) in enumerate(zip(range(ours.start, ours.stop), weights, strict=True)):
         apart = s.differences(s.rows[place])

@@ -70,7 +70,7 @@ def _evaluate(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its largest entry, and that; of zeros (or subnormals) x and 1."""
+    """x divided by its largest entry, and that entry; x and 1 if x has only zeros (or subnormals)."""
     largest = x.abs().amax()
     largest = torch.where(largest < torch.finfo(x.dtype).tiny, 1, largest)
     return x / largest, largest

@@ -75,7 +75,7 @@ def dino_teacher_temperature(
     >>> [round(float(dino_teacher_temperature(e, **warmup)), 3) for e in range(5)]
     [0.04, 0.05, 0.06, 0.07, 0.07]
     """
-    # `as_tensor` of an integer would be recompiled for each value
+    # with `as_tensor` of an integer, `torch.compile` would compile again for each value
     epoch = torch.as_tensor(torch.full((), epoch) if isinstance(epoch, int) else epoch, dtype=torch.float64)
     for name, value in (("warmup", warmup), ("final", final)):
         positive(name, value, epoch)
@@ -154,7 +154,7 @@ def dino_loss(
     views, teacher_views = student.shape[0], teacher.shape[0]
     check_views(views, teacher_views, f"student {list(student.shape)} and teacher {list(teacher.shape)}")
     check_state(state)
-    old = state.center.detach().clone().to(teacher.device)  # a module writes into its own before the backward pass
+    old = state.center.detach().clone().to(teacher.device)  # a module changes its own in place
     teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
     student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, old)
@@ -163,7 +163,7 @@ def dino_loss(
     if teacher_targets is not None:
         pairs = _pairs_of_targets(views_of, teacher_targets.transpose(0, 1), student_temperature, where=where)
         return reduce(pairs, where, reduction, group), state
-    center = old.to(widest(student, teacher)).expand(teacher.shape[1], 1, -1)  # for every example
+    center = old.to(widest(student, teacher)).expand(teacher.shape[1], 1, -1)  # for each example
     pairs = _pairs(views_of, teacher.transpose(0, 1), center, teacher_temperature, student_temperature, where=where)
     loss = reduce(pairs, where, reduction, group)
     if not update:
@@ -179,7 +179,7 @@ def dino_loss(
 
 
 def moved_center(center: Tensor, total: Tensor, number: Tensor, momentum: Scalar) -> Tensor:
-    """m times the centre plus 1 - m times the mean; the unchanged centre if there is no mean or it is not finite."""
+    """m times the centre plus 1 - m times the mean; the old centre if there is no mean, or if it is not finite."""
     mean = (total / number.clamp(min=1)).to(center.dtype)
     padding = torch.isneginf(mean)
     moved = torch.where(padding, center, momentum * center + (1 - momentum) * mean)
@@ -189,18 +189,19 @@ def moved_center(center: Tensor, total: Tensor, number: Tensor, momentum: Scalar
 def pairs_and_gradient(
     x: Tensor, y: Tensor, center: Tensor, teacher_temperature: Scalar, temperature: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """Value and gradient for the views of an example, on the axis before the last, and the centred teacher's views."""
+    """Value and gradient for the student's views, on the axis before the last, and the teacher's, which are centred."""
     return pairs_of_targets_and_gradient(x, softmax(y - center, teacher_temperature).p, temperature)
 
 
 def pairs_of_targets_and_gradient(x: Tensor, q: Tensor, temperature: Scalar) -> tuple[Tensor, Tensor]:
-    """Of the student's views and the teacher's probabilities.
+    """Value and gradient for the student's views and the teacher's probabilities.
 
-    By hand, and from softmaxes that value and gradient share, for the speed and the memory of docs/performance.md.
+    The gradient is written by hand and shares softmaxes with the value, for the speed and memory in
+    docs/performance.md.
     """
     views, teacher_views = x.shape[-2], q.shape[-2]
     every = q.sum(-2, keepdim=True)
-    parts = [(x[..., :teacher_views, :], (every - q).clamp(min=0))]  # all of the teacher's views but the same one
+    parts = [(x[..., :teacher_views, :], (every - q).clamp(min=0))]  # the sum of the teacher's other views
     if views > teacher_views:
         parts.append((x[..., teacher_views:, :], every))
     values, gradients = zip(*(cross_entropy_and_gradient(*part, temperature) for part in parts), strict=True)

@@ -71,7 +71,7 @@ def gram_loss(
     local, kept = local_rows(len(student), group), where
     if image_level:
         local = slice(0, len(student))
-    elif group is not None:  # gradients are summed over ranks, and not in half precision
+    elif group is not None:  # so that gradients are not summed in half precision
         student, teacher = promote(student, teacher)
         student, teacher = all_gather(student, group), all_gather_constant(teacher, group)
         kept = None if where is None else all_gather_constant(where, group)
@@ -87,7 +87,8 @@ def check_clip(clip_negative: str) -> None:
         raise ValueError(f'`clip_negative` must be one of "none", "both", "teacher", got {clip_negative!r}')
 
 
-# By hand, with its gradient, so that of all products no more than a block's are held, and each is made once.
+# Written by hand with its gradient, so that no array is larger than a block of products, and each product is computed
+# once.
 @custom_op(
     "(Tensor student, Tensor teacher, Tensor? kept, SymInt start, SymInt stop, bool normalize, bool image_level,"
     " str clip_negative, Tensor? weights, bool asked) -> (Tensor, Tensor)",
@@ -108,7 +109,7 @@ def _evaluate(
     weights: Tensor | None,
     asked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The value of this rank's images, and the gradient of their weighted sum."""
+    """The value of this rank's images, and the gradient of the weighted sum of these values."""
     student, teacher = zero_masked(kept, *promote(student, teacher))
     x, y = (unit(student), unit(teacher)) if normalize and not image_level else (student, teacher)
     value, gradient = x.new_zeros(stop - start), x.new_zeros(x.shape if asked else 0)
@@ -121,7 +122,7 @@ def _evaluate(
         part = slice(first, min(first + block, stop))
         here = slice(part.start - start, part.stop - start)
         a, c = x[part], y[part]
-        if image_level and normalize:  # here, where a CPU's caches hold them
+        if image_level and normalize:  # inside the loop, where a CPU's caches hold them
             a, c = unit(a), unit(c)
         b, d = a, c
         if not image_level:
@@ -145,9 +146,9 @@ _squares = coupled(_evaluate, learns=1)
 
 
 def _gap(a: Tensor, b: Tensor, theirs: Tensor, normalize: bool, clip_negative: Clip) -> tuple[Tensor, Tensor]:
-    """The student's products less the teacher's, and the same where they have a gradient, else 0.
+    """The student's products minus the teacher's, and the same with 0 where the clipping has no gradient.
 
-    Of rows of unit length a product that is 0 but for rounding is clipped too.
+    For rows of unit length, a product that is 0 except for rounding is clipped too.
     """
     if clip_negative != "none":
         theirs = theirs.clamp_(min=0)

@@ -111,7 +111,7 @@ def ibot_loss(
     0.6931 [0.1, 0.1, -0.1]
     """
     check_state(state)
-    old = state.center.detach().clone().to(teacher.device)  # a module writes into its own before the backward pass
+    old = state.center.detach().clone().to(teacher.device)  # a module changes its own in place
     teacher_temperature = positive("teacher_temperature", teacher_temperature, student, teacher, constant=True)
     student_temperature = positive("student_temperature", student_temperature, student, teacher)
     momentum = fraction("center_momentum", center_momentum, old)

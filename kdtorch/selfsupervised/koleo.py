@@ -60,7 +60,7 @@ def koleo_loss(
     check_batch(student, group)
     local = local_rows(len(student), group)
     kept = None if where is None else all_gather_constant(where, group)
-    if group is not None:  # gradients are summed over ranks, and not in half precision
+    if group is not None:  # so that gradients are not summed in half precision
         (student,) = promote(student)
     student = all_gather(student, group)
     value = _logarithms(student, kept, local.start, local.stop, summed=reduction != "none")
@@ -69,7 +69,8 @@ def koleo_loss(
     return reduce_sum(value, local.stop - local.start, where, reduction, group)
 
 
-# By hand, because which rows are gone through one by one depends on the numbers, and so that nothing but the gradient is held.
+# Written by hand with its gradient, because the values decide which rows are computed separately, and so that nothing
+# but the gradient is stored.
 @custom_op(
     "(Tensor student, Tensor? kept, SymInt start, SymInt stop, Tensor? weights, bool asked) -> (Tensor, Tensor)",
     lambda student, kept, start, stop, weights, asked: (
@@ -80,7 +81,7 @@ def koleo_loss(
 def _evaluate(
     student: Tensor, kept: Tensor | None, start: int, stop: int, weights: Tensor | None, asked: bool
 ) -> tuple[Tensor, Tensor]:
-    """-log(|u_i - u_j + e| + e) for this rank's i, and the gradient of their weighted sum."""
+    """-log(|u_i - u_j + e| + e) for this rank's i, and the gradient of the weighted sum of these values."""
     (student,) = zero_masked(kept, *promote(student))
     x, rows = unit(student), slice(start, stop)
     every = torch.ones(len(x), dtype=torch.bool, device=x.device) if kept is None else kept
@@ -88,7 +89,7 @@ def _evaluate(
     nearest = _nearest(x, kept, rows)
     equal = (student[rows] == student[nearest]).all(
         -1, keepdim=True
-    )  # rounded unit rows of equal rows need not be equal
+    )  # equal rows may have different unit rows, by rounding
     gap = (x[rows] - x[nearest]).masked_fill_(equal, 0).add_(EPSILON)
     distance = torch.linalg.vector_norm(gap, dim=-1)
     value = torch.where(paired, (distance + EPSILON).log().neg_(), 0)
@@ -96,7 +97,7 @@ def _evaluate(
     if asked:
         scale = torch.where(paired & (distance != 0), (distance * (distance + EPSILON)).reciprocal_(), 0)
         gap.mul_((scale if weights is None else scale * weights).unsqueeze(-1))
-        # the terms of two rows that are each other's nearest come first, because close ones nearly cancel
+        # the terms of two rows that are each other's nearest are added first, because those of close rows nearly cancel
         back = nearest - start
         here = (back >= 0) & (back < stop - start)
         back = torch.where(here, back, 0)
@@ -112,13 +113,13 @@ _logarithms = coupled(_evaluate, learns=1)
 
 
 def _nearest(x: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
-    """The place of the partner with the largest cosine, the first of equal ones, for this rank's rows.
+    """The index of the partner with the largest cosine (the first of equal ones) for this rank's rows.
 
-    Found by 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. Rows whose partner a product of matrices leaves open,
-    because it is near or has a rival, are gone through one by one.
+    The cosine is found from 2 - 2 cos = |x_i - x_j|^2, to which a zero row adds 1. If a matrix product cannot decide
+    the partner of a row, because it is very close or another is nearly as close, that row is computed separately.
     """
     digits, zero = torch.finfo(x.dtype).eps, (x == 0).all(-1).to(x.dtype)
-    centered = x - x.mean(0)  # a part that all rows share only costs digits
+    centered = x - x.mean(0)  # a part common to all rows would only cost digits
     length = torch.linalg.vecdot(centered, centered) + zero
     masked = None if kept is None else ~kept
     whole = rows.stop - rows.start == len(x)
@@ -150,7 +151,7 @@ def _nearest(x: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
 
 
 def _merge(best: tuple[Tensor, Tensor, Tensor], rows: slice, square: Tensor, axis: int, first: int) -> None:
-    """Take the two least of a block along an axis into what was found for some rows; the block is written into."""
+    """Update the best values of some rows with the two smallest squares of a block, which is overwritten."""
     least, place = square.min(axis)
     rival = square.scatter_(axis, place.unsqueeze(axis), math.inf).amin(axis)
     known, found, other = (z[rows] for z in best)

@@ -75,7 +75,7 @@ def sinkhorn_knopp(
         mass = torch.zeros_like(peak)
         for _, part in _blocks(x, where):
             mass = mass + _softmax((part - peak) / temperature - log_mass).sum(0)
-        # no column sums to less than 1 / (batch * prototypes) after the one step, nor to more than batch
+        # from the second step on, a column sums to at least 1 / (batch * prototypes), and at most to batch
         log_mass = log_mass + _log(all_sum(mass, group))
     results = []
     for kept, part in _blocks(x, where):
@@ -85,13 +85,13 @@ def sinkhorn_knopp(
     return torch.cat(results)
 
 
-SPAN = 60.0  # of logits over T: the exponentials of less, and their products with the sums, are far from the ends of float32
+SPAN = 60.0  # if logits / T differ by less, exponentials and their products with sums stay in the range of float32
 
 
 def _by_products(
     x: Tensor, where: Tensor | None, temperature: Scalar, iterations: int, group: ProcessGroup | None
 ) -> Tensor | None:
-    """The same by products of a matrix and vectors, in eager PyTorch on a CPU; None where exponentials do not reach so far."""
+    """The assignments by matrix-vector products, in eager PyTorch on a CPU; None if exponentials leave the range."""
     if group is not None or not eager_on_cpu(x, temperature) or not len(x):
         return None
     if where is not None and not where.any():
@@ -123,20 +123,20 @@ def check_iterations(iterations: int) -> None:
 
 
 def _blocks(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Of so many rows at once: which are kept, and the rows, -inf where they are not."""
+    """Blocks of rows: which of them are kept, and the rows, with -inf in those that are not."""
     for kept, part in _pairs(x, where):
         part = part.to(widest(x))
         yield kept, part if kept is None else torch.where(kept.unsqueeze(-1), part, -math.inf)
 
 
 def _pairs(x: Tensor, where: Tensor | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Which rows are kept, and the rows, of so many at once."""
+    """Blocks of rows: which of them are kept, and the rows as they are."""
     parts = x.split(_size(x))
     return zip([None] * len(parts) if where is None else where.split(_size(x)), parts, strict=True)
 
 
 def _size(x: Tensor) -> int:
-    """As many rows as a CPU's caches hold, elsewhere all."""
+    """The number of rows in a block: as many as fit into a CPU's caches, and all on other devices."""
     return max(BLOCK // x.shape[1], 1) if eager_on_cpu(x) else max(len(x), 1)
 
 
@@ -145,5 +145,5 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def _log(mass: Tensor) -> Tensor:
-    """0 for a prototype at -inf throughout."""
+    """The logarithm of a mass; 0 for a prototype whose logits are all -inf."""
     return torch.where(mass == 0, 1, mass).log()

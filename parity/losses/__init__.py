@@ -1,11 +1,11 @@
-"""The losses, one a file: the formula in NumPy with plain loops, and the rows of the table of losses.
+"""The losses, one per file: the formula in NumPy with plain loops, and the rows of the table of losses.
 
 A formula takes arrays of examples (no leading axes, no mask) and returns one value for each example, and the next state
-if it has one. It imports neither package. It is written so that complex numbers pass through: a derivative is the
-imaginary part of the value at an input moved by a tiny imaginary step, which has no rounding error of a difference. What
-is constant to the gradient goes through `constant` of `parity.losses._plain`.
+if it has one. It imports neither package. It must work with complex numbers: a derivative is the imaginary part of the
+value after a tiny imaginary step of an input, which avoids the rounding error of a difference. Everything that is
+constant for the gradient goes through `constant` of `parity.losses._plain`.
 
-`LOSSES` is the rows of all files of this folder, in the order of their names.
+`LOSSES` contains the rows of all files in this folder, in the order of the file names.
 """
 
 import importlib

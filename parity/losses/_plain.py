@@ -1,4 +1,4 @@
-"""What the oracles share: elementary functions of plain lists."""
+"""Shared by the oracles: elementary functions of plain lists."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def over(logits: Iterable[Any], temperature: Any) -> list[Any]:
 
 
 def log1p(x: Any) -> Any:
-    """log(1 + x). NumPy's own loses a small real part of a complex number."""
+    """log(1 + x). NumPy's function loses a small real part of a complex number."""
     return np.log1p(np.real(x)) + 1j * np.imag(x) / (1 + np.real(x)) if np.iscomplexobj(x) else np.log1p(x)
 
 
 def expm1(x: Any) -> Any:
-    """e^x - 1, in the same way."""
+    """e^x - 1, which also keeps a small real part."""
     return np.expm1(np.real(x)) + 1j * np.imag(x) * np.exp(np.real(x)) if np.iscomplexobj(x) else np.expm1(x)
 
 
 def log_softmax(logits: Sequence[Any]) -> list[Any]:
-    """A class at -inf stays there and adds nothing. What the others add to the largest keeps its derivative, however small."""
+    """log softmax. A class at -inf stays there and contributes nothing; derivatives of small classes are not lost."""
     first = int(np.argmax([np.real(x) for x in logits]))
     largest = logits[first]
     if is_left_out(largest):
@@ -56,7 +56,7 @@ def kl(teacher_logits: Sequence[Any], student_logits: Sequence[Any]) -> Any:
 
 
 def jsd(teacher_logits: Sequence[Any], student_logits: Sequence[Any], beta: Any) -> Any:
-    """beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p; at the ends KL(q || p) and KL(p || q)."""
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; KL(q || p) at beta 0, KL(p || q) at 1."""
     if beta in (0, 1):
         return kl(student_logits, teacher_logits) if beta else kl(teacher_logits, student_logits)
     log_q, log_p, share = log_softmax(teacher_logits), log_softmax(student_logits), np.longdouble(beta)
@@ -81,13 +81,13 @@ def without(values: Iterable[Any], places: Iterable[int]) -> list[Any]:
 
 
 def norm(x: Any) -> Any:
-    """Euclidean; 0, with derivative 0, at 0."""
+    """The Euclidean norm; its derivative at 0 is 0."""
     square = sum(v * v for v in x)
     return np.sqrt(square) if np.real(square) > 0 else 0.0 * square
 
 
 def unit(x: Any) -> Any:
-    """x / |x|, or x where that is 0."""
+    """x / |x|, or x if x is 0."""
     length = norm(x)
     return np.array([v / length for v in x]) if np.real(length) > 0 else np.array(constant(x))
 

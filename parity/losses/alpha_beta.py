@@ -21,7 +21,7 @@ def alpha_beta_loss(student_logits, teacher_logits, alpha=0.5, beta=0.5):
 
 
 def _term(log_more, log_less, a, b):
-    """-[more^a less^b - a/(a+b) more^(a+b) - b/(a+b) less^(a+b)] / (a b), by more^(a+b) and log(less / more)."""
+    """-[more^a less^b - a/(a+b) more^(a+b) - b/(a+b) less^(a+b)] / (a b), from more^(a+b) and log(less / more)."""
     if is_left_out(log_less):
         return np.exp((a + b) * log_more) / (b * (a + b)) if b > 0 and a + b > 0 else np.inf
     r = log_less - log_more
@@ -38,10 +38,10 @@ def _growth(c, r):
 
 
 def _series(r, a, b):
-    """The same divided by more^(a+b), in powers of r, whose coefficients are sums of (a+b)^i b^j."""
+    """The same divided by more^(a+b), as a power series in r whose coefficients are sums of (a+b)^i b^j."""
     total, power, coefficient = 0.0, r * r / 2, np.longdouble(1)
     for n in range(2, 20):
-        if coefficient == 0 and a == 0:  # and so are all that follow
+        if coefficient == 0 and a == 0:  # all later coefficients are 0 too
             break
         total = total + power * coefficient
         power = power * r / (n + 1)

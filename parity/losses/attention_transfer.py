@@ -21,7 +21,7 @@ def _one_map(student, teacher, p):
 
 
 def _attention(x, p):
-    """The mean of |x|^p over channels at each position, x divided by a constant, on which the loss does not depend."""
+    """The mean of |x|^p over channels at each position; x is divided by a constant that does not change the loss."""
     largest = np.abs(constant(x)).max() or 1
     whole = int(p) if p == int(p) else p
     return [sum(magnitude(v / largest) ** whole for v in column) / len(column) for column in x.reshape(len(x), -1).T]

@@ -32,8 +32,8 @@ ROWS = (
         leading=False,
         batch_coupled=True,
         second_derivative=False,
-        scale=0.1,  # the square of a difference of kernels, which nearly agree where the batch is small
-        gradient_scale=2.0**-16,  # of one example alone the oracle is left with its own rounding
+        scale=0.1,  # the square of a difference of kernels, which nearly agree for a small batch
+        gradient_scale=2.0**-16,  # for a single example only the oracle's rounding is left
         rounding=scales.of_unit_rows,
         memory=Memory(jax=5, torch=6, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
         collectives=("all-gather", "all-gather", "reduce-scatter"),

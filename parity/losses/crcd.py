@@ -24,7 +24,7 @@ def crcd_loss(student, teacher, index, negatives, state, temperature=0.05, momen
 
 
 def remembered(memory, index, embedding, momentum):
-    """The next memory, in which a later row with the same index overwrites."""
+    """The next memory; a later row overwrites an earlier one with the same index."""
     after = memory.copy()
     for i in range(len(embedding)):
         row = unit(momentum * memory[index[i]] + (1 - momentum) * constant(embedding[i]))
@@ -56,7 +56,7 @@ def _side(embedding, index, negatives, memory, normalizer, temperature):
 
 
 def _rounding(given):
-    """The steeper the nearer an embedding comes to an anchor, whose direction from it is known no better than that."""
+    """The closer an embedding is to an anchor, the larger the rounding error of the direction between them."""
     distances = [1.0]
     for side, other in (("student", "teacher"), ("teacher", "student")):
         x = given.inputs[side] / (np.abs(given.inputs[side]).max(-1, keepdims=True) + 1e-300)
@@ -85,7 +85,7 @@ ROWS = (
         batch_coupled=True,
         second_derivative=False,
         rounding=_rounding,
-        # a normaliser is a mean of exp(x / temperature)
+        # the normaliser is a mean of exp(x / temperature)
         state_rounding=lambda given, value: scales.size(value) * 0.05 / given.options["temperature"],
         ill_conditioned={"near-rows": NEAR_ROWS},
         memory=Memory(jax=1, torch=5, largest=lambda n: n.batch[0] * n.negatives * 8 + n.num_data * n.dim * 2),

@@ -40,7 +40,7 @@ def _side(embedding, index, negatives, memory, normalizer, temperature):
 
 
 def _rounding(given):
-    """The rounding of unit rows, over the temperature."""
+    """The rounding of unit rows, divided by the temperature."""
     value, gradient = scales.of_unit_rows(given)
     steepness = 1 / given.options["temperature"]
     return steepness * value, steepness * gradient
@@ -60,10 +60,10 @@ ROWS = (
         options=({}, {"temperature": 0.2, "momentum": 0.9}),
         ranges={"temperature": (0.05, 1.0), "momentum": (0.0, 0.99)},
         leading=False,
-        batch_coupled=True,  # by a normaliser that is not yet set
+        batch_coupled=True,  # through a normaliser that is not set yet
         second_derivative=False,
         rounding=_rounding,
-        # a normaliser is a mean of exp(x / temperature)
+        # the normaliser is a mean of exp(x / temperature)
         state_rounding=lambda given, value: scales.size(value) * 0.05 / given.options["temperature"],
         memory=Memory(jax=6, torch=6, largest=lambda n: max(n.batch[0] * (n.negatives + 1), n.num_data * n.dim)),
         collectives=("all-gather",) * 6,

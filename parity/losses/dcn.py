@@ -22,7 +22,7 @@ ROWS = (
         inputs={"student": "features", "teacher": "features", "labels": "labels", "centers": "centers"},
         learns=("student", "centers"),
         constant=("teacher",),
-        scale=1.0,  # one less a cosine
+        scale=1.0,  # one minus a cosine
         rounding=scales.of_unit_rows,
         memory=Memory(
             jax=1, torch=2, sizes={"classes": 4000, "dim": 8}, largest=lambda n: (n.batch[0] + n.classes) * n.dim

@@ -34,7 +34,7 @@ ROWS = (
         divergence=True,
         padding=True,
         second_derivative=False,
-        # in float64 where float32 does not hold the products of exponentials, and a block of rows at a time beyond that
+        # float64 arrays if the products of exponentials exceed float32, and blocks of rows if they exceed float64
         memory=Memory(
             jax=10,
             torch=10,

@@ -28,7 +28,7 @@ def dino_loss(student, teacher, state, teacher_temperature=0.04, student_tempera
 
 
 def _rounding(given):
-    """Of logits that are divided by both temperatures."""
+    """The rounding of logits that are divided by both temperatures."""
     largest = max(given.largest, scales.size(given.inputs["state"]["center"]))
     sharpness = 1 / given.options["student_temperature"]
     spread = largest / given.options["teacher_temperature"] + largest * sharpness
@@ -50,7 +50,7 @@ ROWS = (
         leading=False,
         shift_invariant=True,
         rounding=_rounding,
-        state_rounding=lambda given, value: scales.size(given.inputs["teacher"]),  # a mean of what may nearly cancel
+        state_rounding=lambda given, value: scales.size(given.inputs["teacher"]),  # a mean that may nearly cancel
         memory=Memory(jax=2, torch=3, sizes={"dim": 3000}),
         collectives=("all-reduce",),
         benchmarks=(

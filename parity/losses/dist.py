@@ -6,9 +6,9 @@ from parity.row import Benchmark, Loss, Memory
 
 
 def _gap(x, y, eps):
-    """1 less Pearson's correlation, with eps beside the product of the norms.
+    """1 minus Pearson's correlation, with eps added to the product of the norms.
 
-    From the difference of the unit vectors, so that what is near 0 keeps its digits.
+    It is computed from the difference of the unit vectors, so that a small result keeps its digits.
     """
     x, y = (np.array([v - z[0] for v in z]) for z in (x, y))
     x, y = (z - sum(z) / len(z) for z in (x, y))

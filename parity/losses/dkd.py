@@ -6,7 +6,7 @@ from parity.row import Benchmark, Loss, Memory
 
 
 def _target_and_rest(logits, y):
-    """log of the label's probability and of the sum of the others."""
+    """The logarithms of the label's probability and of the sum of the others."""
     logs = log_softmax(logits)
     others = without(logs, [y])
     largest = max(np.real(x) for x in others)

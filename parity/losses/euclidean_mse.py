@@ -19,7 +19,7 @@ ROWS = (
         leading=False,
         batch_coupled=True,
         second_derivative=False,
-        scale=0.1,  # the square of a difference of distances, which nearly agree where the batch is small
+        scale=0.1,  # the square of a difference of distances, which nearly agree for a small batch
         rounding=scales.of_unit_rows,
         ill_conditioned={"near-rows": NEAR_ROWS},
         memory=Memory(jax=5, torch=6, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),

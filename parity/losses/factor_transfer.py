@@ -21,14 +21,14 @@ def _one_map(student, teacher, p1, p2, channel_mean):
 
 
 def _factor(x, p1, channel_mean):
-    """Of unit length; x is divided by a power of two, on which the loss does not depend, and which rounds nothing."""
+    """The factor, of unit length; x is divided by a power of two, which changes neither the loss nor any digit."""
     _, exponent = np.frexp(np.abs(constant(x)).max())
     powers = (x / np.ldexp(np.longdouble(1), exponent)) ** p1
     return unit((powers.sum(0) / len(powers) if channel_mean else powers).ravel())
 
 
 def _rounding(given):
-    """Where 1 < p2 < 2 the derivative of |d|^p2 makes an error of eps^(p2 - 1) of one of eps, at d = 0."""
+    """For 1 < p2 < 2, the derivative of |d|^p2 at d = 0 turns an error of eps into one of eps^(p2 - 1)."""
     value, gradient = scales.of_unit_maps(given)
     p2 = given.options.get("p2", 1.0)
     return value, gradient * (given.eps ** (p2 - 2) if 1 < p2 < 2 else 1.0)

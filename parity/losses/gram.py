@@ -27,7 +27,7 @@ def gram_loss(student, teacher, normalize=True, image_level=True, clip_negative=
 
 
 def _rounding(given):
-    """Of rows of unit length, the student's patches; the products of others are squared."""
+    """For unit rows, that of the student's patches; otherwise products are squared."""
     if given.options.get("normalize", True):
         lengths = np.abs(given.inputs["student"]).max(-1).ravel()
         return 1.0, 1 / min((float(x) for x in lengths if x >= given.tiny), default=1.0)

@@ -12,7 +12,7 @@ def instance_graph_loss(student, teacher):
 
 
 def _edges(x):
-    """Of largest distances that are equal the first is meant."""
+    """The squared distances divided by the largest; of equal ones the first is used."""
     scale = np.abs(constant(x)).max(initial=0) or 1.0
     square = np.array([[sum(((a - b) / scale) ** 2) for b in x] for a in x])
     largest = square.flat[np.argmax(np.real(square))]
@@ -29,10 +29,10 @@ ROWS = (
         batch_coupled=True,
         second_derivative=False,
         jumps=True,
-        scale=0.1,  # the square of a difference of edges, which nearly agree where the batch is small
+        scale=0.1,  # the square of a difference of edges, which nearly agree for a small batch
         rounding=scales.of_spread_rows,
         memory=Memory(jax=5, torch=7, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
-        collectives=("all-gather",) * 4 + ("reduce-scatter",),  # of rows, and of the farthest pairs
+        collectives=("all-gather",) * 4 + ("reduce-scatter",),  # for the rows, and for the farthest pairs
         depends_on_threads=True,
         benchmarks=(Benchmark("1024×512", Sizes((1024,), dim=512, teacher_dim=512), torch=1.3),),
     ),

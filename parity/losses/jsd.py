@@ -28,8 +28,8 @@ ROWS = (
         shift_invariant=True,
         divergence=True,
         padding=True,
-        scale=2.0**-16,  # where student and teacher agree the oracle is left with its own rounding
-        gradient_scale=2.0**-16,  # where the student is certain the oracle is left with its own rounding
+        scale=2.0**-16,  # if student and teacher agree, only the oracle's rounding is left
+        gradient_scale=2.0**-16,  # if the student is certain, only the oracle's rounding is left
         memory=Memory(jax=8, torch=9),
         depends_on_threads=True,
         benchmarks=(

@@ -14,7 +14,7 @@ def koleo_loss(student):
         others = [j for j in range(len(rows)) if j != i]
         if others:
             largest = max(cosines[j] for j in others)
-            nearest = next(j for j in others if cosines[j] >= largest - 1e-17)  # the first but for rounding
+            nearest = next(j for j in others if cosines[j] >= largest - 1e-17)  # the first, up to rounding
             values.append(-np.log(norm(x - rows[nearest] + 1e-8) + 1e-8))
         else:
             values.append(0.0 * x[0])
@@ -22,7 +22,7 @@ def koleo_loss(student):
 
 
 def _rounding(given):
-    """Of rows of unit length: the gradient is the greater the shorter a row was, and the nearer its neighbour is."""
+    """The rounding of unit rows. The gradient grows as a row gets shorter, and as its neighbour gets closer."""
     x = np.nan_to_num(given.inputs["student"]).astype(np.longdouble)
     largest = np.abs(x).max(-1, keepdims=True)
     x = x / np.where(largest < given.tiny, np.inf, largest)
@@ -42,7 +42,7 @@ ROWS = (
         leading=False,
         batch_coupled=True,
         second_derivative=False,
-        scale=1.0,  # of a logarithm, which may be 0
+        scale=1.0,  # the value is a logarithm, which may be 0
         rounding=_rounding,
         first_of_ties=True,
         ill_conditioned={

@@ -9,10 +9,10 @@ from parity.scales import size
 
 
 def _capped(x, cap):
-    """cap tanh(x / cap); what is left out stays so. 1 - tanh² has few digits where it is small, 1 / cosh² has them."""
+    """cap tanh(x / cap); -inf stays -inf. The derivative is 1 / cosh², because a small 1 - tanh² has few digits."""
     if cap is None or is_left_out(x):
         return x
-    real = np.clip(np.real(x) / cap, -5000, 5000)  # cosh² leaves extended precision beyond
+    real = np.clip(np.real(x) / cap, -5000, 5000)  # beyond that, cosh² overflows in extended precision
     value = np.tanh(real)
     return cap * (value + 1j * np.imag(x) / cap / np.cosh(real) ** 2) if np.iscomplexobj(x) else cap * value
 
@@ -110,7 +110,7 @@ def linear_topk_kl_loss(
 
 
 def _rounding(given):
-    """A logit is a sum of products, known to that many ULP; a gradient is one of them times a weight or a hidden state."""
+    """A logit is a sum of products, each with its own rounding; a gradient is one times a weight or a hidden state."""
     hidden, heads, known = (
         max((size(x) for k, x in given.inputs.items() if k.endswith(names)), default=0.0)
         for names in ("_hidden", "_weight", ("values", "rest"))
@@ -124,9 +124,9 @@ def _rounding(given):
 _COMMON: Any = {
     "learns": ("student_hidden", "student_weight", "student_bias"),
     "second_derivative": False,
-    "scale": 1.0,  # a divergence of what rounding has made of the logits
+    "scale": 1.0,  # a divergence of logits that rounding has changed
     "rounding": _rounding,
-    "depends_on_threads": True,  # products of matrices
+    "depends_on_threads": True,  # because of matrix products
 }
 _HEADS: Any = {
     "inputs": {

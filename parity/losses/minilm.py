@@ -19,14 +19,14 @@ def minilm_loss(student, teacher, relation_heads, where=None):
 
 
 def _logits(x, head, heads):
-    """Each token with each, by the columns of one head."""
+    """The products of all pairs of tokens, by the columns of one head."""
     width = x.shape[1] // heads
     x = x[:, head * width : (head + 1) * width]
     return [[sum(a * b) / np.sqrt(x.dtype.type(width)) for b in x] for a in x]
 
 
 def _rounding(given):
-    """Of products of entries, and of a softmax of these."""
+    """The rounding of products of entries, and of their softmax."""
     size = min(given.largest, 1e90)
     logits = size**2 * np.sqrt(given.inputs["student"].shape[-1])
     return 1 + logits, (1 + logits) * size
@@ -47,7 +47,7 @@ ROWS = (
             jax=10,
             torch=10,
             sizes={"batch": (8,), "dim": 8, "teacher_dim": 16, "positions": 96},
-            largest=lambda n: n.batch[0] * n.positions**2,  # one head's
+            largest=lambda n: n.batch[0] * n.positions**2,  # the products of one head
         ),
         benchmarks=(
             Benchmark(

@@ -21,7 +21,7 @@ def _one_map(student, teacher):
 
 
 def _products(x):
-    """The mean over channels, each of unit length over positions, of the products of two positions."""
+    """The products of all pairs of positions, averaged over channels, which have unit length over positions."""
     channels = [unit(c / (np.abs(constant(c)).max() or 1)) for c in x.reshape(len(x), -1)]
     return sum(np.outer(u, u) for u in channels) / len(channels)
 

@@ -17,7 +17,7 @@ def pkt_loss(student, teacher):
 
 
 def _probabilities(x):
-    """1 + cos is 1 less what the norms leave of 1, and that times half the square of the sum of two unit rows."""
+    """1 + cos is computed from the norms and half the square of the sum of two unit rows, without cancellation."""
     units, lengths = [unit(a) for a in x], [norm(a) for a in x]
     rest = [EPSILON / (n + EPSILON) for n in lengths]
 
@@ -39,8 +39,8 @@ ROWS = (
         leading=False,
         batch_coupled=True,
         second_derivative=False,
-        scale=0.1,  # of the logarithms
-        gradient_scale=2.0**-16,  # of one example alone the oracle is left with its own rounding
+        scale=0.1,  # the size of the logarithms
+        gradient_scale=2.0**-16,  # for a single example only the oracle's rounding is left
         rounding=scales.of_unit_rows,
         ill_conditioned={"near-rows": NEAR_ROWS},
         memory=Memory(jax=6, torch=8, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),

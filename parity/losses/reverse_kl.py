@@ -21,7 +21,7 @@ ROWS = (
         shift_invariant=True,
         divergence=True,
         padding=True,
-        gradient_scale=2.0**-16,  # where the student is certain the oracle is left with its own rounding
+        gradient_scale=2.0**-16,  # if the student is certain, only the oracle's rounding is left
         memory=Memory(jax=5, torch=8),
         depends_on_threads=True,
         benchmarks=(

@@ -18,7 +18,7 @@ def rkd_loss(student, teacher, distance_weight=25.0, angle_weight=50.0):
 
 
 def _relations(x):
-    """The distances over their mean, and for each row the unit differences of all rows from it."""
+    """The distances divided by their mean, and for each row the unit differences of all rows from it."""
     number = len(x)
     scale = np.abs(constant(x)).max(initial=0) or 1.0
     distance = np.array([[norm((a - b) / scale) for b in x] for a in x])

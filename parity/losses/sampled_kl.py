@@ -34,13 +34,13 @@ def sampled_kl_loss(
 
 
 def _k3(z, weight, log_product):
-    """w (e^z - 1 - z), of large z from log(w e^z), up to a number that no dtype of the packages has; w is constant."""
+    """w (e^z - 1 - z), for large z from log(w e^z), limited to a number beyond the packages' dtypes; w is constant."""
     if np.real(z) > 1:
         return np.exp(min(log_product, 1e4) + (z - constant(z))) - weight * (1 + z)
     if np.real(z) < -0.5:
         return weight * (expm1(z) - z)
     total, term = 0.0, z
-    for n in range(2, 30):  # the series, for the three nearly cancel
+    for n in range(2, 30):  # by the series, because the three terms nearly cancel
         term = term * z / n
         total = total + term
     return weight * total
@@ -71,7 +71,7 @@ ROWS = (
             "sampled_from": ("student", "student", "teacher"),
             "gradient": ("score", "direct", "direct"),
         },
-        partly_constant=True,  # the score, and the weight
+        partly_constant=True,  # the score and the weight are constant
         memory=Memory(jax=4, torch=16, sizes={"batch": (60_000,)}),
     ),
 )

@@ -25,7 +25,7 @@ ROWS = (
         leading=False,
         batch_coupled=True,
         second_derivative=False,
-        scale=0.1,  # the square of a difference of similarities, which nearly agree where the batch is small
+        scale=0.1,  # the square of a difference of similarities, which nearly agree for a small batch
         rounding=scales.of_unit_rows,
         memory=Memory(jax=5, torch=7, largest=lambda n: n.batch[0] * (n.batch[0] + n.dim)),
         collectives=("all-gather", "all-gather", "reduce-scatter"),

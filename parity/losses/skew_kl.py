@@ -38,7 +38,7 @@ def skew_reverse_kl_loss(student_logits, teacher_logits, skew=0.1):
 def _more(log_a, log_b, skew):
     """a log(m / (k a)) = a log(1 + o) with o = (1 - k) b / (k a), where b is constant.
 
-    a o is constant too. What is left beside it is as small as the derivative, which its rounding would hide.
+    The part a o is constant too, and is added separately: in a sum, its rounding would hide the small derivative.
     """
     log_odds = log_b - log_a + np.log((1 - skew) / skew)
     if np.real(log_odds) > 0:

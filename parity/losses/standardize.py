@@ -20,7 +20,7 @@ def standardize_logits(logits, temperature=1.0):
 
 
 def _rounding(given):
-    """Of centred numbers over their deviation: what is left of a nearly constant row is small, and its gradient large."""
+    """The rounding of centred numbers divided by their deviation. A nearly constant row has a large gradient."""
     rows = np.atleast_2d(given.inputs["logits"])
     deviations = [
         float(np.std(x[np.isfinite(x)] / (scales.size(x) or 1))) * scales.size(x)
@@ -40,7 +40,7 @@ ROWS = (
         value="array",
         shift_invariant=True,
         padding=True,
-        scale=1.0,  # of the entries, whose weighted sum may nearly cancel
+        scale=1.0,  # the size of the entries, whose weighted sum may nearly cancel
         rounding=_rounding,
         ill_conditioned={
             "two-classes": IllConditioned(

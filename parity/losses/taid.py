@@ -5,7 +5,7 @@ from parity.row import Loss, Memory
 
 
 def _between(s, t, interpolation):
-    """(1 - λ) s + λ t, in which a weight of 0 times -inf is 0."""
+    """(1 - λ) s + λ t, where 0 times -inf is 0."""
     share = np.longdouble(interpolation)
     parts = [(1 - share, s), (share, t)]
     return sum(weight * x for weight, x in parts if weight > 0)
@@ -31,7 +31,7 @@ ROWS = (
         divergence=True,
         padding=True,
         partly_constant=True,
-        scale=2.0**-16,  # where the target is the student the oracle is left with its own rounding
+        scale=2.0**-16,  # if the target is the student, only the oracle's rounding is left
         gradient_scale=2.0**-16,
         memory=Memory(jax=9, torch=18),
     ),

@@ -6,7 +6,7 @@ from parity.row import Benchmark, Loss, Memory
 
 
 def _together(logits):
-    """The logit of classes that are taken for one."""
+    """The logit of several classes that are combined into one."""
     kept = [x for x in logits if not is_left_out(x)]
     largest = max((np.real(x) for x in kept), default=-np.inf)
     return largest + np.log(sum(np.exp(x - largest) for x in kept)) if kept else -np.inf

@@ -5,7 +5,7 @@ from parity.row import Loss, Memory
 
 
 def _sign(p, q):
-    """Of p - q, and 0 where they agree to rounding."""
+    """The sign of p - q, and 0 if they agree up to rounding."""
     return 0.0 if abs(p - q) <= 1e-17 * q else np.sign(p - q)
 
 
@@ -28,7 +28,7 @@ ROWS = (
         divergence=True,
         padding=True,
         jumps=True,
-        gradient_scale=2.0**-16,  # where the student is certain the oracle is left with its own rounding
+        gradient_scale=2.0**-16,  # if the student is certain, only the oracle's rounding is left
         memory=Memory(jax=5, torch=10),
     ),
 )

@@ -15,7 +15,7 @@ def uld_loss(student_logits, teacher_logits):
     values = []
     for s, t in zip(student_logits, teacher_logits, strict=True):
         s = _descending(s)
-        # signs of real numbers, which are equal where two rows are
+        # the signs come from real numbers, which are equal if two rows are equal
         p, real, q = softmax(s), softmax(constant(s)), softmax(_descending(constant(t)))
         total = 0.0
         for a, sign_of, b in itertools.zip_longest(p, real, q, fillvalue=0.0):
@@ -40,7 +40,7 @@ ROWS = (
                 "a probability of e^-660 has the rounding of 660, and the sum may be no larger",
             )
         },
-        memory=Memory(jax=10, torch=12, largest=lambda n: 2 * n.batch[0] * n.classes),  # places have eight bytes
+        memory=Memory(jax=10, torch=12, largest=lambda n: 2 * n.batch[0] * n.classes),  # indices are int64
         benchmarks=(
             Benchmark("128×1000", Sizes((128,), 1000), torch=1.1),
             Benchmark("2×512×32,000", Sizes((2, 512), 32_000), torch=1.1),

@@ -7,7 +7,7 @@ from parity.row import Benchmark, IllConditioned, Loss, Memory
 
 def uskd_loss(student_logits, weak_logits, labels, alpha=1.0, beta=0.1, mu=0.005):
     number, classes = student_logits.shape
-    chosen = []  # for each example its one or two label classes, most probable first, and their probabilities
+    chosen = []  # for each example its one or two label classes, the most probable first, and their probabilities
     for label in labels:
         if np.ndim(label) == 0:
             chosen.append([(int(label), 1.0)])
@@ -69,9 +69,9 @@ ROWS = (
         batch_coupled=True,
         shift_invariant=True,
         padding=True,
-        partly_constant=True,  # the soft labels
+        partly_constant=True,  # the soft labels are constant
         ill_conditioned={"near-ties": NEAR_TIES},
-        memory=Memory(jax=6, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),  # places are int64
+        memory=Memory(jax=6, torch=7, largest=lambda n: 2 * n.batch[0] * n.classes),  # indices are int64
         collectives=("all-reduce",),
         benchmarks=(Benchmark("128×1000", Sizes((128,), 1000), torch=1.5, jax=1.0, memory=1.0),),
     ),
