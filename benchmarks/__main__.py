@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.png:
         from benchmarks.picture import draw
 
-        draw(result, options.png)
+        path = pathlib.Path(options.png)
+        draw(result, str(path))
+        draw(result, str(path.with_stem(f"{path.stem}_phone")), phone=True)
     return 0
 
 
