@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two seconds a workload, and no memory")
     parser.add_argument("--threads", type=int, help="of both frameworks, on as many cores; all of them")
     parser.add_argument("--json", metavar="FILE", help="every figure, with versions and machine")
-    parser.add_argument("--png", metavar="FILE", help="ratios as bars; growth of time and memory")
+    parser.add_argument(
+        "--png", metavar="FILE", help="ratios as bars; growth of time and memory; FILE_phone is for a narrow screen"
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {options.threads}")

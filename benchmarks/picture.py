@@ -47,7 +47,7 @@ def draw(result: dict[str, Any], path: str, phone: bool = False) -> None:
     workloads = [textwrap.fill(row["workload"], 20 if phone else 40) for row in rows]
     bars.set_yticks(range(len(rows)), workloads, fontsize=8)
     bars.set_ylim(len(rows) - 0.4, -0.6)
-    bars.legend(frameon=False, loc="lower right")
+    figure.legend(*bars.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2 if phone else 4)
 
     for column, (loss, data) in enumerate(growth.items()):
         for line, (key, label) in enumerate((("seconds", "seconds"), ("memory", "MiB"))):

@@ -39,10 +39,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
-def api_title(page: str) -> str:
-    """As people search for it."""
+def api_title(page: str, objects: dict[str, str]) -> str:
+    """As people search for it: the family of losses, the only name of the page, or the module."""
     package, _, part = page.removesuffix(".md").partition("/")
-    return f"{package}: {catalogue.FAMILIES.get(part, part).lower()}" if part else package
+    name = next(iter(objects)).rpartition(".")[2] if len(objects) == 1 else part
+    return f"{package}: {catalogue.FAMILIES[part].lower() if part in catalogue.FAMILIES else name}" if part else package
 
 
 def families_first(page: str) -> tuple[int, str]:
@@ -58,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     rows = ["| name | summary |", "| --- | --- |"]
     for package in (*TWINS, "parity"):
         for page, objects in public(package).items():
-            content = [f"# {api_title(page)}", *(f"::: {name}" for name in objects)]
+            content = [f"# {api_title(page, objects)}", *(f"::: {name}" for name in objects)]
             files.append(File.generated(config, f"api/{page}", content="\n\n".join(content)))
             for name, summary in objects.items() if package in TWINS else ():
                 if package == "kdjax" or not twin(name):
@@ -152,6 +153,10 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         markdown = markdown.replace("TABLE", catalogue.choosing()).replace("LISTS", catalogue.uses())
     elif folder == "losses":
         markdown = catalogue.page(catalogue.read(name.removesuffix(".md")))
+    if "founding" not in page.file.src_uri:  # say once what it is
+        markdown = markdown.replace(
+            "founding repository", f"[founding repository]({'../' * bool(folder)}moving/founding.md)", 1
+        )
     return linked(markdown, page)
 
 
