@@ -29,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two seconds per workload, without memory")
     parser.add_argument("--threads", type=int, help="threads and cores for both frameworks (default: all cores)")
     parser.add_argument("--json", metavar="FILE", help="write all figures, with versions and machine")
-    parser.add_argument("--png", metavar="FILE", help="draw the ratios, and how time and memory grow")
+    parser.add_argument(
+        "--png",
+        metavar="FILE",
+        help="draw the ratios, and how time and memory grow; FILE_phone is for a narrow screen",
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {options.threads}")
@@ -74,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.png:
         from benchmarks.picture import draw
 
-        draw(result, options.png)
+        path = pathlib.Path(options.png)
+        draw(result, str(path))
+        draw(result, str(path.with_stem(f"{path.stem}_phone")), phone=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,30 +23,35 @@ NAMES = {
 }
 
 
-def draw(result: dict[str, Any], path: str) -> None:
+def draw(result: dict[str, Any], path: str, phone: bool = False) -> None:
     growth = result["growth"]
-    figure = plt.figure(figsize=(12, 6 + 3.2 * bool(growth) * 2), layout="constrained")
-    grid = figure.add_gridspec(1 + 2 * bool(growth), max(len(growth), 1), height_ratios=[2] + [1, 1] * bool(growth))
-
-    bars = figure.add_subplot(grid[0, :])
     rows = [row for row in result["workloads"] if "direct" in row["seconds"]]
     names = [name for name in NAMES if name != "direct"]
+    wide, tall, columns = 3.9 if phone else 8.6, 1.5 + 0.33 * len(rows), 1 if phone else max(len(growth), 1)
+    lines = 2 * -(-len(growth) // columns)
+    figure = plt.figure(figsize=(wide, tall + 2.6 * lines), layout="constrained")
+    grid = figure.add_gridspec(1 + lines, columns, height_ratios=[tall] + [2.6] * lines)
+
+    bars = figure.add_subplot(grid[0, :])
     for i, name in enumerate(names):
         ratios = [
             row["seconds"]["direct"]["median"] / row["seconds"][name]["median"] if name in row["seconds"] else 0
             for row in rows
         ]
         places = [x + 0.2 * (i - (len(names) - 1) / 2) for x in range(len(rows))]
-        bars.bar(places, ratios, 0.18, color=COLOURS[name], label=NAMES[name])
-    bars.axhline(1, color=COLOURS["direct"], linewidth=1)
-    bars.set_yscale("log")
-    bars.set_ylabel("times faster than direct")
-    bars.set_xticks(range(len(rows)), [row["workload"] for row in rows], rotation=55, ha="right", fontsize=8)
-    bars.legend(frameon=False)
+        bars.barh(places, ratios, 0.18, color=COLOURS[name], label=NAMES[name])
+    bars.axvline(1, color=COLOURS["direct"], linewidth=1)
+    bars.set_xscale("log")
+    bars.xaxis.set_major_formatter("{x:g}×")
+    bars.set_xlabel("times faster than direct")
+    workloads = [textwrap.fill(row["workload"], 20 if phone else 40) for row in rows]
+    bars.set_yticks(range(len(rows)), workloads, fontsize=8)
+    bars.set_ylim(len(rows) - 0.4, -0.6)
+    figure.legend(*bars.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2 if phone else 4)
 
     for column, (loss, data) in enumerate(growth.items()):
         for line, (key, label) in enumerate((("seconds", "seconds"), ("memory", "MiB"))):
-            axes = figure.add_subplot(grid[1 + line, column])
+            axes = figure.add_subplot(grid[1 + line + 2 * (column // columns), column % columns])
             for name in ("direct", "torch", "jax"):
                 points = [p for p in data["points"] if name in p[key]]
                 size = [p[data["axis"]] for p in points]
@@ -61,5 +67,5 @@ def draw(result: dict[str, Any], path: str) -> None:
                 axes.legend(frameon=False, fontsize=8)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, format="png")  # for any file name
+    figure.savefig(path, dpi=200, format="png")  # for any file name
     plt.close(figure)

@@ -58,12 +58,16 @@ NONE = "–"
 
 
 class Docstring(NamedTuple):
-    """What a page takes from a docstring. The text before Args belongs to the formula, the text after it to the paper."""
+    """What a page takes from a docstring.
+
+    The text before Args belongs to the formula. The text after it, from the link to the paper on, belongs to the paper.
+    """
 
     summary: str
     formula: str
     arguments: dict[str, str]
     returns: str
+    notes: str
     paper: str
     example: str
 
@@ -88,13 +92,15 @@ class Loss(NamedTuple):
         assert docstring
         (_, summary), *found = blocks(docstring.value)
         arguments = next(i for i, (heading, _) in enumerate(found) if heading == "Args")
-        named = dict(found)
+        named, rest = dict(found), [text for heading, text in found[arguments:] if not heading]
+        linked = next((i for i, text in enumerate(rest) if "https://" in text), 0)
         return Docstring(
             summary,
             paragraphs(f"$${text}$$" if heading == "Formula" else text for heading, text in found[:arguments]),
             {name: " ".join(text.split()) for name, text in entries(named["Args"]).items()},
             named["Returns"],
-            paragraphs(text for heading, text in found[arguments:] if not heading),
+            paragraphs(rest[:linked]),
+            paragraphs(rest[linked:]),
             paragraphs(text for heading, text in found if heading == "Example"),
         )
 
@@ -194,7 +200,7 @@ def arguments(loss: Loss, jax: Docstring, torch: Docstring) -> str:
         else:
             rows += [(f"{name} ({x})", *rest) for x, (name, *rest) in zip(FRAMEWORKS, found, strict=True)]
     shared = "[The arguments that all losses share](index.md#arguments-that-all-losses-share)"
-    return paragraphs([table("argument | default | meaning", rows), f"**Returns:** {jax.returns}", shared])
+    return paragraphs([table("argument | default | meaning", rows), f"**Returns:** {jax.returns}", jax.notes, shared])
 
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:

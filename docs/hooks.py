@@ -5,6 +5,7 @@ import html
 import json
 import os
 import pathlib
+import posixpath
 import re
 from typing import Any
 
@@ -31,11 +32,18 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     catalogue.load.cache_clear()
     nav = {title: pages for entry in config.nav or () for title, pages in entry.items()}
     for family, losses in catalogue.by_family().items():
-        nav["Catalogue"].append({catalogue.FAMILIES[family]: [f"losses/{loss.name}.md" for loss in losses]})
+        nav["Losses"].append({catalogue.FAMILIES[family]: [f"losses/{loss.name}.md" for loss in losses]})
     for package in TWINS:
         nav["API"].append({package: [f"api/{page}" for page in sorted(public(package), key=families_first)]})
     nav["API"] += [f"api/{page}" for page in public("parity")]
     return config
+
+
+def api_title(page: str, objects: dict[str, str]) -> str:
+    """As people search for it: the family of losses, the only name of the page, or the module."""
+    package, _, part = page.removesuffix(".md").partition("/")
+    name = next(iter(objects)).rpartition(".")[2] if len(objects) == 1 else part
+    return f"{package}: {catalogue.FAMILIES[part].lower() if part in catalogue.FAMILIES else name}" if part else package
 
 
 def families_first(page: str) -> tuple[int, str]:
@@ -51,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     rows = ["| name | summary |", "| --- | --- |"]
     for package in (*TWINS, "parity"):
         for page, objects in public(package).items():
-            content = [f"# {page.removesuffix('.md').replace('/', ' ')}", *(f"::: {name}" for name in objects)]
+            content = [f"# {api_title(page, objects)}", *(f"::: {name}" for name in objects)]
             files.append(File.generated(config, f"api/{page}", content="\n\n".join(content)))
             for name, summary in objects.items() if package in TWINS else ():
                 if package == "kdjax" or not twin(name):
@@ -108,10 +116,12 @@ def twin(path: str) -> str:
 
 
 def references(pair: tuple[str, str]) -> str:
-    """Links to both names, below each other, so that the summary has room on a phone."""
-    return "<br>".join(
-        f"[`{path.partition('.')[2]}`][{path}] {FRAMEWORKS[path.partition('.')[0]]}" for path in pair if path
-    )
+    """Each name with the links to its frameworks below it, so that a phone has room for the summary."""
+    links: dict[str, list[str]] = {}
+    for path in filter(None, pair):
+        package, _, name = path.partition(".")
+        links.setdefault(name, []).append(f"[{FRAMEWORKS[package]}][{path}]")
+    return "<br>".join(f"`{name}`<br>{', '.join(found)}" for name, found in links.items())
 
 
 class Docstrings(griffe.Extension):
@@ -143,6 +153,10 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         markdown = markdown.replace("TABLE", catalogue.choosing()).replace("LISTS", catalogue.uses())
     elif folder == "losses":
         markdown = catalogue.page(catalogue.read(name.removesuffix(".md")))
+    if "founding" not in page.file.src_uri:  # say once what it is
+        markdown = markdown.replace(
+            "founding repository", f"[founding repository]({'../' * bool(folder)}moving/founding.md)", 1
+        )
     return linked(markdown, page)
 
 
@@ -165,8 +179,8 @@ def linked(markdown: str, page: Page) -> str:
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)", link, markdown)
 
 
-def on_page_content(content: str, **kwargs: Any) -> str:
-    """Convert the LaTeX that arithmatex leaves to MathML, and descriptions of pictures to captions."""
+def on_page_content(content: str, page: Page, files: Files, **kwargs: Any) -> str:
+    """Convert the LaTeX that arithmatex leaves to MathML, and pictures to figures; say where lines may and may not break."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
@@ -176,6 +190,23 @@ def on_page_content(content: str, **kwargs: Any) -> str:
         math = re.sub(r"<(m[io])>([A-Za-z]{2,})</\1>", r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', math)
         return f'<{match["tag"]} class="formula" data-search-exclude>{math}</{match["tag"]}>'
 
+    def figure(match: re.Match[str]) -> str:
+        image, caption, source = match.groups()
+        phone = "{}_phone{}".format(*os.path.splitext(source))
+        if files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), phone))):
+            image = f'<picture><source media="(max-width: 44em)" srcset="{phone}">{image}</picture>'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+    def cell(match: re.Match[str]) -> str:
+        length = len(re.sub("<[^>]*>", "", match[1]))
+        return f'<td style="--length: {length}">{match[1]}</td>' if length > 30 else match[0]
+
+    def code(match: re.Match[str]) -> str:
+        return re.sub(r"[^\s<>]{24,}", lambda word: re.sub("[/_.]", r"\g<0><wbr>", word[0]), match[0])
+
     left = r'(?s)<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     content = re.sub(left, formula, content)
-    return re.sub(r'<p>(<img alt="([^"]+)"[^>]*>)</p>', r"<figure>\1<figcaption>\2</figcaption></figure>", content)
+    content = re.sub(r'<p>(<img alt="([^"]+)" src="([^"]+)"[^>]*>)</p>', figure, content)
+    content = re.sub(r"(?<=\d) (?=(?:ms|MiB|GiB|MB|GB)\b|\([\d.]+×)", "&nbsp;", content)
+    content = re.sub(r"<td>(.*?)</td>", cell, content)
+    return re.sub("<code>[^<]*</code>", code, content)

@@ -1,4 +1,4 @@
-"""One picture for each loss's page: docs/pictures/NAME.svg, drawn with the library itself.
+"""The pictures of each loss's page: docs/pictures/NAME.svg, and NAME_phone.svg, drawn with the library itself.
 
 The front matter of the page names a function of this file and its arguments, such as `curves temperature 1 2 4`. The
 general functions are `curves` for logits, `plane` for features and `points` for relations between examples. Below them
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import pathlib
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from catalogue import Loss, by_family
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import kdtorch
@@ -29,13 +31,13 @@ Values = Callable[[Tensor], Tensor]  # from the rows of a student to the loss of
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 BLUE, RED, GREEN, GREY = "#1f5fb4", "#d1495b", "#2e8b57", "#8a8a8a"
+WIDE, PHONE = (5.6, 2.7), (3.6, 2.7)  # in inches, of which a phone has 3.7
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, RED, GREEN, "#b8860b"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 9,
     "figure.constrained_layout.use": True,
-    "figure.figsize": (5.6, 2.7),
     "font.size": 9,
     "legend.fontsize": 8,
     "legend.frameon": False,
@@ -69,6 +71,24 @@ def pull(axes: Axes, loss: Values, points: Tensor, scale: float) -> None:
     axes.quiver(*points.T, *against.T, color=BLUE, width=0.008, scale=scale * float(against.norm(dim=1).max()))
 
 
+def side_by_side(number: int = 2) -> tuple[Figure, Sequence[Axes]]:
+    """Panels beside each other, and on a phone below each other."""
+    width, height = plt.rcParams["figure.figsize"]
+    rows = number if width < WIDE[0] else 1
+    return plt.subplots(rows, number // rows, figsize=(width, rows * height))
+
+
+def in_a_row(number: int) -> tuple[Figure, Sequence[Axes]]:
+    """Small images beside each other, also on a phone."""
+    width, _ = plt.rcParams["figure.figsize"]
+    return plt.subplots(1, number, figsize=(width, 0.5 + 0.3 * width))
+
+
+def legend_above(figure: Figure) -> None:
+    """In one row, and on a phone in two."""
+    figure.legend(loc="outside upper center", ncols=4 if figure.get_figwidth() == WIDE[0] else 2)
+
+
 def circle(*degrees: float) -> Tensor:
     angles = torch.tensor(degrees).deg2rad()
     return torch.stack([angles.cos(), angles.sin()], -1)
@@ -85,7 +105,7 @@ def draw_curves(values: dict[str, Values], logits: Tensor, moved: int, whose: st
     moving = torch.linspace(-4, 8, 121)
     student = logits.repeat(len(moving), 1)
     student[:, moved] = moving
-    figure, panels = plt.subplots(1, 2)
+    figure, panels = side_by_side()
     for name, loss in values.items():
         value, gradient = slope(loss, student)
         panels[0].plot(moving, value, label=name)
@@ -94,7 +114,7 @@ def draw_curves(values: dict[str, Values], logits: Tensor, moved: int, whose: st
         panel.axvline(logits[moved], color=GREY, linestyle=":", label=whose if panel is panels[0] else None)
         panel.axhline(0, color=GREY, linewidth=0.5)
         panel.set(title=title, xlabel=f"the student's logit of {which}")
-    figure.legend(loc="outside upper center", ncols=4)
+    legend_above(figure)
 
 
 def curves(loss: Loss, *words: str) -> None:
@@ -112,7 +132,7 @@ def curves(loss: Loss, *words: str) -> None:
 
         return lambda student: torch.stack([one(row) for row in student])
 
-    whose = f"the {parameters[1].removesuffix('_logits').replace('weak', 'weak head')}'s"
+    whose = "the weak head's" if "weak_logits" in parameters else "the teacher's"
     which = "another class" if inputs else "the likeliest class"
     compared = {name: values(*x) for name, x in lines(loss, words).items()}
     draw_curves(compared, logits[0], 1 if inputs else 0, whose, which)
@@ -120,7 +140,7 @@ def curves(loss: Loss, *words: str) -> None:
 
 def draw_plane(loss: Values, aim: Tensor) -> tuple[Axes, Axes]:
     """Draw where a feature of two numbers is pulled, and return the axes of this panel and of the one beside it."""
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     ticks = torch.linspace(-2.5, 2.5, 101)
     height = loss(torch.cartesian_prod(ticks, ticks)).reshape(101, 101)
     left.contour(ticks, ticks, height.T, 10, colors=GREY, linewidths=0.4)
@@ -150,7 +170,7 @@ def plane(loss: Loss, *words: str) -> None:
         axes.plot(s, slope(values(*x), s)[1], label=name)
     axes.axhline(0, color=GREY, linewidth=0.5)
     axes.set(title="gradient", xlabel="one feature of the student")
-    axes.figure.legend(loc="outside upper right", ncols=4)
+    legend_above(axes.figure)
 
 
 def points(loss: Loss) -> None:
@@ -165,7 +185,7 @@ def points(loss: Loss) -> None:
     path = [student]
     for _ in range(400):
         path.append(path[-1] - rate * slope(value, path[-1])[1])
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     round_axes(left, "the teacher's distances")
     round_axes(right, "the student's pull, and where it ends")
     for axes, placed, color in ((left, teacher, RED), (right, student, BLUE)):
@@ -194,7 +214,7 @@ def dcn(loss: Loss) -> None:
         right.plot(length, value(length * circle(17.0 + degrees)), label=f"{degrees}° off")
     right.axvline(teacher.norm(), color=GREY, linestyle=":", label="the teacher")
     right.set(title="value", xlabel="the student's norm")
-    right.figure.legend(loc="outside upper right", ncols=4)
+    legend_above(right.figure)
 
 
 def crcd(loss: Loss) -> None:
@@ -207,7 +227,7 @@ def crcd(loss: Loss) -> None:
     def value(x: Tensor) -> Tensor:
         return kdtorch.crcd_loss(x, memory[:3], index, negatives, state, temperature=0.5)[0]
 
-    figure, (left, right) = plt.subplots(1, 2)
+    figure, (left, right) = side_by_side()
     round_axes(left, "relations of sample 1")
     for anchor in memory[1:3]:
         left.plot(*zip(anchor, memory[0], strict=True), color=RED, linestyle="--", linewidth=0.8)
@@ -218,7 +238,7 @@ def crcd(loss: Loss) -> None:
     pull(left, value, student, 3)
     for i, point in enumerate(memory[:3]):
         left.annotate(i + 1, point, 1.2 * point - 0.05, color=RED)
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(figure)
     degrees = torch.arange(-120.0, 240.0, 2)
     right.plot(degrees, [value(torch.cat([circle(float(x)), student[1:]])) for x in degrees])
     right.axvline(20, color=RED, linestyle=":")
@@ -228,7 +248,7 @@ def crcd(loss: Loss) -> None:
 def crd(loss: Loss) -> None:
     """Draw, on the unit circle, one sample among negatives, and its loss at each angle."""
     memory = circle(20.0, 150.0, 200.0, 250.0, 300.0)
-    figure, (left, right) = plt.subplots(1, 2)
+    figure, (left, right) = side_by_side()
     student = circle(95.0)
 
     def value(x: Tensor, number: int) -> Tensor:
@@ -241,7 +261,7 @@ def crd(loss: Loss) -> None:
     left.plot(*memory[1:].T, "x", color=GREY, label="negatives")
     left.plot(*student.T, "o", color=BLUE, label="student")
     pull(left, lambda x: value(x, 4), student, 1)
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(figure)
     degrees = torch.arange(-120.0, 240.0, 2)
     for number in (1, 2, 4):
         right.plot(degrees, [value(circle(float(x)), number) for x in degrees], label=f"K = {number}")
@@ -253,7 +273,7 @@ def crd(loss: Loss) -> None:
 def minilm(loss: Loss) -> None:
     """Draw the relations of five tokens, and the loss as one token of the student turns."""
     teacher, student = 2 * circle(0.0, 30.0, 90.0, 180.0, 200.0), 2 * circle(0.0, 60.0, 90.0, 170.0, 230.0)
-    _, panels = plt.subplots(1, 3)
+    _, panels = side_by_side(3)
     for panel, title, x in zip(panels, ("the teacher", "the student"), (teacher, student), strict=False):
         panel.imshow(torch.softmax(x @ x.T / x.shape[1] ** 0.5, -1), vmin=0, vmax=0.6, cmap="Blues")
         panel.set(title=title, xlabel="token", ylabel="token", xticks=range(5), yticks=range(5))
@@ -273,7 +293,7 @@ def dino(loss: Loss) -> None:
     rng = np.random.default_rng(0)
     teacher = torch.tensor(0.05 * rng.normal(size=(2, 64, 6)) + np.array([0.3, 0.0, 0.05, -0.05, 0.0, 0.1]))
     student = torch.zeros(2, 64, 6, dtype=teacher.dtype)
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     for momentum in (0.8, 0.9, 0.95):
         state, centers = kdtorch.dino_init(6, dtype=torch.float64), []
         for _ in range(60):
@@ -292,7 +312,7 @@ def dino(loss: Loss) -> None:
 
 def ibot(loss: Loss) -> None:
     """Draw the loss of a student's patch for a fixed patch of the teacher, and the centre over steps."""
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     moving, masked = torch.linspace(-0.4, 0.8, 121), torch.ones(121, 1, dtype=torch.bool)
     student, teacher = torch.zeros(121, 1, 3), torch.tensor([0.15, 0.05, 0.0]).expand(121, 1, 3)
     student[:, 0, 0] = moving
@@ -320,7 +340,7 @@ def ibot(loss: Loss) -> None:
 def koleo(loss: Loss) -> None:
     """Draw where features on the circle are pushed, and the value over the distance of two."""
     features = circle(10.0, 30.0, 100.0, 140.0, 160.0, 280.0)
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     round_axes(left, "away from the nearest")
     left.plot(*features.T, "o", color=BLUE)
     pull(left, kdtorch.koleo_loss, features, 4)
@@ -344,8 +364,8 @@ def gram(loss: Loss) -> None:
         return x @ x.T
 
     images = {"teacher": cosines(teacher), "student": cosines(student)}
-    images["pull on the student's"] = images["teacher"] - images["student"]
-    _, panels = plt.subplots(1, 3, figsize=(5.6, 2.2))
+    images["pull on the student"] = images["teacher"] - images["student"]
+    _, panels = in_a_row(3)
     for axes, (title, image) in zip(panels, images.items(), strict=True):
         axes.imshow(image, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set(title=title, xticks=[], yticks=[])
@@ -355,7 +375,7 @@ def sinkhorn(loss: Loss) -> None:
     """Draw how often each prototype is used by a teacher that prefers one."""
     rng = np.random.default_rng(0)
     logits = torch.tensor(0.3 * rng.normal(size=(64, 6)) + np.array([0.5, 0.0, 0.1, -0.1, 0.0, 0.2]))
-    _, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = side_by_side()
     shares = {"softmax": (logits / 0.1).softmax(-1), "Sinkhorn-Knopp": kdtorch.sinkhorn_knopp(logits, temperature=0.1)}
     for offset, (name, q) in zip((-0.2, 0.2), shares.items(), strict=True):
         left.bar(np.arange(1, 7) + offset, q.mean(0), 0.4, label=name)
@@ -383,7 +403,7 @@ def hcl(loss: Loss) -> None:
         "pull of the whole map": whole,
         "pull of the pooled maps": everything - whole,
     }
-    _, panels = plt.subplots(1, 3, figsize=(5.6, 2.2))
+    _, panels = in_a_row(3)
     for axes, (title, image) in zip(panels, images.items(), strict=True):
         limit = image.abs().max()
         axes.imshow(image[0, 0], cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -403,7 +423,7 @@ def feature_maps(loss: Loss) -> None:
     listed = "student_maps" in inspect.signature(function).parameters
     pull = -slope(lambda s: function([s], [teacher]) if listed else function(s, teacher), student)[1]
     images = {"student": student, "teacher": teacher, "pull on the student": pull}
-    _, panels = plt.subplots(1, 3, figsize=(5.6, 2.2))
+    _, panels = in_a_row(3)
     for axes, (title, image) in zip(panels, images.items(), strict=True):
         summed = image[0].sum(0)
         limit = summed.abs().max()
@@ -413,7 +433,7 @@ def feature_maps(loss: Loss) -> None:
 
 def panels(images: dict[str, Tensor], cmap: str) -> None:
     """Draw small matrices side by side; the colours of a matrix with both signs are centred at 0."""
-    _, axes = plt.subplots(1, len(images), figsize=(5.6, 2.2))
+    _, axes = in_a_row(len(images))
     for panel, (title, image) in zip(axes, images.items(), strict=True):
         limit = float(image.abs().max())
         both = bool((image < 0).any())
@@ -434,7 +454,7 @@ def cosine(loss: Loss) -> None:
         points = length * torch.cat([circle(start + float(x)) for x in degrees])
         right.plot(degrees, slope(value, points)[1].norm(dim=1), label=f"norm {length:g}")
     right.set(title="size of the gradient", xlabel="degrees from the teacher")
-    right.figure.legend(loc="outside upper right", ncols=4)
+    legend_above(right.figure)
 
 
 def cwd(loss: Loss) -> None:
@@ -456,14 +476,14 @@ def vid(loss: Loss) -> None:
         return ((error**2 / variance) + variance.log()) / 2
 
     error, variance = torch.linspace(-3, 3, 121), torch.linspace(0.05, 4, 200)
-    figure, (left, right) = plt.subplots(1, 2)
+    figure, (left, right) = side_by_side()
     for v in (0.25, 1.0, 4.0):
         left.plot(error, value(error, torch.tensor(v)), label=f"variance {v:g}")
     left.set(title="value", xlabel="μ − t")
     for e in (0.5, 1.0, 1.5):
         right.plot(variance, value(torch.tensor(e), variance), linestyle="--", label=f"error {e:g}")
     right.set(title="value", xlabel="variance", ylim=(-1.5, 3))
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(figure)
 
 
 def fsp(loss: Loss) -> None:
@@ -512,7 +532,7 @@ def topk_kl(loss: Loss) -> None:
 def standardize(loss: Loss) -> None:
     """Draw rows of logits that differ in scale and level, before and after standardisation."""
     rows = {"z": LOGITS[:1], "3 z": 3 * LOGITS[:1], "z / 2 + 2": LOGITS[:1] / 2 + 2}
-    figure, panels = plt.subplots(1, 2)
+    figure, panels = side_by_side()
     for panel, title, function in zip(
         panels, ("logits", "standardised"), (lambda x: x, kdtorch.standardize_logits), strict=True
     ):
@@ -521,14 +541,14 @@ def standardize(loss: Loss) -> None:
             panel.bar(place, function(row)[0], 0.25, label=name if panel is panels[0] else None)
         panel.axhline(0, color=GREY, linewidth=0.5)
         panel.set(title=title, xlabel="class", xticks=[1, 2, 3])
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(figure)
 
 
 def sampled_kl(loss: Loss) -> None:
     """Draw the three estimates for a token that the student has sampled, and their derivatives."""
     ratio = torch.linspace(-3, 3, 121)
     teacher = torch.full_like(ratio, -4.0)
-    figure, panels = plt.subplots(1, 2)
+    figure, panels = side_by_side()
     for estimator in ("k1", "k2", "k3"):
 
         def value(x: Tensor, estimator: Any = estimator) -> Tensor:
@@ -540,7 +560,7 @@ def sampled_kl(loss: Loss) -> None:
     for panel, title in zip(panels, ("value", "derivative by log p"), strict=True):
         panel.axhline(0, color=GREY, linewidth=0.5)
         panel.set(title=title, xlabel="log p − log q of a token", ylim=(-3.5, 6))
-    figure.legend(loc="outside upper center", ncols=3)
+    legend_above(figure)
 
 
 DRAW: tuple[Callable[..., None], ...] = (
@@ -571,13 +591,14 @@ DRAW: tuple[Callable[..., None], ...] = (
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     known = {draw.__name__: draw for draw in DRAW}
-    with matplotlib.rc_context(STYLE):
-        for loss in (loss for losses in by_family().values() for loss in losses):
-            kind, *words = loss.meta["picture"].split()
-            if kind not in known:
-                raise SystemExit(
-                    f"docs/losses/{loss.name}.md: `picture` begins with one of {list(known)}, got {kind!r}"
-                )
-            known[kind](loss, *words)
-            plt.savefig(FOLDER / f"{loss.name}.svg", metadata={"Date": None})
-            plt.close()
+    for loss in (loss for losses in by_family().values() for loss in losses):
+        kind, *words = loss.meta["picture"].split()
+        if kind not in known:
+            raise SystemExit(f"docs/losses/{loss.name}.md: `picture` begins with one of {list(known)}, got {kind!r}")
+        for size, end in ((WIDE, ""), (PHONE, "_phone")):
+            with matplotlib.rc_context(STYLE | {"figure.figsize": size}):
+                known[kind](loss, *words)
+                for axes in plt.gcf().axes if end else ():
+                    axes.set_title(textwrap.fill(axes.get_title(), 12 if axes.get_images() else 40))
+                plt.savefig(FOLDER / f"{loss.name}{end}.svg", metadata={"Date": None})
+                plt.close()

@@ -352,16 +352,18 @@ def summary(results: dict[str, Any]) -> str:
 
 def label(losses: str) -> str:
     """The label of a mixture; a long one has several lines."""
-    return losses if len(losses) <= 40 else textwrap.fill(losses.replace("+", "+ "), 40)
+    return losses if len(losses) <= 20 else textwrap.fill(losses.replace("+", "+ "), 20)
 
 
-def picture(results: dict[str, Any], file: Path) -> None:
-    """Draw the accuracies, and beside them the two loss curves and their difference."""
+def picture(results: dict[str, Any], file: Path, phone: bool = False) -> None:
+    """Draw the accuracies, and beside them (on a phone below them) the two loss curves and their difference."""
     parity, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         rows = next(iter(results["students"].values()))
-        figure = Figure(figsize=(12 if parity else 6.5, max(5.5, 0.45 * len(rows))), layout="constrained")
-        left, right = figure.subfigures(1, 2) if parity else (figure, None)
+        tall = max(5, 0.4 * len(rows))
+        size = (3.9, 2 * tall if parity else tall) if phone else (8.6 if parity else 6.5, tall)
+        figure = Figure(figsize=size, layout="constrained")
+        left, right = figure.subfigures(*((2, 1) if phone else (1, 2))) if parity else (figure, None)
         axes = left.subplots()
         for i, (framework, students) in enumerate(results["students"].items()):
             height = np.arange(len(students)) + 0.3 * (i - (len(results["students"]) - 1) / 2)
@@ -374,14 +376,14 @@ def picture(results: dict[str, Any], file: Path) -> None:
         axes.axhline(0.5, color="lightgrey", linewidth=0.8)
         axes.set_yticks(range(len(rows)), ["student alone", *(label(row["losses"]) for row in rows[1:])])
         axes.invert_yaxis()
-        axes.set_xlabel("test accuracy in %, mean ± standard deviation over seeds")
+        axes.set_xlabel("test accuracy in %,\nmean ± standard deviation over seeds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3)
         if right is not None:
             upper, lower = right.subplots(2, 1, sharex=True, height_ratios=[3, 2])
             for framework, style in (("jax", {"linewidth": 4, "alpha": 0.4}), ("torch", {"linewidth": 1})):
                 upper.plot(parity["float64"][framework], color=colours[framework], label=framework, **style)
             upper.set_ylabel("loss, float64")
-            upper.set_title(f"one training in two frameworks: {parity['losses']}", fontsize="medium")
+            upper.set_title(f"one training in two frameworks:\n{parity['losses']}", fontsize="medium")
             upper.legend()
             for dtype, colour in (("float32", "tab:red"), ("float64", "tab:green")):
                 difference = np.array(parity[dtype]["relative_difference"])
@@ -389,7 +391,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
             lower.set_ylabel("relative difference\n(gaps: none)")
             lower.set_xlabel("step")
             lower.legend(loc="center right")
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=200)
 
 
 class Parser(argparse.ArgumentParser):
@@ -476,6 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in halves:
         console.print(table(name, results["teachers"].get(name), results["students"][name]))
     picture(results, options.out / "digits.png")
+    picture(results, options.out / "digits_phone.png", phone=True)
     results["wall_seconds"] = time.perf_counter() - begin
     (options.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"digits.json and digits.png are in {options.out}, after {results['wall_seconds']:.0f} seconds.")

@@ -313,13 +313,14 @@ def summary(results: dict[str, Any]) -> str:
     return f"{text} {one} with every batch in {same['parts']} parts, summed, differs from the whole batches by at most {parts}."
 
 
-def picture(results: dict[str, Any], file: Path) -> None:
-    """Draw the perplexities, the curves of the trainings, and the differences of the training that is compared."""
+def picture(results: dict[str, Any], file: Path, phone: bool = False) -> None:
+    """Draw the perplexities, beside them (on a phone below them) the curves, and the differences of one training."""
     same, colours = results["same_training"], {"jax": "tab:blue", "torch": "tab:orange"}
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         rows = next(iter(results["students"].values()))
-        figure = Figure(figsize=(12, max(5.5, 0.45 * len(rows))), layout="constrained")
-        left, right = figure.subfigures(1, 2)
+        tall = max(5, 0.4 * len(rows))
+        figure = Figure(figsize=(3.9, 2 * tall) if phone else (8.6, tall), layout="constrained")
+        left, right = figure.subfigures(*((2, 1) if phone else (1, 2)))
         axes = left.subplots()
         for i, (framework, students) in enumerate(results["students"].items()):
             height = np.arange(len(students)) + 0.3 * (i - (len(results["students"]) - 1) / 2)
@@ -330,7 +331,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         axes.axhline(0.5, color="lightgrey", linewidth=0.8)
         axes.set_yticks(range(len(rows)), ["student alone", *(label(row["losses"]) for row in rows[1:])])
         axes.invert_yaxis()
-        axes.set_xlabel("test perplexity of a byte, mean ± standard deviation over seeds")
+        axes.set_xlabel("test perplexity of a byte,\nmean ± standard deviation over seeds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3)
 
         upper, lower = right.subplots(2, 1, height_ratios=[3, 2])
@@ -349,11 +350,11 @@ def picture(results: dict[str, Any], file: Path) -> None:
             lines["jax and torch"] = same["difference"]
         for name, difference in lines.items():
             lower.semilogy(np.where(np.array(difference) > 0, difference, np.nan), label=name, linewidth=1)
-        lower.set_title(f"one training, float64: {same['losses']}", fontsize="medium")
+        lower.set_title(f"one training, float64:\n{same['losses']}", fontsize="medium")
         lower.set_ylabel("relative difference of\nthe loss (gaps: none)")
         lower.set_xlabel("step")
-        lower.legend(fontsize="small")
-        figure.savefig(file, dpi=120)
+        lower.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=2)
+        figure.savefig(file, dpi=200)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -423,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in halves:
         console.print(table(name, results["teacher"], results["students"][name]))
     picture(results, options.out / "tokens.png")
+    picture(results, options.out / "tokens_phone.png", phone=True)
     results["wall_seconds"] = time.perf_counter() - begin
     (options.out / "tokens.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"tokens.json and tokens.png are in {options.out}, after {results['wall_seconds']:.0f} seconds.")

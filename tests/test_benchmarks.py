@@ -67,7 +67,8 @@ def test_a_quick_run(tmp_path, capsys):
     (row,) = json.loads(files[0].read_text())["workloads"]
     assert set(row["seconds"]) == {"floor", "direct", "torch", "jax"}
     assert 0 < row["seconds"]["torch"]["low"] <= row["seconds"]["torch"]["median"] <= row["seconds"]["torch"]["high"]
-    assert files[1].read_bytes().startswith(b"\x89PNG")
+    for path in (files[1], tmp_path / "picture_phone"):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("width", [80, 150])

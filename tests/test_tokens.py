@@ -200,7 +200,8 @@ def run(*arguments: object, before: str = "", after: str = "") -> str:
 
 def check(folder, frameworks, names, seeds, steps):
     results = json.loads((folder / "tokens.json").read_text())
-    assert (folder / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("tokens.png", "tokens_phone.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert list(results["students"]) == frameworks
     for rows in results["students"].values():
         assert [row["losses"] for row in rows] == ["alone", *names]
