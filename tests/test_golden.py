@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import BOTH, JAX, TORCH
-from tiers import REPRESENTATIVES, first, slow
+from tiers import REPRESENTATIVES, only
 
 import kdjax
 import kdtorch
@@ -162,17 +162,24 @@ def array_of(name, x, settings, where=None):
     return result.reshape(x.shape)
 
 
-FIRST = {call.function: call for call in reversed(CALLS) if call.function in REPRESENTATIVES}
+FIRST = {call.function: call for call in reversed(CALLS)}
+# JAX compiles the sizes of each file: in float32 only those of the first file of a function
+RUNS = [
+    (call, f, dtype)
+    for call in CALLS
+    for f in BOTH
+    for dtype in ("float64", "float32")
+    if f is TORCH or dtype == "float64" or FIRST[call.function] is call
+]
 
 
-def tier(call, f):
-    """The tier of a test. JAX compiles the sizes of each file, so the first tier has one file for a loss of each
-    kind."""
-    return pytest.param(call, f, marks=() if f is TORCH or FIRST.get(call.function) is call else slow)
+def is_quick(case):
+    call, f, dtype = case
+    alone = FIRST[call.function] is call and call.function in REPRESENTATIVES
+    return dtype == "float64" and (f is TORCH or alone)
 
 
-@pytest.mark.parametrize("dtype", first(1, ["float64", "float32"]))
-@pytest.mark.parametrize(("call", "f"), [tier(call, f) for call in CALLS for f in BOTH], ids=lambda x: x.name)
+@pytest.mark.parametrize(("call", "f", "dtype"), only(is_quick, RUNS), ids=lambda x: getattr(x, "name", x))
 def test_packages(call, f, dtype):
     value, gradients, constant, after = evaluate(f, call, dtype)
     compared(
