@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="cores of a CPU that each form may use")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not timed")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", metavar="FILE", help="draw the memory over tokens, and over the vocabulary")
+    parser.add_argument("--png", metavar="FILE", help="draw memory over tokens and vocabulary, and FILE_phone")
     parser.add_argument(
         "--form", choices=FORMS, help=argparse.SUPPRESS
     )  # the form that this process runs, step by step on request
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(rows, indent=1))
     if options.png:
-        _draw(rows, options.png)
+        png = pathlib.Path(options.png)
+        _draw(rows, png)
+        _draw(rows, png.with_stem(f"{png.stem}_phone"), phone=True)
     return 0
 
 
@@ -281,22 +283,27 @@ def _torch(options: argparse.Namespace) -> Callable[..., Any]:
     return torch.compile(plain) if form == "plain compiled" else plain
 
 
-def _draw(rows: list[dict[str, Any]], path: str) -> None:
+def _draw(rows: list[dict[str, Any]], path: pathlib.Path, phone: bool = False) -> None:
+    """Draw memory against tokens, and beside it (on a phone below it) against the vocabulary."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(*((2, 1) if phone else (1, 2)), figsize=(4, 6.4) if phone else (9, 3.6), sharey=True)
     for axis, grows, fixed in zip(axes, ("tokens", "vocabulary"), ("vocabulary", "tokens"), strict=True):
         held = rows[0][fixed]
         for form in dict.fromkeys(row["form"] for row in rows):
             points = [
                 (row[grows], row["MiB"]) for row in rows if row["form"] == form and row[fixed] == held and "MiB" in row
             ]
-            axis.plot(*zip(*sorted(points), strict=True), marker=".", label=form)
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), marker=".", label=form)
         axis.set(xlabel=f"{grows}, at {held:,} {fixed.replace('vocabulary', 'classes')}", ylim=0, xscale="log")
-    axes[0].set_ylabel("peak MiB")
-    axes[1].legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes if phone else axes[:1]:
+        axis.set_ylabel("peak MiB")
+    axes[1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200, format="png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

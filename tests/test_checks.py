@@ -27,6 +27,7 @@ from parity.cases import LOSSES, MAPS, Sizes, draw, each_array
 both = pytest.mark.parametrize("f", BOTH, ids=lambda f: f.name)
 every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 SIZES = Sizes(batch=(3,), classes=5, dim=4, num_data=7)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 compiled = pytest.mark.filterwarnings("ignore")  # warnings of the compiler's own imports
 
 

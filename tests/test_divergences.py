@@ -19,9 +19,9 @@ from parity.compare import ulps
 def _slope_and_values(function, has_aux):
     """Like `torch.func.grad`, but in eager PyTorch, which has separate code on a CPU."""
 
-    def slope(x):
+    def slope(x, *others):
         x = x.clone().requires_grad_()
-        total, values = function(x)
+        total, values = function(x, *others)
         return torch.autograd.grad(total, x)[0], values
 
     return slope
@@ -48,13 +48,13 @@ NAN, INF = np.nan, np.inf
 
 def value_and_slope(f, name, student, teacher, dtype="float64", **settings):
     """The value of each row, and the gradient of their sum."""
-    teacher = f.array(teacher, dtype)
 
-    def total(x):
+    def total(x, teacher):
         values = getattr(f.kd, name)(x, teacher, reduction="none", **settings)
         return values.sum(), values
 
-    slope, values = f.jit(f.grad(total, has_aux=True))(f.array(student, dtype))
+    # the teacher is an argument, so that JAX's cache on disk has the program for other numbers too
+    slope, values = f.jit(f.grad(total, has_aux=True))(f.array(student, dtype), f.array(teacher, dtype))
     return f.numpy(values), f.numpy(slope)
 
 

@@ -12,6 +12,7 @@ from parity.calls import per_example
 from parity.cases import KINDS, LOSSES, MAPS, Sizes, draw, each_array
 from parity.compare import ulps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # they compute in blocks of the batch, or over its pairs
 FIXED = ("difference_kl_loss", "euclidean_mse_loss", "crcd_loss", "crd_loss", "similarity_loss", "pkt_loss")
 FIXED += ("correlation_loss", "instance_graph_loss", "rkd_loss", "linear_kl_loss", "linear_jsd_loss", "gram_loss")

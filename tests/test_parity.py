@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 import pytest
-from tiers import REPRESENTATIVES, first, slow
+from tiers import OTHER_SHAPES, REPRESENTATIVES, first, slow
 
 from parity.cases import LOSSES, PERTURBATIONS, cases, random_case
 from parity.check import DTYPES, check
@@ -14,8 +14,6 @@ from parity.run import run
 CASES = [case for loss in LOSSES for case in cases(loss)]
 # half precision is only a cast of inputs and outputs, so the cases that share one compiled program are enough
 ONE_PROGRAM = ("ordinary", *PERTURBATIONS)
-# the rounding of these is that of the ordinary case: only their shape or reduction differs, which float64 shows
-OTHER_SHAPES = ("axes", "classes", "example", "none", "sum")
 
 
 def is_run(case, dtype):

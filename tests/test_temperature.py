@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kdtorch import _numerics as numerics
 from parity.calls import per_example
 from parity.cases import LOSSES, MAPS, Loss, Sizes, draw
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # the setting of each loss that has a gradient if it is an array; all others are constants
 LEARNED = {
     loss.title: next(name for name in loss.ranges if name in ("temperature", "student_temperature"))
@@ -79,10 +81,14 @@ class Drawn:
 
 
 def slope_of(f, function, at):
-    """The derivative of a function of a temperature, by a central difference of fourth order."""
-    step, function = 1e-3 * at, f.jit(function)
+    """The derivative of a function of a temperature, by a central difference of fourth order.
+
+    The function returns what is differentiated first; what it returns besides is for its other callers, which share
+    the compiled program.
+    """
+    step = 1e-3 * at
     near, far = (
-        f.numpy(function(f.array(np.array(at + d)))) - f.numpy(function(f.array(np.array(at - d))))
+        f.numpy(function(f.array(np.array(at + d)))[0]) - f.numpy(function(f.array(np.array(at - d)))[0])
         for d in (step, 2 * step)
     )
     return (8 * near - far) / (12 * step)
@@ -106,9 +112,13 @@ def test_its_gradient(f, loss, twist):
     value = Drawn(f, loss, twist)
     at = f.array(np.array(value.temperature))
     for options in OPTIONS:
-        got = f.jit(f.grad(lambda t, options=options: value(value.x, t, **options)))(at)
-        want = slope_of(f, lambda t, options=options: value(value.x, t, **options), value.temperature)
-        agree(f.numpy(got), want, rel=1e-4 if twist == "near" else 1e-6)
+
+        def both(t, options=options):
+            return value(value.x, t, **options), f.grad(lambda t: value(value.x, t, **options))(t)
+
+        both = f.jit(both)
+        want = slope_of(f, both, value.temperature)
+        agree(f.numpy(both(at)[1]), want, rel=1e-4 if twist == "near" else 1e-6)
 
 
 def refuses_second_derivatives(f, loss):
@@ -134,10 +144,17 @@ def test_its_second_derivatives(f, loss):
             with pytest.raises(NotImplementedError, match="no second derivative"):
                 second()
         return
-    agree(f.numpy(f.jit(f.grad(along))(at)), slope_of(f, along, value.temperature))
-    agree(f.numpy((f.jit(f.grad(cooling))(value.x, at) * direction).sum()), slope_of(f, along, value.temperature))
-    twice = f.jit(f.grad(lambda t: cooling(value.x, t)))(at)
-    agree(f.numpy(twice), slope_of(f, lambda t: cooling(value.x, t), value.temperature))
+
+    @f.jit
+    def everything(t):
+        first = {"jax": jnp, "torch": torch}[f.name].stack([along(t), cooling(value.x, t)])
+        return first, f.grad(along)(t), f.grad(cooling)(value.x, t), f.grad(lambda t: cooling(value.x, t))(t)
+
+    of_gradient, of_slope = slope_of(f, everything, value.temperature)
+    _, one, other, twice = map(f.numpy, everything(at))
+    agree(one, of_gradient)
+    agree((other * f.numpy(direction)).sum(), of_gradient)
+    agree(twice, of_slope)
 
 
 @slow
@@ -148,12 +165,14 @@ def test_both_packages(loss):
     for f in BOTH:
         value = Drawn(f, loss)
         at = f.array(np.array(value.temperature))
-        found = [f.jit(f.grad(lambda t, value=value: value(value.x, t)))(at)]
-        found.append(f.jit(f.grad(lambda x, value=value, at=at: value(x, at)))(value.x))
-        if not refuses_second_derivatives(TORCH, loss):
-            mixed = f.grad(lambda x, f=f, value=value, at=at: f.grad(lambda t: value(x, t))(at))
-            found.append(f.jit(mixed)(value.x))
-        results.append([f.numpy(x) for x in found])
+
+        def derivatives(x, t, f=f, value=value):
+            found = [f.grad(lambda t: value(x, t))(t), f.grad(lambda x: value(x, t))(x)]
+            if not refuses_second_derivatives(TORCH, loss):
+                found.append(f.grad(lambda x: f.grad(lambda t: value(x, t))(t))(x))
+            return found
+
+        results.append([f.numpy(x) for x in f.jit(derivatives)(value.x, at)])
     for ours, theirs in zip(*results, strict=True):
         agree(ours, theirs, rel=1e-11)
 
@@ -166,11 +185,11 @@ def test_one_for_each_of_a_stack(f, loss):
     value = Drawn(f, loss, "", {"where": KEPT})
     scales = np.array([0.7, 1.0, 1.6]) * value.temperature
     vmap = {"jax": jax.vmap, "torch": torch.func.vmap}[f.name]
-    each = f.grad(lambda t: value(value.x, t))
+    each = f.jit(f.grad(lambda t: value(value.x, t)))
     want = np.stack([f.numpy(each(f.array(np.array(t)))) for t in scales])
-    agree(f.numpy(vmap(each)(f.array(scales))), want, 1e-11)
     together = f.grad(lambda ts: vmap(lambda t: value(value.x, t))(ts).sum())
-    agree(f.numpy(together(f.array(scales))), want, 1e-11)
+    for got in f.jit(lambda ts: (vmap(each)(ts), together(ts)))(f.array(scales)):
+        agree(f.numpy(got), want, 1e-11)
 
 
 @learned
@@ -221,10 +240,9 @@ def test_compiled(loss):
 @framework
 def test_a_bad_one_is_nan(f, loss):
     value = Drawn(f, loss)
+    both = f.jit(lambda t: (value(value.x, t), f.grad(lambda t: value(value.x, t))(t)))
     for bad in (0.0, -1.0, np.inf, np.nan):
-        at = f.array(np.array(bad))
-        assert np.isnan(f.numpy(value(value.x, at)))
-        assert np.isnan(f.numpy(f.grad(lambda t: value(value.x, t))(at)))
+        assert all(np.isnan(f.numpy(x)) for x in both(f.array(np.array(bad))))
 
 
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x.ranges], ids=lambda loss: loss.title)

@@ -27,14 +27,12 @@ def kept(teacher, top_k, temperature):
 
 def value_and_slope(f, student, *teacher, dtype="float64", name="topk_kl_loss", **options):
     """The value of each example, and the gradient of their sum."""
-    teacher = f.arrays(list(teacher), dtype)
 
-    def total(x):
+    def total(x, *teacher):
         values = getattr(f.kd, name)(x, *teacher, reduction="none", **options)
         return values.sum(), values
 
-    slope = f.grad(total, has_aux=True)
-    slope, values = (jax.jit(slope) if f is JAX else slope)(f.array(student, dtype))
+    slope, values = f.jit(f.grad(total, has_aux=True))(*f.arrays([student, *teacher], dtype))
     return f.numpy(values), f.numpy(slope)
 
 

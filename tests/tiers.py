@@ -20,6 +20,9 @@ def only(quick: Callable[[Any], bool], values: Iterable[Any]) -> list[Any]:
     return [_parameter(x, quick(x)) for x in values]
 
 
+# cases whose rounding is that of the ordinary case, because only a shape or the reduction differs
+OTHER_SHAPES = ("axes", "classes", "example", "none", "sum")
+
 # one loss of rows, one of pairs of examples, one with a state, and one of feature maps
 REPRESENTATIVES = ("kl_loss", "euclidean_mse_loss", "dino_loss", "hcl_loss")
 
