@@ -297,6 +297,9 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path, phone: bool = False) -
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), marker=".", label=form)
         axis.set(xlabel=f"{grows}, at {held:,} {fixed.replace('vocabulary', 'classes')}", ylim=0, xscale="log")
+        measured = sorted({row[grows] for row in rows if row[fixed] == held})
+        axis.set_xticks(measured, [f"{x:,}" for x in measured])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes if phone else axes[:1]:
         axis.set_ylabel("peak MiB")
