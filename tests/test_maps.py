@@ -8,6 +8,9 @@ from tiers import first
 from torch.nn.functional import normalize
 
 import kdtorch
+from parity.cases import LOSSES, Case
+from parity.check import check
+from parity.compare import Comparison
 
 both = pytest.mark.parametrize("f", first(1, [TORCH, JAX]), ids=lambda f: f.name)
 LISTED = ("attention_transfer_loss", "nst_loss", "ab_loss")
@@ -199,3 +202,12 @@ def test_second_derivative_where_student_is_teacher(name, options):
     want = (slope(x + 1e-6 * direction) - slope(x - 1e-6 * direction)) / 2e-6
     assert got.abs().max() > 1e-3
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
+def test_entries_that_are_equal_but_for_rounding():
+    """If all entries of a map have one magnitude, unit maps agree where the signs do; |d| has no gradient there."""
+    student, teacher = (np.sign(drawn(3, 2, 2, 3, seed=seed)) for seed in (0, 1))
+    loss = next(loss for loss in LOSSES if loss.name == "factor_transfer_loss")
+    inputs = {"student_map": 3 * 2.0**-24 * student, "teacher_map": 65504 * teacher}
+    comparison = Comparison(tuple(check(Case(loss, "equal entries", (inputs,)), "float64", ["torch"])))
+    assert comparison.passed, f"\n{comparison}"
