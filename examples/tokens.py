@@ -7,7 +7,7 @@ same cross-entropy on the same batches. The weights give the losses the curvatur
 teacher nearly agree. The exceptions are `reverse_kl` and `sampled`, which made this short training worse with that
 weight. The table shows the perplexity of a byte of held-out text.
 
-    python examples/tokens.py                            # both frameworks, three seeds
+    python examples/tokens.py                            # both frameworks, three seeds, about seven minutes
     python examples/tokens.py --quick
     python examples/tokens.py --framework torch --losses kl gkd "linear+sampled" --seeds 5
 
