@@ -236,8 +236,8 @@ def _by_rows(
         x, y = _logits(h, student.weight, student.bias, output, dtype), others
         if fixed.weight is not None:
             y = [_logits(others[0], fixed.weight, fixed.bias, other_output, dtype)]
-        fixed_first = class_group, divergence, asked.temperature
-        values[kept], gradient, *pull = by_rows(_of_rows, None, x, *y, *settings, fixed=fixed_first)
+        constants = class_group, divergence, asked.temperature
+        values[kept], gradient, *pull = by_rows(_of_rows, None, x, *y, *settings, fixed=constants)
         of_row = None if factor is None else factor[kept]
         if of_row is not None:
             gradient.mul_(of_row.unsqueeze(-1))

@@ -41,8 +41,7 @@ def alone(title, masked):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.title)
 def test_every_loss(loss, masked, results):
     """The mean over ranks is the loss of the whole batch, DistributedDataParallel's gradients are its gradients, and
-    the
-    states are equal."""
+    the states are equal."""
     number = len(results)
     for i, want in enumerate(alone(loss.title, masked)):
         got = [result[loss.title, masked][i] for result in results]

@@ -26,8 +26,7 @@ STUDENT[[1, 3], 2] = TEACHER[[2, 3], 2] = -INF  # rows: in none, in the student,
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=lambda x: x if isinstance(x, str) else str(x))
 def test_float32_keeps_its_digits_where_rows_nearly_agree(f, name, settings):
     """Compared with float64 for the same float32 logits, which `parity` compares with the formula. For rows that are
-    far
-    apart, a TAID gradient is the difference of two softmaxes."""
+    far apart, a TAID gradient is the difference of two softmaxes."""
     rng = np.random.default_rng(0)
     for apart in (1.0, 0.1, 1e-2, 1e-3, 1e-4):
         teacher = (3 * rng.normal(size=(4, 50))).astype(np.float32)
